@@ -1,0 +1,51 @@
+// gcnet_ext._C: what was built and how it decides, for Python. The operators are not here: they are in torch.ops.gcnet_ext.
+// No torch header but version.h: pybind11 depends on CPython's ABI, the kernels on the LibTorch stable ABI, and neither on
+// both.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/headeronly/version.h>
+
+#include "cpu/capability.h"
+#include "plan_cpu.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace {
+
+#if defined(__clang__)
+constexpr const char* kCompiler = "clang " __clang_version__;
+#else
+constexpr const char* kCompiler = "g++ " __VERSION__;
+#endif
+
+py::dict build_info() {
+  return py::dict("version"_a = GCNET_EXT_VERSION, "torch"_a = TORCH_VERSION, "abi_target"_a = "2.11", "compiler"_a = kCompiler,
+                  "openmp"_a = std::to_string(_OPENMP), "capabilities"_a = gcnet_ext::cpu::compiled_capabilities(),
+#if defined(__OPTIMIZE__)
+                  "debug"_a = false
+#else
+                  "debug"_a = true
+#endif
+  );
+}
+
+py::dict plan_cpu(int64_t channels, int64_t positions, int64_t element_size, bool channels_last) {
+  const auto pool = gcnet_ext::plan_cpu_pool(channels, positions, element_size);
+  const auto sweep = gcnet_ext::plan_cpu_sweep(channels, positions, element_size, channels_last);
+  return py::dict("tile"_a = pool.tile, "split"_a = pool.split, "splits"_a = pool.splits, "sweep_channels"_a = sweep.channels,
+                  "sweep_positions"_a = sweep.positions, "sweep_channel_blocks"_a = sweep.channel_blocks,
+                  "sweep_position_blocks"_a = sweep.position_blocks);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "What was built and how it decides; the operators are in torch.ops.gcnet_ext.";
+  m.def("build_info", &build_info, "What was compiled: version, torch, compiler, OpenMP, CPU capabilities.");
+  m.def("cpu_capability", &gcnet_ext::cpu::capability, "The vector instructions in use: 'default', 'avx2' or 'avx512'.");
+  m.def("usable_capabilities", &gcnet_ext::cpu::usable_capabilities,
+        "The capabilities that this processor can run, best first.");
+  m.def("plan_cpu", &plan_cpu, "How the CPU kernels cut a sample of [C, P] elements.", "channels"_a, "positions"_a,
+        "element_size"_a, "channels_last"_a = false);
+}

@@ -1,0 +1,43 @@
+// What the operators accept, in words. gcnet_ext/_checks.py says the same words in Python (for the shape functions and the
+// reference); tests/test_bad_input.py holds the two to each other.
+#pragma once
+
+#include "stable.h"
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace gcnet_ext {
+
+// The six weights of a branch as they come through the schema: w1, b1, norm_weight, norm_bias, w2, b2.
+using BranchTensors = std::array<OptionalTensor, 6>;
+
+namespace check {
+
+// x is a floating [N, C, *spatial]; a pooled one has something to pool.
+void feature_map(const char* op, const Tensor& x, bool pooled = true);
+// The gradient of an output that is shaped like x.
+void gradient(const char* op, const Tensor& grad, const Tensor& x);
+// A tensor of the accumulation dtype that the forward op returned and the backward op takes.
+void side(const char* op, const char* name, const Tensor& tensor, const Tensor& x, const std::vector<int64_t>& sizes);
+// A parameter: on x's device, of x's dtype or float32, of these sizes (trailing ones are free).
+void parameter(const char* op, const std::string& name, const OptionalTensor& tensor, const Tensor& x,
+               const std::vector<int64_t>& sizes);
+// The 1x1 convolution of the attention pool: weight [C] or [1, C], bias [1]; neither for average pooling.
+void mask(const char* op, const std::string& prefix, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& x);
+// At least one branch, and each of them sound: w1 [H, C], b1 [H], norm [H], w2 [C, H], b2 [C]; without w2: w1 [C, C], b1 [C].
+void branches(const char* op, const BranchTensors& scale, const BranchTensors& shift, const Tensor& x);
+void choices(const char* op, const std::string& activation, const std::string& gate);
+
+}  // namespace check
+
+// The dtype in which sums over x are taken: float64 for float64, float32 for everything else.
+ScalarType accumulation_dtype(const Tensor& x);
+// The positions of x: the product of its spatial sizes.
+int64_t positions(const Tensor& x);
+// Hidden units of a branch, 0 when it is absent.
+int64_t hidden_units(const BranchTensors& branch);
+
+}  // namespace gcnet_ext

@@ -1,0 +1,190 @@
+// attention_pool on the CPU.
+//
+// The positions of a sample are cut into splits and the splits into tiles (csrc/plan_cpu.h). A split keeps a running
+// softmax-weighted sum over its tiles; the sums of the splits are then merged in their order.
+#include "attention_pool.h"
+
+#include <cmath>
+#include <limits>
+
+#include "channel_fuse.h"
+#include "parallel.h"
+
+namespace gcnet_ext::cpu {
+
+template <typename scalar_t>
+void pool_samples(const Map<const scalar_t>& x, const acc_t<scalar_t>* weight, acc_t<scalar_t> bias, int64_t first,
+                  int64_t count, acc_t<scalar_t>* context, acc_t<scalar_t>* attention) {
+  using acc = acc_t<scalar_t>;
+  const int64_t channels = x.layout.channels, positions = x.layout.positions, elements = count * channels * positions;
+  if (weight == nullptr) {
+    sum_samples<scalar_t>(x, {}, first, count, context, nullptr);
+    for (int64_t i = first * channels; i < (first + count) * channels; i++) context[i] /= acc(positions);
+    return;
+  }
+  constexpr acc lowest = -std::numeric_limits<acc>::infinity();
+  const PoolPlan plan = plan_cpu_pool(channels, positions, sizeof(scalar_t));
+  const auto pool = map_kernels<scalar_t>().attention_pool;
+  const auto softmax = vector_kernels<acc>().softmax;
+  const std::unique_ptr<acc[]> weighted(new acc[count * plan.splits * channels]);
+  std::vector<SoftmaxSum<acc>> sums(count * plan.splits);
+
+  parallel_for(count * plan.splits, elements, [&](int64_t i) {
+    const int64_t sample = first + i / plan.splits, begin = i % plan.splits * plan.split;
+    const int64_t end = std::min(begin + plan.split, positions);
+    sums[i] = {lowest, acc(0), weighted.get() + i * channels};
+    std::fill_n(sums[i].weighted, channels, acc(0));
+    for (int64_t p = begin; p < end; p += plan.tile) {
+      pool(x.block(sample, 0, channels, p, std::min(plan.tile, end - p)), weight, bias, attention + sample * positions + p,
+           sums[i]);
+    }
+  });
+
+  // Merging: every item computes the total of its sample's splits, then its own part of the context and of the attention.
+  parallel_for(count * plan.splits, count * (plan.splits * channels + positions), [&](int64_t i) {
+    const int64_t sample = first + i / plan.splits, split = i % plan.splits;
+    const SoftmaxSum<acc>* parts = sums.data() + i / plan.splits * plan.splits;
+    acc max = lowest, sum = 0;
+    for (int64_t s = 0; s < plan.splits; s++) max = parts[s].max > max ? parts[s].max : max;
+    const acc reference = max == lowest ? acc(0) : max;
+    for (int64_t s = 0; s < plan.splits; s++) sum += parts[s].sum * std::exp(parts[s].max - reference);
+
+    const int64_t c0 = channels * split / plan.splits, c1 = channels * (split + 1) / plan.splits;
+    acc* total = context + sample * channels;
+    std::fill(total + c0, total + c1, acc(0));
+    for (int64_t s = 0; s < plan.splits; s++) {
+      const acc factor = std::exp(parts[s].max - reference) / sum;
+      for (int64_t c = c0; c < c1; c++) total[c] += parts[s].weighted[c] * factor;
+    }
+    const int64_t begin = split * plan.split, end = std::min(begin + plan.split, positions);
+    softmax(attention + sample * positions + begin, end - begin, max, sum);
+  });
+}
+
+template <typename acc>
+std::vector<acc> WeightGradient<acc>::total() const {
+  std::vector<acc> sum(channels);
+  constexpr int64_t kSlice = 64;  // channels of one item
+  const int64_t slices = (channels + kSlice - 1) / kSlice;
+  parallel_for(slices, parts * channels, [&](int64_t slice) {
+    const int64_t end = std::min(channels, (slice + 1) * kSlice);
+    for (int64_t i = 0; i < parts; i++) {
+      for (int64_t c = slice * kSlice; c < end; c++) sum[c] += partial[i * channels + c];
+    }
+  });
+  return sum;
+}
+
+template <typename scalar_t>
+void pool_backward_samples(const Map<const scalar_t>& grad, const Map<const scalar_t>& x,
+                           const PoolGradients<acc_t<scalar_t>>& given, int64_t first, int64_t count,
+                           const Map<scalar_t>& grad_x, const WeightGradient<acc_t<scalar_t>>& grad_weight) {
+  using acc = acc_t<scalar_t>;
+  const int64_t channels = x.layout.channels, positions = x.layout.positions;
+  const PoolPlan plan = plan_cpu_pool(channels, positions, sizeof(scalar_t));
+  const auto pool_backward = map_kernels<scalar_t>().attention_pool_backward;
+  parallel_for(count * plan.splits, count * channels * positions, [&](int64_t i) {
+    const int64_t sample = first + i / plan.splits, begin = i % plan.splits * plan.split;
+    const int64_t end = std::min(begin + plan.split, positions), row = sample * channels;
+    const acc context_dot =
+        vector_kernels<acc>().context_dot(given.grad_context + row, given.context + row, channels, x.layout.channels_last);
+    const PoolGradient<acc> of_sample{given.grad_context + row, context_dot, given.weight,
+                                      given.scale ? given.scale + row : nullptr};
+    for (int64_t p = begin; p < end; p += plan.tile) {
+      const int64_t count_p = std::min(plan.tile, end - p);
+      pool_backward(grad.block(sample, 0, channels, p, count_p), x.block(sample, 0, channels, p, count_p),
+                    given.attention + sample * positions + p, of_sample, grad_x.block(sample, 0, channels, p, count_p),
+                    grad_weight.part(sample * plan.splits + i % plan.splits));
+    }
+  });
+}
+
+template struct WeightGradient<double>;
+template struct WeightGradient<float>;
+#define GCNET_EXT_INSTANTIATE(scalar_t)                                                                              \
+  template void pool_samples(const Map<const scalar_t>&, const acc_t<scalar_t>*, acc_t<scalar_t>, int64_t, int64_t,  \
+                             acc_t<scalar_t>*, acc_t<scalar_t>*);                                                    \
+  template void pool_backward_samples(const Map<const scalar_t>&, const Map<const scalar_t>&,                        \
+                                      const PoolGradients<acc_t<scalar_t>>&, int64_t, int64_t, const Map<scalar_t>&, \
+                                      const WeightGradient<acc_t<scalar_t>>&);
+GCNET_EXT_INSTANTIATE(double)
+GCNET_EXT_INSTANTIATE(float)
+GCNET_EXT_INSTANTIATE(Half)
+GCNET_EXT_INSTANTIATE(BFloat16)
+#undef GCNET_EXT_INSTANTIATE
+
+namespace {
+
+std::tuple<Tensor, Tensor> attention_pool(const Tensor& x_in, const OptionalTensor& weight, const OptionalTensor& bias) {
+  check::feature_map("attention_pool", x_in);
+  check::mask("attention_pool", "", weight, bias, x_in);
+  const Tensor x = native(x_in);
+  const int64_t samples = x.size(0), count = positions(x);
+  const Tensor context = torch::stable::new_empty(x, {samples, x.size(1)}, accumulation_dtype(x));
+  const Tensor attention = torch::stable::new_empty(x, {samples, weight ? count : 0}, accumulation_dtype(x));
+  dispatch(x.scalar_type(), [&](auto kind) {
+    using scalar_t = decltype(kind);
+    using acc = acc_t<scalar_t>;
+    const auto w = to_acc<acc>(weight), b = to_acc<acc>(bias);
+    pool_samples(read_map<scalar_t>(x), pointer(w), b.empty() ? acc(0) : b[0], 0, samples, mutable_data<acc>(context),
+                 mutable_data<acc>(attention));
+  });
+  return {context, attention};
+}
+
+// dx = dctx / P at every position.
+void average_pool_backward(const Tensor& grad_context, const Tensor& grad_x) {
+  dispatch(grad_x.scalar_type(), [&](auto kind) {
+    using scalar_t = decltype(kind);
+    const Layout layout = layout_of(grad_x);
+    const auto* dctx = data<acc_t<scalar_t>>(grad_context);
+    auto* dx = mutable_data<scalar_t>(grad_x);
+    parallel_for(layout.samples, grad_x.numel(), [&](int64_t n) {
+      for (int64_t c = 0; c < layout.channels; c++) {
+        const scalar_t value = static_cast<scalar_t>(dctx[n * layout.channels + c] / layout.positions);
+        scalar_t* start = dx + n * layout.sample_stride + c * layout.channel_stride;
+        for (int64_t p = 0; p < layout.positions; p++) start[p * layout.position_stride] = value;
+      }
+    });
+  });
+}
+
+std::tuple<Tensor, Tensor> attention_pool_backward(const Tensor& grad_context_in, const Tensor& x_in,
+                                                   const OptionalTensor& weight, const Tensor& context_in,
+                                                   const Tensor& attention_in, bool need_x, bool need_weight) {
+  const char* op = "attention_pool_backward";
+  check::feature_map(op, x_in);
+  check::mask(op, "", weight, std::nullopt, x_in);
+  check::side(op, "grad_context", grad_context_in, x_in, {x_in.size(0), x_in.size(1)});
+  check::side(op, "context", context_in, x_in, {x_in.size(0), x_in.size(1)});
+  check::side(op, "attention", attention_in, x_in, {x_in.size(0), weight ? positions(x_in) : 0});
+  const Tensor grad_context = dense(grad_context_in), context = dense(context_in), attention = dense(attention_in);
+  const Tensor grad_x = need_x ? empty_like_map(x_in) : no_gradient(x_in);
+  const Tensor grad_weight = gradient_of(need_weight, weight, x_in);
+  if (!weight) {
+    if (need_x) average_pool_backward(grad_context, grad_x);
+    return {grad_x, grad_weight};
+  }
+  if (!need_x && !need_weight) return {grad_x, grad_weight};
+  const Tensor x = native(x_in);
+  dispatch(x.scalar_type(), [&](auto kind) {
+    using scalar_t = decltype(kind);
+    using acc = acc_t<scalar_t>;
+    const auto w = to_acc<acc>(weight);
+    const auto map = read_map<scalar_t>(x);
+    const PoolPlan plan = plan_cpu_pool(map.layout.channels, map.layout.positions, sizeof(scalar_t));
+    const auto partial = need_weight ? WeightGradient<acc>(x.size(0), plan.splits, x.size(1)) : WeightGradient<acc>();
+    const PoolGradients<acc> given{data<acc>(grad_context), data<acc>(context), data<acc>(attention), w.data(), nullptr};
+    pool_backward_samples<scalar_t>({}, map, given, 0, x.size(0), write_map_if<scalar_t>(need_x, grad_x), partial);
+    if (need_weight) from_acc(partial.total().data(), grad_weight);
+  });
+  return {grad_x, grad_weight};
+}
+
+}  // namespace
+}  // namespace gcnet_ext::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(gcnet_ext, CPU, m) {
+  m.impl("attention_pool", TORCH_BOX(&gcnet_ext::cpu::attention_pool));
+  m.impl("attention_pool_backward", TORCH_BOX(&gcnet_ext::cpu::attention_pool_backward));
+}

@@ -1,0 +1,165 @@
+// global_context on the CPU: the whole block, one call per direction.
+//
+//   forward    ctx = attention pool of x;  t = transform(ctx) per branch;  out = x*gate(t_scale) + t_shift
+//   backward   ga = sum_p g, gs = sum_p g*x;  dctx through the branches;  dx = g*gate + the gradient through the pool
+//
+// The samples are worked on in groups that stay in the last-level cache between the steps, so that x comes from memory once.
+#include "attention_pool.h"
+#include "channel_fuse.h"
+#include "parallel.h"
+#include "transform.h"
+
+namespace gcnet_ext::cpu {
+namespace {
+
+template <typename acc>
+std::optional<Branch<acc>> branch_of(const BranchTensors& tensors, const TransformOptions& options, const Tensor& x) {
+  if (!tensors[0]) return std::nullopt;
+  return Branch<acc>(tensors, options, x.size(0), x.size(1));
+}
+
+template <typename acc>
+int64_t weight_bytes(const std::optional<Branch<acc>>& scale, const std::optional<Branch<acc>>& shift) {
+  return (scale ? scale->weight_bytes() : 0) + (shift ? shift->weight_bytes() : 0);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_context(
+    const Tensor& x_in, const OptionalTensor& mask_weight, const OptionalTensor& mask_bias,  //
+    const OptionalTensor& scale_w1, const OptionalTensor& scale_b1, const OptionalTensor& scale_norm_weight,
+    const OptionalTensor& scale_norm_bias, const OptionalTensor& scale_w2, const OptionalTensor& scale_b2,
+    const OptionalTensor& shift_w1, const OptionalTensor& shift_b1, const OptionalTensor& shift_norm_weight,
+    const OptionalTensor& shift_norm_bias, const OptionalTensor& shift_w2, const OptionalTensor& shift_b2,  //
+    bool norm, double eps, const std::string& activation, const std::string& gate_kind, double gate_alpha, double gate_beta) {
+  const char* op = "global_context";
+  const BranchTensors scale_tensors{scale_w1, scale_b1, scale_norm_weight, scale_norm_bias, scale_w2, scale_b2};
+  const BranchTensors shift_tensors{shift_w1, shift_b1, shift_norm_weight, shift_norm_bias, shift_w2, shift_b2};
+  check::feature_map(op, x_in);
+  check::mask(op, "mask_", mask_weight, mask_bias, x_in);
+  check::branches(op, scale_tensors, shift_tensors, x_in);
+  check::choices(op, activation, gate_kind);
+  const TransformOptions options(norm, eps, activation, gate_kind, gate_alpha, gate_beta);
+
+  const Tensor x = native(x_in), out = empty_like_map(x_in);
+  const int64_t samples = x.size(0), channels = x.size(1), scale_units = hidden_units(scale_tensors);
+  const int64_t units = scale_units + hidden_units(shift_tensors);
+  const ScalarType dtype = accumulation_dtype(x);
+  const Tensor context = torch::stable::new_empty(x, {samples, channels}, dtype);
+  const Tensor attention = torch::stable::new_empty(x, {samples, mask_weight ? positions(x) : 0}, dtype);
+  const Tensor hidden = torch::stable::new_empty(x, {samples, units}, dtype);
+  const Tensor gate = torch::stable::new_empty(x, {samples, scale_w1 ? channels : 0}, dtype);
+
+  dispatch(x.scalar_type(), [&](auto kind) {
+    using scalar_t = decltype(kind);
+    using acc = acc_t<scalar_t>;
+    const auto weight = to_acc<acc>(mask_weight), bias = to_acc<acc>(mask_bias);
+    auto scale = branch_of<acc>(scale_tensors, options, x), shift = branch_of<acc>(shift_tensors, options, x);
+    const auto map = read_map<scalar_t>(x);
+    acc *ctx = mutable_data<acc>(context), *h = mutable_data<acc>(hidden), *s = mutable_data<acc>(gate);
+    const Buffer<acc> t_shift(shift ? new acc[samples * channels] : nullptr);
+
+    const int64_t sample_bytes = channels * positions(x) * sizeof(scalar_t);
+    const int64_t group = plan_cpu_group(samples, sample_bytes, weight_bytes(scale, shift), torch_threads());
+    for (int64_t first = 0; first < samples; first += group) {
+      const int64_t count = std::min(group, samples - first);
+      pool_samples(map, pointer(weight), bias.empty() ? acc(0) : bias[0], first, count, ctx, mutable_data<acc>(attention));
+      if (scale) {
+        scale->forward(ctx, first, count, h, units, s);
+        apply_gate(options, s + first * channels, count * channels);
+      }
+      if (shift) shift->forward(ctx, first, count, h + scale_units, units, t_shift.get());
+      fuse_samples(map, scale ? s : nullptr, t_shift.get(), first, count, write_map<scalar_t>(out));
+    }
+  });
+  return {out, context, attention, hidden, gate};
+}
+
+using Gradients =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients global_context_backward(const Tensor& grad_in, const Tensor& x_in, const OptionalTensor& mask_weight,  //
+                                  const OptionalTensor& scale_w1, const OptionalTensor& scale_b1,
+                                  const OptionalTensor& scale_norm_weight, const OptionalTensor& scale_norm_bias,
+                                  const OptionalTensor& scale_w2, const OptionalTensor& scale_b2,
+                                  const OptionalTensor& shift_w1, const OptionalTensor& shift_b1,
+                                  const OptionalTensor& shift_norm_weight, const OptionalTensor& shift_norm_bias,
+                                  const OptionalTensor& shift_w2,
+                                  const OptionalTensor& shift_b2,  //
+                                  bool norm, double eps, const std::string& activation, const std::string& gate_kind,
+                                  double gate_alpha, double gate_beta, const Tensor& context_in, const Tensor& attention_in,
+                                  const Tensor& hidden_in, const Tensor& gate_in,  //
+                                  bool need_x, bool need_mask, bool need_scale, bool need_shift) {
+  const char* op = "global_context_backward";
+  const BranchTensors scale_tensors{scale_w1, scale_b1, scale_norm_weight, scale_norm_bias, scale_w2, scale_b2};
+  const BranchTensors shift_tensors{shift_w1, shift_b1, shift_norm_weight, shift_norm_bias, shift_w2, shift_b2};
+  check::feature_map(op, x_in);
+  check::gradient(op, grad_in, x_in);
+  check::mask(op, "mask_", mask_weight, std::nullopt, x_in);
+  check::branches(op, scale_tensors, shift_tensors, x_in);
+  check::choices(op, activation, gate_kind);
+  const int64_t samples = x_in.size(0), channels = x_in.size(1), scale_units = hidden_units(scale_tensors);
+  const int64_t units = scale_units + hidden_units(shift_tensors);
+  check::side(op, "context", context_in, x_in, {samples, channels});
+  check::side(op, "attention", attention_in, x_in, {samples, mask_weight ? positions(x_in) : 0});
+  check::side(op, "hidden", hidden_in, x_in, {samples, units});
+  check::side(op, "gate", gate_in, x_in, {samples, scale_w1 ? channels : 0});
+  const TransformOptions options(norm, eps, activation, gate_kind, gate_alpha, gate_beta);
+
+  const Tensor grad = native_like(grad_in, x_in), x = native(x_in);
+  const Tensor context = dense(context_in), attention = dense(attention_in), hidden = dense(hidden_in), gate = dense(gate_in);
+  const Tensor grad_x = need_x ? empty_like_map(x_in) : no_gradient(x_in);
+  const Tensor grad_mask = gradient_of(need_mask, mask_weight, x_in);
+  std::array<Tensor, 6> grad_scale, grad_shift;
+  for (size_t i = 0; i < grad_scale.size(); i++) {
+    grad_scale[i] = gradient_of(need_scale, scale_tensors[i], x_in);
+    grad_shift[i] = gradient_of(need_shift, shift_tensors[i], x_in);
+  }
+
+  dispatch(x.scalar_type(), [&](auto kind) {
+    using scalar_t = decltype(kind);
+    using acc = acc_t<scalar_t>;
+    const auto weight = to_acc<acc>(mask_weight);
+    auto scale = branch_of<acc>(scale_tensors, options, x), shift = branch_of<acc>(shift_tensors, options, x);
+    const auto map = read_map<scalar_t>(x), grad_map = read_map<scalar_t>(grad);
+    const auto grad_x_map = write_map_if<scalar_t>(need_x, grad_x);
+    const acc *ctx = data<acc>(context), *h = data<acc>(hidden), *s = scale ? data<acc>(gate) : nullptr;
+
+    const PoolPlan plan = plan_cpu_pool(channels, positions(x), sizeof(scalar_t));
+    const auto grad_weight =
+        need_mask && mask_weight ? WeightGradient<acc>(samples, plan.splits, channels) : WeightGradient<acc>();
+    const Buffer<acc> grad_t_scale(scale ? new acc[samples * channels] : nullptr),
+        grad_t_shift(shift ? new acc[samples * channels] : nullptr);
+    const Buffer<acc> grad_context(new acc[samples * channels]());
+    const PoolGradients<acc> given{grad_context.get(), ctx, data<acc>(attention), pointer(weight), s};
+
+    const int64_t sample_bytes = 2 * channels * positions(x) * sizeof(scalar_t);
+    const int64_t group = plan_cpu_group(samples, sample_bytes, weight_bytes(scale, shift), torch_threads());
+    for (int64_t first = 0; first < samples; first += group) {
+      const int64_t count = std::min(group, samples - first), begin = first * channels;
+      sum_samples(grad_map, map, first, count, grad_t_shift.get(), grad_t_scale.get());
+      if (scale) {
+        apply_gate_backward(options, s + begin, grad_t_scale.get() + begin, count * channels);
+        scale->backward(grad_t_scale.get(), h, units, first, count, grad_context.get());
+      }
+      if (shift) shift->backward(grad_t_shift.get(), h + scale_units, units, first, count, grad_context.get());
+      if (mask_weight) {
+        if (need_x || need_mask) pool_backward_samples(grad_map, map, given, first, count, grad_x_map, grad_weight);
+      } else if (need_x) {
+        for (int64_t i = begin; i < begin + count * channels; i++) grad_context[i] /= acc(positions(x));  // m_p = 1/P
+        fuse_samples(grad_map, s, static_cast<const acc*>(grad_context.get()), first, count, grad_x_map);
+      }
+    }
+    if (need_mask && mask_weight) from_acc(grad_weight.total().data(), grad_mask);
+    if (need_scale && scale) scale->parameter_gradients(grad_t_scale.get(), ctx, grad_scale);
+    if (need_shift && shift) shift->parameter_gradients(grad_t_shift.get(), ctx, grad_shift);
+  });
+  return {grad_x,        grad_mask,     grad_scale[0], grad_scale[1], grad_scale[2], grad_scale[3], grad_scale[4],
+          grad_scale[5], grad_shift[0], grad_shift[1], grad_shift[2], grad_shift[3], grad_shift[4], grad_shift[5]};
+}
+
+}  // namespace
+}  // namespace gcnet_ext::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(gcnet_ext, CPU, m) {
+  m.impl("global_context", TORCH_BOX(&gcnet_ext::cpu::global_context));
+  m.impl("global_context_backward", TORCH_BOX(&gcnet_ext::cpu::global_context_backward));
+}

@@ -1,0 +1,129 @@
+// The innermost loops of the CPU kernels: serial functions over one block of memory, without torch and without threads.
+// Each is compiled once per CPU capability from the same source (csrc/cpu/kernels/), and chosen at run time.
+#pragma once
+
+#include <cstdint>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+#include <type_traits>
+
+namespace gcnet_ext::cpu {
+
+using c10::BFloat16;
+using c10::Half;
+
+// Sums over scalar_t are taken in this type.
+template <typename scalar_t>
+using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+
+// A block of a feature map: some channels of some positions of one sample.
+template <typename scalar_t>
+struct Block {
+  scalar_t* data;
+  int64_t channels, positions;
+  int64_t channel_stride, position_stride;  // one of them is 1
+  bool channels_last;                       // channel_stride is 1
+};
+
+// A running softmax-weighted sum: sum_p exp(logit_p - max) x_p and sum_p exp(logit_p - max) over the positions seen so far.
+template <typename acc>
+struct SoftmaxSum {
+  acc max, sum;
+  acc* weighted;  // [C]
+};
+
+// What the second backward pass needs of one sample besides x and g.
+template <typename acc>
+struct PoolGradient {
+  const acc* grad_context;  // dctx [C]
+  acc context_dot;          // dctx . ctx
+  const acc* weight;        // w [C]
+  const acc* scale;         // [C], what g is multiplied with; null for 1
+};
+
+// Loops over a feature map of scalar_t.
+template <typename scalar_t>
+struct MapKernels {
+  using acc = acc_t<scalar_t>;
+  // logit_p = w . x_p + b, written to logits; the block is added to the running softmax-weighted sum.
+  void (*attention_pool)(Block<const scalar_t> x, const acc* weight, acc bias, acc* logits, SoftmaxSum<acc>& state);
+  // u_p = dctx . x_p, dl_p = m_p (u_p - dctx . ctx); dx = g*scale + m_p dctx + dl_p w (g or dx may have null data);
+  // grad_weight += sum_p dl_p x_p (unless null).
+  void (*attention_pool_backward)(Block<const scalar_t> grad, Block<const scalar_t> x, const acc* attention,
+                                  const PoolGradient<acc>& sample, Block<scalar_t> grad_x, acc* grad_weight);
+  // out = x*scale + shift; null scale is 1, null shift is 0.
+  void (*channel_fuse)(Block<const scalar_t> x, const acc* scale, const acc* shift, Block<scalar_t> out);
+  // sum_a[c] += sum_p a_cp; sum_ab[c] += sum_p a_cp b_cp (b may have null data; a null sum is not taken).
+  void (*channel_sums)(Block<const scalar_t> a, Block<const scalar_t> b, acc* sum_a, acc* sum_ab);
+};
+
+// Loops over [N, C] buffers of acc.
+template <typename acc>
+struct VectorKernels {
+  // logits -> exp(logit - max) / sum, in place.
+  void (*softmax)(acc* logits, int64_t count, acc max, acc sum);
+  // dctx . ctx, added in the order in which attention_pool_backward of that layout adds dctx . x_p.
+  acc (*context_dot)(const acc* grad_context, const acc* context, int64_t channels, bool channels_last);
+  // t -> sigmoid(t), in place.
+  void (*sigmoid)(acc* t, int64_t count);
+};
+
+// Products of rows [n, K] and [n, M] of acc with a matrix W [M, K] of weight_t. Leading dimensions are given as strides.
+template <typename acc, typename weight_t>
+struct MatrixKernels {
+  // y[n, m] = bias[m] + sum_k W[m, k] x[n, k] for rows m0 <= m < m1.
+  void (*linear)(const acc* x, int64_t x_stride, int64_t samples, const weight_t* weight, int64_t columns, const acc* bias,
+                 int64_t m0, int64_t m1, acc* y, int64_t y_stride);
+  // grad_x[n, k] = sum_{m0 <= m < m1} grad_y[n, m] W[m, k] for columns k0 <= k < k1.
+  void (*linear_backward_input)(const acc* grad_y, int64_t y_stride, int64_t samples, const weight_t* weight, int64_t columns,
+                                int64_t m0, int64_t m1, int64_t k0, int64_t k1, acc* grad_x, int64_t x_stride);
+  // grad_W[m, k] = sum_n grad_y[n, m] x[n, k] for rows m0 <= m < m1.
+  void (*linear_backward_weight)(const acc* grad_y, int64_t y_stride, const acc* x, int64_t x_stride, int64_t samples,
+                                 int64_t columns, int64_t m0, int64_t m1, weight_t* grad_weight);
+};
+
+// Everything that is compiled for one capability.
+struct Kernels {
+  MapKernels<double> map_double;
+  MapKernels<float> map_float;
+  MapKernels<Half> map_half;
+  MapKernels<BFloat16> map_bfloat16;
+  VectorKernels<double> vector_double;
+  VectorKernels<float> vector_float;
+  MatrixKernels<double, double> matrix_double_double;
+  MatrixKernels<float, float> matrix_float_float;
+  MatrixKernels<float, Half> matrix_float_half;
+  MatrixKernels<float, BFloat16> matrix_float_bfloat16;
+};
+
+// Those of one capability; csrc/cpu/kernels_<capability>.cpp. Null where the compiler cannot target it.
+const Kernels* kernels_default();
+const Kernels* kernels_avx2();
+const Kernels* kernels_avx512();
+
+// Those of the capability in use, picked at the first call.
+const Kernels& kernels();
+
+template <typename scalar_t>
+const MapKernels<scalar_t>& map_kernels() {
+  if constexpr (std::is_same_v<scalar_t, double>) return kernels().map_double;
+  if constexpr (std::is_same_v<scalar_t, float>) return kernels().map_float;
+  if constexpr (std::is_same_v<scalar_t, Half>) return kernels().map_half;
+  if constexpr (std::is_same_v<scalar_t, BFloat16>) return kernels().map_bfloat16;
+}
+
+template <typename acc>
+const VectorKernels<acc>& vector_kernels() {
+  if constexpr (std::is_same_v<acc, double>) return kernels().vector_double;
+  if constexpr (std::is_same_v<acc, float>) return kernels().vector_float;
+}
+
+template <typename acc, typename weight_t>
+const MatrixKernels<acc, weight_t>& matrix_kernels() {
+  if constexpr (std::is_same_v<weight_t, double>) return kernels().matrix_double_double;
+  if constexpr (std::is_same_v<weight_t, float>) return kernels().matrix_float_float;
+  if constexpr (std::is_same_v<weight_t, Half>) return kernels().matrix_float_half;
+  if constexpr (std::is_same_v<weight_t, BFloat16>) return kernels().matrix_float_bfloat16;
+}
+
+}  // namespace gcnet_ext::cpu

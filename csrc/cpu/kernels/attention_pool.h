@@ -1,0 +1,223 @@
+// Attention pooling of one block, and its backward pass.
+//
+//   logit_p = w . x_p + b         ctx = sum_p m_p x_p with m = softmax(logit)
+//   u_p = dctx . x_p              dl_p = m_p (u_p - dctx . ctx)
+//   dx = g*scale + m_p dctx + dl_p w      dw = sum_p dl_p x_p
+//
+// A block is small enough to stay in the second-level cache: x comes from memory once, although each formula needs it twice.
+#pragma once
+
+#include "simd.h"
+
+namespace gcnet_ext::cpu::GCNET_CAPABILITY {
+
+constexpr int64_t kMaxTile = 4096;  // positions of one block
+// In NCHW a block is many short rows far apart, which no hardware prefetcher follows: ask for a row so many rows ahead of its
+// use.
+constexpr int64_t kRowsAhead = 4;
+
+// sum_i a_i b_i over `count` elements of R rows at once: rows of x with stride, each with the vector w.
+template <int R, typename scalar_t>
+inline void dot_rows(const scalar_t* x, int64_t stride, const acc_t<scalar_t>* w, int64_t count, acc_t<scalar_t>* dots) {
+  using acc = acc_t<scalar_t>;
+  Vec<acc> sums[R] = {};
+  for_each_vector<acc>(count, [&](int64_t i, auto lanes) {
+    const Vec<acc> wi = load(w + i, lanes);
+    for (int r = 0; r < R; r++) sums[r] += wi * load(x + r * stride + i, lanes);
+  });
+  sum_each(sums, dots);
+}
+
+// y_i += sum_r a_r x_ri over `count` elements of R rows at once; `ahead`: whether to ask for the next R rows meanwhile.
+template <int R, bool ahead, typename scalar_t>
+inline void add_rows(const scalar_t* x, int64_t stride, const acc_t<scalar_t>* a, int64_t count, acc_t<scalar_t>* y) {
+  using acc = acc_t<scalar_t>;
+  for_each_vector<acc>(count, [&](int64_t i, auto lanes) {
+    Vec<acc> total = load(y + i, lanes);
+    for (int r = 0; r < R; r++) {
+      if constexpr (ahead) __builtin_prefetch(x + (r + R) * stride + i);
+      total += a[r] * load(x + r * stride + i, lanes);
+    }
+    store(y + i, total, lanes);
+  });
+}
+
+// Calls body(first_row, integral_constant<R>) with R rows at a time, the rest one by one.
+template <int R, typename Body>
+inline void for_each_rows(int64_t rows, const Body& body) {
+  int64_t row = 0;
+  for (; row + R <= rows; row += R) body(row, std::integral_constant<int, R>{});
+  for (; row < rows; row++) body(row, std::integral_constant<int, 1>{});
+}
+
+// dots[p] = sum_c w_c x_cp for every position of the block. The order of the additions depends on C alone.
+template <typename scalar_t>
+void position_dots(Block<const scalar_t> x, const acc_t<scalar_t>* w, acc_t<scalar_t>* dots) {
+  if (x.channels_last) {
+    for_each_rows<4>(x.positions, [&](int64_t p, auto rows) {
+      dot_rows<rows>(x.data + p * x.position_stride, x.position_stride, w, x.channels, dots + p);
+    });
+  } else {
+    std::memset(dots, 0, x.positions * sizeof *dots);
+    for_each_rows<8>(x.channels, [&](int64_t c, auto rows) {
+      add_rows<rows, true>(x.data + c * x.channel_stride, x.channel_stride, w + c, x.positions, dots);
+    });
+  }
+}
+
+// sums[c] += sum_p a_p x_cp for every channel of the block.
+template <typename scalar_t>
+void channel_dots(Block<const scalar_t> x, const acc_t<scalar_t>* a, acc_t<scalar_t>* sums) {
+  if (x.channels_last) {
+    for_each_rows<8>(x.positions, [&](int64_t p, auto rows) {
+      add_rows<rows, false>(x.data + p * x.position_stride, x.position_stride, a + p, x.channels, sums);
+    });
+  } else {
+    for_each_rows<4>(x.channels, [&](int64_t c, auto rows) {
+      acc_t<scalar_t> dots[rows.value];
+      dot_rows<rows>(x.data + c * x.channel_stride, x.channel_stride, a, x.positions, dots);
+      for (int r = 0; r < rows; r++) sums[c + r] += dots[r];
+    });
+  }
+}
+
+template <typename scalar_t>
+void attention_pool(Block<const scalar_t> x, const acc_t<scalar_t>* weight, acc_t<scalar_t> bias, acc_t<scalar_t>* logits,
+                    SoftmaxSum<acc_t<scalar_t>>& state) {
+  using acc = acc_t<scalar_t>;
+  constexpr acc lowest = -std::numeric_limits<acc>::infinity();
+  position_dots(x, weight, logits);
+  acc tile_max = lowest;
+  for (int64_t p = 0; p < x.positions; p++) {
+    logits[p] += bias;
+    tile_max = logits[p] > tile_max ? logits[p] : tile_max;
+  }
+  const acc new_max = tile_max > state.max ? tile_max : state.max;
+  const acc reference = new_max == lowest ? acc(0) : new_max;  // all logits -inf: every weight is exp(-inf) = 0
+  if (new_max != state.max) {
+    const acc rescale = std::exp(state.max - reference);  // 0 for the first block
+    state.sum *= rescale;
+    for (int64_t c = 0; c < x.channels; c++) state.weighted[c] *= rescale;
+    state.max = new_max;
+  }
+
+  alignas(kVectorBytes) acc weights[kMaxTile];
+  Vec<acc> sums{};
+  for_each_vector<acc>(x.positions, [&](int64_t p, auto lanes) {
+    const Vec<acc> e = exp(load(logits + p, lanes) - reference);
+    store(weights + p, e, lanes);
+    sums += load(weights + p, lanes);  // loaded again: a partial vector must not count its unused lanes
+  });
+  state.sum += sum(sums);
+  channel_dots(x, weights, state.weighted);
+}
+
+template <typename scalar_t, bool has_grad, bool has_weight_grad>
+inline void grad_row(const scalar_t* g, int64_t g_ahead, const scalar_t* x, const acc_t<scalar_t>* m, const acc_t<scalar_t>* dl,
+                     int64_t count, acc_t<scalar_t> scale, acc_t<scalar_t> dctx, acc_t<scalar_t> w, scalar_t* dx,
+                     int64_t dx_ahead, acc_t<scalar_t>* dw) {
+  using acc = acc_t<scalar_t>;
+  Vec<acc> sums{};
+  for_each_vector<acc>(count, [&](int64_t p, auto lanes) {
+    if constexpr (has_grad) __builtin_prefetch(g + p + g_ahead);
+    __builtin_prefetch(dx + p + dx_ahead, 1);
+    const Vec<acc> dlp = load(dl + p, lanes);
+    Vec<acc> value = load(m + p, lanes) * dctx + dlp * w;
+    if constexpr (has_grad) value += load(g + p, lanes) * scale;
+    if constexpr (has_weight_grad) sums += dlp * load(x + p, lanes);
+    store(dx + p, value, lanes);
+  });
+  if constexpr (has_weight_grad) *dw += sum(sums);
+}
+
+// The same for R neighbouring positions in channels_last: the vectors over channels are shared by them.
+template <int R, typename scalar_t, bool has_grad, bool has_scale, bool has_weight_grad>
+inline void grad_positions(const scalar_t* g, int64_t g_stride, const scalar_t* x, int64_t x_stride, const acc_t<scalar_t>* m,
+                           const acc_t<scalar_t>* dl, int64_t channels, const PoolGradient<acc_t<scalar_t>>& sample,
+                           scalar_t* dx, int64_t dx_stride, acc_t<scalar_t>* dw) {
+  using acc = acc_t<scalar_t>;
+  for_each_vector<acc>(channels, [&](int64_t c, auto lanes) {
+    const Vec<acc> dctx = load(sample.grad_context + c, lanes), w = load(sample.weight + c, lanes);
+    Vec<acc> scale{}, total{};
+    if constexpr (has_scale) scale = load(sample.scale + c, lanes);
+    if constexpr (has_weight_grad) total = load(dw + c, lanes);
+    for (int r = 0; r < R; r++) {
+      Vec<acc> value = m[r] * dctx + dl[r] * w;
+      if constexpr (has_grad && has_scale) value += load(g + r * g_stride + c, lanes) * scale;
+      if constexpr (has_grad && !has_scale) value += load(g + r * g_stride + c, lanes);
+      if constexpr (has_weight_grad) total += dl[r] * load(x + r * x_stride + c, lanes);
+      store(dx + r * dx_stride + c, value, lanes);
+    }
+    if constexpr (has_weight_grad) store(dw + c, total, lanes);
+  });
+}
+
+// Calls body with an integral_constant<bool> for every flag: a loop is compiled for each combination.
+template <typename Body>
+inline void with_flags(const Body& body) {
+  body();
+}
+template <typename Body, typename... Flags>
+inline void with_flags(const Body& body, bool flag, Flags... flags) {
+  if (flag) {
+    with_flags([&](auto... rest) { body(std::true_type{}, rest...); }, flags...);
+  } else {
+    with_flags([&](auto... rest) { body(std::false_type{}, rest...); }, flags...);
+  }
+}
+
+// dctx . ctx in the very order in which position_dots adds: where the softmax is saturated, ctx is one x_p, and u_p - dctx .
+// ctx must then vanish, not leave a rounding error.
+template <typename acc>
+acc context_dot(const acc* grad_context, const acc* context, int64_t channels, bool channels_last) {
+  acc dot;
+  position_dots(Block<const acc>{context, channels, 1, 1, 1, channels_last}, grad_context, &dot);
+  return dot;
+}
+
+template <typename scalar_t>
+void attention_pool_backward(Block<const scalar_t> grad, Block<const scalar_t> x, const acc_t<scalar_t>* attention,
+                             const PoolGradient<acc_t<scalar_t>>& sample, Block<scalar_t> grad_x,
+                             acc_t<scalar_t>* grad_weight) {
+  using acc = acc_t<scalar_t>;
+  alignas(kVectorBytes) acc dl[kMaxTile];
+  position_dots(x, sample.grad_context, dl);
+  for (int64_t p = 0; p < x.positions; p++) dl[p] = attention[p] * (dl[p] - sample.context_dot);
+  if (!grad_x.data) {
+    if (grad_weight) channel_dots(x, dl, grad_weight);
+    return;
+  }
+  if (x.channels_last) {
+    with_flags(
+        [&](auto has_grad, auto has_scale, auto has_weight_grad) {
+          for_each_rows<4>(x.positions, [&](int64_t p, auto rows) {
+            grad_positions<rows, scalar_t, has_grad, has_scale, has_weight_grad>(
+                grad.data + p * grad.position_stride, grad.position_stride, x.data + p * x.position_stride, x.position_stride,
+                attention + p, dl + p, x.channels, sample, grad_x.data + p * grad_x.position_stride, grad_x.position_stride,
+                grad_weight);
+          });
+        },
+        grad.data != nullptr, sample.scale != nullptr, grad_weight != nullptr);
+  } else {
+    with_flags(
+        [&](auto has_grad, auto has_weight_grad) {
+          for (int64_t c = 0; c < x.channels; c++) {
+            grad_row<scalar_t, has_grad, has_weight_grad>(
+                grad.data + c * grad.channel_stride, kRowsAhead * grad.channel_stride, x.data + c * x.channel_stride, attention,
+                dl, x.positions, sample.scale ? sample.scale[c] : acc(1), sample.grad_context[c], sample.weight[c],
+                grad_x.data + c * grad_x.channel_stride, kRowsAhead * grad_x.channel_stride,
+                grad_weight ? grad_weight + c : nullptr);
+          }
+        },
+        grad.data != nullptr, grad_weight != nullptr);
+  }
+}
+
+template <typename acc>
+void softmax(acc* logits, int64_t count, acc max, acc sum) {
+  const acc reference = max == -std::numeric_limits<acc>::infinity() ? acc(0) : max;
+  for_each_vector<acc>(
+      count, [&](int64_t p, auto lanes) { store(logits + p, exp(load(logits + p, lanes) - reference) / sum, lanes); });
+}
+
+}  // namespace gcnet_ext::cpu::GCNET_CAPABILITY

@@ -1,0 +1,72 @@
+// Channel fusion of one block, out = x*scale + shift, and the sums over positions that its backward pass and average pooling
+// need.
+#pragma once
+
+#include "simd.h"
+
+namespace gcnet_ext::cpu::GCNET_CAPABILITY {
+
+template <typename scalar_t>
+void channel_fuse(Block<const scalar_t> x, const acc_t<scalar_t>* scale, const acc_t<scalar_t>* shift, Block<scalar_t> out) {
+  using acc = acc_t<scalar_t>;
+  if (!x.channels_last) {
+    for (int64_t c = 0; c < x.channels; c++) {
+      const Vec<acc> s = broadcast(scale ? scale[c] : acc(1)), t = broadcast(shift ? shift[c] : acc(0));
+      const scalar_t* in = x.data + c * x.channel_stride;
+      scalar_t* row = out.data + c * out.channel_stride;
+      for_each_vector<acc>(x.positions, [&](int64_t p, auto lanes) { store(row + p, load(in + p, lanes) * s + t, lanes); });
+    }
+    return;
+  }
+  for (int64_t p = 0; p < x.positions; p++) {
+    const scalar_t* in = x.data + p * x.position_stride;
+    scalar_t* row = out.data + p * out.position_stride;
+    for_each_vector<acc>(x.channels, [&](int64_t c, auto lanes) {
+      const Vec<acc> s = scale ? load(scale + c, lanes) : broadcast(acc(1)), t = shift ? load(shift + c, lanes) : Vec<acc>{};
+      store(row + c, load(in + c, lanes) * s + t, lanes);
+    });
+  }
+}
+
+// sum_a += a, sum_ab += a*b for one vector of channels or positions; what is not asked for is not loaded.
+template <typename scalar_t>
+void channel_sums(Block<const scalar_t> a, Block<const scalar_t> b, acc_t<scalar_t>* sum_a, acc_t<scalar_t>* sum_ab) {
+  using acc = acc_t<scalar_t>;
+  if (!a.channels_last) {
+    for (int64_t c = 0; c < a.channels; c++) {
+      const scalar_t* ac = a.data + c * a.channel_stride;
+      Vec<acc> plain{}, product{};
+      if (sum_ab) {
+        const scalar_t* bc = b.data + c * b.channel_stride;
+        for_each_vector<acc>(a.positions, [&](int64_t p, auto lanes) {
+          const Vec<acc> value = load(ac + p, lanes);
+          plain += value;
+          product += value * load(bc + p, lanes);
+        });
+        sum_ab[c] += sum(product);
+      } else {
+        for_each_vector<acc>(a.positions, [&](int64_t p, auto lanes) { plain += load(ac + p, lanes); });
+      }
+      if (sum_a) sum_a[c] += sum(plain);
+    }
+    return;
+  }
+  constexpr int64_t kRows = 4;  // positions that share one load and store of the sums
+  for (int64_t p = 0; p < a.positions; p += kRows) {
+    const int64_t rows = a.positions - p < kRows ? a.positions - p : kRows;
+    const scalar_t* ap = a.data + p * a.position_stride;
+    const scalar_t* bp = sum_ab ? b.data + p * b.position_stride : nullptr;
+    for_each_vector<acc>(a.channels, [&](int64_t c, auto lanes) {
+      Vec<acc> plain{}, product{};
+      for (int64_t r = 0; r < rows; r++) {
+        const Vec<acc> value = load(ap + r * a.position_stride + c, lanes);
+        plain += value;
+        if (sum_ab) product += value * load(bp + r * b.position_stride + c, lanes);
+      }
+      if (sum_a) store(sum_a + c, load(sum_a + c, lanes) + plain, lanes);
+      if (sum_ab) store(sum_ab + c, load(sum_ab + c, lanes) + product, lanes);
+    });
+  }
+}
+
+}  // namespace gcnet_ext::cpu::GCNET_CAPABILITY

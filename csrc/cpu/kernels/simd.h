@@ -1,0 +1,116 @@
+// Vectors of acc (float or double) of the capability's width, from the compiler's vector extension: operators come with it, and
+// the same source compiles to SSE, AVX2, AVX-512 or NEON. What the extension lacks (half loads, masks, sums across lanes) is in
+// simd_<capability>.h, which is included before this file and defines GCNET_CAPABILITY and kVectorBytes.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "../kernels.h"
+
+namespace gcnet_ext::cpu::GCNET_CAPABILITY {
+
+template <typename acc>
+inline Vec<acc> broadcast(acc value) {
+  return Vec<acc>{} + value;
+}
+
+template <typename acc>
+inline Vec<acc> max(Vec<acc> a, Vec<acc> b) {
+  return a > b ? a : b;
+}
+
+// exp(x) = 2^k exp(r) with x = k ln 2 + r, |r| <= ln 2 / 2; coefficients of the Cephes library, at most 2 ulp.
+inline Vec<float> exp(Vec<float> x) {
+  typedef int32_t IntVec __attribute__((vector_size(kVectorBytes)));
+  constexpr float round_to_integer = 12582912.f;            // 1.5 * 2^23: adding it leaves no fraction bits
+  Vec<float> clamped = x > -104.f ? x : broadcast(-104.f);  // below, and above 89, the result is 0 and infinity
+  clamped = clamped < 89.f ? clamped : broadcast(89.f);
+  const Vec<float> k = (clamped * 1.44269504088896341f + round_to_integer) - round_to_integer;
+  const Vec<float> r = (clamped - k * 0.693359375f) + k * 2.12194440e-4f;
+  Vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.f;
+  const IntVec exponent = __builtin_convertvector(k, IntVec),
+               half = exponent >> 1;  // 2^k in two factors: k reaches -150 and 128
+  const Vec<float> result =
+      p * reinterpret_cast<Vec<float>>((half + 127) << 23) * reinterpret_cast<Vec<float>>((exponent - half + 127) << 23);
+  return x != x ? x : result;
+}
+
+inline Vec<double> exp(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; i++) x[i] = std::exp(x[i]);
+  return x;
+}
+
+// bfloat16 is the upper half of a float.
+inline Vec<float> load(const BFloat16* p) {
+  typedef uint16_t ShortVec __attribute__((vector_size(kVectorBytes / 2)));
+  typedef uint32_t WordVec __attribute__((vector_size(kVectorBytes)));
+  ShortVec bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return reinterpret_cast<Vec<float>>(__builtin_convertvector(bits, WordVec) << 16);
+}
+
+inline void store(BFloat16* p, Vec<float> value) {
+  typedef uint16_t ShortVec __attribute__((vector_size(kVectorBytes / 2)));
+  typedef uint32_t WordVec __attribute__((vector_size(kVectorBytes)));
+  const WordVec bits = reinterpret_cast<WordVec>(value);
+  WordVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  rounded = value != value ? WordVec{} + 0x7fc0u : rounded;
+  const ShortVec narrow = __builtin_convertvector(rounded, ShortVec);
+  std::memcpy(p, &narrow, sizeof narrow);
+}
+
+// The first `count` lanes from memory, zeros in the others; and back. By way of a buffer, where the capability has no masks.
+template <typename scalar_t>
+inline auto load_first(const scalar_t* p, int64_t count) {
+  alignas(kVectorBytes) scalar_t buffer[kLanes<acc_t<scalar_t>>] = {};
+  std::memcpy(buffer, p, count * sizeof(scalar_t));
+  return load(buffer);
+}
+
+template <typename scalar_t>
+inline void store_first(scalar_t* p, Vec<acc_t<scalar_t>> value, int64_t count) {
+  alignas(kVectorBytes) scalar_t buffer[kLanes<acc_t<scalar_t>>];
+  store(buffer, value);
+  std::memcpy(p, buffer, count * sizeof(scalar_t));
+}
+
+template <typename acc, size_t R>
+inline void sum_each(const Vec<acc> (&v)[R], acc* sums) {
+  for (size_t r = 0; r < R; r++) sums[r] = sum(v[r]);
+}
+
+// Calls body(i, lanes) for every vector of a row of `count` elements; lanes is a constant for all but the last, partial one.
+template <typename acc, typename Body>
+inline void for_each_vector(int64_t count, const Body& body) {
+  constexpr int64_t lanes = kLanes<acc>;
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) body(i, std::integral_constant<int64_t, lanes>{});
+  if (i < count) body(i, count - i);
+}
+
+// The loads and stores of such a body: whole vectors when the number of lanes is a constant, partial ones otherwise.
+template <typename scalar_t, int64_t lanes>
+inline auto load(const scalar_t* p, std::integral_constant<int64_t, lanes>) {
+  return load(p);
+}
+template <typename scalar_t>
+inline auto load(const scalar_t* p, int64_t count) {
+  return load_first(p, count);
+}
+template <typename scalar_t, int64_t lanes>
+inline void store(scalar_t* p, Vec<acc_t<scalar_t>> value, std::integral_constant<int64_t, lanes>) {
+  store(p, value);
+}
+template <typename scalar_t>
+inline void store(scalar_t* p, Vec<acc_t<scalar_t>> value, int64_t count) {
+  store_first(p, value, count);
+}
+
+}  // namespace gcnet_ext::cpu::GCNET_CAPABILITY

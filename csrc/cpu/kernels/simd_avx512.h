@@ -1,0 +1,49 @@
+// AVX-512 F, BW, DQ and VL with FMA: 64-byte vectors and masks.
+#pragma once
+
+#include <immintrin.h>
+
+#include "../kernels.h"
+
+#define GCNET_CAPABILITY capability_avx512
+
+namespace gcnet_ext::cpu::GCNET_CAPABILITY {
+
+constexpr int kVectorBytes = 64;
+template <typename acc>
+constexpr int64_t kLanes = kVectorBytes / sizeof(acc);
+
+template <typename acc>
+struct VecOf {
+  typedef acc type __attribute__((vector_size(kVectorBytes)));
+};
+template <typename acc>
+using Vec = typename VecOf<acc>::type;
+
+inline Vec<float> load(const float* p) { return _mm512_loadu_ps(p); }
+inline Vec<double> load(const double* p) { return _mm512_loadu_pd(p); }
+inline Vec<float> load(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+
+inline void store(float* p, Vec<float> value) { _mm512_storeu_ps(p, value); }
+inline void store(double* p, Vec<double> value) { _mm512_storeu_pd(p, value); }
+inline void store(Half* p, Vec<float> value) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+}
+
+inline __mmask16 first(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+inline Vec<float> load_first(const float* p, int64_t count) { return _mm512_maskz_loadu_ps(first(count), p); }
+inline Vec<double> load_first(const double* p, int64_t count) { return _mm512_maskz_loadu_pd(first(count), p); }
+inline Vec<float> load_first(const Half* p, int64_t count) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(count), p));
+}
+inline Vec<float> load_first(const BFloat16* p, int64_t count) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(count), p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+inline void store_first(float* p, Vec<float> value, int64_t count) { _mm512_mask_storeu_ps(p, first(count), value); }
+inline void store_first(double* p, Vec<double> value, int64_t count) { _mm512_mask_storeu_pd(p, first(count), value); }
+
+inline __m256 fold(Vec<float> v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
+inline __m256d fold(Vec<double> v) { return _mm256_add_pd(_mm512_castpd512_pd256(v), _mm512_extractf64x4_pd(v, 1)); }
+
+}  // namespace gcnet_ext::cpu::GCNET_CAPABILITY

@@ -1,0 +1,44 @@
+// Portable: 16-byte vectors, which every compiler maps to SSE2 or NEON, and no header of any processor.
+#pragma once
+
+#include <cstring>
+
+#include "../kernels.h"
+
+#define GCNET_CAPABILITY capability_default
+
+namespace gcnet_ext::cpu::GCNET_CAPABILITY {
+
+constexpr int kVectorBytes = 16;
+template <typename acc>
+constexpr int64_t kLanes = kVectorBytes / sizeof(acc);
+
+template <typename acc>
+struct VecOf {
+  typedef acc type __attribute__((vector_size(kVectorBytes)));
+};
+template <typename acc>
+using Vec = typename VecOf<acc>::type;
+
+inline Vec<float> load(const float* p) {
+  Vec<float> value;
+  std::memcpy(&value, p, sizeof value);
+  return value;
+}
+inline Vec<double> load(const double* p) {
+  Vec<double> value;
+  std::memcpy(&value, p, sizeof value);
+  return value;
+}
+inline Vec<float> load(const Half* p) { return Vec<float>{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
+
+inline void store(float* p, Vec<float> value) { std::memcpy(p, &value, sizeof value); }
+inline void store(double* p, Vec<double> value) { std::memcpy(p, &value, sizeof value); }
+inline void store(Half* p, Vec<float> value) {
+  for (int i = 0; i < kLanes<float>; i++) p[i] = Half(value[i]);
+}
+
+inline float sum(Vec<float> v) { return (v[0] + v[1]) + (v[2] + v[3]); }
+inline double sum(Vec<double> v) { return v[0] + v[1]; }
+
+}  // namespace gcnet_ext::cpu::GCNET_CAPABILITY

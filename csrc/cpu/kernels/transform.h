@@ -1,0 +1,97 @@
+// The products of the transform: rows [n, K] of context or hidden units with a weight matrix W [M, K].
+//
+// One sample's result never depends on how many others are worked on with it: every output element has its own accumulator and
+// its own fixed order of additions.
+#pragma once
+
+#include "simd.h"
+
+namespace gcnet_ext::cpu::GCNET_CAPABILITY {
+
+constexpr int kSampleBlock = 4;                           // samples that share one load of W
+constexpr int kRowBlock = kVectorBytes == 64 ? 4 : 2;     // rows of W that share one load of x; what the registers hold
+constexpr int kColumnBlock = kVectorBytes == 64 ? 4 : 2;  // vectors along K
+
+// Calls body(first, integral_constant) for blocks of B, then for the rest one by one.
+template <int B, typename Body>
+inline void for_each_block(int64_t begin, int64_t end, const Body& body) {
+  for (; begin + B <= end; begin += B) body(begin, std::integral_constant<int, B>{});
+  for (; begin < end; begin++) body(begin, std::integral_constant<int, 1>{});
+}
+
+template <typename acc, typename weight_t>
+void linear(const acc* x, int64_t x_stride, int64_t samples, const weight_t* weight, int64_t columns, const acc* bias,
+            int64_t m0, int64_t m1, acc* y, int64_t y_stride) {
+  for_each_block<kRowBlock>(m0, m1, [&](int64_t m, auto rows) {
+    for_each_block<kSampleBlock>(0, samples, [&](int64_t n, auto block) {
+      Vec<acc> sums[block.value][rows.value] = {};
+      for_each_vector<acc>(columns, [&](int64_t k, auto lanes) {
+        Vec<acc> xk[block.value];
+        for (int j = 0; j < block; j++) xk[j] = load(x + (n + j) * x_stride + k, lanes);
+        for (int i = 0; i < rows; i++) {
+          const Vec<acc> w = load(weight + (m + i) * columns + k, lanes);
+          for (int j = 0; j < block; j++) sums[j][i] += w * xk[j];
+        }
+      });
+      for (int j = 0; j < block; j++) {
+        acc* yn = y + (n + j) * y_stride + m;
+        sum_each(sums[j], yn);
+        if (bias) {
+          for (int i = 0; i < rows; i++) yn[i] += bias[m + i];
+        }
+      }
+    });
+  });
+}
+
+template <typename acc, typename weight_t>
+void linear_backward_input(const acc* grad_y, int64_t y_stride, int64_t samples, const weight_t* weight, int64_t columns,
+                           int64_t m0, int64_t m1, int64_t k0, int64_t k1, acc* grad_x, int64_t x_stride) {
+  constexpr int64_t kSpan = kColumnBlock * kLanes<acc>;
+  for_each_block<kSampleBlock>(0, samples, [&](int64_t n, auto block) {
+    int64_t k = k0;
+    for (; k + kSpan <= k1; k += kSpan) {
+      Vec<acc> sums[kColumnBlock][block.value] = {};
+      for (int64_t m = m0; m < m1; m++) {
+        for (int i = 0; i < kColumnBlock; i++) {
+          const Vec<acc> w = load(weight + m * columns + k + i * kLanes<acc>);
+          for (int j = 0; j < block; j++) sums[i][j] += grad_y[(n + j) * y_stride + m] * w;
+        }
+      }
+      for (int i = 0; i < kColumnBlock; i++) {
+        for (int j = 0; j < block; j++) store(grad_x + (n + j) * x_stride + k + i * kLanes<acc>, sums[i][j]);
+      }
+    }
+    for_each_vector<acc>(k1 - k, [&](int64_t i, auto lanes) {
+      Vec<acc> sums[block.value] = {};
+      for (int64_t m = m0; m < m1; m++) {
+        const Vec<acc> w = load(weight + m * columns + k + i, lanes);
+        for (int j = 0; j < block; j++) sums[j] += grad_y[(n + j) * y_stride + m] * w;
+      }
+      for (int j = 0; j < block; j++) store(grad_x + (n + j) * x_stride + k + i, sums[j], lanes);
+    });
+  });
+}
+
+template <typename acc, typename weight_t>
+void linear_backward_weight(const acc* grad_y, int64_t y_stride, const acc* x, int64_t x_stride, int64_t samples,
+                            int64_t columns, int64_t m0, int64_t m1, weight_t* grad_weight) {
+  for_each_block<kSampleBlock>(m0, m1, [&](int64_t m, auto rows) {
+    for_each_vector<acc>(columns, [&](int64_t k, auto lanes) {
+      Vec<acc> sums[rows.value] = {};
+      for (int64_t n = 0; n < samples; n++) {
+        const Vec<acc> xk = load(x + n * x_stride + k, lanes);
+        for (int i = 0; i < rows; i++) sums[i] += grad_y[n * y_stride + m + i] * xk;
+      }
+      for (int i = 0; i < rows; i++) store(grad_weight + (m + i) * columns + k, sums[i], lanes);
+    });
+  });
+}
+
+template <typename acc>
+void sigmoid(acc* t, int64_t count) {
+  for_each_vector<acc>(count,
+                       [&](int64_t i, auto lanes) { store(t + i, acc(1) / (acc(1) + exp(-load(t + i, lanes))), lanes); });
+}
+
+}  // namespace gcnet_ext::cpu::GCNET_CAPABILITY

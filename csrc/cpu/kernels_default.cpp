@@ -1,0 +1,7 @@
+// The loops for any processor.
+#include "kernels/simd_default.h"
+#include "kernels/table.h"
+
+namespace gcnet_ext::cpu {
+const Kernels* kernels_default() { return &capability_default::kTable; }
+}  // namespace gcnet_ext::cpu

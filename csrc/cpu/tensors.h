@@ -1,0 +1,98 @@
+// From tensors to the plain pointers that the kernels take.
+#pragma once
+
+#include <stdexcept>
+#include <vector>
+
+#include "../check.h"
+#include "../layout.h"
+#include "kernels.h"
+
+namespace gcnet_ext::cpu {
+
+template <typename scalar_t>
+constexpr ScalarType kDtype = std::is_same_v<scalar_t, double>  ? ScalarType::Double
+                              : std::is_same_v<scalar_t, float> ? ScalarType::Float
+                              : std::is_same_v<scalar_t, Half>  ? ScalarType::Half
+                                                                : ScalarType::BFloat16;
+
+// Calls body with a value of the type that x is stored in.
+template <typename Body>
+auto dispatch(ScalarType dtype, const Body& body) {
+  switch (dtype) {
+    case ScalarType::Double: return body(double{});
+    case ScalarType::Float: return body(float{});
+    case ScalarType::Half: return body(Half{});
+    case ScalarType::BFloat16: return body(BFloat16{});
+    default: throw std::runtime_error("gcnet_ext: no CPU kernels for this dtype");
+  }
+}
+
+template <typename scalar_t>
+const scalar_t* data(const Tensor& tensor) {
+  return static_cast<const scalar_t*>(tensor.data_ptr());
+}
+template <typename scalar_t>
+scalar_t* mutable_data(const Tensor& tensor) {
+  return static_cast<scalar_t*>(tensor.data_ptr());
+}
+
+inline Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+
+// A feature map and its layout; `first` and `count` cut blocks out of it.
+template <typename scalar_t>
+struct Map {
+  scalar_t* data = nullptr;
+  Layout layout{};
+
+  Block<scalar_t> block(int64_t sample, int64_t c0, int64_t channels, int64_t p0, int64_t positions) const {
+    scalar_t* start =
+        data ? data + sample * layout.sample_stride + c0 * layout.channel_stride + p0 * layout.position_stride : nullptr;
+    return {start, channels, positions, layout.channel_stride, layout.position_stride, layout.channels_last};
+  }
+};
+
+template <typename scalar_t>
+Map<const scalar_t> read_map(const Tensor& tensor) {
+  return {data<scalar_t>(tensor), layout_of(tensor)};
+}
+template <typename scalar_t>
+Map<scalar_t> write_map(const Tensor& tensor) {
+  return {mutable_data<scalar_t>(tensor), layout_of(tensor)};
+}
+// A write map of x's shape, or one without data when it is not needed (the tensor is then empty).
+template <typename scalar_t>
+Map<scalar_t> write_map_if(bool needed, const Tensor& tensor) {
+  return needed ? write_map<scalar_t>(tensor) : Map<scalar_t>{};
+}
+
+// A small parameter as a vector of acc; empty when there is none.
+template <typename acc>
+std::vector<acc> to_acc(const OptionalTensor& tensor) {
+  if (!tensor) return {};
+  const Tensor values_of = dense(*tensor);
+  return dispatch(values_of.scalar_type(), [&](auto kind) {
+    const auto* values = data<decltype(kind)>(values_of);
+    return std::vector<acc>(values, values + values_of.numel());
+  });
+}
+
+template <typename acc>
+const acc* pointer(const std::vector<acc>& values) {
+  return values.empty() ? nullptr : values.data();
+}
+
+// values of acc into a tensor of any dtype.
+template <typename acc>
+void from_acc(const acc* values, const Tensor& tensor) {
+  dispatch(tensor.scalar_type(),
+           [&](auto kind) { std::copy(values, values + tensor.numel(), mutable_data<decltype(kind)>(tensor)); });
+}
+
+inline Tensor no_gradient(const Tensor& x) { return torch::stable::new_empty(x, {0}); }
+// An uninitialised gradient of a parameter, empty when it is not needed.
+inline Tensor gradient_of(bool needed, const OptionalTensor& parameter, const Tensor& x) {
+  return needed && parameter ? torch::stable::new_empty(*parameter, parameter->sizes()) : no_gradient(x);
+}
+
+}  // namespace gcnet_ext::cpu

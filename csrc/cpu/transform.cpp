@@ -1,0 +1,262 @@
+#include "transform.h"
+
+#include <cmath>
+
+#include "parallel.h"
+
+namespace gcnet_ext::cpu {
+namespace {
+
+constexpr int64_t kRowsPerItem = 16;      // rows of W that one item of work multiplies
+constexpr int64_t kColumnsPerItem = 64;   // columns of W, where the sum runs over its rows
+constexpr int64_t kRowsPerPartial = 256;  // rows of W that go into one partial sum
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Calls body with a pointer to the weight in its own type. A float64 block has its weights in float64.
+template <typename acc, typename Body>
+void with_weight(const Tensor& weight, const Body& body) {
+  if constexpr (std::is_same_v<acc, double>) {
+    body(mutable_data<double>(weight));
+  } else {
+    switch (weight.scalar_type()) {
+      case ScalarType::Half: return body(mutable_data<Half>(weight));
+      case ScalarType::BFloat16: return body(mutable_data<BFloat16>(weight));
+      default: return body(mutable_data<float>(weight));
+    }
+  }
+}
+
+template <typename acc>
+OptionalTensor dense_weight(const OptionalTensor& weight) {
+  if (!weight) return std::nullopt;
+  if (std::is_same_v<acc, double> && weight->scalar_type() == ScalarType::Float) {
+    return torch::stable::to(dense(*weight), ScalarType::Double);
+  }
+  return dense(*weight);
+}
+
+template <typename acc>
+acc silu_gradient(acc z) {
+  const acc s = acc(1) / (acc(1) + std::exp(-z));
+  return s * (acc(1) + z * (acc(1) - s));
+}
+
+}  // namespace
+
+template <typename acc>
+Branch<acc>::Branch(const BranchTensors& tensors, const TransformOptions& options, int64_t samples, int64_t channels)
+    : options_(options),
+      samples_(samples),
+      channels_(channels),
+      units_(gcnet_ext::hidden_units(tensors)),
+      two_layers_(tensors[4]),
+      weight_bytes_(0),
+      w1_(dense_weight<acc>(tensors[0])),
+      w2_(dense_weight<acc>(tensors[4])),
+      b1_(to_acc<acc>(tensors[1])),
+      norm_weight_(to_acc<acc>(tensors[2])),
+      norm_bias_(to_acc<acc>(tensors[3])),
+      b2_(to_acc<acc>(tensors[5])) {
+  for (const auto* weight : {&w1_, &w2_}) {
+    if (*weight) weight_bytes_ += (*weight)->numel() * static_cast<int64_t>((*weight)->element_size());
+  }
+  if (two_layers_) activated_.reset(new acc[samples * units_]);
+}
+
+template <typename acc>
+void Branch<acc>::linear(const Tensor& weight, const acc* x, int64_t x_stride, const std::vector<acc>& bias, int64_t rows,
+                         int64_t columns, int64_t count, acc* y, int64_t y_stride) const {
+  with_weight<acc>(weight, [&](const auto* w) {
+    const auto kernel = matrix_kernels<acc, std::remove_cvref_t<decltype(*w)>>().linear;
+    if (!row_parallel()) return kernel(x, x_stride, count, w, columns, pointer(bias), 0, rows, y, y_stride);
+    parallel_for(ceil_div(rows, kRowsPerItem), count * rows * columns, [&](int64_t i) {
+      const int64_t m0 = i * kRowsPerItem;
+      kernel(x, x_stride, count, w, columns, pointer(bias), m0, std::min(rows, m0 + kRowsPerItem), y, y_stride);
+    });
+  });
+}
+
+template <typename acc>
+void Branch<acc>::linear_backward_input(const Tensor& weight, const acc* grad_y, int64_t rows, int64_t columns, int64_t count,
+                                        acc* grad_x) const {
+  with_weight<acc>(weight, [&](const auto* w) {
+    const auto kernel = matrix_kernels<acc, std::remove_cvref_t<decltype(*w)>>().linear_backward_input;
+    if (!row_parallel()) return kernel(grad_y, rows, count, w, columns, 0, rows, 0, columns, grad_x, columns);
+    const int64_t partials = ceil_div(rows, kRowsPerPartial), slices = ceil_div(columns, kColumnsPerItem);
+    const Buffer<acc> partial(new acc[partials * count * columns]);
+    parallel_for(partials * slices, count * rows * columns, [&](int64_t i) {
+      const int64_t m0 = i / slices * kRowsPerPartial, k0 = i % slices * kColumnsPerItem;
+      kernel(grad_y, rows, count, w, columns, m0, std::min(rows, m0 + kRowsPerPartial), k0,
+             std::min(columns, k0 + kColumnsPerItem), partial.get() + i / slices * count * columns, columns);
+    });
+    parallel_for(count, partials * count * columns, [&](int64_t n) {
+      acc* total = grad_x + n * columns;
+      std::fill_n(total, columns, acc(0));
+      for (int64_t part = 0; part < partials; part++) {
+        const acc* values = partial.get() + (part * count + n) * columns;
+        for (int64_t k = 0; k < columns; k++) total[k] += values[k];
+      }
+    });
+  });
+}
+
+template <typename acc>
+void Branch<acc>::linear_backward_weight(const acc* grad_y, int64_t rows, const acc* x, int64_t columns,
+                                         const Tensor& gradient) const {
+  if (gradient.numel() == 0) return;
+  const bool widened = std::is_same_v<acc, double> && gradient.scalar_type() == ScalarType::Float;
+  const Tensor target = widened ? torch::stable::new_empty(gradient, {rows, columns}, ScalarType::Double) : gradient;
+  with_weight<acc>(target, [&](auto* w) {
+    const auto kernel = matrix_kernels<acc, std::remove_cvref_t<decltype(*w)>>().linear_backward_weight;
+    parallel_for(ceil_div(rows, kRowsPerItem), samples_ * rows * columns, [&](int64_t i) {
+      const int64_t m0 = i * kRowsPerItem;
+      kernel(grad_y, rows, x, columns, samples_, columns, m0, std::min(rows, m0 + kRowsPerItem), w);
+    });
+  });
+  if (widened) from_acc(data<acc>(target), gradient);
+}
+
+// z = norm(hidden), activated = act(z), for one sample.
+template <typename acc>
+void Branch<acc>::activate(const acc* hidden, int64_t sample) {
+  acc* activated = activated_.get() + sample * units_;
+  acc mean = 0, inverse_std = 1;
+  if (options_.norm) {
+    acc variance = 0;
+    for (int64_t j = 0; j < units_; j++) mean += hidden[j];
+    mean /= acc(units_);
+    for (int64_t j = 0; j < units_; j++) variance += (hidden[j] - mean) * (hidden[j] - mean);
+    inverse_std = acc(1) / std::sqrt(variance / acc(units_) + acc(options_.eps));
+  }
+  for (int64_t j = 0; j < units_; j++) {
+    const acc normalised = (hidden[j] - mean) * inverse_std;
+    if (normalised_) normalised_[sample * units_ + j] = normalised;
+    acc z = normalised;
+    if (options_.norm && !norm_weight_.empty()) z *= norm_weight_[j];
+    if (options_.norm && !norm_bias_.empty()) z += norm_bias_[j];
+    // A NaN stays one: relu(z) is z < 0 ? 0 : z.
+    activated[j] = options_.silu ? z / (acc(1) + std::exp(-z)) : (z < acc(0) ? acc(0) : z);
+  }
+}
+
+// grad_hidden from grad_activated for one sample; normalised_ and activated_ are those of activate().
+template <typename acc>
+void Branch<acc>::activate_backward(const acc* grad_activated, const acc* hidden, int64_t sample) {
+  const acc* normalised = normalised_.get() + sample * units_;
+  acc* grad_normalised = grad_normalised_.get() + sample * units_;  // first dz, the gradient of the affine output
+  acc* grad_hidden = grad_hidden_.get() + sample * units_;
+  acc mean = 0, variance = 0, sum = 0, dot = 0;
+  if (options_.norm) {
+    for (int64_t j = 0; j < units_; j++) mean += hidden[j];
+    mean /= acc(units_);
+    for (int64_t j = 0; j < units_; j++) variance += (hidden[j] - mean) * (hidden[j] - mean);
+  }
+  const acc inverse_std = options_.norm ? acc(1) / std::sqrt(variance / acc(units_) + acc(options_.eps)) : acc(1);
+  for (int64_t j = 0; j < units_; j++) {
+    acc z = normalised[j];
+    if (options_.norm && !norm_weight_.empty()) z *= norm_weight_[j];
+    if (options_.norm && !norm_bias_.empty()) z += norm_bias_[j];
+    grad_normalised[j] = options_.silu ? grad_activated[j] * silu_gradient(z) : (z > acc(0) ? grad_activated[j] : acc(0));
+    const acc scaled = options_.norm && !norm_weight_.empty() ? grad_normalised[j] * norm_weight_[j] : grad_normalised[j];
+    grad_hidden[j] = scaled;
+    sum += scaled;
+    dot += scaled * normalised[j];
+  }
+  if (!options_.norm) return;
+  for (int64_t j = 0; j < units_; j++) {
+    grad_hidden[j] = inverse_std * (grad_hidden[j] - (sum + normalised[j] * dot) / acc(units_));
+  }
+}
+
+template <typename acc>
+void Branch<acc>::forward(const acc* context, int64_t first, int64_t count, acc* hidden, int64_t hidden_stride, acc* t) {
+  const auto samples = [&](int64_t begin, int64_t n) {
+    acc* h = hidden + begin * hidden_stride;
+    linear(*w1_, context + begin * channels_, channels_, b1_, units_, channels_, n, h, hidden_stride);
+    if (!two_layers_) {
+      for (int64_t i = 0; i < n; i++) std::copy_n(h + i * hidden_stride, channels_, t + (begin + i) * channels_);
+      return;
+    }
+    for (int64_t i = 0; i < n; i++) activate(h + i * hidden_stride, begin + i);
+    linear(*w2_, activated_.get() + begin * units_, units_, b2_, channels_, units_, n, t + begin * channels_, channels_);
+  };
+  if (row_parallel()) return samples(first, count);
+  parallel_for(count, count * channels_ * units_, [&](int64_t i) { samples(first + i, 1); });
+}
+
+template <typename acc>
+void Branch<acc>::backward(const acc* grad_t, const acc* hidden, int64_t hidden_stride, int64_t first, int64_t count,
+                           acc* grad_context) {
+  if (two_layers_ && !grad_hidden_) {
+    for (auto* buffer : {&grad_hidden_, &grad_normalised_, &normalised_}) buffer->reset(new acc[samples_ * units_]);
+  }
+  const auto samples = [&](int64_t begin, int64_t n) {
+    const acc* grad_first = grad_t + begin * channels_;  // the gradient of w1 ctx + b1
+    if (two_layers_) {
+      const Buffer<acc> grad_activated(new acc[n * units_]);
+      linear_backward_input(*w2_, grad_first, channels_, units_, n, grad_activated.get());
+      for (int64_t i = 0; i < n; i++) {
+        const acc* h = hidden + (begin + i) * hidden_stride;
+        activate(h, begin + i);
+        activate_backward(grad_activated.get() + i * units_, h, begin + i);
+      }
+      grad_first = grad_hidden_.get() + begin * units_;
+    }
+    const Buffer<acc> grad_input(new acc[n * channels_]);
+    linear_backward_input(*w1_, grad_first, units_, channels_, n, grad_input.get());
+    for (int64_t i = 0; i < n * channels_; i++) grad_context[begin * channels_ + i] += grad_input[i];
+  };
+  if (row_parallel()) return samples(first, count);
+  parallel_for(count, count * channels_ * units_, [&](int64_t i) { samples(first + i, 1); });
+}
+
+template <typename acc>
+void Branch<acc>::parameter_gradients(const acc* grad_t, const acc* context, const std::array<Tensor, 6>& gradients) const {
+  const auto column_sums = [&](const acc* values, const acc* factors, int64_t columns, const Tensor& gradient) {
+    if (gradient.numel() == 0) return;
+    std::vector<acc> sums(columns);
+    for (int64_t n = 0; n < samples_; n++) {
+      for (int64_t j = 0; j < columns; j++) sums[j] += values[n * columns + j] * (factors ? factors[n * columns + j] : acc(1));
+    }
+    from_acc(sums.data(), gradient);
+  };
+  const acc* grad_first = two_layers_ ? grad_hidden_.get() : grad_t;
+  linear_backward_weight(grad_first, units_, context, channels_, gradients[0]);
+  column_sums(grad_first, nullptr, units_, gradients[1]);
+  if (!two_layers_) return;
+  column_sums(grad_normalised_.get(), normalised_.get(), units_, gradients[2]);
+  column_sums(grad_normalised_.get(), nullptr, units_, gradients[3]);
+  linear_backward_weight(grad_t, channels_, activated_.get(), units_, gradients[4]);
+  column_sums(grad_t, nullptr, channels_, gradients[5]);
+}
+
+template <typename acc>
+void apply_gate(const TransformOptions& options, acc* t, int64_t count) {
+  if (!options.hard_sigmoid) return vector_kernels<acc>().sigmoid(t, count);
+  const acc alpha = static_cast<acc>(options.gate_alpha), beta = static_cast<acc>(options.gate_beta);
+  for (int64_t i = 0; i < count; i++) {
+    const acc line = alpha * t[i] + beta;
+    t[i] = line < acc(0) ? acc(0) : line > acc(1) ? acc(1) : line;
+  }
+}
+
+template <typename acc>
+void apply_gate_backward(const TransformOptions& options, const acc* gate, acc* grad, int64_t count) {
+  const acc alpha = static_cast<acc>(options.gate_alpha);
+  for (int64_t i = 0; i < count; i++) {
+    const acc slope = !options.hard_sigmoid                  ? gate[i] * (acc(1) - gate[i])
+                      : gate[i] > acc(0) && gate[i] < acc(1) ? alpha
+                                                             : acc(0);
+    grad[i] *= slope;
+  }
+}
+
+template class Branch<double>;
+template class Branch<float>;
+template void apply_gate(const TransformOptions&, double*, int64_t);
+template void apply_gate(const TransformOptions&, float*, int64_t);
+template void apply_gate_backward(const TransformOptions&, const double*, double*, int64_t);
+template void apply_gate_backward(const TransformOptions&, const float*, float*, int64_t);
+
+}  // namespace gcnet_ext::cpu

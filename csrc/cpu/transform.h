@@ -1,0 +1,80 @@
+// The transform of the block, on [N, C] buffers: per branch t = w2 act(norm(w1 ctx + b1)) + b2, or t = w1 ctx + b1 without a
+// w2.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "tensors.h"
+
+namespace gcnet_ext::cpu {
+
+// What both branches share.
+struct TransformOptions {
+  bool norm;
+  double eps;
+  bool silu;          // act: SiLU, otherwise ReLU
+  bool hard_sigmoid;  // gate: clip(alpha t + beta, 0, 1), otherwise the sigmoid
+  double gate_alpha, gate_beta;
+
+  TransformOptions(bool norm, double eps, const std::string& activation, const std::string& gate, double alpha, double beta)
+      : norm(norm),
+        eps(eps),
+        silu(activation == "silu"),
+        hard_sigmoid(gate == "hard_sigmoid"),
+        gate_alpha(alpha),
+        gate_beta(beta) {}
+};
+
+template <typename acc>
+using Buffer = std::unique_ptr<acc[]>;
+
+// One branch: its weights, ready for the kernels, and the buffers of its forward or backward pass.
+template <typename acc>
+class Branch {
+ public:
+  Branch(const BranchTensors& tensors, const TransformOptions& options, int64_t samples, int64_t channels);
+
+  int64_t hidden_units() const { return units_; }
+  // Bytes of w1 and w2: what one application of the branch reads.
+  int64_t weight_bytes() const { return weight_bytes_; }
+
+  // t of samples first <= n < first + count; hidden [N, hidden_stride] gets w1 ctx + b1.
+  void forward(const acc* context, int64_t first, int64_t count, acc* hidden, int64_t hidden_stride, acc* t);
+
+  // grad_context += the gradient through the branch, for those samples. grad_t is kept for parameter_gradients().
+  void backward(const acc* grad_t, const acc* hidden, int64_t hidden_stride, int64_t first, int64_t count, acc* grad_context);
+  // After backward() of all samples: the gradients of the six weights, sums over n in order. grad_t is of all samples.
+  void parameter_gradients(const acc* grad_t, const acc* context, const std::array<Tensor, 6>& gradients) const;
+
+ private:
+  bool row_parallel() const { return weight_bytes_ > kBatchedBytes; }
+  void linear(const Tensor& weight, const acc* x, int64_t x_stride, const std::vector<acc>& bias, int64_t rows, int64_t columns,
+              int64_t count, acc* y, int64_t y_stride) const;
+  void linear_backward_input(const Tensor& weight, const acc* grad_y, int64_t rows, int64_t columns, int64_t count,
+                             acc* grad_x) const;
+  void linear_backward_weight(const acc* grad_y, int64_t rows, const acc* x, int64_t columns, const Tensor& gradient) const;
+  void activate(const acc* hidden, int64_t sample);
+  void activate_backward(const acc* grad_activated, const acc* hidden, int64_t sample);
+
+  // Up to here a sample's transform is one thread's work; above, the weights are read once for many samples, row by row.
+  static constexpr int64_t kBatchedBytes = 256 << 10;
+
+  TransformOptions options_;
+  int64_t samples_, channels_, units_;
+  bool two_layers_;
+  int64_t weight_bytes_;
+  OptionalTensor w1_, w2_;
+  std::vector<acc> b1_, norm_weight_, norm_bias_, b2_;
+  Buffer<acc> activated_;                                   // [N, H], act(norm(hidden))
+  Buffer<acc> grad_hidden_, grad_normalised_, normalised_;  // [N, H]
+};
+
+// t -> gate(t), in place.
+template <typename acc>
+void apply_gate(const TransformOptions& options, acc* t, int64_t count);
+// grad -> grad * gate'(t), in place, from gate(t).
+template <typename acc>
+void apply_gate_backward(const TransformOptions& options, const acc* gate, acc* grad, int64_t count);
+
+}  // namespace gcnet_ext::cpu

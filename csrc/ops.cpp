@@ -1,0 +1,46 @@
+// Every operator of the package, on one screen. Kernels register themselves for their device (csrc/cpu, csrc/cuda);
+// shape functions and autograd live in gcnet_ext/_library.py.
+//
+// N samples, C channels, P positions, H hidden units of a branch. "acc" is the accumulation dtype: float64 for a float64 x,
+// float32 otherwise. A gradient that is not needed comes back as an empty tensor.
+#include "stable.h"
+
+STABLE_TORCH_LIBRARY(gcnet_ext, m) {
+  // -> context [N, C] acc; attention [N, P] acc, the softmax over positions ([N, 0] without a weight: average pooling)
+  m.def("attention_pool(Tensor x, Tensor? weight, Tensor? bias) -> (Tensor context, Tensor attention)");
+  m.def(
+      "attention_pool_backward(Tensor grad_context, Tensor x, Tensor? weight, Tensor context, Tensor attention, "
+      "bool need_x, bool need_weight) -> (Tensor grad_x, Tensor grad_weight)");
+
+  // -> x * scale + shift; scale and shift are [N, C]
+  m.def("channel_fuse(Tensor x, Tensor? scale, Tensor? shift) -> Tensor");
+  m.def(
+      "channel_fuse_backward(Tensor grad, Tensor x, Tensor? scale, Tensor? shift, "
+      "bool need_x, bool need_scale, bool need_shift) -> (Tensor grad_x, Tensor grad_scale, Tensor grad_shift)");
+
+  // The whole block. A branch is t = w2 act(norm(w1 context + b1)) + b2, or t = w1 context + b1 without a w2.
+  // -> out like x; context [N, C] acc; attention [N, P] acc; hidden [N, H of scale + H of shift] acc, before the norm;
+  //    gate [N, C] acc, what x was multiplied with ([N, 0] without a scale branch)
+  m.def(
+      "global_context(Tensor x, Tensor? mask_weight, Tensor? mask_bias, "
+      "Tensor? scale_w1, Tensor? scale_b1, Tensor? scale_norm_weight, Tensor? scale_norm_bias, Tensor? scale_w2, Tensor? "
+      "scale_b2, "
+      "Tensor? shift_w1, Tensor? shift_b1, Tensor? shift_norm_weight, Tensor? shift_norm_bias, Tensor? shift_w2, Tensor? "
+      "shift_b2, "
+      "bool norm, float eps, str activation, str gate, float gate_alpha, float gate_beta) "
+      "-> (Tensor out, Tensor context, Tensor attention, Tensor hidden, Tensor gate)");
+  m.def(
+      "global_context_backward(Tensor grad, Tensor x, Tensor? mask_weight, "
+      "Tensor? scale_w1, Tensor? scale_b1, Tensor? scale_norm_weight, Tensor? scale_norm_bias, Tensor? scale_w2, Tensor? "
+      "scale_b2, "
+      "Tensor? shift_w1, Tensor? shift_b1, Tensor? shift_norm_weight, Tensor? shift_norm_bias, Tensor? shift_w2, Tensor? "
+      "shift_b2, "
+      "bool norm, float eps, str activation, str gate, float gate_alpha, float gate_beta, "
+      "Tensor context, Tensor attention, Tensor hidden, Tensor gate, "
+      "bool need_x, bool need_mask, bool need_scale, bool need_shift) "
+      "-> (Tensor grad_x, Tensor grad_mask_weight, "
+      "Tensor grad_scale_w1, Tensor grad_scale_b1, Tensor grad_scale_norm_weight, Tensor grad_scale_norm_bias, "
+      "Tensor grad_scale_w2, Tensor grad_scale_b2, "
+      "Tensor grad_shift_w1, Tensor grad_shift_b1, Tensor grad_shift_norm_weight, Tensor grad_shift_norm_bias, "
+      "Tensor grad_shift_w2, Tensor grad_shift_b2)");
+}

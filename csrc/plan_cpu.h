@@ -1,0 +1,29 @@
+// How the work is cut. Pure functions of shape and dtype: never of the number of threads or processors, so that the same bits
+// come out on any machine with the same instruction set. Visible from Python as gcnet_ext._C.plan(...).
+#pragma once
+
+#include <cstdint>
+
+namespace gcnet_ext {
+
+// The attention pool of one sample on the CPU: P positions in `splits` parts of `split` positions; each part is walked in tiles
+// of `tile` positions, which stay in the second-level cache between the logits and the weighted sum.
+struct PoolPlan {
+  int64_t tile, split, splits;
+};
+
+// A sweep over a sample on the CPU (fusion, channel sums): blocks of `channels` by `positions` elements.
+struct SweepPlan {
+  int64_t channels, positions;              // of one block
+  int64_t channel_blocks, position_blocks;  // how many there are
+};
+
+PoolPlan plan_cpu_pool(int64_t channels, int64_t positions, int64_t element_size);
+SweepPlan plan_cpu_sweep(int64_t channels, int64_t positions, int64_t element_size, bool channels_last);
+
+// How many samples go through all steps of the block before the next ones start: enough to keep the processor's threads busy,
+// few enough to find x in the last-level cache when it is read again. The only plan that may look at the threads: it decides
+// when a sample is worked on, not how.
+int64_t plan_cpu_group(int64_t samples, int64_t sample_bytes, int64_t weight_bytes, int64_t threads);
+
+}  // namespace gcnet_ext

@@ -1,0 +1,15 @@
+"""Compiled kernels for the Global Context block of GCNet: forward and backward, on CPU and GPU."""
+
+from ._version import __version__
+from .blocks import GlobalContextBlock
+from .functional import Transform, attention_map, attention_pool, channel_fuse, global_context
+
+__all__ = [
+    "GlobalContextBlock",
+    "Transform",
+    "__version__",
+    "attention_map",
+    "attention_pool",
+    "channel_fuse",
+    "global_context",
+]

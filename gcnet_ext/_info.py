@@ -1,0 +1,133 @@
+"""What was built and what this machine can use of it, in words: the text of ``python -m gcnet_ext``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+
+from . import _library
+from ._version import __version__
+
+CAPABILITY_VARIABLE = "GCNET_EXT_CPU_CAPABILITY"
+CAPABILITIES = ("default", "avx2", "avx512")  # the best is last
+_INDENT = 14
+
+
+def describe() -> str:
+    """The report: one row per fact, and for everything that is not used the reason. Never raises."""
+    built: dict[str, Callable[[], str]] = {"version": _version, "torch": _torch, "library": _library_path}
+    if _library.compiled is not None:
+        built |= {
+            "compiler": lambda: str(_build_info()["compiler"]),
+            "OpenMP": _openmp,
+            "optimised": lambda: "no: a debug build (GCNET_EXT_DEBUG=1)" if _build_info()["debug"] else "yes",
+            "CPU code": lambda: ", ".join(_build_info()["capabilities"]),
+            "operators": _operators,
+        }
+    machine = {"CPU": _cpu, "threads": _threads, "CUDA": _cuda, "elsewhere": lambda: "plain PyTorch on every other device"}
+    return "\n".join([f"gcnet_ext {__version__}", "", *_section("Built", built), "", *_section("This machine", machine)])
+
+
+def _section(title: str, rows: dict[str, Callable[[], str]]) -> list[str]:
+    lines = [title]
+    for name, row in rows.items():
+        try:
+            text = row()
+        except Exception as error:  # a report on a broken installation must not break on it
+            text = f"unknown ({type(error).__name__}: {error})"
+        first, *others = text.splitlines() or [""]
+        lines += [f"  {name:<{_INDENT - 2}}{first}", *(" " * _INDENT + line for line in others)]
+    return lines
+
+
+def _compiled() -> ModuleType:
+    if _library.compiled is None:
+        raise RuntimeError("there is no compiled library")
+    return _library.compiled
+
+
+def _build_info() -> dict:
+    return _compiled().build_info()
+
+
+# ---- what was built ----------------------------------------------------------------------------------------------------------
+
+
+def _version() -> str:
+    if _library.compiled is None:
+        return __version__
+    library = _build_info()["version"]
+    if library == __version__:
+        return __version__
+    return f"{__version__}, but the library is {library}, left over from another version; {_library.HOW_TO_BUILD}"
+
+
+def _torch() -> str:
+    if _library.compiled is None:
+        return f"running {torch.__version__}"
+    info = _build_info()
+    return f"built with {info['torch']} for the stable ABI of {info['abi_target']} and later, running {torch.__version__}"
+
+
+def _library_path() -> str:
+    return _library.why_no_kernels("cpu") if _library.compiled is None else str(_compiled().__file__)
+
+
+def _openmp() -> str:
+    openmp = _build_info()["openmp"]
+    return str(openmp) if openmp else "no: the compiler built the kernels without it, they run on one thread"
+
+
+def _operators() -> str:
+    """The operators that have a kernel of their own, a line per device, and those that have none."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    names = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("gcnet_ext::"))
+    found = {key: [name for name in names if has_kernel(name, key)] for key in ("CPU", "CUDA")}
+    found["no kernel"] = [name for name in names if not any(name in some for some in found.values())]
+    lines = (f"{key}: {', '.join(name.removeprefix('gcnet_ext::') for name in some)}" for key, some in found.items() if some)
+    return "\n".join(lines) or "none"
+
+
+# ---- what this machine can use -----------------------------------------------------------------------------------------------
+
+
+def _cpu() -> str:
+    return f"compiled kernels, {_capability()}" if "cpu" in _library._kernel_devices else f"plain PyTorch: {_why_not('cpu')}"
+
+
+def _capability() -> str:
+    """The variant of the CPU kernels that is used, and why it is not the best one that was built."""
+    try:
+        picked = _compiled().cpu_capability()
+    except RuntimeError as error:
+        return f"but every call will fail: {error}"
+    if os.environ.get(CAPABILITY_VARIABLE):
+        return f"{picked}, forced by {CAPABILITY_VARIABLE}"
+    built = _build_info()["capabilities"]
+    better = [name for name in CAPABILITIES[CAPABILITIES.index(picked) + 1 :] if name in built]
+    return f"{picked}; not {' or '.join(better)}, which this CPU does not support" if better else picked
+
+
+def _threads() -> str:
+    return f"{torch.get_num_threads()}, set by torch.set_num_threads or OMP_NUM_THREADS"
+
+
+def _cuda() -> str:
+    reasons = []
+    if torch.version.cuda is None:
+        reasons.append(f"torch {torch.__version__} is built without CUDA")
+    elif not torch.cuda.is_available():
+        reasons.append(f"torch is built with CUDA {torch.version.cuda} but finds no GPU it can use")
+    if "cuda" not in _library._kernel_devices:
+        reasons.append(_why_not("cuda"))
+    if reasons:
+        return "not used: " + "\nand: ".join(reasons)
+    gpus = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+    return f"compiled kernels, CUDA {torch.version.cuda}, {gpus}"
+
+
+def _why_not(device: str) -> str:
+    return "no compiled library, see above" if _library.compiled is None else _library.why_no_kernels(device)

@@ -1,0 +1,304 @@
+"""Loads the compiled libraries and tells PyTorch what it must know of their operators: shapes and gradients.
+
+The only file that knows torch.library. A failed load is kept, not swallowed: `load_error` holds it, `python -m gcnet_ext`
+prints it, and the first call that has to do without kernels warns with it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import _checks
+
+HOW_TO_BUILD = "build them with `pip install --no-build-isolation .` in a checkout (see Install in README.md)"
+
+_kernel_devices: frozenset[str] = frozenset()
+_warned: set[str] = set()
+
+
+def _load() -> tuple[ModuleType | None, Exception | None]:
+    try:
+        if os.environ.get("GCNET_EXT_JIT", "0") == "1":
+            from . import _jit
+
+            return _jit.load(), None
+        return importlib.import_module("gcnet_ext._C"), None
+    except Exception as error:
+        return None, error
+
+
+compiled, load_error = _load()
+"""The compiled module ``gcnet_ext._C``, or None; and then the exception that says why."""
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether there are compiled kernels for the device of x. Where there could be, their absence is told, once."""
+    device = x.device.type
+    if device in _kernel_devices:
+        return True
+    if device in ("cpu", "cuda") and not torch.compiler.is_compiling() and device not in _warned:
+        _warned.add(device)
+        warnings.warn(f"gcnet_ext uses plain PyTorch on {device}: {why_no_kernels(device)}", RuntimeWarning, stacklevel=3)
+    return False
+
+
+def why_no_kernels(device: str) -> str:
+    """One sentence: why tensors on this device do without compiled kernels, and what to do about it."""
+    if load_error is not None:
+        return f"the compiled kernels could not be loaded ({type(load_error).__name__}: {load_error}); {HOW_TO_BUILD}"
+    if device == "cuda":
+        return f"this build has no CUDA kernels; {HOW_TO_BUILD}, with a CUDA build of torch and nvcc on the PATH"
+    return f"there are no kernels for {device}"
+
+
+# ---- shapes ------------------------------------------------------------------------------------------------------------------
+
+
+def _acc(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    """Channels next to each other and positions apart: the rule of csrc/layout.h, word for word."""
+    channels = x.shape[1]
+    spatial = list(zip(x.shape[2:], x.stride()[2:], strict=True))
+    if channels == 1 or x.stride(1) != 1 or all(size == 1 for size, _ in spatial):
+        return False
+    return all(stride >= channels for size, stride in spatial if size != 1)
+
+
+def _empty_like_map(x: Tensor) -> Tensor:
+    """An uninitialised tensor of the shape and memory format of x, dense."""
+    if _is_channels_last(x):
+        return x.new_empty((x.shape[0], *x.shape[2:], x.shape[1])).movedim(-1, 1)
+    return x.new_empty(x.shape)
+
+
+def _positions(x: Tensor) -> int:
+    positions = 1
+    for size in x.shape[2:]:
+        positions = positions * size
+    return positions
+
+
+def _needed(needed: bool, like: Tensor | None) -> Tensor | None:
+    return like if needed else None
+
+
+def _gradient(needed: bool, parameter: Tensor | None, x: Tensor) -> Tensor:
+    if not needed or parameter is None:
+        return x.new_empty((0,))
+    return parameter.new_empty(parameter.shape)
+
+
+def _attention_pool_shapes(x, weight, bias):
+    _checks.feature_map("attention_pool", x)
+    _checks.mask("attention_pool", "", weight, bias, x)
+    samples, channels = x.shape[:2]
+    return (
+        x.new_empty((samples, channels), dtype=_acc(x)),
+        x.new_empty((samples, 0 if weight is None else _positions(x)), dtype=_acc(x)),
+    )
+
+
+def _attention_pool_backward_shapes(grad_context, x, weight, context, attention, need_x, need_weight):
+    op = "attention_pool_backward"
+    samples, channels = x.shape[:2] if x.dim() > 1 else (0, 0)
+    _checks.feature_map(op, x)
+    _checks.mask(op, "", weight, None, x)
+    _checks.side(op, "grad_context", grad_context, x, (samples, channels))
+    _checks.side(op, "context", context, x, (samples, channels))
+    _checks.side(op, "attention", attention, x, (samples, 0 if weight is None else _positions(x)))
+    return _empty_like_map(x) if need_x else x.new_empty((0,)), _gradient(need_weight, weight, x)
+
+
+def _channel_fuse_shapes(x, scale, shift):
+    _checks.feature_map("channel_fuse", x, pooled=False)
+    _checks.parameter("channel_fuse", "scale", scale, x, x.shape[:2])
+    _checks.parameter("channel_fuse", "shift", shift, x, x.shape[:2])
+    return _empty_like_map(x)
+
+
+def _channel_fuse_backward_shapes(grad, x, scale, shift, need_x, need_scale, need_shift):
+    op = "channel_fuse_backward"
+    _checks.feature_map(op, x, pooled=False)
+    _checks.gradient(op, grad, x)
+    _checks.parameter(op, "scale", scale, x, x.shape[:2])
+    _checks.parameter(op, "shift", shift, x, x.shape[:2])
+    return (
+        _empty_like_map(x) if need_x else x.new_empty((0,)),
+        _gradient(need_scale, scale, x),
+        _gradient(need_shift, shift, x),
+    )
+
+
+def _hidden_units(x: Tensor, w1: Tensor | None) -> int:
+    return 0 if w1 is None else w1.shape[0]
+
+
+def _global_context_shapes(x, mask_weight, mask_bias, *rest):
+    op = "global_context"
+    scale, shift, (_norm, _eps, activation, gate, _alpha, _beta) = rest[:6], rest[6:12], rest[12:]
+    _checks.feature_map(op, x)
+    _checks.mask(op, "mask_", mask_weight, mask_bias, x)
+    _checks.branches(op, scale, shift, x)
+    _checks.choices(op, activation, gate)
+    samples, channels = x.shape[:2]
+    return (
+        _empty_like_map(x),
+        x.new_empty((samples, channels), dtype=_acc(x)),
+        x.new_empty((samples, 0 if mask_weight is None else _positions(x)), dtype=_acc(x)),
+        x.new_empty((samples, _hidden_units(x, scale[0]) + _hidden_units(x, shift[0])), dtype=_acc(x)),
+        x.new_empty((samples, 0 if scale[0] is None else channels), dtype=_acc(x)),
+    )
+
+
+def _global_context_backward_shapes(grad, x, mask_weight, *rest):
+    op = "global_context_backward"
+    scale, shift, (_norm, _eps, activation, gate, _alpha, _beta) = rest[:6], rest[6:12], rest[12:18]
+    context, attention, hidden, gate_values = rest[18:22]
+    need_x, need_mask, need_scale, need_shift = rest[22:]
+    _checks.feature_map(op, x)
+    _checks.gradient(op, grad, x)
+    _checks.mask(op, "mask_", mask_weight, None, x)
+    _checks.branches(op, scale, shift, x)
+    _checks.choices(op, activation, gate)
+    samples, channels = x.shape[:2]
+    _checks.side(op, "context", context, x, (samples, channels))
+    _checks.side(op, "attention", attention, x, (samples, 0 if mask_weight is None else _positions(x)))
+    units = _hidden_units(x, scale[0]) + _hidden_units(x, shift[0])
+    _checks.side(op, "hidden", hidden, x, (samples, units))
+    _checks.side(op, "gate", gate_values, x, (samples, 0 if scale[0] is None else channels))
+    return (
+        _empty_like_map(x) if need_x else x.new_empty((0,)),
+        _gradient(need_mask, mask_weight, x),
+        *(_gradient(need_scale, parameter, x) for parameter in scale),
+        *(_gradient(need_shift, parameter, x) for parameter in shift),
+    )
+
+
+# ---- gradients ---------------------------------------------------------------------------------------------------------------
+# A gradient that nobody asked for is not computed and is None. The bias of the mask shifts every logit of a softmax alike: its
+# gradient is zero, and a zero, not None, so that DistributedDataParallel does not take it for an unused parameter.
+
+
+def _below_autograd(name: str, args: tuple) -> tuple[Tensor, ...] | Tensor:
+    """The kernel itself, without a second look at the autograd key."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return getattr(torch.ops.gcnet_ext, name).default(*args)
+
+
+class _AttentionPool(torch.autograd.Function):
+    @staticmethod
+    def forward(*args):
+        return _below_autograd("attention_pool", args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        context, attention = output
+        ctx.mark_non_differentiable(attention)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, context, attention)
+
+    @staticmethod
+    def backward(ctx, grad_context, _grad_attention):
+        if grad_context is None:
+            return None, None, None
+        x, weight, bias, context, attention = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        grad_x, grad_weight = torch.ops.gcnet_ext.attention_pool_backward.default(
+            grad_context, x, weight, context, attention, need_x, need_weight
+        )
+        return _needed(need_x, grad_x), _needed(need_weight, grad_weight), torch.zeros_like(bias) if need_bias else None
+
+
+class _ChannelFuse(torch.autograd.Function):
+    @staticmethod
+    def forward(*args):
+        return _below_autograd("channel_fuse", args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        needs = ctx.needs_input_grad
+        return tuple(map(_needed, needs, torch.ops.gcnet_ext.channel_fuse_backward.default(grad, *ctx.saved_tensors, *needs)))
+
+
+class _GlobalContext(torch.autograd.Function):
+    @staticmethod
+    def forward(*args):
+        return _below_autograd("global_context", args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        side = output[1:]
+        ctx.mark_non_differentiable(*side)
+        ctx.set_materialize_grads(False)
+        ctx.options = inputs[15:]
+        ctx.save_for_backward(*inputs[:15], *side)
+
+    @staticmethod
+    def backward(ctx, grad, *_grad_side):
+        needs = ctx.needs_input_grad
+        if grad is None:
+            return (None,) * len(needs)
+        x, mask_weight, mask_bias, *rest = ctx.saved_tensors
+        parameters, side = rest[:12], rest[12:]
+        grads = torch.ops.gcnet_ext.global_context_backward.default(
+            grad, x, mask_weight, *parameters, *ctx.options, *side, needs[0], needs[1], any(needs[3:9]), any(needs[9:15])
+        )
+        grad_mask_bias = torch.zeros_like(mask_bias) if needs[2] else None
+        return (
+            _needed(needs[0], grads[0]),
+            _needed(needs[1], grads[1]),
+            grad_mask_bias,
+            *map(_needed, needs[3:15], grads[2:]),
+            *(None for _ in ctx.options),
+        )
+
+
+_implementations = torch.library.Library("gcnet_ext", "IMPL")
+
+
+def _register_autograd(name: str, function: type[torch.autograd.Function]) -> None:
+    """Makes the operator differentiable.
+
+    Does what torch.library.register_autograd does, which takes 0.2 ms a call for an operator of 21 arguments: it looks up the
+    defaults of every argument, each time.
+    """
+
+    def implementation(*args):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return function.apply(*args)
+        return _below_autograd(name, args)
+
+    _implementations.impl(name, implementation, "Autograd")
+
+
+def _register() -> frozenset[str]:
+    """Attaches shapes and gradients to the operators of the loaded library; returns the devices that have kernels."""
+    for name, shapes, function in (
+        ("attention_pool", _attention_pool_shapes, _AttentionPool),
+        ("attention_pool_backward", _attention_pool_backward_shapes, None),
+        ("channel_fuse", _channel_fuse_shapes, _ChannelFuse),
+        ("channel_fuse_backward", _channel_fuse_backward_shapes, None),
+        ("global_context", _global_context_shapes, _GlobalContext),
+        ("global_context_backward", _global_context_backward_shapes, None),
+    ):
+        torch.library.register_fake(f"gcnet_ext::{name}", shapes)
+        if function is not None:
+            _register_autograd(name, function)
+    return frozenset({"cpu", "meta"})
+
+
+if compiled is not None:
+    _kernel_devices = _register()

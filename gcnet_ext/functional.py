@@ -1,0 +1,131 @@
+"""The operators as functions: compiled kernels where there are some for the device of x, plain PyTorch elsewhere.
+
+Source of the formulas: Y. Cao, J. Xu, S. Lin, F. Wei, H. Hu, "GCNet: Non-local Networks Meet Squeeze-Excitation Networks and
+Beyond", 2019, https://arxiv.org/abs/1904.11492 ("the paper" below).
+
+Shapes: N samples, C channels, one to any number of spatial dimensions, P positions in all of them together, H hidden units.
+Dtypes: x is float16, bfloat16, float32 or float64; every other tensor has the dtype of x or float32. Sums are taken in float32
+(float64 for a float64 x). Under autocast nothing is cast. x may have any strides; NCHW and channels_last are read as they are,
+anything else is made contiguous once, and the output has the memory format of x.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _library, reference
+from .reference import NO_TRANSFORM, Transform
+
+__all__ = ["Transform", "attention_map", "attention_pool", "channel_fuse", "global_context"]
+
+
+def attention_pool(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """Gather one context vector per sample: the context modelling of the GC block.
+
+    ``context_c = sum_p m_p x_cp`` with ``m = softmax_p(weight . x_p + bias)`` (the paper, equation 4 and figure 4d);
+    without a weight ``m_p = 1 / P``, which is average pooling. x is read once.
+
+    Args:
+        x: ``[N, C, *spatial]``, at least one position.
+        weight: ``[C]`` or ``[1, C, 1, ...]`` (the weight of a 1x1 convolution to one channel), or None.
+        bias: one element, or None. It cancels in the softmax, so its gradient is zero.
+
+    Returns:
+        The context, ``[N, C]``, in the dtype of x. Differentiable in x and weight.
+
+    Raises:
+        RuntimeError: an argument has a wrong shape, dtype or device. The message names it.
+    """
+    if _library.has_kernels(x):
+        return torch.ops.gcnet_ext.attention_pool.default(x, weight, bias)[0].to(x.dtype)
+    return reference.attention_pool(x, weight, bias)
+
+
+def attention_map(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Where the attention pool looks: ``m = softmax_p(weight . x_p + bias)``, for pictures and analysis.
+
+    Args:
+        x, weight, bias: as for `attention_pool`.
+
+    Returns:
+        ``[N, *spatial]``, float32 (float64 for a float64 x); each sample sums to one. Not differentiable.
+
+    Raises:
+        RuntimeError: as `attention_pool`.
+    """
+    if _library.has_kernels(x):
+        attention = torch.ops.gcnet_ext.attention_pool.default(x, weight, bias)[1]
+        return attention.detach().reshape(x.shape[:1] + x.shape[2:])
+    return reference.attention_map(x, weight, bias).detach()
+
+
+def channel_fuse(x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+    """Fold per-channel values back into every position: ``out_cp = x_cp * scale_c + shift_c``.
+
+    The fusion of the GC block (the paper, section 3.4) with both of its variants in one pass over x. The scale is applied as it
+    is: a gate such as the sigmoid is the caller's.
+
+    Args:
+        x: ``[N, C, *spatial]``.
+        scale: ``[N, C]``, or None for 1. Trailing ones are free: ``[N, C, 1, 1]`` is the same.
+        shift: ``[N, C]``, or None for 0.
+
+    Returns:
+        Like x. Differentiable in x, scale and shift. Without scale and shift, a copy of x.
+
+    Raises:
+        RuntimeError: an argument has a wrong shape, dtype or device. The message names it.
+    """
+    if _library.has_kernels(x):
+        return torch.ops.gcnet_ext.channel_fuse.default(x, scale, shift)
+    return reference.channel_fuse(x, scale, shift)
+
+
+def global_context(
+    x: Tensor,
+    mask_weight: Tensor | None = None,
+    mask_bias: Tensor | None = None,
+    scale: Transform | None = None,
+    shift: Transform | None = None,
+    *,
+    norm: bool = True,
+    eps: float = 1e-5,
+    activation: str = "relu",
+    gate: str = "sigmoid",
+    gate_alpha: float = 1 / 6,
+    gate_beta: float = 0.5,
+) -> Tensor:
+    """The whole Global Context block (the paper, equation 5) as one operator per direction.
+
+    ``context = attention_pool(x)``, then per branch ``t = w2 act(norm(w1 context + b1)) + b2``, then
+    ``out = x * gate(t_scale) + t_shift``: the multiplication first, both branches from the same context. Forward reads x at
+    most twice and writes the output once; x and buffers of N*P or N*C elements are all that backward keeps.
+
+    Args:
+        x: ``[N, C, *spatial]``, at least one position.
+        mask_weight: ``[C]`` or ``[1, C, 1, ...]``; None for average pooling, as in squeeze-excitation.
+        mask_bias: one element or None; its gradient is zero.
+        scale: weights of the branch that multiplies, or None.
+        shift: weights of the branch that adds, or None. At least one of the two is needed.
+        norm: whether a LayerNorm over the H hidden units stands between the two layers.
+        eps: epsilon of that LayerNorm.
+        activation: ``"relu"`` or ``"silu"``, between the two layers.
+        gate: ``"sigmoid"``, or ``"hard_sigmoid"`` for ``clip(gate_alpha t + gate_beta, 0, 1)``.
+        gate_alpha, gate_beta: slope and offset of the hard sigmoid; torch's are 1/6 and 1/2, those of ONNX 0.2 and 0.5.
+
+    Returns:
+        Like x. Differentiable in x and every weight.
+
+    Raises:
+        RuntimeError: an argument has a wrong shape, dtype or device, or both branches are missing. The message names it.
+    """
+    if _library.has_kernels(x):
+        return torch.ops.gcnet_ext.global_context.default(
+            x, mask_weight, mask_bias, *(scale or NO_TRANSFORM), *(shift or NO_TRANSFORM),
+            norm, eps, activation, gate, gate_alpha, gate_beta,
+        )[0]  # fmt: skip
+    return reference.global_context(
+        x, mask_weight, mask_bias, scale, shift,
+        norm=norm, eps=eps, activation=activation, gate=gate, gate_alpha=gate_alpha, gate_beta=gate_beta,
+    )  # fmt: skip

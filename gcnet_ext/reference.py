@@ -1,0 +1,150 @@
+"""The operators in plain PyTorch: the ground truth of every test, and the fallback on devices without kernels.
+
+The formulas are written as in the paper and run on any device and in any floating dtype. Like the kernels they accumulate
+in float32 (float64 for a float64 x), whatever the storage dtype, and ignore autocast.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _checks
+
+
+class Transform(NamedTuple):
+    """The weights of one branch of the transform, ``t = w2 act(norm(w1 context + b1)) + b2``.
+
+    Attributes:
+        w1: ``[H, C]``, the first 1x1 convolution. Here and below trailing ones are free: ``[H, C, 1, 1]`` is the same.
+        b1: ``[H]`` or None.
+        norm_weight, norm_bias: ``[H]`` or None, the affine part of the LayerNorm.
+        w2: ``[C, H]``, the second 1x1 convolution. None: the branch is ``t = w1 context + b1`` with w1 ``[C, C]``.
+        b2: ``[C]`` or None.
+    """
+
+    w1: Tensor
+    b1: Tensor | None = None
+    norm_weight: Tensor | None = None
+    norm_bias: Tensor | None = None
+    w2: Tensor | None = None
+    b2: Tensor | None = None
+
+
+NO_TRANSFORM = (None,) * 6
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which sums over x are taken: float64 for float64, float32 for everything else."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _flat(tensor: Tensor | None, like: Tensor, *sizes: int) -> Tensor | None:
+    return None if tensor is None else tensor.to(like.dtype).reshape(sizes)
+
+
+def _attention(positions: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """m_p = softmax_p(w . x_p + b) of positions [N, C, P] -> [N, P]."""
+    logits = torch.einsum("ncp,c->np", positions, weight.to(positions.dtype).reshape(-1))
+    if bias is not None:
+        logits = logits + bias.to(positions.dtype).reshape(())
+    return logits.softmax(1)
+
+
+def _pool(positions: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if weight is None:
+        return positions.mean(2)
+    return torch.einsum("ncp,np->nc", positions, _attention(positions, weight, bias))
+
+
+def attention_map(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`gcnet_ext.attention_map` in plain PyTorch."""
+    _checks.feature_map("attention_pool", x)
+    _checks.mask("attention_pool", "", weight, bias, x)
+    with torch.autocast(x.device.type, enabled=False):
+        return _attention(x.flatten(2).to(accumulation_dtype(x)), weight, bias).reshape(x.shape[:1] + x.shape[2:])
+
+
+def attention_pool(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """`gcnet_ext.attention_pool` in plain PyTorch."""
+    _checks.feature_map("attention_pool", x)
+    _checks.mask("attention_pool", "", weight, bias, x)
+    with torch.autocast(x.device.type, enabled=False):
+        return _pool(x.flatten(2).to(accumulation_dtype(x)), weight, bias).to(x.dtype)
+
+
+def channel_fuse(x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+    """`gcnet_ext.channel_fuse` in plain PyTorch."""
+    _checks.feature_map("channel_fuse", x, pooled=False)
+    _checks.parameter("channel_fuse", "scale", scale, x, x.shape[:2])
+    _checks.parameter("channel_fuse", "shift", shift, x, x.shape[:2])
+    acc = accumulation_dtype(x)
+    per_channel = x.shape[:2] + (1,) * (x.dim() - 2)
+    out = x.to(acc)
+    if scale is not None:
+        out = out * scale.to(acc).reshape(per_channel)
+    if shift is not None:
+        out = out + shift.to(acc).reshape(per_channel)
+    return x.clone() if scale is None and shift is None else out.to(x.dtype)
+
+
+def transform(
+    context: Tensor,
+    weights: Transform,
+    *,
+    norm: bool = True,
+    eps: float = 1e-5,
+    activation: str = "relu",
+) -> Tensor:
+    """t = w2 act(norm(w1 context + b1)) + b2 of context [N, C] -> [N, C], in the dtype of the context."""
+    w1, b1, norm_weight, norm_bias, w2, b2 = weights
+    channels = context.shape[1]
+    hidden = F.linear(context, w1.to(context.dtype).reshape(-1, channels), _flat(b1, context, -1))
+    if w2 is None:
+        return hidden
+    units = hidden.shape[1]
+    if norm:
+        hidden = F.layer_norm(hidden, (units,), _flat(norm_weight, context, -1), _flat(norm_bias, context, -1), eps)
+    hidden = F.relu(hidden) if activation == "relu" else F.silu(hidden)
+    return F.linear(hidden, w2.to(context.dtype).reshape(channels, units), _flat(b2, context, -1))
+
+
+def apply_gate(t: Tensor, gate: str = "sigmoid", gate_alpha: float = 1 / 6, gate_beta: float = 0.5) -> Tensor:
+    """sigmoid(t), or the hard sigmoid clip(alpha t + beta, 0, 1)."""
+    return t.sigmoid() if gate == "sigmoid" else (gate_alpha * t + gate_beta).clamp(0, 1)
+
+
+def global_context(
+    x: Tensor,
+    mask_weight: Tensor | None = None,
+    mask_bias: Tensor | None = None,
+    scale: Transform | None = None,
+    shift: Transform | None = None,
+    *,
+    norm: bool = True,
+    eps: float = 1e-5,
+    activation: str = "relu",
+    gate: str = "sigmoid",
+    gate_alpha: float = 1 / 6,
+    gate_beta: float = 0.5,
+) -> Tensor:
+    """`gcnet_ext.global_context` in plain PyTorch."""
+    _checks.feature_map("global_context", x)
+    _checks.mask("global_context", "mask_", mask_weight, mask_bias, x)
+    _checks.branches("global_context", scale or NO_TRANSFORM, shift or NO_TRANSFORM, x)
+    _checks.choices("global_context", activation, gate)
+    acc = accumulation_dtype(x)
+    per_channel = x.shape[:2] + (1,) * (x.dim() - 2)
+    with torch.autocast(x.device.type, enabled=False):
+        out = x.to(acc)
+        context = _pool(out.flatten(2), mask_weight, mask_bias)
+        options = {"norm": norm, "eps": eps, "activation": activation}
+        if scale is not None:
+            t = transform(context, scale, **options)
+            out = out * apply_gate(t, gate, gate_alpha, gate_beta).reshape(per_channel)
+        if shift is not None:
+            out = out + transform(context, shift, **options).reshape(per_channel)
+        return out.to(x.dtype)

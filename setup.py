@@ -1,0 +1,113 @@
+"""Builds gcnet_ext._C. Every decision is printed; what is missing is told in one sentence that names the fix.
+
+What is compiled, and with which flags, is in gcnet_ext/_build.py. `pip install --no-build-isolation .` builds against the
+torch that is installed; an isolated build would fetch one of its own.
+"""
+
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def load_build():
+    spec = importlib.util.spec_from_file_location("_build", ROOT / "gcnet_ext" / "_build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def say(text: str) -> None:
+    print(f"gcnet_ext: {text}", flush=True)
+
+
+def stop(text: str) -> None:
+    """One sentence instead of a traceback."""
+    sys.stdout.flush()
+    print(f"gcnet_ext cannot be built: {text}", file=sys.stderr, flush=True)
+    sys.exit(1)
+
+
+def require_torch(build) -> None:
+    if importlib.util.find_spec("torch") is None:
+        stop(
+            f"torch is not installed in {sys.executable}; install torch >= 2.11 first, "
+            "then run pip with --no-build-isolation so that the build sees it."
+        )
+    import torch
+
+    if not build.torch_is_recent_enough(torch.__version__):
+        stop(f"torch {torch.__version__} is too old; the kernels need its stable ABI as of 2.11: pip install 'torch>=2.11'.")
+    say(f"torch {torch.__version__}, LibTorch stable ABI, target 2.11: the result runs on every torch >= 2.11")
+
+
+def require_pybind11() -> str:
+    if importlib.util.find_spec("pybind11") is None:
+        stop("pybind11 is not installed; pip install pybind11, then run pip with --no-build-isolation.")
+    import pybind11
+
+    say(f"pybind11 {pybind11.__version__}")
+    return pybind11.get_include()
+
+
+def require_compiler() -> None:
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    path = shutil.which(compiler)
+    if path is None:
+        stop(f"no C++ compiler: {compiler} is not on the PATH; install g++ >= 11 or clang >= 14, or set CXX.")
+    say(f"C++ compiler {path}")
+
+
+def require_ninja() -> None:
+    from torch.utils.cpp_extension import is_ninja_available
+
+    if not is_ninja_available():
+        stop("ninja is not installed; pip install ninja.")
+    say("ninja compiles in parallel; MAX_JOBS limits how many files at once")
+
+
+def extension(build) -> Extension:
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    pybind11_headers = require_pybind11()
+    flags = build.cxx_flags()
+    say(f"{len(build.sources())} sources, flags {' '.join(flags)}")
+    return Extension(
+        "gcnet_ext._C",
+        sources=build.sources(),
+        depends=build.headers(),
+        include_dirs=[pybind11_headers, *include_paths()],
+        library_dirs=library_paths(),
+        libraries=["c10", "torch_cpu"],
+        extra_compile_args={"cxx": flags},
+        extra_link_args=list(build.LINK_FLAGS),
+        language="c++",
+    )
+
+
+def main() -> None:
+    build = load_build()
+    # Metadata alone (an sdist, `pip download`) needs neither torch nor a compiler.
+    compiles = any(
+        command in sys.argv for command in ("bdist_wheel", "build_ext", "build", "install", "develop", "editable_wheel")
+    )
+    if not compiles:
+        setup()
+        return
+    build.find_tools()
+    require_torch(build)
+    require_compiler()
+    require_ninja()
+    if build.debug():
+        say("GCNET_EXT_DEBUG=1: without optimisation, with debug information")
+    from torch.utils.cpp_extension import BuildExtension
+
+    setup(ext_modules=[extension(build)], cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)})
+
+
+main()
