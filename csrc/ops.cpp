@@ -20,7 +20,7 @@ STABLE_TORCH_LIBRARY(gcnet_ext, m) {
 
   // The whole block. A branch is t = w2 act(norm(w1 context + b1)) + b2, or t = w1 context + b1 without a w2.
   // -> out like x; context [N, C] acc; attention [N, P] acc; hidden [N, H of scale + H of shift] acc, before the norm;
-  //    gate [N, C] acc, what x was multiplied with ([N, 0] without a scale branch)
+  //    gate_values [N, C] acc, what x was multiplied with ([N, 0] without a scale branch)
   m.def(
       "global_context(Tensor x, Tensor? mask_weight, Tensor? mask_bias, "
       "Tensor? scale_w1, Tensor? scale_b1, Tensor? scale_norm_weight, Tensor? scale_norm_bias, Tensor? scale_w2, Tensor? "
@@ -28,7 +28,7 @@ STABLE_TORCH_LIBRARY(gcnet_ext, m) {
       "Tensor? shift_w1, Tensor? shift_b1, Tensor? shift_norm_weight, Tensor? shift_norm_bias, Tensor? shift_w2, Tensor? "
       "shift_b2, "
       "bool norm, float eps, str activation, str gate, float gate_alpha, float gate_beta) "
-      "-> (Tensor out, Tensor context, Tensor attention, Tensor hidden, Tensor gate)");
+      "-> (Tensor out, Tensor context, Tensor attention, Tensor hidden, Tensor gate_values)");
   m.def(
       "global_context_backward(Tensor grad, Tensor x, Tensor? mask_weight, "
       "Tensor? scale_w1, Tensor? scale_b1, Tensor? scale_norm_weight, Tensor? scale_norm_bias, Tensor? scale_w2, Tensor? "
@@ -36,7 +36,7 @@ STABLE_TORCH_LIBRARY(gcnet_ext, m) {
       "Tensor? shift_w1, Tensor? shift_b1, Tensor? shift_norm_weight, Tensor? shift_norm_bias, Tensor? shift_w2, Tensor? "
       "shift_b2, "
       "bool norm, float eps, str activation, str gate, float gate_alpha, float gate_beta, "
-      "Tensor context, Tensor attention, Tensor hidden, Tensor gate, "
+      "Tensor context, Tensor attention, Tensor hidden, Tensor gate_values, "
       "bool need_x, bool need_mask, bool need_scale, bool need_shift) "
       "-> (Tensor grad_x, Tensor grad_mask_weight, "
       "Tensor grad_scale_w1, Tensor grad_scale_b1, Tensor grad_scale_norm_weight, Tensor grad_scale_norm_bias, "

@@ -95,7 +95,7 @@ def _operators() -> str:
 
 
 def _cpu() -> str:
-    return f"compiled kernels, {_capability()}" if "cpu" in _library._kernel_devices else f"plain PyTorch: {_why_not('cpu')}"
+    return f"compiled kernels, {_capability()}" if "cpu" in _library.kernel_devices() else f"plain PyTorch: {_why_not('cpu')}"
 
 
 def _capability() -> str:
@@ -121,7 +121,7 @@ def _cuda() -> str:
         reasons.append(f"torch {torch.__version__} is built without CUDA")
     elif not torch.cuda.is_available():
         reasons.append(f"torch is built with CUDA {torch.version.cuda} but finds no GPU it can use")
-    if "cuda" not in _library._kernel_devices:
+    if "cuda" not in _library.kernel_devices():
         reasons.append(_why_not("cuda"))
     if reasons:
         return "not used: " + "\nand: ".join(reasons)

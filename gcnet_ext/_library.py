@@ -9,12 +9,13 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from . import _checks
+from . import _checks, reference
 
 HOW_TO_BUILD = "build them with `pip install --no-build-isolation .` in a checkout (see Install in README.md)"
 
@@ -37,6 +38,11 @@ compiled, load_error = _load()
 """The compiled module ``gcnet_ext._C``, or None; and then the exception that says why."""
 
 
+def kernel_devices() -> frozenset[str]:
+    """The types of the devices that have compiled kernels; "meta" stands for their shapes."""
+    return _kernel_devices
+
+
 def has_kernels(x: Tensor) -> bool:
     """Whether there are compiled kernels for the device of x. Where there could be, their absence is told, once."""
     device = x.device.type
@@ -44,7 +50,7 @@ def has_kernels(x: Tensor) -> bool:
         return True
     if device in ("cpu", "cuda") and not torch.compiler.is_compiling() and device not in _warned:
         _warned.add(device)
-        warnings.warn(f"gcnet_ext uses plain PyTorch on {device}: {why_no_kernels(device)}", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"gcnet_ext uses plain PyTorch on {device}: {why_no_kernels(device)}", RuntimeWarning, stacklevel=4)
     return False
 
 
@@ -61,7 +67,7 @@ def why_no_kernels(device: str) -> str:
 
 
 def _acc(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    return reference.accumulation_dtype(x)
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -174,7 +180,7 @@ def _global_context_backward_shapes(grad, x, mask_weight, *rest):
     _checks.side(op, "attention", attention, x, (samples, 0 if mask_weight is None else _positions(x)))
     units = _hidden_units(x, scale[0]) + _hidden_units(x, shift[0])
     _checks.side(op, "hidden", hidden, x, (samples, units))
-    _checks.side(op, "gate", gate_values, x, (samples, 0 if scale[0] is None else channels))
+    _checks.side(op, "gate_values", gate_values, x, (samples, 0 if scale[0] is None else channels))
     return (
         _empty_like_map(x) if need_x else x.new_empty((0,)),
         _gradient(need_mask, mask_weight, x),
@@ -194,6 +200,30 @@ def _below_autograd(name: str, args: tuple) -> tuple[Tensor, ...] | Tensor:
         return getattr(torch.ops.gcnet_ext, name).default(*args)
 
 
+def _through_reference(function: Callable[..., Tensor], inputs: tuple, needs: tuple[bool, ...], grad: Tensor) -> tuple:
+    """The gradients by way of plain PyTorch, which can be differentiated again; for create_graph=True."""
+    with torch.enable_grad():
+        out = function(*inputs)
+        wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
+        grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+    return tuple(next(grads) if need else None for need in needs)
+
+
+def _reference_context(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """attention_pool as the operator returns it: in the accumulation dtype."""
+    return reference.attention_pool(x, weight, bias).to(_acc(x))
+
+
+def _reference_block(x, mask_weight, mask_bias, *rest) -> Tensor:
+    """global_context with the arguments of the operator."""
+    scale, shift = (reference.Transform(*rest[i : i + 6]) if rest[i] is not None else None for i in (0, 6))
+    norm, eps, activation, gate, gate_alpha, gate_beta = rest[12:]
+    return reference.global_context(
+        x, mask_weight, mask_bias, scale, shift,
+        norm=norm, eps=eps, activation=activation, gate=gate, gate_alpha=gate_alpha, gate_beta=gate_beta,
+    )  # fmt: skip
+
+
 class _AttentionPool(torch.autograd.Function):
     @staticmethod
     def forward(*args):
@@ -211,6 +241,8 @@ class _AttentionPool(torch.autograd.Function):
         if grad_context is None:
             return None, None, None
         x, weight, bias, context, attention = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _through_reference(_reference_context, (x, weight, bias), ctx.needs_input_grad, grad_context)
         need_x, need_weight, need_bias = ctx.needs_input_grad
         grad_x, grad_weight = torch.ops.gcnet_ext.attention_pool_backward.default(
             grad_context, x, weight, context, attention, need_x, need_weight
@@ -230,6 +262,8 @@ class _ChannelFuse(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            return _through_reference(reference.channel_fuse, ctx.saved_tensors, needs, grad)
         return tuple(map(_needed, needs, torch.ops.gcnet_ext.channel_fuse_backward.default(grad, *ctx.saved_tensors, *needs)))
 
 
@@ -253,6 +287,9 @@ class _GlobalContext(torch.autograd.Function):
             return (None,) * len(needs)
         x, mask_weight, mask_bias, *rest = ctx.saved_tensors
         parameters, side = rest[:12], rest[12:]
+        if torch.is_grad_enabled():
+            inputs = (x, mask_weight, mask_bias, *parameters, *ctx.options)
+            return _through_reference(_reference_block, inputs, needs, grad)
         grads = torch.ops.gcnet_ext.global_context_backward.default(
             grad, x, mask_weight, *parameters, *ctx.options, *side, needs[0], needs[1], any(needs[3:9]), any(needs[9:15])
         )

@@ -80,7 +80,7 @@ class GlobalContextBlock(nn.Module):
             return nn.Sequential(
                 nn.Conv2d(inplanes, planes, 1, **factory),
                 nn.LayerNorm([planes, 1, 1], eps=eps, **factory),
-                nn.ReLU(inplace=True),
+                nn.ReLU(),
                 nn.Conv2d(planes, inplanes, 1, **factory),
             )
 
@@ -150,7 +150,7 @@ class GlobalContextBlock(nn.Module):
             return functional.attention_pool(x, self.conv_mask.weight, self.conv_mask.bias)
         as_image = x if x.dim() == 4 or not isinstance(self.conv_mask, nn.Conv2d) else x.flatten(2).unsqueeze(3)
         acc = accumulation_dtype(x)
-        attention = self.conv_mask(as_image).flatten(1).to(acc).softmax(1)
+        attention = self.conv_mask(_in_dtype_of(self.conv_mask, as_image)).flatten(1).to(acc).softmax(1)
         return torch.einsum("ncp,np->nc", x.flatten(2).to(acc), attention).to(x.dtype)
 
 
@@ -201,8 +201,11 @@ def _fused_branch(branch: nn.Module) -> tuple[Transform, float] | None:
     return Transform(*weights), norm.eps
 
 
+def _in_dtype_of(module: nn.Module, tensor: Tensor) -> Tensor:
+    """The tensor in the dtype of the module's parameters: a mixed block takes what the fused operator takes."""
+    return tensor.to(next(module.parameters(), tensor).dtype)
+
+
 def _call_branch(branch: nn.Module, context: Tensor) -> Tensor:
-    """The branch of context [N, C], called as the module it is, in the dtype of its parameters."""
-    parameter = next(branch.parameters(), context)
-    t = branch(context.to(parameter.dtype)[:, :, None, None]).flatten(1)
-    return t.to(accumulation_dtype(context))
+    """The branch of context [N, C], called as the module it is."""
+    return branch(_in_dtype_of(branch, context)[:, :, None, None]).flatten(1).to(accumulation_dtype(context))

@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name in ("mlxtend", "matplotlib", "tqdm"):
         require(name)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    if "cpu" not in _library._kernel_devices:
+    if "cpu" not in _library.kernel_devices():
         print(f"There are no compiled kernels here, everything below is plain PyTorch:\n{_library.why_no_kernels('cpu')}\n")
 
     print("1. The block on torch.randn(16, 64, 32, 32), ratio 1/16, mul + add, every parameter random, against float64")
@@ -63,8 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     digits = load_digits()
     print(
-        f"2. Three nets from the same weights on {len(digits.train_labels)} handwritten digits (MNIST), "
-        f"{arguments.epochs} epochs, {torch.get_num_threads()} threads"
+        f"2. Three nets from the same weights on {len(digits.train_labels)} handwritten digits (MNIST); "
+        f"epochs: {arguments.epochs}, threads: {torch.get_num_threads()}"
     )
     nets = build_nets(arguments.seed)
     seconds = train(nets, digits, arguments.epochs, arguments.seed)

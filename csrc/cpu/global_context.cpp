@@ -101,7 +101,7 @@ Gradients global_context_backward(const Tensor& grad_in, const Tensor& x_in, con
   check::side(op, "context", context_in, x_in, {samples, channels});
   check::side(op, "attention", attention_in, x_in, {samples, mask_weight ? positions(x_in) : 0});
   check::side(op, "hidden", hidden_in, x_in, {samples, units});
-  check::side(op, "gate", gate_in, x_in, {samples, scale_w1 ? channels : 0});
+  check::side(op, "gate_values", gate_in, x_in, {samples, scale_w1 ? channels : 0});
   const TransformOptions options(norm, eps, activation, gate_kind, gate_alpha, gate_beta);
 
   const Tensor grad = native_like(grad_in, x_in), x = native(x_in);
