@@ -1,5 +1,6 @@
-"""Builds gcnet_ext._C. Every decision is printed; what is missing is told in one sentence that names the fix.
+"""Builds gcnet_ext._C and, with a CUDA build of torch, gcnet_ext._C_cuda.
 
+Every decision is printed; what is missing is told in one sentence that names the fix.
 What is compiled, and with which flags, is in gcnet_ext/_build.py. `pip install --no-build-isolation .` builds against the
 torch that is installed; an isolated build would fetch one of its own.
 """
@@ -71,23 +72,42 @@ def require_ninja() -> None:
     say("ninja compiles in parallel; MAX_JOBS limits how many files at once")
 
 
-def extension(build) -> Extension:
+def extensions(build, cuda) -> list[Extension]:
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    pybind11_headers = require_pybind11()
-    flags = build.cxx_flags()
-    say(f"{len(build.sources())} sources, flags {' '.join(flags)}")
-    return Extension(
-        "gcnet_ext._C",
-        sources=build.sources(),
-        depends=build.headers(),
-        include_dirs=[pybind11_headers, *include_paths()],
-        library_dirs=library_paths(),
-        libraries=["c10", "torch_cpu"],
-        extra_compile_args={"cxx": flags},
-        extra_link_args=list(build.LINK_FLAGS),
-        language="c++",
-    )
+    flags = build.cxx_flags(cuda)
+    include_dirs = [require_pybind11(), *include_paths()]
+    say(f"_C: {len(build.sources())} sources, flags {' '.join(flags)}")
+    libraries = [
+        Extension(
+            "gcnet_ext._C",
+            sources=build.sources(),
+            depends=build.headers(),
+            include_dirs=include_dirs,
+            library_dirs=library_paths(),
+            libraries=["c10", "torch_cpu"],
+            extra_compile_args={"cxx": flags},
+            extra_link_args=list(build.LINK_FLAGS),
+            language="c++",
+        )
+    ]
+    if cuda.build:
+        # BuildExtension reads the architectures from here.
+        os.environ["TORCH_CUDA_ARCH_LIST"] = cuda.architectures
+        say(f"_C_cuda: {len(build.cuda_sources())} sources for {cuda.architectures}, flags {' '.join(build.CUDA_FLAGS)}")
+        libraries.append(
+            Extension(
+                "gcnet_ext._C_cuda",
+                sources=build.cuda_sources(),
+                depends=build.headers(),
+                include_dirs=include_paths("cuda"),
+                library_dirs=library_paths("cuda"),
+                libraries=["c10", "torch_cpu", "torch_cuda", "cudart"],
+                extra_compile_args={"cxx": [*flags, "-DUSE_CUDA"], "nvcc": list(build.CUDA_FLAGS)},
+                language="c++",
+            )
+        )
+    return libraries
 
 
 def main() -> None:
@@ -105,9 +125,14 @@ def main() -> None:
     require_ninja()
     if build.debug():
         say("GCNET_EXT_DEBUG=1: without optimisation, with debug information")
+    try:
+        cuda = build.decide_cuda()
+    except build.BuildStop as reason:
+        stop(str(reason))
+    say(f"CUDA kernels: {'yes' if cuda.build else 'no'}, {cuda.reason}")
     from torch.utils.cpp_extension import BuildExtension
 
-    setup(ext_modules=[extension(build)], cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)})
+    setup(ext_modules=extensions(build, cuda), cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)})
 
 
 main()

@@ -7,6 +7,7 @@
 
 #include "cpu/capability.h"
 #include "plan_cpu.h"
+#include "plan_cuda.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -22,6 +23,7 @@ constexpr const char* kCompiler = "g++ " __VERSION__;
 py::dict build_info() {
   return py::dict("version"_a = GCNET_EXT_VERSION, "torch"_a = TORCH_VERSION, "abi_target"_a = "2.11", "compiler"_a = kCompiler,
                   "openmp"_a = std::to_string(_OPENMP), "capabilities"_a = gcnet_ext::cpu::compiled_capabilities(),
+                  "cuda"_a = GCNET_EXT_CUDA_VERSION, "cuda_architectures"_a = GCNET_EXT_CUDA_ARCHITECTURES,
 #if defined(__OPTIMIZE__)
                   "debug"_a = false
 #else
@@ -38,6 +40,23 @@ py::dict plan_cpu(int64_t channels, int64_t positions, int64_t element_size, boo
                   "sweep_position_blocks"_a = sweep.position_blocks);
 }
 
+py::dict plan_cuda(int64_t channels, int64_t positions, int64_t element_size, bool channels_last, bool aligned) {
+  const auto pool = gcnet_ext::plan_cuda_pool({channels, positions, element_size, channels_last, aligned});
+  const char* paths[] = {"rows", "positions", "streamed"};
+  return py::dict("path"_a = paths[static_cast<int>(pool.path)], "vector"_a = pool.vector, "threads"_a = pool.threads,
+                  "tile"_a = pool.tile_positions, "tiles_per_split"_a = pool.tiles_per_split, "splits"_a = pool.splits);
+}
+
+py::dict plan(const std::string& device, int64_t channels, int64_t positions, int64_t element_size, bool channels_last,
+              bool aligned) {
+  if (channels < 1 || positions < 1 || element_size < 1) {
+    throw py::value_error("channels, positions and element_size must be at least 1");
+  }
+  if (device == "cpu") return plan_cpu(channels, positions, element_size, channels_last);
+  if (device == "cuda") return plan_cuda(channels, positions, element_size, channels_last, aligned);
+  throw py::value_error("device must be 'cpu' or 'cuda', got '" + device + "'");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -46,6 +65,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_capability", &gcnet_ext::cpu::capability, "The vector instructions in use: 'default', 'avx2' or 'avx512'.");
   m.def("usable_capabilities", &gcnet_ext::cpu::usable_capabilities,
         "The capabilities that this processor can run, best first.");
-  m.def("plan_cpu", &plan_cpu, "How the CPU kernels cut a sample of [C, P] elements.", "channels"_a, "positions"_a,
-        "element_size"_a, "channels_last"_a = false);
+  m.def("plan", &plan, "How the kernels of a device cut the attention pool of a sample of [C, P] elements.", "device"_a,
+        "channels"_a, "positions"_a, "element_size"_a = 4, "channels_last"_a = false, "aligned"_a = true);
 }

@@ -18,14 +18,32 @@ def load() -> ModuleType:
     import pybind11
 
     _build.find_tools()
+    cuda = _build.decide_cuda()
     build_directory = Path(os.environ.get("GCNET_EXT_JIT_DIR", _build.ROOT / "build" / "jit"))
     build_directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return cpp_extension.load(
+    options = {
+        "extra_cflags": _build.cxx_flags(cuda),
+        "extra_ldflags": list(_build.LINK_FLAGS),
+        "verbose": os.environ.get("GCNET_EXT_JIT_VERBOSE", "0") == "1",
+    }
+    module = cpp_extension.load(
         name="_C",
         sources=[str(_build.ROOT / source) for source in _build.sources()],
         extra_include_paths=[pybind11.get_include()],
-        extra_cflags=_build.cxx_flags(),
-        extra_ldflags=list(_build.LINK_FLAGS),
         build_directory=str(build_directory),
-        verbose=os.environ.get("GCNET_EXT_JIT_VERBOSE", "0") == "1",
+        **options,
     )
+    if cuda.build:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = cuda.architectures
+        # Compiled and linked beside _C, and loaded from there by _library.py as an installed one is.
+        (build_directory / "cuda").mkdir(exist_ok=True)
+        cpp_extension.load(
+            name="_C_cuda",
+            sources=[str(_build.ROOT / source) for source in _build.cuda_sources()],
+            extra_cuda_cflags=list(_build.CUDA_FLAGS),
+            build_directory=str(build_directory / "cuda"),
+            is_python_module=False,
+            with_cuda=True,
+            **options,
+        )
+    return module

@@ -10,6 +10,7 @@ import importlib
 import os
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -38,13 +39,42 @@ compiled, load_error = _load()
 """The compiled module ``gcnet_ext._C``, or None; and then the exception that says why."""
 
 
+def _load_cuda() -> str | None:
+    """Loads the CUDA implementations beside the compiled module; returns why not, or None when they are there."""
+    if compiled is None:
+        return None
+    built = compiled.build_info()
+    if not built["cuda"]:
+        return f"this build has no CUDA kernels; {HOW_TO_BUILD}, with a CUDA build of torch and nvcc on the PATH"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
+    try:
+        (library,) = Path(compiled.__file__).parent.glob("**/_C_cuda*.so")
+        torch.ops.load_library(str(library))
+    except Exception as error:
+        return (
+            f"the CUDA kernels, built with CUDA {built['cuda']} for torch {built['torch']}, could not be loaded into "
+            f"torch {torch.__version__} with CUDA {torch.version.cuda} ({type(error).__name__}: {error}); {HOW_TO_BUILD}"
+        )
+    return None
+
+
+cuda_error = _load_cuda()
+"""Why there are no CUDA kernels, or None."""
+
+
 def kernel_devices() -> frozenset[str]:
     """The types of the devices that have compiled kernels; "meta" stands for their shapes."""
     return _kernel_devices
 
 
 def has_kernels(x: Tensor) -> bool:
-    """Whether there are compiled kernels for the device of x. Where there could be, their absence is told, once."""
+    """Whether x goes to compiled kernels. Where there could be some for its device, their absence is told, once.
+
+    Inside torch.func transforms (grad, vmap, jvp) it does not: plain PyTorch is differentiable and batched in every way.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return False
     device = x.device.type
     if device in _kernel_devices:
         return True
@@ -58,8 +88,8 @@ def why_no_kernels(device: str) -> str:
     """One sentence: why tensors on this device do without compiled kernels, and what to do about it."""
     if load_error is not None:
         return f"the compiled kernels could not be loaded ({type(load_error).__name__}: {load_error}); {HOW_TO_BUILD}"
-    if device == "cuda":
-        return f"this build has no CUDA kernels; {HOW_TO_BUILD}, with a CUDA build of torch and nvcc on the PATH"
+    if device == "cuda" and cuda_error is not None:
+        return cuda_error
     return f"there are no kernels for {device}"
 
 
@@ -226,15 +256,12 @@ def _reference_block(x, mask_weight, mask_bias, *rest) -> Tensor:
 
 class _AttentionPool(torch.autograd.Function):
     @staticmethod
-    def forward(*args):
-        return _below_autograd("attention_pool", args)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        context, attention = output
+    def forward(ctx, *args):
+        context, attention = _below_autograd("attention_pool", args)
         ctx.mark_non_differentiable(attention)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs, context, attention)
+        ctx.save_for_backward(*args, context, attention)
+        return context, attention
 
     @staticmethod
     def backward(ctx, grad_context, _grad_attention):
@@ -252,12 +279,9 @@ class _AttentionPool(torch.autograd.Function):
 
 class _ChannelFuse(torch.autograd.Function):
     @staticmethod
-    def forward(*args):
+    def forward(ctx, *args):
+        ctx.save_for_backward(*args)
         return _below_autograd("channel_fuse", args)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, grad):
@@ -269,16 +293,14 @@ class _ChannelFuse(torch.autograd.Function):
 
 class _GlobalContext(torch.autograd.Function):
     @staticmethod
-    def forward(*args):
-        return _below_autograd("global_context", args)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        side = output[1:]
+    def forward(ctx, *args):
+        outputs = _below_autograd("global_context", args)
+        side = outputs[1:]
         ctx.mark_non_differentiable(*side)
         ctx.set_materialize_grads(False)
-        ctx.options = inputs[15:]
-        ctx.save_for_backward(*inputs[:15], *side)
+        ctx.options = args[15:]
+        ctx.save_for_backward(*args[:15], *side)
+        return outputs
 
     @staticmethod
     def backward(ctx, grad, *_grad_side):
@@ -310,7 +332,8 @@ def _register_autograd(name: str, function: type[torch.autograd.Function]) -> No
     """Makes the operator differentiable.
 
     Does what torch.library.register_autograd does, which takes 0.2 ms a call for an operator of 21 arguments: it looks up the
-    defaults of every argument, each time.
+    defaults of every argument, each time. For the same reason the functions have no setup_context, which binds the signature
+    anew in each call; torch.func needs it, and gets plain PyTorch instead (has_kernels).
     """
 
     def implementation(*args):
@@ -334,7 +357,7 @@ def _register() -> frozenset[str]:
         torch.library.register_fake(f"gcnet_ext::{name}", shapes)
         if function is not None:
             _register_autograd(name, function)
-    return frozenset({"cpu", "meta"})
+    return frozenset({"cpu", "meta"} if cuda_error is not None else {"cpu", "cuda", "meta"})
 
 
 if compiled is not None:

@@ -1,0 +1,79 @@
+// How the CUDA kernels cut their work. Pure functions of one sample's shape, the dtype, the layout and the alignment: never of
+// the batch or of the GPU, so that a sample gives the same bits in any batch and on any GPU of the same architecture. No torch,
+// no CUDA: visible from Python as gcnet_ext._C.plan(...).
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+
+namespace gcnet_ext {
+
+// One sample's feature map, as far as plans depend on it.
+struct CudaMap {
+  int64_t channels, positions, element_size;
+  bool channels_last;
+  bool aligned;  // every row (NCHW) or position (channels_last) starts and ends at a multiple of 16 bytes
+};
+
+// A tile of all channels x `lanes` accesses of positions that a block holds in registers, `rows` accesses per thread.
+struct CudaRowTile {
+  int64_t channels;  // the most that fit: threads / lanes * rows
+  int threads, lanes, rows;
+};
+// Accesses of 16 bytes: segments of 256, 128, 128 and 64 bytes.
+inline constexpr std::array<CudaRowTile, 4> kCudaRowTiles{
+    {{256, 256, 16, 16}, {512, 256, 8, 16}, {1024, 512, 8, 16}, {2048, 512, 4, 16}}};
+// Accesses of one element, for rows that do not start at multiples of 16 bytes.
+inline constexpr std::array<CudaRowTile, 2> kCudaScalarRowTiles{{{256, 256, 32, 32}, {1024, 512, 32, 64}}};
+
+// Who reads a feature map that is needed twice, for the logits and for the weighted sum.
+enum class CudaPoolPath {
+  rows,       // NCHW: a tile of rows stays in the registers of a block (kCudaRowTiles)
+  positions,  // channels_last: some positions stay in the registers of one to sixteen warps
+  streamed    // any shape: a tile is read twice, the second time from the caches
+};
+
+struct CudaPoolPlan {
+  CudaPoolPath path;
+  int vector;                       // elements per access
+  int tile;                         // index into kCudaRowTiles or kCudaScalarRowTiles
+  int threads;                      // of a block
+  int64_t tile_positions;           // positions that a block works on at a time
+  int64_t tiles_per_split, splits;  // a block works on tiles_per_split tiles; a sample has so many blocks
+};
+CudaPoolPlan plan_cuda_pool(const CudaMap& map);
+
+// Whether a map with this address and these strides (in elements) is CudaMap::aligned.
+bool cuda_aligned(const CudaMap& map, const void* address, int64_t sample_stride, int64_t channel_stride,
+                  int64_t position_stride);
+
+inline constexpr int kCudaPositionsPerWarp = 8;    // of the path `positions`
+inline constexpr int kCudaStreamedPositions = 32;  // of the path `streamed`
+inline constexpr int kCudaStreamedThreads = 256;
+
+// A sweep over a channels_last map: a thread has one access of channels and goes through positions; a block has `lanes`
+// accesses side by side and `rows` positions at a time; a sample has `channel_blocks` x `splits` blocks.
+struct CudaPositionGrid {
+  int lanes, rows;
+  int64_t channel_blocks, split_positions, splits;
+};
+CudaPositionGrid plan_cuda_positions(const CudaMap& map, int vector, int64_t most_splits);
+
+// The sums over the positions of an NCHW map: lanes per row, a power of two up to the threads of a block.
+int plan_cuda_row_lanes(const CudaMap& map, int vector);
+
+// More splits keep more processors busy on one sample; each costs a row of partial sums that the last block has to merge alone.
+inline constexpr int64_t kCudaMaxSplits = 64;
+
+inline constexpr int kCudaSweepThreads = 256;
+inline constexpr int kCudaSweepUnroll = 4;  // accesses of a thread that are under way together
+
+// Whether the block that completes a sample's context also transforms it, with all the weights by itself; otherwise further
+// launches share the weights among blocks and samples. Bytes of all w1 and w2, and hidden units, of both branches together.
+bool plan_cuda_tail(int64_t channels, int64_t units, int64_t weight_bytes, int64_t accumulation_size);
+
+inline constexpr int64_t kCudaMaxBlocks = 0x7fffffff;  // of one launch
+inline constexpr size_t kCudaSharedBytes = 48 << 10;   // that every GPU grants without being asked
+
+}  // namespace gcnet_ext
