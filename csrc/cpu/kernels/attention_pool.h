@@ -32,22 +32,16 @@ inline void dot_rows(const scalar_t* x, int64_t stride, const acc_t<scalar_t>* w
 template <int R, bool ahead, typename scalar_t>
 inline void add_rows(const scalar_t* x, int64_t stride, const acc_t<scalar_t>* a, int64_t count, acc_t<scalar_t>* y) {
   using acc = acc_t<scalar_t>;
+  Vec<acc> factors[R];  // in registers: the compiler must assume that y overlaps a
+  for (int r = 0; r < R; r++) factors[r] = broadcast(a[r]);
   for_each_vector<acc>(count, [&](int64_t i, auto lanes) {
     Vec<acc> total = load(y + i, lanes);
     for (int r = 0; r < R; r++) {
       if constexpr (ahead) __builtin_prefetch(x + (r + R) * stride + i);
-      total += a[r] * load(x + r * stride + i, lanes);
+      total += factors[r] * load(x + r * stride + i, lanes);
     }
     store(y + i, total, lanes);
   });
-}
-
-// Calls body(first_row, integral_constant<R>) with R rows at a time, the rest one by one.
-template <int R, typename Body>
-inline void for_each_rows(int64_t rows, const Body& body) {
-  int64_t row = 0;
-  for (; row + R <= rows; row += R) body(row, std::integral_constant<int, R>{});
-  for (; row < rows; row++) body(row, std::integral_constant<int, 1>{});
 }
 
 // dots[p] = sum_c w_c x_cp for every position of the block. The order of the additions depends on C alone.
@@ -136,16 +130,21 @@ inline void grad_positions(const scalar_t* g, int64_t g_stride, const scalar_t* 
                            const acc_t<scalar_t>* dl, int64_t channels, const PoolGradient<acc_t<scalar_t>>& sample,
                            scalar_t* dx, int64_t dx_stride, acc_t<scalar_t>* dw) {
   using acc = acc_t<scalar_t>;
+  Vec<acc> mr[R], dlr[R];
+  for (int r = 0; r < R; r++) {
+    mr[r] = broadcast(m[r]);
+    dlr[r] = broadcast(dl[r]);
+  }
   for_each_vector<acc>(channels, [&](int64_t c, auto lanes) {
     const Vec<acc> dctx = load(sample.grad_context + c, lanes), w = load(sample.weight + c, lanes);
     Vec<acc> scale{}, total{};
     if constexpr (has_scale) scale = load(sample.scale + c, lanes);
     if constexpr (has_weight_grad) total = load(dw + c, lanes);
     for (int r = 0; r < R; r++) {
-      Vec<acc> value = m[r] * dctx + dl[r] * w;
+      Vec<acc> value = mr[r] * dctx + dlr[r] * w;
       if constexpr (has_grad && has_scale) value += load(g + r * g_stride + c, lanes) * scale;
       if constexpr (has_grad && !has_scale) value += load(g + r * g_stride + c, lanes);
-      if constexpr (has_weight_grad) total += dl[r] * load(x + r * x_stride + c, lanes);
+      if constexpr (has_weight_grad) total += dlr[r] * load(x + r * x_stride + c, lanes);
       store(dx + r * dx_stride + c, value, lanes);
     }
     if constexpr (has_weight_grad) store(dw + c, total, lanes);

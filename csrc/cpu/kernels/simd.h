@@ -113,4 +113,12 @@ inline void store(scalar_t* p, Vec<acc_t<scalar_t>> value, int64_t count) {
   store_first(p, value, count);
 }
 
+// Calls body(first_row, integral_constant<R>) with R rows at a time, the rest one by one.
+template <int R, typename Body>
+inline void for_each_rows(int64_t rows, const Body& body) {
+  int64_t row = 0;
+  for (; row + R <= rows; row += R) body(row, std::integral_constant<int, R>{});
+  for (; row < rows; row++) body(row, std::integral_constant<int, 1>{});
+}
+
 }  // namespace gcnet_ext::cpu::GCNET_CAPABILITY
