@@ -18,13 +18,29 @@ TAG := $(shell printf '%s' '$(TORCH)' | tr -c 'A-Za-z0-9.' '-')
 INSTALLED := $(VENV)/installed-$(TAG)
 BUILT := $(VENV)/built-$(TAG)
 
-.PHONY: demo test lint format bench build clean
+# A second environment, with a CUDA build of torch, for all architectures; no GPU is needed to build and to run the CPU tests.
+CUDA_VENV ?= .venv-cuda
+CUDA_TORCH ?= torch==2.14.1
+CUDA_ARCHITECTURES ?= 7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX
+CUDA_TAG := $(shell printf '%s' '$(CUDA_TORCH) $(CUDA_ARCHITECTURES)' | tr -c 'A-Za-z0-9.' '-')
+CUDA_SITE := $(abspath build/cuda-site)
+
+.PHONY: demo test test-cuda-build gpu-check lint format bench build clean
 
 demo: $(BUILT)
 	$(VENV)/bin/python -m gcnet_ext demo $(ARGS)
 
 test: $(BUILT)
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+# The whole suite on that torch, then the CPU library that was built there on the torch of .venv: the stable ABI at work.
+test-cuda-build: build/cuda-built-$(CUDA_TAG) $(BUILT)
+	PYTHONPATH=$(CUDA_SITE) $(CUDA_VENV)/bin/pytest $(ARGS)
+	PYTHONPATH=$(CUDA_SITE) $(VENV)/bin/pytest tests/test_abi.py tests/test_attention_pool.py tests/test_channel_fuse.py
+
+# On a machine with a GPU: builds for it, tests, times, and writes a report to the folder OUT. Uses the python on the PATH.
+gpu-check:
+	$(PYTHON) bench/gpu_check.py $(ARGS)
 
 bench: $(BUILT)
 	$(VENV)/bin/python bench/global_context.py $(ARGS)
@@ -50,6 +66,18 @@ $(INSTALLED): requirements-dev.txt
 
 $(BUILT): $(INSTALLED) $(SOURCES)
 	$(VENV)/bin/pip install --quiet --no-build-isolation --no-deps -e .
+	touch $@
+
+$(CUDA_VENV)/installed-$(CUDA_TAG): requirements-dev.txt
+	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/pip install --quiet $(CUDA_TORCH)
+	$(CUDA_VENV)/bin/pip install --quiet -r requirements-dev.txt
+	touch $@
+
+build/cuda-built-$(CUDA_TAG): $(CUDA_VENV)/installed-$(CUDA_TAG) $(SOURCES) $(wildcard gcnet_ext/*.py)
+	rm -rf build/cuda-built-* $(CUDA_SITE)
+	GCNET_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" $(CUDA_VENV)/bin/pip install --quiet \
+		--no-build-isolation --no-deps --target $(CUDA_SITE) .
 	touch $@
 
 clean:

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import shutil
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -132,7 +133,12 @@ def main() -> None:
     say(f"CUDA kernels: {'yes' if cuda.build else 'no'}, {cuda.reason}")
     from torch.utils.cpp_extension import BuildExtension
 
-    setup(ext_modules=extensions(build, cuda), cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)})
+    setup(
+        ext_modules=extensions(build, cuda),
+        cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)},
+        # A folder per torch: what one build left behind must not end up in the wheel of another.
+        options={"build": {"build_base": f"build/torch-{version('torch')}{'-cuda' if cuda.build else ''}"}},
+    )
 
 
 main()

@@ -13,7 +13,7 @@ namespace gcnet_ext {
 struct CudaMap {
   int64_t channels, positions, element_size;
   bool channels_last;
-  bool aligned;  // every row (NCHW) or position (channels_last) starts and ends at a multiple of 16 bytes
+  bool aligned;  // every row (NCHW) or position (channels_last) starts where that of a dense map could start
 };
 
 // A tile of all channels x `lanes` accesses of positions that a block holds in registers, `rows` accesses per thread.
@@ -24,7 +24,9 @@ struct CudaRowTile {
 // Accesses of 16 bytes: segments of 256, 128, 128 and 64 bytes.
 inline constexpr std::array<CudaRowTile, 4> kCudaRowTiles{
     {{256, 256, 16, 16}, {512, 256, 8, 16}, {1024, 512, 8, 16}, {2048, 512, 4, 16}}};
-// Accesses of one element, for rows that do not start at multiples of 16 bytes.
+// Accesses of 8 bytes, of float16 and bfloat16: segments of 128 bytes.
+inline constexpr std::array<CudaRowTile, 2> kCudaHalfRowTiles{{{512, 256, 16, 32}, {1024, 512, 16, 32}}};
+// Accesses of one element.
 inline constexpr std::array<CudaRowTile, 2> kCudaScalarRowTiles{{{256, 256, 32, 32}, {1024, 512, 32, 64}}};
 
 // Who reads a feature map that is needed twice, for the logits and for the weighted sum.
@@ -37,12 +39,15 @@ enum class CudaPoolPath {
 struct CudaPoolPlan {
   CudaPoolPath path;
   int vector;                       // elements per access
-  int tile;                         // index into kCudaRowTiles or kCudaScalarRowTiles
+  int tile;                         // index into the tiles with such accesses
   int threads;                      // of a block
   int64_t tile_positions;           // positions that a block works on at a time
   int64_t tiles_per_split, splits;  // a block works on tiles_per_split tiles; a sample has so many blocks
 };
 CudaPoolPlan plan_cuda_pool(const CudaMap& map);
+
+// Elements of the widest access: of 16 bytes, of 8 in NCHW if they are float16 or bfloat16, otherwise one.
+int cuda_vector(const CudaMap& map);
 
 // Whether a map with this address and these strides (in elements) is CudaMap::aligned.
 bool cuda_aligned(const CudaMap& map, const void* address, int64_t sample_stride, int64_t channel_stride,

@@ -1,0 +1,63 @@
+// attention_pool on CUDA: from tensors to the launches of operators.h.
+#include "tensors.h"
+
+#include "instantiations.h"
+
+namespace gcnet_ext::cuda {
+
+#define GCNET_EXT_HERE(T) GCNET_EXT_ATTENTION_POOL(, T)
+GCNET_EXT_FOR_ALL_TYPES(GCNET_EXT_HERE)
+#undef GCNET_EXT_HERE
+
+namespace {
+
+std::tuple<Tensor, Tensor> attention_pool_op(const Tensor& x_in, const OptionalTensor& weight_in,
+                                             const OptionalTensor& bias_in) {
+  check::feature_map("attention_pool", x_in);
+  check::mask("attention_pool", "", weight_in, bias_in, x_in);
+  Call call(x_in);
+  const Tensor x = native(x_in);
+  const OptionalTensor weight = dense(weight_in), bias = dense(bias_in);
+  const Tensor context = torch::stable::new_empty(x, {x.size(0), x.size(1)}, accumulation_dtype(x));
+  const Tensor attention = torch::stable::new_empty(x, {x.size(0), weight ? positions(x) : 0}, accumulation_dtype(x));
+  dispatch(x.scalar_type(), [&](auto kind) {
+    using T = decltype(kind);
+    attention_pool<T>({map_of<const T>(x), extent_of(x), parameter<T>(weight), parameter<T>(bias), acc_data<T>(context),
+                       acc_data<T>(attention)},
+                      call, call.stream());
+  });
+  return {context, attention};
+}
+
+std::tuple<Tensor, Tensor> attention_pool_backward_op(const Tensor& grad_context_in, const Tensor& x_in,
+                                                      const OptionalTensor& weight_in, const Tensor& context_in,
+                                                      const Tensor& attention_in, bool need_x, bool need_weight) {
+  const char* op = "attention_pool_backward";
+  check::feature_map(op, x_in);
+  check::mask(op, "", weight_in, std::nullopt, x_in);
+  check::side(op, "grad_context", grad_context_in, x_in, {x_in.size(0), x_in.size(1)});
+  check::side(op, "context", context_in, x_in, {x_in.size(0), x_in.size(1)});
+  check::side(op, "attention", attention_in, x_in, {x_in.size(0), weight_in ? positions(x_in) : 0});
+  Call call(x_in);
+  const Tensor x = weight_in ? native(x_in) : x_in;  // average pooling does not read it
+  const OptionalTensor weight = dense(weight_in);
+  const Tensor grad_context = dense(grad_context_in), context = dense(context_in), attention = dense(attention_in);
+  const Tensor grad_x = need_x ? empty_like_map(x_in) : no_gradient(x_in);
+  const Tensor grad_weight = gradient_of(need_weight, weight, x_in);
+  dispatch(x.scalar_type(), [&](auto kind) {
+    using T = decltype(kind);
+    attention_pool_backward<T>(
+        {map_of<const T>(x), map_if<T>(need_x, grad_x), extent_of(x), parameter<T>(weight), acc_data<T>(grad_context),
+         acc_data<T>(context), acc_data<T>(attention), mutable_parameter<T>(grad_weight)},
+        call, call.stream());
+  });
+  return {grad_x, grad_weight};
+}
+
+}  // namespace
+}  // namespace gcnet_ext::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(gcnet_ext, CUDA, m) {
+  m.impl("attention_pool", TORCH_BOX(&gcnet_ext::cuda::attention_pool_op));
+  m.impl("attention_pool_backward", TORCH_BOX(&gcnet_ext::cuda::attention_pool_backward_op));
+}

@@ -1,0 +1,57 @@
+// channel_fuse on CUDA: from tensors to the launches of operators.h.
+#include "tensors.h"
+
+#include "instantiations.h"
+
+namespace gcnet_ext::cuda {
+
+#define GCNET_EXT_HERE(T) GCNET_EXT_CHANNEL_FUSE(, T)
+GCNET_EXT_FOR_ALL_TYPES(GCNET_EXT_HERE)
+#undef GCNET_EXT_HERE
+
+namespace {
+
+Tensor channel_fuse_op(const Tensor& x_in, const OptionalTensor& scale_in, const OptionalTensor& shift_in) {
+  check::feature_map("channel_fuse", x_in, /*pooled=*/false);
+  check::parameter("channel_fuse", "scale", scale_in, x_in, {x_in.size(0), x_in.size(1)});
+  check::parameter("channel_fuse", "shift", shift_in, x_in, {x_in.size(0), x_in.size(1)});
+  Call call(x_in);
+  const Tensor x = native(x_in), out = empty_like_map(x_in);
+  const OptionalTensor scale = dense(scale_in), shift = dense(shift_in);
+  dispatch(x.scalar_type(), [&](auto kind) {
+    using T = decltype(kind);
+    channel_fuse<T>({map_of<const T>(x), map_of<T>(out), extent_of(x), parameter<T>(scale), parameter<T>(shift)},
+                    call.stream());
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> channel_fuse_backward_op(const Tensor& grad_in, const Tensor& x_in,
+                                                            const OptionalTensor& scale_in, const OptionalTensor& shift,
+                                                            bool need_x, bool need_scale, bool need_shift) {
+  const char* op = "channel_fuse_backward";
+  check::feature_map(op, x_in, /*pooled=*/false);
+  check::gradient(op, grad_in, x_in);
+  check::parameter(op, "scale", scale_in, x_in, {x_in.size(0), x_in.size(1)});
+  check::parameter(op, "shift", shift, x_in, {x_in.size(0), x_in.size(1)});
+  Call call(x_in);
+  const Tensor grad = native_like(grad_in, x_in), x = native(x_in);
+  const OptionalTensor scale = dense(scale_in);
+  const Tensor grad_x = need_x ? empty_like_map(x_in) : no_gradient(x_in);
+  const Tensor grad_scale = gradient_of(need_scale, scale, x), grad_shift = gradient_of(need_shift, shift, x);
+  dispatch(x.scalar_type(), [&](auto kind) {
+    using T = decltype(kind);
+    channel_fuse_backward<T>({map_of<const T>(grad), map_of<const T>(x), map_if<T>(need_x, grad_x), extent_of(x),
+                              parameter<T>(scale), mutable_parameter<T>(grad_scale), mutable_parameter<T>(grad_shift)},
+                             call, call.stream());
+  });
+  return {grad_x, grad_scale, grad_shift};
+}
+
+}  // namespace
+}  // namespace gcnet_ext::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(gcnet_ext, CUDA, m) {
+  m.impl("channel_fuse", TORCH_BOX(&gcnet_ext::cuda::channel_fuse_op));
+  m.impl("channel_fuse_backward", TORCH_BOX(&gcnet_ext::cuda::channel_fuse_backward_op));
+}

@@ -1,0 +1,206 @@
+// Sums over the positions of a feature map, per sample and channel:
+//
+//   sum_a = sum_p a_cp      sum_ab = sum_p a_cp b_cp      and on the way, in the backward pass of the fusion,   fused = a *
+//   scale
+//
+// Average pooling is sum_a / P with a = x; the backward pass wants sum_p g and sum_p g x. The last block of a sample to finish
+// goes on with the transform, or its backward pass, where the weights are small.
+#pragma once
+
+#include "../plan_cuda.h"
+#include "transform_backward.cuh"
+
+namespace gcnet_ext::cuda {
+
+enum class AfterSums { nothing, transform, transform_backward };
+
+template <typename T>
+struct SumsParams {
+  using A = acc_t<T>;
+  Map<const T> a, b;   // b without data: no sum_ab
+  Map<T> fused;        // without data: not wanted
+  Parameter<T> scale;  // [N, C], of fused; absent: 1
+  Extent extent;
+  MutableParameter<T> sum_a, sum_ab;  // [N, C]; either may be absent
+  A factor = 1;                       // what sum_a is multiplied with
+  A* partial = nullptr;               // [N, splits, 2, C], for channels_last
+  unsigned* arrived = nullptr;        // [N] zeros: the blocks that are done; null when nothing comes after
+  int64_t first_sample = 0;
+  unsigned blocks_per_sample = 0;
+  AfterSums after = AfterSums::nothing;
+  bool through_gate = false;  // sum_ab is the gradient of the gate, and goes on through it
+  TransformParams<T> transform;
+  TransformGradParams<T> transform_grad;
+
+  __device__ void put(int64_t sample, int64_t channel, A total_a, A total_ab) const {
+    const int64_t i = sample * extent.channels + channel;
+    if (sum_a.wanted()) sum_a.put(i, total_a * factor);
+    if (!sum_ab.wanted()) return;
+    if (through_gate) total_ab *= gate_slope(transform_grad.forward, transform_grad.forward.gate[i]);
+    sum_ab.put(i, total_ab);
+  }
+};
+
+// One access of a and, where they are wanted, b and fused.
+template <typename T, int V>
+struct SumsAccess {
+  Vector<T, V> a, b;
+
+  __device__ void fetch(const T* from_a, const T* from_b) {
+    a = load_vector<V>(from_a);
+    if (from_b) b = load_vector<V>(from_b);
+  }
+  __device__ void put_fused(T* to, const acc_t<T> (&scale)[V]) const {
+    Vector<T, V> product;
+#pragma unroll
+    for (int j = 0; j < V; j++) product.data[j] = static_cast<T>(widen(a.data[j]) * scale[j]);
+    store_vector(to, product);
+  }
+};
+
+// By the last block of a sample.
+template <typename T>
+__device__ void finish_sums(const SumsParams<T>& params, int64_t sample) {
+  if (params.after == AfterSums::nothing) return;
+  __syncthreads();  // the sums are written, and the shared memory is free
+  if (params.after == AfterSums::transform) {
+    transform_sample(params.transform, sample);
+  } else {
+    transform_backward_sample(params.transform_grad, sample);
+  }
+}
+
+// ---- NCHW: some lanes per row, a power of two
+// ------------------------------------------------------------------------------------
+
+template <typename T, int V>
+__global__ void __launch_bounds__(kCudaSweepThreads, 2) sums_rows(SumsParams<T> params, int lanes) {
+  using A = acc_t<T>;
+  const int64_t C = params.extent.channels, P = params.extent.positions;
+  const int64_t sample = params.first_sample + blockIdx.x / params.blocks_per_sample;
+  const int rows = kCudaSweepThreads / lanes, part = threadIdx.x % lanes;
+  const int64_t channel = static_cast<int64_t>(blockIdx.x % params.blocks_per_sample) * rows + threadIdx.x / lanes;
+  const bool inside = channel < C;
+  const T* a = params.a.at(sample, inside ? channel : 0, 0);
+  const T* b = params.b.data ? params.b.at(sample, inside ? channel : 0, 0) : nullptr;
+  T* fused = params.fused.data ? params.fused.at(sample, inside ? channel : 0, 0) : nullptr;
+  A scale[V];
+#pragma unroll
+  for (int j = 0; j < V; j++) scale[j] = inside && fused ? params.scale.at_or(sample * C + channel, A(1)) : A(1);
+
+  A sum_a = A(0), sum_ab = A(0);
+  const int64_t end = inside ? P : 0, hop = static_cast<int64_t>(lanes) * V;
+  for (int64_t first = part * V; first < end; first += kCudaSweepUnroll * hop) {
+    SumsAccess<T, V> values[kCudaSweepUnroll] = {};
+#pragma unroll
+    for (int u = 0; u < kCudaSweepUnroll; u++) {
+      const int64_t p = first + u * hop;
+      if (p < end) values[u].fetch(a + p, b ? b + p : nullptr);
+    }
+#pragma unroll
+    for (int u = 0; u < kCudaSweepUnroll; u++) {
+#pragma unroll
+      for (int j = 0; j < V; j++) {
+        sum_a += widen(values[u].a.data[j]);
+        sum_ab += widen(values[u].a.data[j]) * widen(values[u].b.data[j]);
+      }
+      const int64_t p = first + u * hop;
+      if (fused && p < end) values[u].put_fused(fused + p, scale);
+    }
+  }
+
+  sum_a = sum_over_lanes(sum_a, 1, (lanes < kWarp ? lanes : kWarp) / 2);
+  sum_ab = sum_over_lanes(sum_ab, 1, (lanes < kWarp ? lanes : kWarp) / 2);
+  SharedMemory shared;
+  unsigned* word = shared.take<unsigned>(1);
+  if (lanes > kWarp) {
+    A* of_warps = shared.take<A>(2 * kCudaSweepThreads / kWarp);
+    const int warp = threadIdx.x / kWarp, warps = lanes / kWarp;
+    if (threadIdx.x % kWarp == 0) {
+      of_warps[2 * warp] = sum_a;
+      of_warps[2 * warp + 1] = sum_ab;
+    }
+    __syncthreads();
+    sum_a = sum_ab = A(0);
+    for (int w = 0; w < warps; w++) {
+      sum_a += of_warps[2 * (warp / warps * warps + w)];
+      sum_ab += of_warps[2 * (warp / warps * warps + w) + 1];
+    }
+  }
+  if (inside && part == 0) params.put(sample, channel, sum_a, sum_ab);
+  if (params.arrived && last_to_arrive(params.arrived + sample, params.blocks_per_sample, word)) finish_sums(params, sample);
+}
+
+// ---- channels_last: a thread has V channels and goes through positions
+// -----------------------------------------------------------
+
+template <typename T, int V>
+__global__ void __launch_bounds__(kCudaSweepThreads, 2) sums_positions(SumsParams<T> params, CudaPositionGrid grid) {
+  using A = acc_t<T>;
+  const int64_t C = params.extent.channels, P = params.extent.positions;
+  const unsigned block = blockIdx.x % params.blocks_per_sample;
+  const int64_t sample = params.first_sample + blockIdx.x / params.blocks_per_sample;
+  const int64_t split = block / grid.channel_blocks, first_channel = block % grid.channel_blocks * grid.lanes * V;
+  const int part = threadIdx.x % grid.lanes, row = threadIdx.x / grid.lanes;
+  const int64_t channel = first_channel + part * V;
+  const bool inside = row < grid.rows && channel < C;
+  const int64_t begin = split * grid.split_positions, end = begin + grid.split_positions < P ? begin + grid.split_positions : P;
+  A scale[V], sum_a[V], sum_ab[V];
+#pragma unroll
+  for (int j = 0; j < V; j++) {
+    scale[j] = inside && params.fused.data ? params.scale.at_or(sample * C + channel + j, A(1)) : A(1);
+    sum_a[j] = sum_ab[j] = A(0);
+  }
+  for (int64_t first = begin + row; inside && first < end; first += kCudaSweepUnroll * grid.rows) {
+    SumsAccess<T, V> values[kCudaSweepUnroll] = {};
+#pragma unroll
+    for (int u = 0; u < kCudaSweepUnroll; u++) {
+      const int64_t p = first + u * grid.rows;
+      if (p < end) values[u].fetch(params.a.at(sample, channel, p), params.b.data ? params.b.at(sample, channel, p) : nullptr);
+    }
+#pragma unroll
+    for (int u = 0; u < kCudaSweepUnroll; u++) {
+#pragma unroll
+      for (int j = 0; j < V; j++) {
+        sum_a[j] += widen(values[u].a.data[j]);
+        sum_ab[j] += widen(values[u].a.data[j]) * widen(values[u].b.data[j]);
+      }
+      const int64_t p = first + u * grid.rows;
+      if (params.fused.data && p < end) values[u].put_fused(params.fused.at(sample, channel, p), scale);
+    }
+  }
+
+  // The rows of the block, then the splits of the sample, each in their order.
+  SharedMemory shared;
+  unsigned* word = shared.take<unsigned>(1);
+  const int width = grid.lanes * V;
+  A* of_rows = shared.take<A>(2 * grid.rows * width);
+  if (row < grid.rows) {
+#pragma unroll
+    for (int j = 0; j < V; j++) {
+      of_rows[row * width + part * V + j] = sum_a[j];
+      of_rows[(grid.rows + row) * width + part * V + j] = sum_ab[j];
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < 2 * width; i += kCudaSweepThreads) {
+    const int which = i / width, c = i % width;
+    A total = A(0);
+    for (int r = 0; r < grid.rows; r++) total += of_rows[(which * grid.rows + r) * width + c];
+    if (first_channel + c < C) params.partial[((sample * grid.splits + split) * 2 + which) * C + first_channel + c] = total;
+  }
+  if (!last_to_arrive(params.arrived + sample, params.blocks_per_sample, word)) return;
+  const A* partial = params.partial + sample * grid.splits * 2 * C;
+  for (int64_t c = threadIdx.x; c < C; c += kCudaSweepThreads) {
+    A total_a = A(0), total_ab = A(0);
+#pragma unroll 4
+    for (int64_t s = 0; s < grid.splits; s++) {
+      total_a += load_fresh(partial + s * 2 * C + c);
+      total_ab += load_fresh(partial + (s * 2 + 1) * C + c);
+    }
+    params.put(sample, c, total_a, total_ab);
+  }
+  finish_sums(params, sample);
+}
+
+}  // namespace gcnet_ext::cuda

@@ -1,0 +1,28 @@
+// The launches whose kernels another file compiles: each kernel is compiled once, in the file of its operator.
+#pragma once
+
+#include "operators.h"
+
+namespace gcnet_ext::cuda {
+
+#define GCNET_EXT_FOR_ALL_TYPES(instantiate) instantiate(double) instantiate(float) instantiate(Half) instantiate(BFloat16)
+
+#define GCNET_EXT_ATTENTION_POOL(prefix, T)                                                     \
+  prefix template void launch_attention_pool(PoolParams<T>, const CudaPoolPlan&, cudaStream_t); \
+  prefix template void launch_attention_pool_backward(PoolBackwardParams<T>, const CudaPoolPlan&, cudaStream_t);
+
+#define GCNET_EXT_CHANNEL_FUSE(prefix, T)                                \
+  prefix template void launch_channel_fuse(FuseParams<T>, cudaStream_t); \
+  prefix template void launch_channel_sums(SumsParams<T>, Workspace&, cudaStream_t);
+
+#define GCNET_EXT_TRANSFORM(prefix, T)                                                         \
+  prefix template void launch_transform(const TransformParams<T>&, cudaStream_t);              \
+  prefix template void launch_transform_backward(const TransformGradParams<T>&, cudaStream_t); \
+  prefix template void launch_parameter_gradients(const GradientParams<T>&, cudaStream_t);
+
+#define GCNET_EXT_ELSEWHERE(T) \
+  GCNET_EXT_ATTENTION_POOL(extern, T) GCNET_EXT_CHANNEL_FUSE(extern, T) GCNET_EXT_TRANSFORM(extern, T)
+GCNET_EXT_FOR_ALL_TYPES(GCNET_EXT_ELSEWHERE)
+#undef GCNET_EXT_ELSEWHERE
+
+}  // namespace gcnet_ext::cuda

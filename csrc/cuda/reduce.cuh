@@ -1,0 +1,105 @@
+// Sums and maxima over the lanes of a warp, and the softmax that is kept while its logits arrive tile by tile.
+#pragma once
+
+#include "traits.cuh"
+
+namespace gcnet_ext::cuda {
+
+// Over the lanes that differ in the bits first, 2*first, ... last of their number. Every lane gets the result.
+template <typename A>
+__device__ __forceinline__ A sum_over_lanes(A value, int first, int last) {
+  for (int bit = first; bit <= last; bit *= 2) value += __shfl_xor_sync(kAllLanes, value, bit);
+  return value;
+}
+
+template <typename A>
+__device__ __forceinline__ A max_over_lanes(A value, int first, int last) {
+  for (int bit = first; bit <= last; bit *= 2) value = larger(value, __shfl_xor_sync(kAllLanes, value, bit));
+  return value;
+}
+
+template <typename A>
+__device__ __forceinline__ A warp_sum(A value) {
+  return sum_over_lanes(value, 1, kWarp / 2);
+}
+
+template <typename A>
+__device__ __forceinline__ A warp_max(A value) {
+  return max_over_lanes(value, 1, kWarp / 2);
+}
+
+// a where all bits of mask are set, b where none is. As bits: of a conditional expression on the lane, the compiler makes a
+// branch around the shuffles that follow.
+__device__ __forceinline__ float blend(uint32_t mask, float a, float b) {
+  const uint32_t bits = (__builtin_bit_cast(uint32_t, a) & mask) | (__builtin_bit_cast(uint32_t, b) & ~mask);
+  return __builtin_bit_cast(float, bits);
+}
+__device__ __forceinline__ double blend(uint32_t mask, double a, double b) {
+  const uint64_t wide = mask * 0x100000001ull;
+  return __builtin_bit_cast(double, (__builtin_bit_cast(uint64_t, a) & wide) | (__builtin_bit_cast(uint64_t, b) & ~wide));
+}
+
+// Which of the sums of transposed_sum a lane ends up with.
+struct Share {
+  int first;   // values[0], values[1], ... of this lane are the totals number first, first + 1, ...
+  bool owner;  // one lane of those that have the same totals
+};
+
+// kCount sums over the lanes that differ in the bits kFirst ... kLast, for far fewer shuffles than one by one: each step hands
+// half of the values to the partner lane and takes over the partner's part of the other half. Afterwards a lane holds
+// max(1, kCount / lanes) totals.
+template <int kCount, int kFirst, int kLast, typename A, size_t kSize>
+__device__ __forceinline__ Share transposed_sum(A (&values)[kSize], int lane) {
+  if constexpr (kLast < kFirst) {
+    return {0, true};
+  } else if constexpr (kCount > 1) {
+    constexpr int kHalf = kCount / 2;
+    uint32_t upper = (lane & kLast) ? ~0u : 0u;
+    hide_from_optimizer(upper);
+#pragma unroll
+    for (int i = 0; i < kHalf; i++) {
+      const A sent = blend(upper, values[i], values[i + kHalf]), kept = blend(upper, values[i + kHalf], values[i]);
+      values[i] = kept + __shfl_xor_sync(kAllLanes, sent, kLast);
+    }
+    const Share rest = transposed_sum<kHalf, kFirst, kLast / 2>(values, lane);
+    return {rest.first + static_cast<int>(upper & kHalf), rest.owner};
+  } else {
+    values[0] += __shfl_xor_sync(kAllLanes, values[0], kLast);
+    const Share rest = transposed_sum<1, kFirst, kLast / 2>(values, lane);
+    return {rest.first, rest.owner && (lane & kLast) == 0};
+  }
+}
+
+// The exponents of a softmax are taken relative to its maximum; to zero as long as all logits are -inf, because -inf - -inf
+// would be NaN. (When they all stay -inf, the sum stays 0 and the division by it gives the NaN of the definition.)
+template <typename A>
+__device__ __forceinline__ A softmax_reference(A maximum) {
+  return maximum == lowest<A>() ? A(0) : maximum;
+}
+
+// max and sum exp(logit - max) of the logits seen so far.
+template <typename A>
+struct OnlineSoftmax {
+  A maximum = lowest<A>(), sum = A(0);
+
+  // Takes in the maximum of further logits; returns what everything accumulated so far has to be multiplied with. The sum of
+  // their exponentials, relative to reference(), is for the caller to add.
+  __device__ A raise(A tile_maximum) {
+    const A raised = larger(maximum, tile_maximum);
+    const A factor = exponential(maximum - softmax_reference(raised));
+    maximum = raised;
+    sum *= factor;
+    return factor;
+  }
+  __device__ A reference() const { return softmax_reference(maximum); }
+};
+
+// Whether this block is the last of `blocks` to get here: then it sees everything that the others wrote before they did.
+__device__ __forceinline__ bool last_to_arrive(unsigned* counter, unsigned blocks, unsigned* shared_word) {
+  __syncthreads();
+  if (threadIdx.x == 0) *shared_word = fetch_add_acq_rel(counter, 1);
+  __syncthreads();
+  return *shared_word == blocks - 1;
+}
+
+}  // namespace gcnet_ext::cuda

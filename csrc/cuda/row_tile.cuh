@@ -1,0 +1,100 @@
+// A tile of an NCHW sample in the registers of a block: all C channels x a segment of neighbouring positions, so that x is read
+// once although it is needed twice, for a sum over the channels and for a sum over the positions.
+//
+// kLanes lanes cover the segment, kVector positions each; a thread holds kRows channels of its positions.
+#pragma once
+
+#include "reduce.cuh"
+
+namespace gcnet_ext::cuda {
+
+template <int kVector, int kLanes, int kRows, int kThreads>
+struct RowShape {
+  static constexpr int vector = kVector, lanes = kLanes, rows = kRows, threads = kThreads;
+  static constexpr int positions = kLanes * kVector;
+  static constexpr int step = kThreads / kLanes;  // channels between two rows of a thread
+  static constexpr int channels = step * kRows;   // the most that fit
+  static constexpr int warps = kThreads / kWarp;
+  static constexpr int blocks = 512 / kThreads;                // on a multiprocessor, 128 registers per thread
+  static constexpr int most = kRows > 16 ? 8 : 16;             // few enough to find registers
+  static constexpr int group = kLanes < most ? kLanes : most;  // rows that are summed over their positions together
+  static constexpr int groups = kRows / group;
+  static_assert(kWarp % kLanes == 0 && kRows % group == 0);
+};
+
+template <typename T, typename Shape>
+class RowTile {
+  using A = acc_t<T>;
+  static constexpr int V = Shape::vector;
+
+ public:
+  __device__ RowTile()
+      : lane_(threadIdx.x % kWarp), segment_(threadIdx.x % Shape::lanes), channel_(threadIdx.x / Shape::lanes) {}
+
+  __device__ int position() const { return segment_ * V; }  // this thread's first position within the tile
+  __device__ int channel(int row) const { return channel_ + row * Shape::step; }
+  __device__ Vector<T, V>& row(int i) { return rows_[i]; }
+
+  // tile_start is the address of the tile's first position in channel 0. What is outside of x counts as zero.
+  __device__ void load_rows(const T* tile_start, int64_t channel_stride, int channels, bool inside) {
+    const T* from = tile_start + channel_ * channel_stride + position();
+    const int64_t hop = Shape::step * channel_stride;
+#pragma unroll
+    for (int i = 0; i < Shape::rows; i++, from += hop) {
+      const bool needed = inside & (channel(i) < channels);
+      rows_[i] = {};
+      if (needed) rows_[i] = load_vector<V>(from);
+    }
+  }
+
+  // Keeps the tile in its narrow form from here on.
+  __device__ void hide() {
+#pragma unroll
+    for (int i = 0; i < Shape::rows; i++) hide_from_optimizer(rows_[i]);
+  }
+
+  // sums[warp][p] = sum_c coefficient[c] x_cp over the channels of this warp; coefficient [Shape::channels] and sums are
+  // shared.
+  __device__ void sum_over_channels(const A* coefficient, A* sums) const {
+    A sum[V];
+#pragma unroll
+    for (int j = 0; j < V; j++) sum[j] = A(0);
+#pragma unroll
+    for (int i = 0; i < Shape::rows; i++) {
+      const A factor = coefficient[channel(i)];
+#pragma unroll
+      for (int j = 0; j < V; j++) sum[j] += factor * widen(rows_[i].data[j]);
+    }
+    const Share share = transposed_sum<V, Shape::lanes, kWarp / 2>(sum, lane_);
+    constexpr int kRowsOfLanes = kWarp / Shape::lanes, kKept = V > kRowsOfLanes ? V / kRowsOfLanes : 1;
+    if (share.owner) {
+#pragma unroll
+      for (int j = 0; j < kKept; j++) sums[threadIdx.x / kWarp * Shape::positions + position() + share.first + j] = sum[j];
+    }
+  }
+
+  // Returns sum_p weight_p x_cp of one row in `group` of this thread and its lanes, that of owned_channel(group).
+  __device__ A sum_over_positions(const A (&weight)[V], int group) const {
+    A sum[Shape::group];
+#pragma unroll
+    for (int i = 0; i < Shape::group; i++) {
+      sum[i] = A(0);
+#pragma unroll
+      for (int j = 0; j < V; j++) sum[i] += weight[j] * widen(rows_[group * Shape::group + i].data[j]);
+    }
+    transposed_sum<Shape::group, 1, Shape::lanes / 2>(sum, lane_);
+    return sum[0];
+  }
+
+  // The channel whose sum this thread gets from sum_over_positions, or -1 when another lane owns it.
+  __device__ int owned_channel(int group) const {
+    const int row = segment_ / (Shape::lanes / Shape::group), duplicate = segment_ % (Shape::lanes / Shape::group);
+    return duplicate == 0 ? channel(group * Shape::group + row) : -1;
+  }
+
+ private:
+  int lane_, segment_, channel_;
+  Vector<T, V> rows_[Shape::rows];
+};
+
+}  // namespace gcnet_ext::cuda

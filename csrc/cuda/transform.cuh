@@ -1,0 +1,196 @@
+// The transform of the block, per branch (scale and shift; both read the same context):
+//
+//   hidden = w1 context + b1      t = w2 act(norm(hidden)) + b2      or, without a w2, t = hidden
+//   gate = sigmoid(t_scale)       shift = t_shift
+//
+// C channels, H hidden units of a branch. The hidden units of both branches lie next to each other, those of scale first.
+// Here are the parts, and the whole for one sample by one block; transform_batched.cuh has the whole for many samples.
+#pragma once
+
+#include "reduce.cuh"
+
+namespace gcnet_ext::cuda {
+
+constexpr int kBranches = 2, kScale = 0, kShift = 1;
+
+template <typename T>
+struct BranchParams {
+  Parameter<T> w1, b1, norm_weight, norm_bias, w2, b2;  // w1 [H, C], w2 [C, H]
+  int64_t units = 0;                                    // H; 0 when the branch is absent
+  int64_t first_unit = 0;                               // where its hidden units begin
+};
+
+template <typename T>
+struct TransformParams {
+  using A = acc_t<T>;
+  BranchParams<T> branch[kBranches];
+  int64_t channels = 0, units = 0;  // units: of both branches
+  bool norm = false, silu = false, hard_sigmoid = false;
+  A eps = 0, gate_alpha = 0, gate_beta = 0;
+  const A* context = nullptr;   // [N, C]
+  A* hidden = nullptr;          // [N, units]
+  A* gate = nullptr;            // [N, C]
+  A* shift = nullptr;           // [N, C]
+  bool in_tail = false;         // the block that completes a sample's context transforms it; otherwise transform_batched.cuh,
+  int64_t samples = 0;          // with N,
+  A* activated = nullptr;       // [N, units],
+  unsigned* arrived = nullptr;  // and a zero for every tile of samples
+
+  // t of a channel, as the fusion wants it.
+  __device__ void put(int branch, int64_t sample, int64_t channel, A t) const {
+    if (branch == kShift) {
+      shift[sample * channels + channel] = t;
+      return;
+    }
+    if (hard_sigmoid) {
+      const A line = gate_alpha * t + gate_beta;
+      t = line < A(0) ? A(0) : line > A(1) ? A(1) : line;
+    } else {
+      t = A(1) / (A(1) + exponential(-t));
+    }
+    gate[sample * channels + channel] = t;
+  }
+};
+
+// Columns of a matrix that one access takes, where its rows allow it.
+constexpr int kMatrixVector = 4;
+
+template <typename W>
+__device__ __forceinline__ bool vector_rows(const W* matrix, int64_t columns) {
+  return columns % kMatrixVector == 0 && reinterpret_cast<uintptr_t>(matrix) % (kMatrixVector * sizeof(W)) == 0;
+}
+
+// The part of row . input that belongs to lane `part` of `lanes`.
+template <typename A, typename W>
+__device__ __forceinline__ A partial_dot(const W* matrix, int64_t row, int64_t columns, const A* input, int part, int lanes) {
+  const W* values = matrix + row * columns;
+  A sum = A(0);
+  if (vector_rows(matrix, columns)) {
+#pragma unroll 4
+    for (int64_t k = part * kMatrixVector; k < columns; k += lanes * kMatrixVector) {
+      const Vector<W, kMatrixVector> four = load_vector<kMatrixVector>(values + k);
+#pragma unroll
+      for (int i = 0; i < kMatrixVector; i++) sum += static_cast<A>(four.data[i]) * input[k + i];
+    }
+  } else {
+#pragma unroll 4
+    for (int64_t k = part; k < columns; k += lanes) sum += static_cast<A>(load(values + k)) * input[k];
+  }
+  return sum;
+}
+
+// put(row, sum_k matrix[row, k] input_k + bias_row) for all rows, by the whole block, with a few lanes per row.
+template <typename T, typename Put>
+__device__ __forceinline__ void affine_by_block(const Parameter<T>& matrix, const Parameter<T>& bias, int64_t rows,
+                                                int64_t columns, const acc_t<T>* input, const Put& put) {
+  using A = acc_t<T>;
+  int lanes = 1;
+  while (lanes < kWarp && lanes * kMatrixVector < columns) lanes *= 2;
+  const int part = threadIdx.x % lanes, rows_at_once = blockDim.x / lanes;
+  for (int64_t first = 0; first < rows; first += rows_at_once) {
+    const int64_t row = first + threadIdx.x / lanes;
+    A sum = A(0);
+    if (row < rows) {
+      sum = matrix.single ? partial_dot(static_cast<const float*>(matrix.data), row, columns, input, part, lanes)
+                          : partial_dot(static_cast<const T*>(matrix.data), row, columns, input, part, lanes);
+    }
+    sum = sum_over_lanes(sum, 1, lanes / 2);
+    if (row < rows && part == 0) put(row, sum + bias.at_or(row, A(0)));
+  }
+}
+
+// Mean and 1 / standard deviation of one sample's hidden units of a branch; 0 and 1 without a norm.
+template <typename A>
+struct NormStatistics {
+  A mean = A(0), inverse_std = A(1);
+};
+
+template <typename T, typename Load>
+__device__ __forceinline__ NormStatistics<acc_t<T>> statistics_by_warp(const TransformParams<T>& params, int64_t units,
+                                                                       const Load& hidden) {
+  using A = acc_t<T>;
+  NormStatistics<A> statistics;
+  if (!params.norm) return statistics;
+  const int lane = threadIdx.x % kWarp;
+  A sum = A(0), squares = A(0);
+  for (int64_t j = lane; j < units; j += kWarp) sum += hidden(j);
+  statistics.mean = warp_sum(sum) / static_cast<A>(units);
+  for (int64_t j = lane; j < units; j += kWarp) {
+    const A centred = hidden(j) - statistics.mean;
+    squares += centred * centred;
+  }
+  statistics.inverse_std = A(1) / sqrt(warp_sum(squares) / static_cast<A>(units) + params.eps);
+  return statistics;
+}
+
+// z = normalised*norm_weight + norm_bias, what the activation gets.
+template <typename T>
+__device__ __forceinline__ acc_t<T> norm_affine(const TransformParams<T>& params, const BranchParams<T>& branch, int64_t unit,
+                                                acc_t<T> normalised) {
+  using A = acc_t<T>;
+  return params.norm ? normalised * branch.norm_weight.at_or(unit, A(1)) + branch.norm_bias.at_or(unit, A(0)) : normalised;
+}
+
+// A NaN stays one.
+template <typename A>
+__device__ __forceinline__ A activation(bool silu, A z) {
+  return silu ? z / (A(1) + exponential(-z)) : (z < A(0) ? A(0) : z);
+}
+
+// activated = act(norm(hidden)) of one sample and branch, by one warp.
+template <typename T, typename Load>
+__device__ __forceinline__ void activate_by_warp(const TransformParams<T>& params, const BranchParams<T>& branch,
+                                                 const Load& hidden, acc_t<T>* activated) {
+  const auto statistics = statistics_by_warp(params, branch.units, hidden);
+  for (int64_t j = threadIdx.x % kWarp; j < branch.units; j += kWarp) {
+    const acc_t<T> normalised = (hidden(j) - statistics.mean) * statistics.inverse_std;
+    activated[j] = activation(params.silu, norm_affine(params, branch, j, normalised));
+  }
+}
+
+// Shared memory of transform_sample.
+template <typename A>
+constexpr size_t transform_shared_bytes(int64_t channels, int64_t units) {
+  return shared_bytes<A>(channels) + 2 * shared_bytes<A>(units);
+}
+
+// The transform of one sample by one block; other blocks of the launch may have written its context.
+template <typename T>
+__device__ void transform_sample(const TransformParams<T>& params, int64_t sample) {
+  using A = acc_t<T>;
+  SharedMemory shared;
+  A* context = shared.take<A>(params.channels);
+  A* hidden = shared.take<A>(params.units);
+  A* activated = shared.take<A>(params.units);
+  for (int64_t c = threadIdx.x; c < params.channels; c += blockDim.x)
+    context[c] = load_fresh(params.context + sample * params.channels + c);
+  __syncthreads();
+#pragma unroll 1
+  for (int layer = 0; layer < 2; layer++) {
+#pragma unroll 1
+    for (int b = 0; b < kBranches; b++) {
+      const BranchParams<T>& branch = params.branch[b];
+      if (layer == 1 && !branch.w2.given()) continue;
+      const int64_t rows = layer == 0 ? branch.units : params.channels, columns = layer == 0 ? params.channels : branch.units;
+      affine_by_block(layer == 0 ? branch.w1 : branch.w2, layer == 0 ? branch.b1 : branch.b2, rows, columns,
+                      layer == 0 ? context : activated + branch.first_unit, [&](int64_t row, A value) {
+                        if (layer == 0) {
+                          hidden[branch.first_unit + row] = value;
+                          params.hidden[sample * params.units + branch.first_unit + row] = value;
+                        }
+                        if (layer == 1 || !branch.w2.given()) params.put(b, sample, row, value);
+                      });
+    }
+    if (layer == 1) break;
+    __syncthreads();
+    for (int b = threadIdx.x / kWarp; b < kBranches; b += blockDim.x / kWarp) {
+      const BranchParams<T>& branch = params.branch[b];
+      const A* of_branch = hidden + branch.first_unit;
+      if (branch.w2.given())
+        activate_by_warp(params, branch, [&](int64_t j) { return of_branch[j]; }, activated + branch.first_unit);
+    }
+    __syncthreads();
+  }
+}
+
+}  // namespace gcnet_ext::cuda

@@ -1,0 +1,189 @@
+// The backward pass of the transform, in the words of transform.cuh. Given grad_shift = sum_p g and grad_gate = sum_p g x:
+//
+//   grad_t_scale = grad_gate gate'(t_scale)             grad_t_shift = grad_shift             (by channel_sums.cuh)
+//   grad_activated = w2^T grad_t                        grad_z = grad_activated act'(z), z = norm_weight normalised + norm_bias
+//   grad_hidden = the gradient through the norm         grad_context = sum over branches of w1^T grad_hidden
+//
+// Without a w2, grad_hidden is grad_t. The gradients of the parameters are sums over the samples of products of these
+// (parameter_gradients.cuh).
+#pragma once
+
+#include "transform.cuh"
+
+namespace gcnet_ext::cuda {
+
+template <typename T>
+struct TransformGradParams {
+  using A = acc_t<T>;
+  TransformParams<T> forward;
+  const A* grad_t[kBranches] = {};  // [N, C]
+  A* grad_context = nullptr;        // [N, C]
+  A grad_context_factor = 1;        // what it is multiplied with: 1/P for average pooling
+  A* activated = nullptr;           // [N, units], and so are the others
+  A* grad_hidden = nullptr;
+  A* grad_z = nullptr;
+  A* grad_norm_weight = nullptr;  // grad_z normalised, of every sample
+  A* grad_activated = nullptr;    // for transform_batched.cuh, with forward.samples and a zero for every tile of samples
+  unsigned* arrived = nullptr;
+};
+
+// gate'(t) from the gate itself.
+template <typename T>
+__device__ __forceinline__ acc_t<T> gate_slope(const TransformParams<T>& params, acc_t<T> gate) {
+  using A = acc_t<T>;
+  if (params.hard_sigmoid) return gate > A(0) && gate < A(1) ? params.gate_alpha : A(0);
+  return gate * (A(1) - gate);
+}
+
+// grad act'(z). Where relu is flat nothing passes, not even a NaN.
+template <typename A>
+__device__ __forceinline__ A activation_backward(bool silu, A z, A grad) {
+  if (!silu) return z <= A(0) ? A(0) : grad;
+  const A sigmoid = A(1) / (A(1) + exponential(-z));
+  return grad * sigmoid * (A(1) + z * (A(1) - sigmoid));
+}
+
+// From grad_activated to grad_hidden and what the parameters' gradients need, for one sample and branch, by one warp.
+template <typename T, typename Load, typename LoadGrad, typename Put>
+__device__ __forceinline__ void activate_backward_by_warp(const TransformGradParams<T>& params, int64_t sample,
+                                                          const BranchParams<T>& branch, const Load& hidden,
+                                                          const LoadGrad& grad_activated, const Put& put_grad_hidden) {
+  using A = acc_t<T>;
+  const TransformParams<T>& forward = params.forward;
+  const int64_t first = sample * forward.units + branch.first_unit;
+  const int lane = threadIdx.x % kWarp;
+  const auto statistics = statistics_by_warp(forward, branch.units, hidden);
+  const auto normalised_at = [&](int64_t j) { return (hidden(j) - statistics.mean) * statistics.inverse_std; };
+  const auto norm_weight = [&](int64_t j) { return forward.norm ? branch.norm_weight.at_or(j, A(1)) : A(1); };
+
+  A sum = A(0), dot = A(0);
+  for (int64_t j = lane; j < branch.units; j += kWarp) {
+    const A normalised = normalised_at(j), z = norm_affine(forward, branch, j, normalised);
+    const A grad_z = activation_backward(forward.silu, z, grad_activated(j));
+    params.activated[first + j] = activation(forward.silu, z);
+    params.grad_z[first + j] = grad_z;
+    params.grad_norm_weight[first + j] = grad_z * normalised;
+    sum += grad_z * norm_weight(j);
+    dot += grad_z * norm_weight(j) * normalised;
+  }
+  sum = warp_sum(sum) / static_cast<A>(branch.units);
+  dot = warp_sum(dot) / static_cast<A>(branch.units);
+  for (int64_t j = lane; j < branch.units; j += kWarp) {
+    A grad = params.grad_z[first + j] * norm_weight(j);
+    if (forward.norm) grad = statistics.inverse_std * (grad - sum - normalised_at(j) * dot);
+    params.grad_hidden[first + j] = grad;
+    put_grad_hidden(j, grad);
+  }
+}
+
+// put(column, sum_r matrix[r, column] input_r) for all columns, by a block of a power of two of threads. scratch [threads * 4].
+template <typename T, typename W, int V, typename Put>
+__device__ __forceinline__ void transposed_columns(const W* matrix, int64_t rows, int64_t columns, const acc_t<T>* input,
+                                                   acc_t<T>* scratch, const Put& put) {
+  using A = acc_t<T>;
+  const int64_t vectors = columns / V;
+  int lanes = 1;
+  while (lanes < static_cast<int>(blockDim.x) && lanes < vectors) lanes *= 2;
+  const int groups = blockDim.x / lanes, part = threadIdx.x % lanes, group = threadIdx.x / lanes;
+  for (int64_t first = 0; first < vectors; first += lanes) {
+    const int64_t column = (first + part) * V;
+    A sum[V];
+#pragma unroll
+    for (int j = 0; j < V; j++) sum[j] = A(0);
+    if (column < columns) {
+#pragma unroll 4
+      for (int64_t r = group; r < rows; r += groups) {
+        const Vector<W, V> values = load_vector<V>(matrix + r * columns + column);
+#pragma unroll
+        for (int j = 0; j < V; j++) sum[j] += static_cast<A>(values.data[j]) * input[r];
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < V; j++) scratch[(group * lanes + part) * V + j] = sum[j];
+    __syncthreads();
+    for (int i = threadIdx.x; i < lanes * V; i += blockDim.x) {
+      A total = A(0);
+      for (int g = 0; g < groups; g++) total += scratch[g * lanes * V + i];
+      if (first * V + i < columns) put(first * V + i, total);
+    }
+    __syncthreads();
+  }
+}
+
+template <typename T, typename Put>
+__device__ __forceinline__ void transposed_by_block(const Parameter<T>& matrix, int64_t rows, int64_t columns,
+                                                    const acc_t<T>* input, acc_t<T>* scratch, const Put& put) {
+  const auto as = [&](const auto* values) {
+    using W = std::remove_cv_t<std::remove_pointer_t<decltype(values)>>;
+    if (vector_rows(values, columns)) {
+      transposed_columns<T, W, kMatrixVector>(values, rows, columns, input, scratch, put);
+    } else {
+      transposed_columns<T, W, 1>(values, rows, columns, input, scratch, put);
+    }
+  };
+  if (matrix.single) {
+    as(static_cast<const float*>(matrix.data));
+  } else {
+    as(static_cast<const T*>(matrix.data));
+  }
+}
+
+// Shared memory of transform_backward_sample.
+template <typename A>
+constexpr size_t transform_backward_shared_bytes(int64_t channels, int64_t units) {
+  return (kBranches + 1) * shared_bytes<A>(channels) + 2 * shared_bytes<A>(units) +
+         shared_bytes<A>(kCudaSweepThreads * kMatrixVector);
+}
+
+// For one sample by one block of kCudaSweepThreads threads; other blocks of the launch may have written grad_t.
+template <typename T>
+__device__ void transform_backward_sample(const TransformGradParams<T>& params, int64_t sample) {
+  using A = acc_t<T>;
+  const TransformParams<T>& forward = params.forward;
+  const int64_t channels = forward.channels;
+  SharedMemory shared;
+  A* grad_t = shared.take<A>(kBranches * channels);
+  A* grad_context = shared.take<A>(channels);
+  A* grad_activated = shared.take<A>(forward.units);
+  A* grad_hidden = shared.take<A>(forward.units);
+  A* scratch = shared.take<A>(kCudaSweepThreads * kMatrixVector);
+  for (int64_t c = threadIdx.x; c < channels; c += blockDim.x) {
+    grad_context[c] = A(0);
+    for (int b = 0; b < kBranches; b++) {
+      if (forward.branch[b].units == 0) continue;
+      grad_t[b * channels + c] = load_fresh(params.grad_t[b] + sample * channels + c);
+    }
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int b = 0; b < kBranches; b++) {
+    const BranchParams<T>& branch = forward.branch[b];
+    if (!branch.w2.given()) continue;
+    transposed_by_block(branch.w2, channels, branch.units, grad_t + b * channels, scratch,
+                        [&](int64_t j, A value) { grad_activated[branch.first_unit + j] = value; });
+  }
+  for (int b = threadIdx.x / kWarp; b < kBranches; b += blockDim.x / kWarp) {
+    const BranchParams<T>& branch = forward.branch[b];
+    const A* hidden = forward.hidden + sample * forward.units + branch.first_unit;
+    if (branch.w2.given()) {
+      activate_backward_by_warp(
+          params, sample, branch, [&](int64_t j) { return hidden[j]; },
+          [&](int64_t j) { return grad_activated[branch.first_unit + j]; },
+          [&](int64_t j, A value) { grad_hidden[branch.first_unit + j] = value; });
+    }
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int b = 0; b < kBranches; b++) {
+    const BranchParams<T>& branch = forward.branch[b];
+    if (branch.units == 0) continue;
+    const A* grad = branch.w2.given() ? grad_hidden + branch.first_unit : grad_t + b * channels;
+    transposed_by_block(branch.w1, branch.units, channels, grad, scratch,
+                        [&](int64_t c, A value) { grad_context[c] += value; });
+  }
+  for (int64_t c = threadIdx.x; c < channels; c += blockDim.x) {
+    params.grad_context[sample * channels + c] = grad_context[c] * params.grad_context_factor;
+  }
+}
+
+}  // namespace gcnet_ext::cuda

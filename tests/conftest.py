@@ -1,0 +1,124 @@
+"""Fixtures: the backends that every op is tested on, the number of threads, and what a run says about itself."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import gcnet_ext
+from gcnet_ext import _library
+
+ROOT = Path(__file__).resolve().parent.parent
+OPS = (
+    "attention_pool",
+    "attention_pool_backward",
+    "channel_fuse",
+    "channel_fuse_backward",
+    "global_context",
+    "global_context_backward",
+)
+
+
+class Backend:
+    """What the tests of an op call. A backend that computes in another way overrides `ops`, the functions and `to`.
+
+    The functions are differentiable and have the signatures of gcnet_ext; `ops` holds the six raw operators with the signatures
+    of csrc/ops.cpp. `to` moves a dense tensor to where the backend computes; views are taken after that, so strides survive.
+    """
+
+    attention_pool = staticmethod(gcnet_ext.attention_pool)
+    attention_map = staticmethod(gcnet_ext.attention_map)
+    channel_fuse = staticmethod(gcnet_ext.channel_fuse)
+    global_context = staticmethod(gcnet_ext.global_context)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.device = torch.device(name)
+
+    @property
+    def has_kernels(self) -> bool:
+        return self.name in _library._kernel_devices
+
+    @property
+    def ops(self) -> SimpleNamespace:
+        if not self.has_kernels:
+            pytest.skip(f"no compiled kernels for {self.name}: {_library.why_no_kernels(self.name)}")
+        return SimpleNamespace(**{name: getattr(torch.ops.gcnet_ext, name).default for name in OPS})
+
+    def to(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.device)
+
+
+@pytest.fixture(scope="session", params=["cpu", "cuda"])
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """Each backend in turn; one that this machine or this build does not have is skipped, and says why."""
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("torch.cuda.is_available() is False")
+        if "cuda" not in _library._kernel_devices:
+            pytest.skip("this build of gcnet_ext has no CUDA kernels")
+    return Backend(request.param)
+
+
+@pytest.fixture
+def device(backend: Backend) -> torch.device:
+    return backend.device
+
+
+@pytest.fixture(scope="session")
+def cpu() -> Backend:
+    """The CPU alone, for what has no meaning elsewhere: threads, CPU capabilities, resident memory."""
+    return Backend("cpu")
+
+
+@pytest.fixture
+def kernels() -> None:
+    """For tests of what only the compiled CPU kernels promise."""
+    if "cpu" not in _library._kernel_devices:
+        pytest.skip(f"no compiled kernels: {_library.why_no_kernels('cpu')}")
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's number of threads, and puts it back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def python():
+    """Runs a script in an interpreter of its own, in the checkout, and returns the completed process."""
+
+    def run(script: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+        path = os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            check=False,
+            env={**os.environ, "PYTHONPATH": path, **environment},
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+        )
+        if check:
+            assert done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    return run
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "representative: the selection that test_capabilities.py runs for every CPU capability")
+
+
+def pytest_report_header() -> str:
+    if _library.compiled is None:
+        return f"gcnet_ext: plain PyTorch, {_library.why_no_kernels('cpu')}"
+    devices, capability = sorted(_library._kernel_devices), _library.compiled.cpu_capability()
+    return f"gcnet_ext: compiled kernels for {devices}, CPU capability {capability}, {_library.compiled.__file__}"

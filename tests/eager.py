@@ -1,0 +1,76 @@
+"""The block as everybody writes it in eager PyTorch, with the names and the formulas of peers.md section 1.1.
+
+It gives the state dicts that must load, and the error that a half-precision block has without kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class ContextBlock(nn.Module):
+    def __init__(self, channels: int, ratio: float, pooling_type: str = "att", fusion_types: Sequence[str] = ("channel_add",)):
+        super().__init__()
+        planes = int(channels * ratio)
+
+        def branch() -> nn.Sequential:
+            return nn.Sequential(
+                nn.Conv2d(channels, planes, 1), nn.LayerNorm([planes, 1, 1]), nn.ReLU(), nn.Conv2d(planes, channels, 1)
+            )
+
+        if pooling_type == "att":
+            self.conv_mask = nn.Conv2d(channels, 1, 1)
+        self.pooling_type = pooling_type
+        self.channel_add_conv = branch() if "channel_add" in fusion_types else None
+        self.channel_mul_conv = branch() if "channel_mul" in fusion_types else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pooling_type == "att":
+            attention = self.conv_mask(x).flatten(2).softmax(2)
+            context = torch.matmul(x.flatten(2), attention.transpose(1, 2)).unsqueeze(3)
+        else:
+            context = nn.functional.adaptive_avg_pool2d(x, 1)
+        out = x
+        if self.channel_mul_conv is not None:
+            out = out * torch.sigmoid(self.channel_mul_conv(context))
+        if self.channel_add_conv is not None:
+            out = out + self.channel_add_conv(context)
+        return out
+
+
+def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Gives every parameter random values of about the size that keeps the activations of order one."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            fan_in = parameter[0].numel() if parameter.dim() > 1 and parameter.shape[0] != parameter.numel() else 1
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / fan_in**0.5)
+    return module
+
+
+def attention_pool(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The context as the block in eager computes it, every step in the dtype of x."""
+    channels = x.shape[1]
+    attention = nn.functional.conv2d(x, weight.reshape(1, channels, 1, 1), bias).flatten(2).softmax(2)
+    return torch.matmul(x.flatten(2), attention.transpose(1, 2)).squeeze(2)
+
+
+def channel_fuse(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return x * scale[:, :, None, None] + shift[:, :, None, None]
+
+
+def global_context(x: Tensor, mask_weight: Tensor, mask_bias: Tensor, *branches: Tensor) -> Tensor:
+    """The whole block in eager, on an image and with nothing missing."""
+    context = attention_pool(x, mask_weight, mask_bias)[:, :, None, None]
+
+    def transform(*weights: Tensor) -> Tensor:
+        w1, b1, norm_weight, norm_bias, w2, b2 = weights
+        hidden = nn.functional.conv2d(context, w1[:, :, None, None], b1)
+        norm = [tensor[:, None, None] for tensor in (norm_weight, norm_bias)]
+        hidden = nn.functional.layer_norm(hidden, hidden.shape[1:], *norm)
+        return nn.functional.conv2d(hidden.relu(), w2[:, :, None, None], b2)
+
+    return x * transform(*branches[:6]).sigmoid() + transform(*branches[6:])

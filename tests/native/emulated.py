@@ -1,0 +1,96 @@
+"""The CUDA operators on CPU tensors: torch glue, launches and kernels of csrc/cuda, compiled with g++ and emulated.
+
+    with emulated.installed():
+        gcnet_ext.global_context(x, ...)  # forward and backward now run the CUDA kernels
+
+Memory that an operator allocates starts as NaN, so that what no kernel wrote shows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch.utils import cpp_extension
+
+NATIVE = Path(__file__).resolve().parent
+ROOT = NATIVE.parents[1]
+OPS = (
+    "attention_pool",
+    "attention_pool_backward",
+    "channel_fuse",
+    "channel_fuse_backward",
+    "global_context",
+    "global_context_backward",
+)
+FLAGS = ["-O2", "-std=c++20", "-DUSE_CUDA", "-fvisibility=hidden", "-Wall", "-Wextra"]
+FLAGS += ["-Wno-unused-parameter", "-Wno-unknown-pragmas"]  # torch's headers; #pragma unroll
+
+
+def why_not() -> str:
+    """Why the operators cannot be compiled here; empty when they can."""
+    if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
+        return "there is no C++ compiler"
+    if importlib.util.find_spec("pybind11") is None:
+        return "pybind11 is not installed"
+    return "" if find_ninja() else "ninja is not installed"
+
+
+def find_ninja() -> bool:
+    """pip installs ninja beside Python, and torch looks for it on the PATH alone."""
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return cpp_extension.is_ninja_available()
+
+
+@functools.cache
+def load() -> ModuleType:
+    """Compiles what has changed, once per process, and registers torch.ops.gcnet_ext_emulated."""
+    find_ninja()
+    build = Path(os.environ.get("GCNET_EMULATED_BUILD_DIR", ROOT / "build" / f"emulated-{torch.__version__}"))
+    build.mkdir(parents=True, exist_ok=True)
+    shared = [ROOT / "csrc" / name for name in ("check.cpp", "layout.cpp", "plan_cuda.cpp")]
+    sources = [*sorted((NATIVE / "emulated").glob("*.cpp")), NATIVE / "cuda_emulation.cpp", *shared]
+    return cpp_extension.load(
+        name="gcnet_ext_emulated",
+        sources=[str(source) for source in sources],
+        extra_include_paths=[str(NATIVE), __import__("pybind11").get_include()],
+        extra_cflags=FLAGS,
+        extra_ldflags=["-Wl,-Bsymbolic"],
+        build_directory=str(build),
+    )
+
+
+def call_on_unwritten_memory(op: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls the operator with every new tensor filled with NaN."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        return op(*arguments)
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@contextlib.contextmanager
+def installed() -> Iterator[ModuleType]:
+    """While this lasts, the operators of gcnet_ext on CPU tensors are the emulated ones."""
+    module = load()
+    library = torch.library.Library("gcnet_ext", "IMPL")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")  # that they are overridden is the point
+        for name in OPS:
+            op = getattr(torch.ops.gcnet_ext_emulated, name).default
+            library.impl(name, functools.partial(call_on_unwritten_memory, op), "CPU")
+    try:
+        yield module
+    finally:
+        library._destroy()

@@ -1,0 +1,3 @@
+#include "glue.h"
+
+#include "../../../csrc/cuda/global_context.cu"

@@ -1,0 +1,194 @@
+// The Global Context block in double, forward and backward, written as in the paper: what the kernels are compared with.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+namespace kernel_test {
+
+using Values = std::vector<double>;
+
+// Weights of a branch, or their gradients; empty when they are absent. w1 [H, C], w2 [C, H].
+struct BranchValues {
+  Values w1, b1, norm_weight, norm_bias, w2, b2;
+  int64_t units = 0;
+};
+
+struct BlockOptions {
+  bool norm = true, silu = false, hard_sigmoid = false;
+  double eps = 1e-5, gate_alpha = 1. / 6, gate_beta = 0.5;
+};
+
+// x, grad, out and grad_x are [N, C, P].
+struct BlockReference {
+  const int64_t N, C, P;
+  BlockOptions options;
+  Values x, mask_weight;  // without mask_weight: average pooling
+  double mask_bias = 0;
+  std::array<BranchValues, 2> branches;  // scale and shift
+
+  Values context, attention, out;
+  std::array<Values, 2> hidden, t;  // t of scale is the gate
+  Values grad_x, grad_mask_weight;
+  std::array<BranchValues, 2> gradients;
+
+  BlockReference(int64_t N, int64_t C, int64_t P) : N(N), C(C), P(P) {}
+
+  static double at(const Values& values, int64_t i, double otherwise) { return values.empty() ? otherwise : values[i]; }
+
+  void pool() {
+    context.assign(N * C, 0), attention.assign(N * P, 1. / P);
+    for (int64_t n = 0; n < N; n++) {
+      double* m = &attention[n * P];
+      if (!mask_weight.empty()) {
+        double maximum = -INFINITY, sum = 0;
+        for (int64_t p = 0; p < P; p++) {
+          m[p] = mask_bias;
+          for (int64_t c = 0; c < C; c++) m[p] += mask_weight[c] * x[(n * C + c) * P + p];
+          maximum = std::max(maximum, m[p]);
+        }
+        for (int64_t p = 0; p < P; p++) sum += m[p] = std::exp(m[p] - maximum);
+        for (int64_t p = 0; p < P; p++) m[p] /= sum;
+      }
+      for (int64_t c = 0; c < C; c++) {
+        for (int64_t p = 0; p < P; p++) context[n * C + c] += m[p] * x[(n * C + c) * P + p];
+      }
+    }
+  }
+
+  // What the norm and the activation make of the hidden units of a sample.
+  struct Units {
+    Values normalised, z, activated;
+    double inverse_std = 1;
+  };
+  Units units_of(const BranchValues& weights, const double* h) const {
+    const int64_t H = weights.units;
+    Units units{Values(h, h + H), Values(H), Values(H)};
+    if (options.norm) {
+      double mean = 0, variance = 0;
+      for (int64_t j = 0; j < H; j++) mean += h[j] / H;
+      for (int64_t j = 0; j < H; j++) variance += (h[j] - mean) * (h[j] - mean) / H;
+      units.inverse_std = 1 / std::sqrt(variance + options.eps);
+      for (double& value : units.normalised) value = (value - mean) * units.inverse_std;
+    }
+    for (int64_t j = 0; j < H; j++) {
+      const double z = options.norm ? units.normalised[j] * at(weights.norm_weight, j, 1) + at(weights.norm_bias, j, 0) : h[j];
+      units.z[j] = z;
+      units.activated[j] = options.silu ? z / (1 + std::exp(-z)) : std::max(z, 0.);
+    }
+    return units;
+  }
+
+  void transform(int b) {
+    const BranchValues& weights = branches[b];
+    const int64_t H = weights.units;
+    hidden[b].assign(N * H, 0), t[b].assign(N * C, 0);
+    for (int64_t n = 0; n < N; n++) {
+      double *h = &hidden[b][n * H], *to = &t[b][n * C];
+      for (int64_t j = 0; j < H; j++) {
+        h[j] = at(weights.b1, j, 0);
+        for (int64_t c = 0; c < C; c++) h[j] += weights.w1[j * C + c] * context[n * C + c];
+      }
+      if (weights.w2.empty()) {
+        std::copy(h, h + H, to);
+      } else {
+        const Units units = units_of(weights, h);
+        for (int64_t c = 0; c < C; c++) {
+          to[c] = at(weights.b2, c, 0);
+          for (int64_t j = 0; j < H; j++) to[c] += weights.w2[c * H + j] * units.activated[j];
+        }
+      }
+      for (int64_t c = 0; c < C && b == 0; c++) {
+        to[c] = options.hard_sigmoid ? std::clamp(options.gate_alpha * to[c] + options.gate_beta, 0., 1.)
+                                     : 1 / (1 + std::exp(-to[c]));
+      }
+    }
+  }
+
+  void forward() {
+    pool();
+    for (int b = 0; b < 2; b++) {
+      if (branches[b].units) transform(b);
+    }
+    out = x;
+    for (int64_t i = 0; i < N * C * P; i++) out[i] = x[i] * at(t[0], i / P, 1) + at(t[1], i / P, 0);
+  }
+
+  // Through w2, activation and norm: from grad_t of a sample to the gradient of its hidden units.
+  Values backward_hidden(int b, int64_t n, const double* grad_t) {
+    const BranchValues& weights = branches[b];
+    BranchValues& grads = gradients[b];
+    const int64_t H = weights.units;
+    if (weights.w2.empty()) return Values(grad_t, grad_t + H);
+    const Units units = units_of(weights, &hidden[b][n * H]);
+    Values grad(H, 0);
+    for (int64_t c = 0; c < C; c++) {
+      grads.b2[c] += grad_t[c];
+      for (int64_t j = 0; j < H; j++) {
+        grads.w2[c * H + j] += grad_t[c] * units.activated[j];
+        grad[j] += weights.w2[c * H + j] * grad_t[c];
+      }
+    }
+    double mean = 0, dot = 0;
+    for (int64_t j = 0; j < H; j++) {
+      const double z = units.z[j], sigmoid = 1 / (1 + std::exp(-z));
+      grad[j] *= options.silu ? sigmoid * (1 + z * (1 - sigmoid)) : (z > 0 ? 1 : 0);
+      if (!options.norm) continue;
+      grads.norm_weight[j] += grad[j] * units.normalised[j];
+      grads.norm_bias[j] += grad[j];
+      grad[j] *= at(weights.norm_weight, j, 1);
+      mean += grad[j] / H;
+      dot += grad[j] * units.normalised[j] / H;
+    }
+    for (int64_t j = 0; j < H && options.norm; j++) grad[j] = units.inverse_std * (grad[j] - mean - units.normalised[j] * dot);
+    return grad;
+  }
+
+  void backward(const Values& grad) {
+    for (int b = 0; b < 2; b++) {
+      const int64_t H = branches[b].units;
+      gradients[b] = {Values(H * C), Values(H), Values(H), Values(H), Values(H * C), Values(C), H};
+    }
+    grad_x.assign(N * C * P, 0), grad_mask_weight.assign(C, 0);
+    for (int64_t n = 0; n < N; n++) {
+      Values grad_context(C, 0);
+      for (int b = 0; b < 2; b++) {
+        const int64_t H = branches[b].units;
+        if (H == 0) continue;
+        Values grad_t(C, 0);
+        for (int64_t c = 0; c < C; c++) {
+          for (int64_t p = 0; p < P; p++) grad_t[c] += grad[(n * C + c) * P + p] * (b == 0 ? x[(n * C + c) * P + p] : 1);
+          if (b == 1) continue;
+          const double gate = t[0][n * C + c];
+          const double slope = options.hard_sigmoid ? (gate > 0 && gate < 1 ? options.gate_alpha : 0) : gate * (1 - gate);
+          grad_t[c] *= slope;
+        }
+        const Values grad_hidden = backward_hidden(b, n, grad_t.data());
+        for (int64_t j = 0; j < H; j++) {
+          gradients[b].b1[j] += grad_hidden[j];
+          for (int64_t c = 0; c < C; c++) {
+            gradients[b].w1[j * C + c] += grad_hidden[j] * context[n * C + c];
+            grad_context[c] += branches[b].w1[j * C + c] * grad_hidden[j];
+          }
+        }
+      }
+      double dot = 0;
+      for (int64_t c = 0; c < C; c++) dot += grad_context[c] * context[n * C + c];
+      for (int64_t p = 0; p < P; p++) {
+        double u = 0;
+        for (int64_t c = 0; c < C; c++) u += grad_context[c] * x[(n * C + c) * P + p];
+        const double m = attention[n * P + p], grad_logit = mask_weight.empty() ? 0 : m * (u - dot);
+        for (int64_t c = 0; c < C; c++) {
+          const int64_t i = (n * C + c) * P + p;
+          grad_x[i] = grad[i] * at(t[0], n * C + c, 1) + m * grad_context[c] + grad_logit * at(mask_weight, c, 0);
+          grad_mask_weight[c] += grad_logit * x[i];
+        }
+      }
+    }
+  }
+};
+
+}  // namespace kernel_test

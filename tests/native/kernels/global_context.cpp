@@ -1,0 +1,216 @@
+// global_context and global_context_backward: the pool, the transform in its tail or batched, the fusion, and back.
+#include "../../../csrc/cuda/operators.h"
+#include "block_reference.h"
+#include "kernel_test.h"
+
+namespace kernel_test {
+namespace {
+
+using namespace gcnet_ext::cuda;
+
+struct Case {
+  Shape shape;
+  std::array<int64_t, 2> units = {4, 4};  // of scale and shift; 0: absent
+  bool attends = true, w2 = true, single = false;
+  BlockOptions options = {};
+
+  std::string text() const {
+    return shape.text() + " units " + std::to_string(units[0]) + "+" + std::to_string(units[1]) + (attends ? "" : " avg") +
+           (w2 ? "" : " one layer") + (single ? " float32 parameters" : "") + (options.norm ? "" : " no norm") +
+           (options.silu ? " silu" : "") + (options.hard_sigmoid ? " hard_sigmoid" : "");
+  }
+};
+
+// A parameter in its own dtype, and what it holds in double.
+template <class T>
+struct Weight {
+  std::vector<T> narrow;
+  std::vector<float> wide;
+
+  Weight() = default;
+  Weight(int64_t count, bool single, double scale) {
+    if (single) {
+      wide = random_values<float>(count, scale, scale / 4);
+    } else {
+      narrow = random_values<T>(count, scale, scale / 4);
+    }
+  }
+  Weight(const Weight& like, int) : narrow(unwritten<T>(like.narrow.size())), wide(unwritten<float>(like.wide.size())) {}
+
+  Values values() const { return wide.empty() ? Values(narrow.begin(), narrow.end()) : Values(wide.begin(), wide.end()); }
+  Parameter<T> read() const {
+    return wide.empty() ? Parameter<T>(narrow.empty() ? nullptr : narrow.data(), false) : Parameter<T>(wide.data(), true);
+  }
+  MutableParameter<T> write() {
+    if (!wide.empty()) return {wide.data(), true};
+    return {narrow.empty() ? nullptr : narrow.data(), false};
+  }
+};
+
+template <class T>
+using Branch = std::array<Weight<T>, 6>;  // w1, b1, norm_weight, norm_bias, w2, b2
+
+template <class T>
+Branch<T> random_branch(const Case& given, int64_t units) {
+  const int64_t channels = given.shape.channels;
+  if (units == 0) return {};
+  const auto make = [&](int64_t count, double scale) { return Weight<T>(count, given.single, scale); };
+  Branch<T> branch{make(units * channels, 2 / std::sqrt(channels)), make(units, 1)};
+  if (!given.w2) return branch;
+  if (given.options.norm) branch[2] = make(units, 1), branch[3] = make(units, 1);
+  branch[4] = make(channels * units, 2 / std::sqrt(units)), branch[5] = make(channels, 1);
+  return branch;
+}
+
+template <class T>
+Values values_of(const FeatureMap<T>& map) {
+  Values values;
+  for (int64_t n = 0; n < map.shape.samples; n++) {
+    for (int64_t c = 0; c < map.shape.channels; c++) {
+      for (int64_t p = 0; p < map.shape.positions; p++) values.push_back(map.at(n, c, p));
+    }
+  }
+  return values;
+}
+
+// Errors count in units of the largest value: sums of this size were cancelled to make the small ones.
+void compare(const std::string& what, const Values& found, const Values& expected, double tolerance) {
+  double size = 1e-30;
+  for (const double value : expected) size = std::max(size, std::fabs(value));
+  Comparison comparison(what, tolerance, size);
+  for (size_t i = 0; i < expected.size(); i++) comparison.add(found[i], expected[i]);
+}
+
+template <class T>
+void test(const Case& given) {
+  using A = acc_t<T>;
+  const Shape& shape = given.shape;
+  const int64_t samples = shape.samples, channels = shape.channels, positions = shape.positions;
+  const Shape dense{samples, channels, positions, shape.channels_last};
+  const auto x = FeatureMap<T>::random(shape), grad = FeatureMap<T>::random(shape);
+  auto out = FeatureMap<T>::empty(dense), grad_x = FeatureMap<T>::empty(dense);
+  const Weight<T> mask = given.attends ? Weight<T>(channels, given.single, 3 / std::sqrt(channels)) : Weight<T>();
+  const Weight<T> mask_bias = given.attends ? Weight<T>(1, given.single, 1) : Weight<T>();
+  const std::array<Branch<T>, 2> branches{random_branch<T>(given, given.units[0]), random_branch<T>(given, given.units[1])};
+  const int64_t units = given.units[0] + given.units[1];
+  auto context = unwritten<A>(samples * channels), attention = unwritten<A>(given.attends ? samples * positions : 0);
+  auto hidden = unwritten<A>(samples * units), gate = unwritten<A>(given.units[0] ? samples * channels : 0);
+
+  TransformParams<T> transform;
+  const auto read = [](const Weight<T>& weight) { return weight.read(); };
+  for (int b = 0; b < 2; b++) {
+    const Branch<T>& w = branches[b];
+    transform.branch[b] = {read(w[0]), read(w[1]), read(w[2]),     read(w[3]),
+                           read(w[4]), read(w[5]), given.units[b], b ? given.units[0] : 0};
+  }
+  transform.channels = channels;
+  transform.units = units;
+  transform.norm = given.options.norm;
+  transform.silu = given.options.silu;
+  transform.hard_sigmoid = given.options.hard_sigmoid;
+  transform.eps = static_cast<A>(given.options.eps);
+  transform.gate_alpha = static_cast<A>(given.options.gate_alpha);
+  transform.gate_beta = static_cast<A>(given.options.gate_beta);
+  transform.hidden = hidden.data();
+  transform.gate = gate.data();
+
+  TestWorkspace workspace;
+  global_context<T>(
+      {x.read(), out.write(), shape.extent(), mask.read(), mask_bias.read(), context.data(), attention.data(), transform},
+      workspace, nullptr);
+
+  GlobalContextBackward<T> call;
+  call.grad = grad.read();
+  call.x = x.read();
+  call.grad_x = grad_x.write();
+  call.extent = shape.extent();
+  call.mask_weight = mask.read();
+  call.context = context.data();
+  call.attention = attention.data();
+  call.transform = transform;
+  Weight<T> grad_mask(mask, 0);
+  call.grad_mask_weight = grad_mask.write();
+  std::array<Branch<T>, 2> gradients;
+  for (int b = 0; b < 2; b++) {
+    for (int i = 0; i < 6; i++) gradients[b][i] = Weight<T>(branches[b][i], 0);
+    Branch<T>& w = gradients[b];
+    call.gradients[b] = {w[0].write(), w[1].write(), w[2].write(), w[3].write(), w[4].write(), w[5].write()};
+  }
+  TestWorkspace backward_workspace;
+  global_context_backward(call, backward_workspace, nullptr);
+
+  BlockReference expected(samples, channels, positions);
+  expected.options = given.options;
+  expected.x = values_of(x);
+  expected.mask_weight = mask.values();
+  expected.mask_bias = given.attends ? mask_bias.values()[0] : 0;
+  for (int b = 0; b < 2; b++) {
+    const Branch<T>& w = branches[b];
+    expected.branches[b] = {w[0].values(), w[1].values(), w[2].values(), w[3].values(),
+                            w[4].values(), w[5].values(), given.units[b]};
+  }
+  expected.forward();
+  expected.backward(values_of(grad));
+
+  const std::string name = std::string("global_context ") + kName<T> + " " + given.text();
+  const double sums = resolution<T>() * 100, stored = sums + (given.single ? 1e-7 : resolution<T, T>());
+  compare(name + ", context", Values(context.begin(), context.end()), expected.context, sums);
+  if (given.attends) compare(name + ", attention", Values(attention.begin(), attention.end()), expected.attention, sums);
+  if (given.units[0]) compare(name + ", gate", Values(gate.begin(), gate.end()), expected.t[0], sums);
+  compare(name + ", out", values_of(out), expected.out, sums + resolution<T, T>());
+  compare(name + ", grad_x", values_of(grad_x), expected.grad_x, sums + resolution<T, T>());
+  if (given.attends) compare(name + ", grad_mask_weight", grad_mask.values(), expected.grad_mask_weight, stored);
+  for (int b = 0; b < 2; b++) {
+    const BranchValues& wanted = expected.gradients[b];
+    const std::array<const Values*, 6> all{&wanted.w1,        &wanted.b1, &wanted.norm_weight,
+                                           &wanted.norm_bias, &wanted.w2, &wanted.b2};
+    for (int i = 0; i < 6; i++) {
+      const Values found = gradients[b][i].values();
+      if (!found.empty())
+        compare(name + ", gradient " + std::to_string(i) + " of branch " + std::to_string(b), found, *all[i], stored);
+    }
+  }
+}
+
+template <class T>
+void test_dtype() {
+  BlockOptions silu, hard, plain;
+  silu.silu = hard.hard_sigmoid = true;
+  plain.norm = false;
+  for (const bool channels_last : {false, true}) {
+    test<T>({{2, 16, 24, channels_last}});
+    test<T>({{3, 10, 49, channels_last}, {3, 5}});
+    test<T>({{2, 20, 84, channels_last}, {3, 5}});
+    test<T>({{2, 520, 20, channels_last}, {3, 5}});
+    test<T>({{2, 24, 40, channels_last, 1}, {8, 0}});
+    test<T>({{2, 24, 40, channels_last, 0, 8}, {0, 8}, true, true, true});
+    test<T>({{2, 12, 9, channels_last}, {4, 4}, false});
+    test<T>({{2, 12, 9, channels_last}, {12, 12}, true, false});
+    test<T>({{2, 12, 9, channels_last}, {4, 6}, true, true, false, silu});
+    test<T>({{2, 12, 9, channels_last}, {4, 6}, true, true, false, hard});
+    test<T>({{2, 12, 9, channels_last}, {4, 6}, true, true, false, plain});
+    test<T>({{9, 520, 8, channels_last}, {130, 130}});  // too many weights for one block
+    test<T>({{2, 1031, 3, channels_last}, {67, 66}, false});
+    test<T>({{3, 600, 4, channels_last}, {600, 0}, true, false});
+  }
+}
+
+}  // namespace
+
+void test_global_context(bool small) {
+  if (!small) {
+    test_dtype<double>();
+    test_dtype<BFloat16>();
+    test_dtype<Half>();
+    test_dtype<float>();
+  }
+  test<float>({{2, 20, 144, false}, {5, 6}});
+  test<float>({{2, 20, 140, true}, {5, 6}});
+  test<float>({{2, 260, 70, true}, {5, 6}});
+  test<float>({{2, 300, 40, false}, {33, 5}, false});
+  test<float>({{9, 270, 4, false}, {50, 80}});  // too many weights for one block
+  test<double>({{1, 20, 70, false}, {5, 6}});
+  test<double>({{1, 20, 70, true}, {5, 6}});
+}
+
+}  // namespace kernel_test

@@ -1,0 +1,74 @@
+"""Takes one barrier, or one half of one acquire-release atomic, from the CUDA kernels at a time; the kernel tests must notice.
+
+    python tests/native/mutate.py build/native/cuda_kernels_test_tsan [--jobs N] [--list]
+
+Nothing is compiled: GCNET_EMULATION_DROP tells the emulator which line of csrc/cuda to leave out, and ThreadSanitizer, a wrong
+result or a deadlock tells that it was needed. Prints killed/total; fails unless all are killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+CUDA = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
+BARRIER = re.compile(r"\b__sync(threads|warp)\(")
+ATOMIC = re.compile(r"\bfetch_add_acq_rel\(")
+TIME_LIMIT = 120  # seconds; a mutant that hangs is a mutant that was noticed
+
+
+def mutants() -> list[str]:
+    """Every "file:line" of a barrier and "file:line:half" of an atomic, as GCNET_EMULATION_DROP takes them."""
+    found = []
+    for path in sorted(CUDA.glob("*.cuh")):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            code = line.partition("//")[0]
+            site = f"{path.name}:{number}"
+            if BARRIER.search(code):
+                found.append(site)
+            if ATOMIC.search(code):
+                found += [f"{site}:acquire", f"{site}:release"]
+    return found
+
+
+def run(program: Path, mutant: str | None) -> subprocess.CompletedProcess[str]:
+    """The kernel tests on small shapes, with the mutant's line left out."""
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1", "GCNET_EMULATION_DROP": mutant or ""}
+    command = [str(program), "--small"]
+    try:
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT, check=False)
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 1, "", "ran too long")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("program", type=Path, help="cuda_kernels_test, built under ThreadSanitizer")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants at a time")
+    parser.add_argument("--list", action="store_true", help="print the mutants and stop")
+    arguments = parser.parse_args()
+    candidates = mutants()
+    if arguments.list:
+        print(*candidates, sep="\n")
+        return 0
+    unchanged = run(arguments.program, None)
+    if unchanged.returncode != 0:
+        print(f"the kernel tests fail without any mutation:\n{unchanged.stdout}{unchanged.stderr}")
+        return 1
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        codes = list(pool.map(lambda mutant: run(arguments.program, mutant).returncode, candidates))
+    for mutant, code in zip(candidates, codes, strict=True):
+        if code == 0:
+            print(f"survived: {mutant}")
+    killed = sum(code != 0 for code in codes)
+    print(f"killed {killed}/{len(candidates)}")
+    return 0 if candidates and killed == len(candidates) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,296 @@
+"""Bad input by the raw operator, its shape function, the function, the reference and the module: the same words from all.
+
+A message names the argument, what it must be and what it was. C++ (csrc/check.cpp) and Python (gcnet_ext/_checks.py) both have
+the words; every case of this file gives them once more, and compares.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from grid import GLOBAL_CONTEXT_INPUTS
+
+import gcnet_ext
+from gcnet_ext import GlobalContextBlock, Transform, reference
+
+N, C, H = 2, 8, 4
+
+
+def t(*sizes: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.Tensor:
+    return torch.ones(sizes, dtype=dtype, device=device)
+
+
+X = {"x": t(N, C, 4, 5)}
+WEIGHTS = {
+    name: value
+    for branch in ("scale", "shift")
+    for name, value in {
+        f"{branch}_w1": t(H, C),
+        f"{branch}_b1": t(H),
+        f"{branch}_norm_weight": t(H),
+        f"{branch}_norm_bias": t(H),
+        f"{branch}_w2": t(C, H),
+        f"{branch}_b2": t(C),
+    }.items()
+}
+OPTIONS = {"norm": True, "eps": 1e-5, "activation": "relu", "gate": "sigmoid", "gate_alpha": 1 / 6, "gate_beta": 0.5}
+SIDES = {"context": t(N, C), "attention": t(N, 20), "hidden": t(N, 2 * H), "gate_values": t(N, C)}
+# Good arguments of every operator, in the order of its schema
+GOOD = {
+    "attention_pool": {**X, "weight": t(C), "bias": t(1)},
+    "attention_pool_backward": {
+        "grad_context": t(N, C),
+        **X,
+        "weight": t(C),
+        "context": t(N, C),
+        "attention": t(N, 20),
+        "need_x": True,
+        "need_weight": True,
+    },
+    "channel_fuse": {**X, "scale": t(N, C), "shift": t(N, C)},
+    "channel_fuse_backward": {
+        "grad": t(N, C, 4, 5),
+        **X,
+        "scale": t(N, C),
+        "shift": t(N, C),
+        "need_x": True,
+        "need_scale": True,
+        "need_shift": True,
+    },
+    "global_context": {**X, "mask_weight": t(C), "mask_bias": t(1), **WEIGHTS, **OPTIONS},
+    "global_context_backward": {
+        "grad": t(N, C, 4, 5),
+        **X,
+        "mask_weight": t(C),
+        **WEIGHTS,
+        **OPTIONS,
+        **SIDES,
+        "need_x": True,
+        "need_mask": True,
+        "need_scale": True,
+        "need_shift": True,
+    },
+}
+FORWARD = ("attention_pool", "channel_fuse", "global_context")
+POOLED = ("attention_pool", "attention_pool_backward", "global_context", "global_context_backward")
+
+
+def feature_map_cases():
+    for op in GOOD:
+        for x in (t(N, C), t(C), t()):
+            shape = str(list(x.shape))
+            yield op, {"x": x}, f"x must have at least 3 dimensions [N, C, *spatial], got shape {shape}"
+        for dtype in (torch.int64, torch.int8, torch.bool, torch.complex64, torch.complex128, torch.float8_e4m3fn):
+            name = str(dtype).removeprefix("torch.")
+            yield op, {"x": t(N, C, 4, 5, dtype=dtype)}, f"x must be float16, bfloat16, float32 or float64, got {name}"
+        yield op, {"x": t(N, 0, 4, 5)}, "x must have at least one channel, got shape [2, 0, 4, 5]"
+        if op in POOLED:
+            for x in (t(N, C, 0, 5), t(N, C, 4, 0), t(N, C, 0)):
+                yield op, {"x": x}, f"x must have at least one position to pool over, got shape {list(x.shape)}"
+
+
+def parameter_cases():
+    """Each parameter: another device, another dtype, another size."""
+    sizes = {"weight": [C], "mask_weight": [C], "bias": [1], "mask_bias": [1], "scale": [N, C], "shift": [N, C]}
+    sizes |= {name: list(tensor.shape) for name, tensor in WEIGHTS.items()}
+    for op, good in GOOD.items():
+        for name in good:
+            if name not in sizes:
+                continue
+            size = sizes[name]
+            yield op, {name: t(*size, device="meta")}, f"{name} must be on x's device (cpu), got meta"
+            for dtype in (torch.float64, torch.float16, torch.int64, torch.complex64):
+                got = str(dtype).removeprefix("torch.")
+                yield op, {name: t(*size, dtype=dtype)}, f"{name} must be float32 or x's dtype (float32), got {got}"
+            wrong = [(*size[:-1], size[-1] + 1), (*size, 2)]
+            if name not in ("scale_w1", "shift_w1"):  # their first size is the number of hidden units, whatever it is
+                wrong.append((size[0] + 1, *size[1:]))
+            if len(size) > 1:
+                wrong.append((size[0],))
+            for other in wrong:
+                message = f"{name} must have shape {size}, trailing ones aside, got {list(other)}"
+                yield op, {name: t(*other)}, message
+    for op in ("attention_pool", "attention_pool_backward"):
+        yield op, {"weight": t(1, C + 1)}, f"weight must have shape [1, {C}], trailing ones aside, got [1, {C + 1}]"
+        yield op, {"weight": t(1, C, 3, 3)}, f"weight must have shape [1, {C}], trailing ones aside, got [1, {C}, 3, 3]"
+    # The first layer decides on the number of hidden units, and the rest of the branch must agree.
+    for op in ("global_context", "global_context_backward"):
+        yield op, {"scale_w1": t(H + 1, C)}, f"scale_b1 must have shape [{H + 1}], trailing ones aside, got [{H}]"
+        yield op, {"shift_w1": t(0, C)}, f"shift_w1 must have at least one row, got shape [0, {C}]"
+        yield op, {"shift_w1": t()}, "shift_w1 must have at least one row, got shape []"
+
+
+def missing_cases():
+    yield "attention_pool", {"weight": None}, "bias must come with a weight, got weight None"
+    yield "global_context", {"mask_weight": None}, "mask_bias must come with a mask_weight, got mask_weight None"
+    for op in ("global_context", "global_context_backward"):
+        yield op, dict.fromkeys(WEIGHTS), "scale_w1 or shift_w1 must be given, got None for both"
+        for branch in ("scale", "shift"):
+            names = [name for name in WEIGHTS if name.startswith(branch)]
+            for present in names[1:]:
+                change = {name: None for name in names if name != present}
+                yield op, change, f"{present} must come with a {branch}_w1, got {branch}_w1 None"
+            for present in (f"{branch}_norm_weight", f"{branch}_norm_bias", f"{branch}_b2"):
+                change = {name: None for name in names if name not in (names[0], present)}
+                yield op, change, f"{present} must come with a {branch}_w2, got {branch}_w2 None"
+            change = {name: None for name in names if name != names[0]}
+            yield op, change, f"{branch}_w1 must have shape [{C}, {C}], trailing ones aside, got [{H}, {C}]"
+
+
+def choice_cases():
+    for op in ("global_context", "global_context_backward"):
+        for activation in ("gelu", "", "ReLU"):
+            yield op, {"activation": activation}, f"activation must be relu or silu, got {activation}"
+        for gate in ("tanh", "", "hard-sigmoid"):
+            yield op, {"gate": gate}, f"gate must be sigmoid or hard_sigmoid, got {gate}"
+
+
+def gradient_cases():
+    """The gradient of the output, and what forward left for backward."""
+    for op in ("channel_fuse_backward", "global_context_backward"):
+        yield op, {"grad": t(N, C, 4, 5, device="meta")}, "grad must be on x's device (cpu), got meta"
+        yield op, {"grad": t(N, C, 4, 5, dtype=torch.float64)}, "grad must be x's dtype (float32), got float64"
+        yield op, {"grad": t(N, C, 4, 5, dtype=torch.int32)}, "grad must be x's dtype (float32), got int32"
+        for grad in (t(N, C, 4, 4), t(N, C, 20), t(N, C, 5, 4), t(1, C, 4, 5), t(N, C, 4, 5, 1), t()):
+            yield op, {"grad": grad}, f"grad must have shape [2, 8, 4, 5], got {list(grad.shape)}"
+    for op, names in (
+        ("attention_pool_backward", ("grad_context", "context", "attention")),
+        ("global_context_backward", tuple(SIDES)),
+    ):
+        for name in names:
+            size = list(GOOD[op][name].shape)
+            yield op, {name: t(*size, device="meta")}, f"{name} must be on x's device (cpu), got meta"
+            yield op, {name: t(*size, dtype=torch.bfloat16)}, f"{name} must be float32, got bfloat16"
+            for other in ((size[0], size[1] + 1), (size[0] + 1, size[1]), (size[0], 0), (size[0],)):
+                yield op, {name: t(*other)}, f"{name} must have shape {size}, got {list(other)}"
+            x64 = {"x": GOOD[op]["x"].double()} | ({"grad": GOOD[op]["grad"].double()} if "grad" in GOOD[op] else {})
+            first = names[0]
+            yield op, x64, f"{first} must be float64, got float32"
+    change = {"weight": None}
+    yield "attention_pool_backward", change, "attention must have shape [2, 0], got [2, 20]"
+
+
+CASES = [
+    pytest.param(op, change, f"gcnet_ext::{op}: {message}", id=f"{op}-{message}")
+    for cases in (feature_map_cases, parameter_cases, missing_cases, choice_cases, gradient_cases)
+    for op, change, message in cases()
+]
+FORWARD_CASES = [case for case in CASES if case.values[0] in FORWARD]
+
+
+def message_of(call) -> str:
+    with pytest.raises(RuntimeError) as caught:
+        call()
+    return str(caught.value)
+
+
+def raw(op, arguments):
+    return getattr(torch.ops.gcnet_ext, op)(*arguments.values())
+
+
+def function_of(module, op):
+    """The function, called with the arguments of the raw operator."""
+    if op != "global_context":
+        return lambda arguments: getattr(module, op)(**arguments)
+
+    def call(arguments):
+        tensors, options = [arguments[name] for name in GLOBAL_CONTEXT_INPUTS], {name: arguments[name] for name in OPTIONS}
+        branches = [
+            Transform(*branch) if any(p is not None for p in branch) else None for branch in (tensors[3:9], tensors[9:])
+        ]
+        return module.global_context(*tensors[:3], *branches, **options)
+
+    return call
+
+
+@pytest.mark.parametrize("op", GOOD)
+def test_good_arguments(kernels, op):
+    """Else every case below could pass for a wrong reason."""
+    raw(op, GOOD[op])
+
+
+@pytest.mark.parametrize("op", GOOD)
+def test_names_of_the_arguments(kernels, op):
+    """Every argument can be given by its name; the tests below take the names of this file for those of the schema."""
+    assert [argument.name for argument in getattr(torch.ops.gcnet_ext, op).default._schema.arguments] == list(GOOD[op])
+
+
+@pytest.mark.parametrize(("op", "change", "message"), CASES)
+def test_raw(kernels, op, change, message):
+    arguments = {**GOOD[op], **change}
+    assert message_of(lambda: raw(op, arguments)) == message
+
+
+@pytest.mark.parametrize(("op", "change", "message"), CASES)
+def test_raw_on_meta(kernels, op, change, message):
+    """The shape function, with all tensors on the meta device; the odd one of a mixture is then the one on the CPU."""
+    mixed = message.endswith("got meta")
+    arguments = {
+        name: torch.empty_like(value, device="cpu" if mixed and name in change else "meta") if torch.is_tensor(value) else value
+        for name, value in {**GOOD[op], **change}.items()
+    }
+    if mixed:
+        message = message.replace("(cpu), got meta", "(meta), got cpu")
+    assert message_of(lambda: raw(op, arguments)) == message
+
+
+@pytest.mark.parametrize(("op", "change", "message"), FORWARD_CASES)
+def test_function_and_reference(op, change, message):
+    arguments = {**GOOD[op], **change}
+    for module in (gcnet_ext, reference):
+        assert message_of(lambda module=module: function_of(module, op)(arguments)) == message
+
+
+# ---- the module --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("replaced", [False, True], ids=["fused", "with a replaced submodule"])
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (t(N, 9, 4, 5), "x must have 8 channels (inplanes), got shape [2, 9, 4, 5]"),
+        (t(C, 4, 5), "x must have 8 channels (inplanes), got shape [8, 4, 5]"),
+        (t(N, C), "x must have at least 3 dimensions [N, C, *spatial], got shape [2, 8]"),
+        (t(C), "x must have at least 3 dimensions [N, C, *spatial], got shape [8]"),
+        (t(), "x must have at least 3 dimensions [N, C, *spatial], got shape []"),
+        (t(N, C, 4, 5, dtype=torch.int64), "x must be float16, bfloat16, float32 or float64, got int64"),
+        (t(N, C, 4, 5, dtype=torch.complex64), "x must be float16, bfloat16, float32 or float64, got complex64"),
+        (t(N, C, 0, 5), "x must have at least one position to pool over, got shape [2, 8, 0, 5]"),
+        (t(N, C, 4, 5, device="meta"), "weight must be on x's device (meta), got cpu"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_block(x, message, replaced):
+    block = GlobalContextBlock(C, 0.5)
+    if replaced:
+        block.channel_mul_conv[2] = torch.nn.GELU()
+    assert message in message_of(lambda: block(x))
+
+
+def test_block_of_another_dtype():
+    block = GlobalContextBlock(C, 0.5, dtype=torch.bfloat16)
+    assert "mask_weight must be float32 or x's dtype (float32), got bfloat16" in message_of(lambda: block(t(N, C, 4, 5)))
+
+
+@pytest.mark.parametrize(
+    "fusion_types", ["channel", "mul", "", (), [], ("channel_mul", "add"), ("channel_mul", None), "channel_concat"]
+)
+def test_unknown_fusion(fusion_types):
+    """A substring of a name is no name: 'channel' once built an identity without a word."""
+    with pytest.raises(ValueError, match=r"fusion_types must be .*'channel_add'.*'channel_mul'.*got") as caught:
+        GlobalContextBlock(C, 0.5, fusion_types=fusion_types)
+    assert repr((fusion_types,) if isinstance(fusion_types, str) else tuple(fusion_types)) in str(caught.value)
+
+
+@pytest.mark.parametrize("pooling_type", ["max", "", None, "attention", "at"])
+def test_unknown_pooling(pooling_type):
+    with pytest.raises(ValueError, match=r"pooling_type must be .*'att'.*'avg'.*got") as caught:
+        GlobalContextBlock(C, 0.5, pooling_type)
+    assert repr(pooling_type) in str(caught.value)
+
+
+@pytest.mark.parametrize(("channels", "ratio"), [(8, 1 / 16), (15, 1 / 16), (8, 0), (8, -1), (1, 0.99)])
+def test_ratio_without_hidden_units(channels, ratio):
+    with pytest.raises(ValueError, match=r"inplanes \* ratio must be at least 1") as caught:
+        GlobalContextBlock(channels, ratio)
+    assert f"got {channels} * {ratio}" in str(caught.value)

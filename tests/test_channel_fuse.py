@@ -1,0 +1,201 @@
+"""x * scale + shift, against the float64 reference."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import eager
+import grid
+import pytest
+import torch
+from grid import Case, Random
+
+from gcnet_ext import reference
+
+NAMES = ("x", "scale", "shift")
+
+
+def inputs_of(case: Case, backend) -> tuple:
+    random = Random(0, backend.to)
+    x = random.feature_map(case.shape, case.dtype, case.layout)
+    scale, shift = (random.normal(*case.shape[:2], dtype=case.parameter_dtype or case.dtype) for _ in range(2))
+    return x, None if case.fusion == "add" else scale, None if case.fusion == "mul" else shift
+
+
+def check(backend, case: Case, grad_layout: str | None = None) -> grid.Result:
+    grad = Random(1, backend.to).feature_map(case.shape, case.dtype, grad_layout or case.layout)
+    return grid.check(backend.channel_fuse, reference.channel_fuse, inputs_of(case, backend), grad, NAMES)
+
+
+@pytest.mark.representative
+@pytest.mark.parametrize("case", grid.distinct(grid.combinations(), pooling="att"), ids=str)
+def test_combinations(backend, case):
+    got = check(backend, case)
+    x = inputs_of(case, backend)[0]
+    assert grid.memory_format_kept(got.out, x)
+    assert not backend.has_kernels or grid.memory_format_kept(got.grads[0], x)
+
+
+@pytest.mark.representative
+@pytest.mark.parametrize("case", grid.distinct(grid.sizes(), pooling="att", hidden=4), ids=str)
+def test_sizes(backend, case):
+    check(backend, case)
+
+
+@pytest.mark.representative
+@pytest.mark.parametrize("case", grid.distinct(grid.large(), pooling="att", hidden=4), ids=str)
+def test_large(backend, case):
+    check(backend, case)
+
+
+@pytest.mark.parametrize("case", grid.views(), ids=str)
+def test_views(backend, case):
+    """x as a view, with a contiguous gradient; and the other way round."""
+    check(backend, case, grad_layout="contiguous")
+    check(backend, case._replace(layout="contiguous"), grad_layout=case.layout)
+
+
+@pytest.mark.parametrize("fusion", grid.FUSIONS)
+@pytest.mark.parametrize("layouts", list(itertools.permutations(grid.LAYOUTS)), ids="-grad-".join)
+@pytest.mark.parametrize("dtype", grid.FLOATING)
+def test_gradient_in_another_layout(backend, layouts, dtype, fusion):
+    check(backend, Case((2, 33, 6, 7), dtype, layouts[0], fusion=fusion), grad_layout=layouts[1])
+
+
+@pytest.mark.parametrize("layout", grid.LAYOUTS)
+@pytest.mark.parametrize("fusion", grid.FUSIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_float32_scale_and_shift(backend, dtype, layout, fusion):
+    check(backend, Case((3, 20, 5, 7), dtype, layout, fusion=fusion, parameter_dtype=torch.float32))
+
+
+@pytest.mark.parametrize("float32", NAMES[1:])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_scale_and_shift_of_two_dtypes(backend, dtype, float32):
+    x, scale, shift = inputs_of(Case((3, 20, 5, 7), dtype), backend)
+    inputs = (x, scale.float(), shift) if float32 == "scale" else (x, scale, shift.float())
+    grid.check(backend.channel_fuse, reference.channel_fuse, inputs, x, NAMES)
+
+
+@pytest.mark.parametrize("layout", grid.LAYOUTS)
+@pytest.mark.parametrize("fusion", grid.FUSIONS)
+def test_expanded_gradient(backend, layout, fusion):
+    inputs = inputs_of(Case((2, 12, 5, 5), layout=layout, fusion=fusion), backend)
+    grid.check(backend.channel_fuse, reference.channel_fuse, inputs, None, NAMES)
+
+
+@pytest.mark.parametrize("layout", grid.EVERY_LAYOUT)
+def test_nothing_to_fuse(backend, layout):
+    """Without scale and shift the result is a copy of x, not x, and its gradient is the gradient."""
+    x = Random(0, backend.to).feature_map((2, 6, 4, 5), torch.float32, layout)
+    got = grid.run(backend.channel_fuse, (x, None, None), x)
+    assert torch.equal(got.out, x)
+    assert torch.equal(got.grads[0], x)
+    assert got.out.data_ptr() != x.data_ptr()
+
+
+@pytest.mark.parametrize("trailing", [0, 1, 2, 3])
+def test_shapes_of_scale_and_shift(backend, trailing):
+    """[N, C, 1, 1] is [N, C]; the gradients have the shapes of scale and shift."""
+    x, scale, shift = inputs_of(Case((2, 8, 4, 5)), backend)
+    plain = grid.run(backend.channel_fuse, (x, scale, shift), x)
+    sizes = (2, 8, *[1] * trailing)
+    got = grid.run(backend.channel_fuse, (x, scale.reshape(sizes), shift.reshape(sizes)), x)
+    assert torch.equal(got.out, plain.out)
+    for ours, theirs in zip(got.grads[1:], plain.grads[1:], strict=True):
+        assert ours.shape == sizes
+        assert torch.equal(ours.flatten(), theirs.flatten())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", grid.LAYOUTS)
+def test_strided_scale_and_shift(backend, dtype, layout):
+    random = Random(0, backend.to)
+    x = random.feature_map((3, 10, 4, 5), dtype, layout)
+    transposed, sliced = random.normal(10, 3, dtype=dtype).t(), random.normal(3, 21, dtype=dtype)[:, 1::2]
+    for inputs in ((x, transposed, sliced), (x, sliced, random.normal(3, 1, dtype=dtype).expand(3, 10))):
+        grid.check(backend.channel_fuse, reference.channel_fuse, inputs, x, NAMES)
+
+
+@pytest.mark.parametrize("layout", grid.LAYOUTS)
+@pytest.mark.parametrize("dtype", grid.HALF)
+@pytest.mark.parametrize("shape", [(2, 64, 7, 7), (2, 100, 32, 33)], ids=str)
+def test_no_worse_than_eager_in_half(backend, dtype, layout, shape):
+    inputs = inputs_of(Case(shape, dtype, layout), backend)
+    grad = Random(1, backend.to).feature_map(shape, dtype, layout)
+    truth = grid.exact(reference.channel_fuse, inputs, grad)
+    ours, theirs = grid.run(backend.channel_fuse, inputs, grad), grid.run(eager.channel_fuse, inputs, grad)
+    assert grid.error(ours.out, truth.out) <= 1.05 * grid.error(theirs.out, truth.out)
+    for got, want, other in zip(ours.grads, truth.grads, theirs.grads, strict=True):
+        assert grid.error(got, want) <= 1.05 * grid.error(other, want)
+
+
+@pytest.mark.parametrize("fusion", grid.FUSIONS)
+@pytest.mark.parametrize("layout", grid.LAYOUTS)
+@pytest.mark.parametrize("spatial", [(1,), (5,), (2, 3), (2, 1, 3)], ids=str)
+def test_gradcheck(backend, spatial, layout, fusion):
+    assert grid.gradcheck(
+        backend.channel_fuse, inputs_of(Case((2, 3, *spatial), torch.float64, layout, fusion=fusion), backend)
+    )
+
+
+@pytest.mark.parametrize("layout", grid.LAYOUTS)
+@pytest.mark.parametrize("fusion", grid.FUSIONS)
+@pytest.mark.parametrize("needs", list(itertools.product([0, 1], repeat=3)), ids=str)
+def test_needs_input_grad(backend, needs, layout, fusion):
+    inputs = inputs_of(Case((2, 8, 4, 5), layout=layout, fusion=fusion), backend)
+    grid.check_needs(
+        backend.channel_fuse, inputs, Random(1, backend.to).feature_map((2, 8, 4, 5), torch.float32, layout), needs
+    )
+
+
+@pytest.mark.parametrize("fusion", grid.FUSIONS)
+@pytest.mark.parametrize("shape", [(0, 8, 4, 5), (2, 8, 0, 5), (2, 8, 0)], ids=str)
+def test_nothing_in_it(backend, shape, fusion):
+    """No samples, or no positions: an empty result, and zero gradients of scale and shift."""
+    inputs = inputs_of(Case(shape, fusion=fusion), backend)
+    got = grid.run(backend.channel_fuse, inputs, inputs[0])
+    assert got.out.shape == got.grads[0].shape == shape
+    for tensor, gradient in zip(inputs[1:], got.grads[1:], strict=True):
+        assert tensor is None or torch.equal(gradient, torch.zeros_like(tensor))
+
+
+@pytest.mark.parametrize("layout", grid.LAYOUTS)
+@pytest.mark.parametrize("dtype", grid.FLOATING)
+def test_infinities_and_nan(backend, dtype, layout):
+    """0 * inf is NaN, inf - inf is NaN, and every other element is as it was."""
+    x, scale, shift = inputs_of(Case((2, 6, 4, 5), dtype, layout), backend)
+    x, scale, shift = x.clone(), scale.clone(), shift.clone()
+    x[0, 0, 1, 1] = math.inf
+    x[0, 1, 3, 4] = math.nan
+    x[1, 2, 0, 0] = -math.inf
+    scale[0, 0] = 0
+    scale[1, 3] = math.inf
+    shift[1, 2] = math.inf if scale[1, 2] > 0 else -math.inf
+    got, want = backend.channel_fuse(x, scale, shift), reference.channel_fuse(x, scale, shift)
+    assert want.isnan().sum() == 3
+    assert torch.equal(got.isnan(), want.isnan())
+    assert torch.equal(got[want.isinf()], want[want.isinf()])
+    finite = want.isfinite()
+    assert torch.allclose(got[finite].double(), want[finite].double(), rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+# ---- the raw operators -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", grid.distinct(grid.combinations(), pooling="att"), ids=str)
+def test_raw_backward(backend, case):
+    """The backward operator gives what autograd gives, and nothing unasked."""
+    ops = backend.ops
+    inputs = inputs_of(case, backend)
+    grad = Random(1, backend.to).feature_map(case.shape, case.dtype, case.layout)
+    want = grid.run(backend.channel_fuse, inputs, grad)
+    assert torch.equal(ops.channel_fuse(*inputs), want.out)
+    for needs in itertools.product([False, True], repeat=3):
+        got = ops.channel_fuse_backward(grad, *inputs, *needs)
+        for need, ours, theirs in zip(needs, got, want.grads, strict=True):
+            if need and theirs is not None:
+                assert torch.equal(ours, theirs)
+            else:
+                assert ours.shape == (0,)

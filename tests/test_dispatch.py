@@ -1,0 +1,220 @@
+"""Who computes: compiled kernels where there are some, plain PyTorch elsewhere, with one warning; autocast, meta and fake."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import grid
+import pytest
+import torch
+from grid import Case, Random
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gcnet_ext
+from gcnet_ext import GlobalContextBlock, _library
+
+FUNCTIONS = {
+    "attention_pool": lambda x: gcnet_ext.attention_pool(x, x[0].flatten(1)[:, 0]),
+    "attention_map": lambda x: gcnet_ext.attention_map(x, x[0].flatten(1)[:, 0]),
+    "channel_fuse": lambda x: gcnet_ext.channel_fuse(x, x.flatten(2)[:, :, 0]),
+    "global_context": lambda x: gcnet_ext.global_context(x, scale=gcnet_ext.Transform(torch.eye(6, device=x.device))),
+    "GlobalContextBlock": lambda x: GlobalContextBlock(6, 0.5, device=x.device)(x),
+}
+
+
+class Recorder(TorchDispatchMode):
+    """Notes the operators of gcnet_ext that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "gcnet_ext":
+            self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def no_kernels(monkeypatch):
+    """As on a device without kernels: the fallback, and its warning not yet given."""
+    monkeypatch.setattr(_library, "_kernel_devices", frozenset())
+    monkeypatch.setattr(_library, "_warned", set())
+
+
+def test_the_library_is_loaded():
+    """The rest of the suite would pass on plain PyTorch alone: here, and only here, that is an error."""
+    if os.environ.get("GCNET_EXT_TEST_FALLBACK", "0") == "1":
+        pytest.skip("GCNET_EXT_TEST_FALLBACK=1: the tests are to run on plain PyTorch")
+    assert _library.compiled is not None, _library.why_no_kernels("cpu")
+    assert "cpu" in _library._kernel_devices
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_kernels_compute(kernels, backend, name):
+    x = Random(0, backend.to).feature_map((2, 6, 4, 5), torch.float32)
+    with Recorder() as recorder, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FUNCTIONS[name](x)
+    op = {"attention_map": "attention_pool", "GlobalContextBlock": "global_context"}.get(name, name)
+    assert recorder.names == [op]
+
+
+def test_one_operator_per_direction(kernels, backend):
+    """The block is one operator forward and one backward, whatever it needs."""
+    block = GlobalContextBlock(6, 0.5, fusion_types=("channel_mul", "channel_add"), device=backend.device)
+    x = Random(0, backend.to).feature_map((2, 6, 4, 5), torch.float32).requires_grad_()
+    with Recorder() as recorder:
+        block(x).sum().backward()
+    assert recorder.names == ["global_context", "global_context_backward"]
+
+
+def test_no_graph_under_no_grad(kernels, cpu):
+    """Inference with parameters that require gradients records nothing."""
+    inputs = Case((2, 6, 4, 5)).inputs()
+    with Recorder() as recorder, torch.no_grad():
+        out = grid.flat(gcnet_ext.global_context)(inputs[0].requires_grad_(), *inputs[1:])
+    assert recorder.names == ["global_context"]
+    assert not out.requires_grad
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_fallback(no_kernels, name):
+    """Plain PyTorch gives the same result, and says once that it was used and why."""
+    x = Random(0).feature_map((2, 6, 4, 5), torch.float32)
+    with Recorder() as recorder, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            FUNCTIONS[name](x)
+    assert [warning.category for warning in caught] == [RuntimeWarning]
+    assert str(caught[0].message).startswith("gcnet_ext uses plain PyTorch on cpu: ")
+    assert recorder.names == []
+
+
+def test_fallback_equals_the_kernels(kernels, monkeypatch, cpu):
+    """Forward and gradients, to rounding."""
+    inputs = Case((2, 10, 5, 7)).inputs()
+    grad = Random(1).feature_map((2, 10, 5, 7), torch.float32)
+    with_kernels = grid.run(grid.flat(gcnet_ext.global_context), inputs, grad)
+    monkeypatch.setattr(_library, "_kernel_devices", frozenset())
+    monkeypatch.setattr(_library, "_warned", {"cpu"})
+    without = grid.run(grid.flat(gcnet_ext.global_context), inputs, grad)
+    assert torch.allclose(with_kernels.out, without.out, rtol=1e-5, atol=1e-5)
+    for name, ours, theirs in zip(grid.GLOBAL_CONTEXT_INPUTS, with_kernels.grads, without.grads, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3), name
+
+
+def test_other_devices_fall_back_without_a_word(no_kernels):
+    """A device that never has kernels is no reason for a warning."""
+    x = torch.empty(2, 6, 4, 5, device="meta")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert gcnet_ext.attention_pool(x).device.type == "meta"
+
+
+def test_words_of_the_warning():
+    """Why, and what to do about it."""
+    no_cuda = _library.why_no_kernels("cuda")
+    if _library.load_error is None:
+        assert no_cuda == (
+            f"this build has no CUDA kernels; {_library.HOW_TO_BUILD}, with a CUDA build of torch and nvcc on the PATH"
+        )
+        assert _library.why_no_kernels("xpu") == "there are no kernels for xpu"
+    else:
+        assert str(_library.load_error) in no_cuda
+    assert "pip install --no-build-isolation ." in no_cuda
+
+
+BROKEN = """
+import sys, warnings
+sys.modules["gcnet_ext._C"] = None  # importing it now is an ImportError
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import torch, gcnet_ext
+    from gcnet_ext import _library, reference
+    assert not caught, "importing alone is no reason to warn"
+    x = torch.randn(2, 6, 4, 5)
+    block = gcnet_ext.GlobalContextBlock(6, 0.5)
+    for _ in range(2):
+        assert torch.equal(gcnet_ext.attention_pool(x), reference.attention_pool(x))
+        assert torch.equal(block(x), x / 2)
+print(len(caught), caught[0].category.__name__, caught[0].message)
+assert isinstance(_library.load_error, ImportError) and _library.compiled is None
+"""
+
+
+def test_library_that_cannot_be_loaded(python):
+    """The package works, the reason is kept, and the first call says it, once, with the way out."""
+    told = python(BROKEN, GCNET_EXT_JIT="0").stdout
+    assert told.startswith("1 RuntimeWarning gcnet_ext uses plain PyTorch on cpu: the compiled kernels could not be loaded (")
+    assert "import of gcnet_ext._C halted" in told
+    assert "build them with `pip install --no-build-isolation .`" in told
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fallback", [False, True], ids=["kernels", "plain PyTorch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_casts_nothing(backend, monkeypatch, dtype, fallback, autocast):
+    """Output and gradients have the dtypes and the bits that they have without it."""
+    if fallback:
+        monkeypatch.setattr(_library, "_kernel_devices", frozenset())
+        monkeypatch.setattr(_library, "_warned", {"cpu", "cuda"})
+    inputs = Case((2, 10, 5, 7), dtype, parameter_dtype=torch.float32).inputs(backend.to)
+    for function, tensors in (
+        (grid.flat(backend.global_context), inputs),
+        (backend.attention_pool, inputs[:3]),
+        (backend.channel_fuse, (inputs[0], inputs[0][:, :, 0, 0], inputs[0][:, :, 1, 0])),
+    ):
+
+        def under_autocast(*arguments, function=function):
+            with torch.autocast(backend.device.type, dtype=autocast):
+                return function(*arguments)
+
+        plain, got = grid.run(function, tensors), grid.run(under_autocast, tensors)
+        assert got.out.dtype == plain.out.dtype == dtype
+        assert torch.equal(got.out, plain.out)
+        for ours, theirs in zip(got.grads, plain.grads, strict=True):
+            assert ours.dtype == theirs.dtype
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("layout", grid.LAYOUTS)
+def test_block_under_autocast(backend, layout):
+    """Between a convolution that autocast runs in bfloat16 and one after it: the block takes what it gets."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), GlobalContextBlock(16, 0.25), torch.nn.Conv2d(16, 2, 1)).to(
+        backend.device
+    )
+    seen = []
+    net[1].register_forward_hook(lambda module, inputs, output: seen.extend([inputs[0].dtype, output.dtype]))
+    x = Random(0, backend.to).feature_map((2, 3, 9, 9), torch.float32, layout)
+    with torch.autocast(backend.device.type, dtype=torch.bfloat16):
+        net(x).float().sum().backward()
+    assert seen == [torch.bfloat16, torch.bfloat16]
+    assert {parameter.grad.dtype for parameter in net.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", grid.FLOATING)
+@pytest.mark.parametrize("layout", grid.LAYOUTS)
+@pytest.mark.parametrize("pooling", grid.POOLINGS)
+@pytest.mark.parametrize("fusion", grid.FUSIONS)
+def test_meta_and_fake_tensors(backend, dtype, layout, pooling, fusion):
+    """Shapes, dtypes and strides without numbers, of outputs and gradients, are those of the real ones."""
+    inputs = Case((2, 10, 5, 7), dtype, layout, pooling, fusion).inputs(backend.to)
+    real = grid.run(grid.flat(backend.global_context), inputs)
+
+    def described(result: grid.Result):
+        return [None if t is None else (t.shape, t.dtype, t.stride()) for t in (result.out, *result.grads)]
+
+    meta = [None if tensor is None else tensor.to("meta") for tensor in inputs]
+    on_meta = grid.run(grid.flat(gcnet_ext.global_context), meta)
+    with FakeTensorMode() as mode:
+        fake = grid.run(
+            grid.flat(backend.global_context), [None if tensor is None else mode.from_tensor(tensor) for tensor in inputs]
+        )
+    assert described(on_meta) == described(real)
+    assert described(fake) == described(real)
+    assert on_meta.out.device.type == "meta"
+    assert fake.out.device == inputs[0].device

@@ -1,0 +1,112 @@
+"""bench/gpu_check.py as far as a CPU goes: arguments, steps, time limits and reports. No figure in here is one of a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+
+
+@pytest.fixture(scope="module")
+def gpu_check():
+    spec = importlib.util.spec_from_file_location("gpu_check", BENCH / "gpu_check.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(BENCH / "gpu_check.py"), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+def test_dry_run_writes_both_reports(tmp_path):
+    done = run("--dry-run", OUT=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu_check.json", "gpu_check.txt"]
+    results = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert results["dry_run"]
+    assert results["timings"]["dry_run"]
+    assert [step["name"] for step in results["steps"]] == ["build", "tests", "memcheck", "racecheck", "timings"]
+    for row in results["timings"]["rows"]:
+        assert set(row["candidates"]) == {"ours", "eager", "compiled rewrite", "compiled eager"}
+        for figures in row["candidates"].values():
+            for direction in ("forward", "backward"):
+                assert set(figures[direction]) == {"stream_hot", "stream_cold", "graph_hot", "graph_cold"}
+        assert row["error_to_eager"] < 1e-5
+    text = (tmp_path / "gpu_check.txt").read_text()
+    assert text.startswith("DRY RUN")
+    assert "targets" not in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(tmp_path):
+    done = run("--out", str(tmp_path / "reports"))
+    assert done.returncode != 0
+    assert "torch sees no GPU here" in done.stderr
+    assert not (tmp_path / "reports").exists()
+
+
+def test_unknown_argument():
+    assert run("--no-such-thing").returncode == 2
+
+
+def test_steps_on_a_gpu_fit_into_nine_minutes(gpu_check, tmp_path):
+    steps = gpu_check.plan("9.0", tmp_path / "timings.json", False)
+    assert [step.name for step in steps] == ["build", "tests", "memcheck", "racecheck", "timings"]
+    assert dict(steps[0].environment) == {"TORCH_CUDA_ARCH_LIST": "9.0", "GCNET_EXT_CUDA": "1"}
+    assert gpu_check.BUDGET < 9 * 60
+
+
+def test_a_step_is_stopped_at_its_limit(gpu_check):
+    code = "import time; print('started', flush=True); time.sleep(60)"
+    result = gpu_check.run_step(gpu_check.Step("sleep", [sys.executable, "-c", code], 2), 100)
+    assert result["status"] == "stopped after 2 s"
+    assert result["output"] == ["started"]
+
+
+def test_a_failing_step_keeps_its_output(gpu_check):
+    result = gpu_check.run_step(gpu_check.Step("fail", [sys.executable, "-c", "print('why'); exit(3)"], 60), 100)
+    assert (result["status"], result["output"]) == ("failed with code 3", ["why"])
+    assert gpu_check.run_step(gpu_check.Step("gone", ["/no/such/program"], 60), 100)["status"].startswith("failed:")
+    assert gpu_check.run_step(gpu_check.Step("late", [sys.executable], 60), 0)["why"] == "no time left"
+
+
+def test_report_of_a_gpu(gpu_check):
+    ways = ("stream_hot", "stream_cold", "graph_hot", "graph_cold")
+
+    def figures(forward: float, backward: float) -> dict:
+        return {"forward": dict.fromkeys(ways, forward), "backward": dict.fromkeys(ways, backward)}
+
+    row = {
+        "row": "64x256x56x56 float16 NCHW",
+        "bytes": 103e6,
+        "copy": dict.fromkeys(ways, 50.0),
+        "candidates": {"ours": figures(75, 200), "compiled rewrite": figures(70, 300), "eager": {"error": "broke"}},
+    }
+    timings = {"rows": [row], "left_out": ["1x1x1x1 float32 NCHW: eager"]}
+    assert gpu_check.targets(timings) == [
+        "64x256x56x56 float16 NCHW: forward takes 1.50 copies, the compiled rewrite 1.40",
+        "64x256x56x56 float16 NCHW: backward takes 4.00 copies, the target is 3.0",
+    ]
+    failed = {"name": "tests", "status": "failed with code 1", "why": "", "seconds": 5.0, "output": ["1 failed"]}
+    text = gpu_check.report(
+        {"dry_run": False, "environment": {"torch": "x"}, "seconds": 9.0, "steps": [failed], "timings": timings}
+    )
+    assert "targets missed:" in text
+    assert "failed with code 1" in text
+    assert "64x256x56x56 float16 NCHW, eager: broke" in text
+    assert "not measured for want of time: 1x1x1x1 float32 NCHW: eager" in text
