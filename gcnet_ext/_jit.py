@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from types import ModuleType
 
@@ -22,7 +23,7 @@ def load() -> ModuleType:
     build_directory = Path(os.environ.get("GCNET_EXT_JIT_DIR", _build.ROOT / "build" / "jit"))
     build_directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     options = {
-        "extra_cflags": _build.cxx_flags(cuda),
+        "extra_cflags": [shlex.quote(flag) for flag in _build.cxx_flags(cuda)],  # ninja hands them to a shell
         "extra_ldflags": list(_build.LINK_FLAGS),
         "verbose": os.environ.get("GCNET_EXT_JIT_VERBOSE", "0") == "1",
     }

@@ -117,7 +117,9 @@ class GlobalContextBlock(nn.Module):
         """Where the block looks: the softmax over positions, ``[N, *spatial]``, for pictures. Not differentiable."""
         if self.conv_mask is None:
             raise RuntimeError("pooling_type must be 'att' for an attention map, got 'avg'")
-        return functional.attention_map(x, self.conv_mask.weight, self.conv_mask.bias)
+        if _is_pointwise(self.conv_mask):
+            return functional.attention_map(x, self.conv_mask.weight, self.conv_mask.bias)
+        return self._called_attention(x).detach().reshape(x.shape[:1] + x.shape[2:])
 
     def extra_repr(self) -> str:
         return f"{self.inplanes}, ratio={self.ratio}, pooling_type={self.pooling_type!r}, fusion_types={self.fusion_types!r}"
@@ -148,10 +150,14 @@ class GlobalContextBlock(nn.Module):
             return functional.attention_pool(x)
         if _is_pointwise(self.conv_mask):
             return functional.attention_pool(x, self.conv_mask.weight, self.conv_mask.bias)
+        positions = x.flatten(2).to(accumulation_dtype(x))
+        return torch.einsum("ncp,np->nc", positions, self._called_attention(x)).to(x.dtype)
+
+    def _called_attention(self, x: Tensor) -> Tensor:
+        """The softmax over positions [N, P] of what the mask, called as the module it is, makes of x."""
         as_image = x if x.dim() == 4 or not isinstance(self.conv_mask, nn.Conv2d) else x.flatten(2).unsqueeze(3)
-        acc = accumulation_dtype(x)
-        attention = self.conv_mask(_in_dtype_of(self.conv_mask, as_image)).flatten(1).to(acc).softmax(1)
-        return torch.einsum("ncp,np->nc", x.flatten(2).to(acc), attention).to(x.dtype)
+        logits = self.conv_mask(_in_dtype_of(self.conv_mask, as_image))
+        return logits.flatten(1).to(accumulation_dtype(x)).softmax(1)
 
 
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:

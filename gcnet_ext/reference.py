@@ -6,6 +6,7 @@ in float32 (float64 for a float64 x), whatever the storage dtype, and ignore aut
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -42,6 +43,11 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
+
+
 def _flat(tensor: Tensor | None, like: Tensor, *sizes: int) -> Tensor | None:
     return None if tensor is None else tensor.to(like.dtype).reshape(sizes)
 
@@ -64,7 +70,7 @@ def attention_map(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     """`gcnet_ext.attention_map` in plain PyTorch."""
     _checks.feature_map("attention_pool", x)
     _checks.mask("attention_pool", "", weight, bias, x)
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x):
         return _attention(x.flatten(2).to(accumulation_dtype(x)), weight, bias).reshape(x.shape[:1] + x.shape[2:])
 
 
@@ -72,7 +78,7 @@ def attention_pool(x: Tensor, weight: Tensor | None = None, bias: Tensor | None 
     """`gcnet_ext.attention_pool` in plain PyTorch."""
     _checks.feature_map("attention_pool", x)
     _checks.mask("attention_pool", "", weight, bias, x)
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x):
         return _pool(x.flatten(2).to(accumulation_dtype(x)), weight, bias).to(x.dtype)
 
 
@@ -138,7 +144,7 @@ def global_context(
     _checks.choices("global_context", activation, gate)
     acc = accumulation_dtype(x)
     per_channel = x.shape[:2] + (1,) * (x.dim() - 2)
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x):
         out = x.to(acc)
         context = _pool(out.flatten(2), mask_weight, mask_bias)
         options = {"norm": norm, "eps": eps, "activation": activation}

@@ -40,7 +40,7 @@ def test_dry_run_writes_both_reports(tmp_path):
     results = json.loads((tmp_path / "gpu_check.json").read_text())
     assert results["dry_run"]
     assert results["timings"]["dry_run"]
-    assert [step["name"] for step in results["steps"]] == ["build", "tests", "memcheck", "racecheck", "timings"]
+    assert [step["name"] for step in results["steps"]] == ["build", "tests", "timings", "memcheck", "racecheck"]
     for row in results["timings"]["rows"]:
         assert set(row["candidates"]) == {"ours", "eager", "compiled rewrite", "compiled eager"}
         for figures in row["candidates"].values():
@@ -66,7 +66,7 @@ def test_unknown_argument():
 
 def test_steps_on_a_gpu_fit_into_nine_minutes(gpu_check, tmp_path):
     steps = gpu_check.plan("9.0", tmp_path / "timings.json", False)
-    assert [step.name for step in steps] == ["build", "tests", "memcheck", "racecheck", "timings"]
+    assert [step.name for step in steps] == ["build", "tests", "timings", "memcheck", "racecheck"]
     assert dict(steps[0].environment) == {"TORCH_CUDA_ARCH_LIST": "9.0", "GCNET_EXT_CUDA": "1"}
     assert gpu_check.BUDGET < 9 * 60
 

@@ -57,7 +57,8 @@ void pool_context(const AttentionPool<T>& call, const TransformParams<T>& transf
 
 template <typename T>
 void attention_pool(const AttentionPool<T>& call, Workspace& workspace, cudaStream_t stream) {
-  pool_context(call, TransformParams<T>{}, workspace.zeros(call.extent.samples, stream), workspace, stream);
+  unsigned* const arrived = call.weight.data ? workspace.zeros(call.extent.samples, stream) : nullptr;
+  pool_context(call, TransformParams<T>{}, arrived, workspace, stream);
 }
 
 template <typename T>
