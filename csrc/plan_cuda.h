@@ -13,7 +13,7 @@ namespace gcnet_ext {
 struct CudaMap {
   int64_t channels, positions, element_size;
   bool channels_last;
-  bool aligned;  // every row (NCHW) or position (channels_last) starts where that of a dense map could start
+  bool aligned;  // every row (NCHW) or position (channels_last) starts at a multiple of 16 or 8 bytes if its length is one
 };
 
 // A tile of all channels x `lanes` accesses of positions that a block holds in registers, `rows` accesses per thread.
@@ -21,9 +21,9 @@ struct CudaRowTile {
   int64_t channels;  // the most that fit: threads / lanes * rows
   int threads, lanes, rows;
 };
-// Accesses of 16 bytes: segments of 256, 128, 128 and 64 bytes.
-inline constexpr std::array<CudaRowTile, 4> kCudaRowTiles{
-    {{256, 256, 16, 16}, {512, 256, 8, 16}, {1024, 512, 8, 16}, {2048, 512, 4, 16}}};
+// Accesses of 16 bytes: segments of 256, 256, 128, 128 and 64 bytes.
+inline constexpr std::array<CudaRowTile, 5> kCudaRowTiles{
+    {{64, 256, 16, 4}, {256, 256, 16, 16}, {512, 256, 8, 16}, {1024, 512, 8, 16}, {2048, 512, 4, 16}}};
 // Accesses of 8 bytes, of float16 and bfloat16: segments of 128 bytes.
 inline constexpr std::array<CudaRowTile, 2> kCudaHalfRowTiles{{{512, 256, 16, 32}, {1024, 512, 16, 32}}};
 // Accesses of one element.

@@ -5,10 +5,12 @@ The library is the one beside gcnet_ext, or the one that GCNET_EXT_CUDA_LIBRARY 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,7 +50,10 @@ def resources(library):
 
 @pytest.fixture(scope="module")
 def instructions(library):
-    return {arch: machine_code.instructions(library, arch) for arch in sorted(machine_code.architectures(library))}
+    architectures = sorted(machine_code.architectures(library))
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(functools.partial(machine_code.instructions, library), architectures)
+        return dict(zip(architectures, found, strict=True))
 
 
 class Accesses(NamedTuple):
@@ -86,12 +91,12 @@ def test_every_kernel_on_every_architecture(library, resources):
 
 
 def test_no_stack_frame_where_it_is_hot(resources):
-    """Neither spilled registers nor arrays that are indexed at run time."""
+    """Neither spilled registers nor arrays that are indexed at run time. (float64 is for checking gradients.)"""
     frames = [
         f"{kernel} on {arch}: {used.stack} bytes"
         for kernel, of in sorted(resources.items())
         for arch, used in sorted(of.items())
-        if HOT.match(kernel) and used.stack
+        if HOT.match(kernel) and "double" not in kernel and used.stack
     ]
     assert not frames, "\n".join(frames)
 

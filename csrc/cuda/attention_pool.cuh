@@ -87,8 +87,7 @@ __device__ void finish_split(const PoolParams<T>& params, const PoolSplit<T>& sp
   }
 }
 
-// ---- NCHW: a tile of all channels in the registers of the block
-// ----------------------------------------------------------------
+// ---- NCHW: a tile of all channels in the registers of the block -------------------------------------------------------------
 
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::threads, Shape::blocks) attention_pool_rows(PoolParams<T> params) {
@@ -150,8 +149,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks) attention_pool_
   finish_split(params, split);
 }
 
-// ---- channels_last: some positions in the registers of the warps that share their channels
-// ---------------------------------------
+// ---- channels_last: some positions in the registers of the warps that share their channels ----------------------------------
 
 // Warp w of a group of `warps` has the channels (32*w + lane)*V ...; the groups of a block work on different positions.
 template <typename T, int V>
@@ -248,8 +246,7 @@ __global__ void __launch_bounds__(512, 1) attention_pool_positions(PoolParams<T>
   finish_split(params, split);
 }
 
-// ---- any shape: a tile is read twice, the second time from the caches
-// ------------------------------------------------------------
+// ---- any shape: a tile is read twice, the second time from the caches -------------------------------------------------------
 
 // Lane l has position l of the tile and its logit. `weighted` is kept in the partial sums, each channel by one thread.
 template <typename T>

@@ -80,8 +80,7 @@ struct ChannelFactors {
   }
 };
 
-// ---- NCHW: a tile of all channels in the registers of the block
-// ------------------------------------------------------------------
+// ---- NCHW: a tile of all channels in the registers of the block -------------------------------------------------------------
 
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::threads, Shape::blocks) attention_pool_backward_rows(PoolBackwardParams<T> params) {
@@ -160,8 +159,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks) attention_pool_
   }
 }
 
-// ---- channels_last: some positions in the registers of the warps that share their channels
-// ---------------------------------------
+// ---- channels_last: some positions in the registers of the warps that share their channels ----------------------------------
 
 // Warp w of a group of `warps` has the channels (32*w + lane)*V ...; the groups of a block work on different positions.
 template <typename T, int V>
@@ -247,8 +245,7 @@ __global__ void __launch_bounds__(512, 1) attention_pool_backward_positions(Pool
   }
 }
 
-// ---- any shape: a tile is read twice, the second time from the caches
-// ------------------------------------------------------------
+// ---- any shape: a tile is read twice, the second time from the caches -------------------------------------------------------
 
 // Lane l has position l of the tile. Every channel's part of dw is kept by one thread.
 template <typename T>

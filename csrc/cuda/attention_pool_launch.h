@@ -3,15 +3,13 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
 #include "attention_pool.cuh"
 #include "attention_pool_backward.cuh"
 #include "launch.h"
 
 namespace gcnet_ext::cuda {
-
-template <const auto& tiles, size_t i, int kVector>
-using RowShapeOf = RowShape<kVector, tiles[i].lanes, tiles[i].rows, tiles[i].threads>;
 
 // What the last block of a sample needs of its shared memory.
 template <typename T>
@@ -22,24 +20,21 @@ size_t tail_shared_bytes(const PoolParams<T>& params) {
   return std::max(merge, transform_shared_bytes<A>(params.transform.channels, params.transform.units));
 }
 
+// Calls body with the RowShape number `tile` of those with accesses of kVector elements.
+template <const auto& tiles, int kVector, typename Body, size_t... i>
+void with_row_tile(int tile, const Body& body, std::index_sequence<i...>) {
+  ((tile == static_cast<int>(i) ? body(RowShape<kVector, tiles[i].lanes, tiles[i].rows, tiles[i].threads>{}) : void()), ...);
+}
+
 // Calls body with the RowShape of a plan whose path is rows.
 template <typename T, typename Body>
 void with_row_shape(const CudaPoolPlan& plan, const Body& body) {
-  constexpr int V = kWidest<T>;
-  if (plan.vector == V) {
-    switch (plan.tile) {
-      case 0: return body(RowShapeOf<kCudaRowTiles, 0, V>{});
-      case 1: return body(RowShapeOf<kCudaRowTiles, 1, V>{});
-      case 2: return body(RowShapeOf<kCudaRowTiles, 2, V>{});
-      default: return body(RowShapeOf<kCudaRowTiles, 3, V>{});
-    }
-  }
-  if constexpr (sizeof(T) == 2) {
-    if (plan.vector == 4 && plan.tile == 0) return body(RowShapeOf<kCudaHalfRowTiles, 0, 4>{});
-    if (plan.vector == 4) return body(RowShapeOf<kCudaHalfRowTiles, 1, 4>{});
-  }
-  if (plan.tile == 0) return body(RowShapeOf<kCudaScalarRowTiles, 0, 1>{});
-  return body(RowShapeOf<kCudaScalarRowTiles, 1, 1>{});
+  const auto among = [&]<const auto & tiles, int kVector>() {
+    if (plan.vector == kVector) with_row_tile<tiles, kVector>(plan.tile, body, std::make_index_sequence<tiles.size()>());
+  };
+  among.template operator()<kCudaRowTiles, kWidest<T>>();
+  if constexpr (sizeof(T) == 2) among.template operator()<kCudaHalfRowTiles, 4>();
+  among.template operator()<kCudaScalarRowTiles, 1>();
 }
 
 // The path `positions`: warps that share the channels of a position, and groups of them in a block.

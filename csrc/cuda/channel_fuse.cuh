@@ -35,8 +35,7 @@ __device__ __forceinline__ int64_t tile_from_the_end(const FuseParams<T>& params
   return tiles - 1 - (params.first_tile + blockIdx.x);
 }
 
-// ---- NCHW: `segments` stretches of memory with `rows` rows of P elements each; a tile is a piece of a stretch
-// -------------------
+// ---- NCHW: `segments` stretches of memory with `rows` rows of P elements each; a tile is a piece of a stretch ---------------
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kCudaSweepThreads, 4) fuse_rows(FuseParams<T> params, int64_t segments, int64_t rows) {
@@ -80,30 +79,32 @@ __global__ void __launch_bounds__(kCudaSweepThreads, 4) fuse_rows(FuseParams<T> 
     if (first + in_tile >= count) break;
     const Place at = place(in_tile);
     const Factors factors = params.factors(segment * rows + at.row);
-    if (first + in_tile + V <= count) {
-      // At most one row ends within the access: P >= V.
-      const bool crosses = at.position + V > P;
-      const Factors next = crosses ? params.factors(segment * rows + at.row + 1) : factors;
+    if (first + in_tile + V > count) {  // the last row ends within the access
+      for (int j = 0; first + in_tile + j < count; j++) {
+        store(out + first + in_tile + j, factors(value_at({at.row, at.position + j})));
+      }
+      break;
+    }
+    if (at.position + V <= P) {
+#pragma unroll
+      for (int j = 0; j < V; j++) values[u].data[j] = factors(values[u].data[j]);
+    } else {  // one row ends within the access, and no more: P >= V
+      const Factors next = params.factors(segment * rows + at.row + 1);
 #pragma unroll
       for (int j = 0; j < V; j++) {
         const bool here = at.position + j < P;
         const Factors of_row{here ? factors.scale : next.scale, here ? factors.shift : next.shift};
         values[u].data[j] = of_row(values[u].data[j]);
       }
-      store_vector(out + first + in_tile, values[u]);
-    } else {
-      for (int j = 0; first + in_tile + j < count; j++) {  // the last row ends within the access
-        store(out + first + in_tile + j, factors(value_at({at.row, at.position + j})));
-      }
     }
+    store_vector(out + first + in_tile, values[u]);
   }
 }
 
-// ---- channels_last: a thread keeps the factors of its V channels and goes through positions
-// --------------------------------------
+// ---- channels_last: a thread keeps the factors of its V channels and goes through positions ---------------------------------
 
 template <typename T, int V>
-__global__ void __launch_bounds__(kCudaSweepThreads, 4) fuse_positions(FuseParams<T> params, CudaPositionGrid grid) {
+__global__ void __launch_bounds__(kCudaSweepThreads, 3) fuse_positions(FuseParams<T> params, CudaPositionGrid grid) {
   const int64_t C = params.extent.channels, P = params.extent.positions;
   const int64_t tile = tile_from_the_end(params, params.extent.samples * grid.splits * grid.channel_blocks);
   const int64_t sample = tile / (grid.splits * grid.channel_blocks), split = tile / grid.channel_blocks % grid.splits;

@@ -1,8 +1,8 @@
 // Sums over the positions of a feature map, per sample and channel:
 //
-//   sum_a = sum_p a_cp      sum_ab = sum_p a_cp b_cp      and on the way, in the backward pass of the fusion,   fused = a *
-//   scale
+//   sum_a = sum_p a_cp      sum_ab = sum_p a_cp b_cp
 //
+// and on the way, in the backward pass of the fusion, fused = a * scale.
 // Average pooling is sum_a / P with a = x; the backward pass wants sum_p g and sum_p g x. The last block of a sample to finish
 // goes on with the transform, or its backward pass, where the weights are small.
 #pragma once
@@ -70,8 +70,7 @@ __device__ void finish_sums(const SumsParams<T>& params, int64_t sample) {
   }
 }
 
-// ---- NCHW: some lanes per row, a power of two
-// ------------------------------------------------------------------------------------
+// ---- NCHW: some lanes per row, a power of two -------------------------------------------------------------------------------
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kCudaSweepThreads, 2) sums_rows(SumsParams<T> params, int lanes) {
@@ -131,8 +130,7 @@ __global__ void __launch_bounds__(kCudaSweepThreads, 2) sums_rows(SumsParams<T> 
   if (params.arrived && last_to_arrive(params.arrived + sample, params.blocks_per_sample, word)) finish_sums(params, sample);
 }
 
-// ---- channels_last: a thread has V channels and goes through positions
-// -----------------------------------------------------------
+// ---- channels_last: a thread has V channels and goes through positions ------------------------------------------------------
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kCudaSweepThreads, 2) sums_positions(SumsParams<T> params, CudaPositionGrid grid) {

@@ -10,8 +10,7 @@
 
 namespace gcnet_ext::cuda {
 
-// ---- attention_pool
-// --------------------------------------------------------------------------------------------------------------
+// ---- attention_pool ---------------------------------------------------------------------------------------------------------
 
 // Without a weight: average pooling, and no attention.
 template <typename T>
@@ -112,8 +111,7 @@ void attention_pool_backward(const AttentionPoolBackward<T>& call, Workspace& wo
   launch_parameter_gradients(gradients, stream);
 }
 
-// ---- channel_fuse
-// ----------------------------------------------------------------------------------------------------------------
+// ---- channel_fuse -----------------------------------------------------------------------------------------------------------
 
 template <typename T>
 struct ChannelFuse {
@@ -161,8 +159,7 @@ void channel_fuse_backward(const ChannelFuseBackward<T>& call, Workspace& worksp
   launch_channel_sums(params, workspace, stream);
 }
 
-// ---- global_context
-// --------------------------------------------------------------------------------------------------------------
+// ---- global_context ---------------------------------------------------------------------------------------------------------
 
 // The weights and options of the transform, and the tensors of the forward pass that the backward pass gets, stand in
 // `transform`; units and first_unit of its branches too.

@@ -4,6 +4,8 @@
 // kLanes lanes cover the segment, kVector positions each; a thread holds kRows channels of its positions.
 #pragma once
 
+#include <algorithm>
+
 #include "reduce.cuh"
 
 namespace gcnet_ext::cuda {
@@ -15,9 +17,9 @@ struct RowShape {
   static constexpr int step = kThreads / kLanes;  // channels between two rows of a thread
   static constexpr int channels = step * kRows;   // the most that fit
   static constexpr int warps = kThreads / kWarp;
-  static constexpr int blocks = 512 / kThreads;                // on a multiprocessor, 128 registers per thread
-  static constexpr int most = kRows > 16 ? 8 : 16;             // few enough to find registers
-  static constexpr int group = kLanes < most ? kLanes : most;  // rows that are summed over their positions together
+  static constexpr int blocks = 512 / kThreads;  // on a multiprocessor, 128 registers per thread
+  // Rows that are summed over their positions together: few enough to find registers.
+  static constexpr int group = std::min({kLanes, kRows, kRows > 16 ? 8 : 16});
   static constexpr int groups = kRows / group;
   static_assert(kWarp % kLanes == 0 && kRows % group == 0);
 };

@@ -8,6 +8,8 @@
 namespace gcnet_ext::cuda {
 
 constexpr int kBatchThreads = 256, kBatchWarps = kBatchThreads / kWarp;
+template <typename T>
+constexpr int kBatchBlocks = sizeof(acc_t<T>) == sizeof(float) ? 2 : 1;  // on a multiprocessor: enough registers for no spills
 constexpr int kBatchSamples = 8;
 constexpr int kBatchRows = 2;             // of a matrix, per warp
 constexpr int kBatchStage = 256;          // terms of a sum that are staged in shared memory at a time
@@ -73,7 +75,7 @@ size_t layer_shared_bytes() {
 
 // Layer 0 is w1 with the norm and activation behind it, layer 1 is w2. A warp has kBatchRows rows.
 template <typename T>
-__global__ void __launch_bounds__(kBatchThreads, 2)
+__global__ void __launch_bounds__(kBatchThreads, kBatchBlocks<T>)
     transform_layer(TransformParams<T> params, int layer, int64_t tiles_of_scale, int64_t tiles_of_shift) {
   using A = acc_t<T>;
   SharedMemory shared;
@@ -141,7 +143,7 @@ size_t backward_layer_shared_bytes() {
 // Layer 1 is the transpose of w2 with the activation and norm behind it, layer 0 the transpose of w1, both branches added up. A
 // lane has two columns; the warps share the rows.
 template <typename T>
-__global__ void __launch_bounds__(kBatchThreads, 2)
+__global__ void __launch_bounds__(kBatchThreads, kBatchBlocks<T>)
     transform_backward_layer(TransformGradParams<T> params, int layer, int64_t tiles_of_scale, int64_t tiles_of_shift) {
   using A = acc_t<T>;
   const TransformParams<T>& forward = params.forward;

@@ -86,14 +86,10 @@ def resources(library: Path) -> dict[str, dict[str, Resources]]:
 
 def instructions(library: Path, architecture: str) -> dict[str, Counter[str]]:
     """How often every instruction, with its modifiers, stands in each kernel."""
-    found: dict[str, Counter[str]] = {}
-    counter: Counter[str] = Counter()
-    for line in demangle(dump(library, "-sass", "-arch", architecture)).splitlines():
-        if match := re.match(r"\s*Function : (.*)$", line):
-            counter = found.setdefault(short(match.group(1)), Counter())
-        elif match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", line):
-            counter[match.group(1)] += 1
-    return found
+    parts = re.split(r"^\s*Function : (.*)$", dump(library, "-sass", "-arch", architecture), flags=re.MULTILINE)[1:]
+    names = map(short, demangle("\n".join(parts[::2])).splitlines())
+    instruction = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+    return {name: Counter(instruction.findall(body)) for name, body in zip(names, parts[1::2], strict=True)}
 
 
 def compiler() -> str:

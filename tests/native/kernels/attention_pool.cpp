@@ -74,6 +74,7 @@ template <class T>
 void test_dtype() {
   for (const bool channels_last : {false, true}) {
     test<T>({1, 1, 1, channels_last});
+    test<T>({3, 1, 49, channels_last});
     test<T>({2, 3, 50, channels_last});
     test<T>({2, 16, 48, channels_last, 1});
     test<T>({2, 48, 304, channels_last});

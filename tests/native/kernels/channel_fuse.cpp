@@ -47,6 +47,7 @@ template <class T>
 void test_dtype() {
   for (const bool channels_last : {false, true}) {
     test<T>({1, 1, 1, channels_last});
+    test<T>({3, 1, 49, channels_last});
     test<T>({3, 5, 7, channels_last});
     test<T>({2, 16, 24, channels_last, 1});
     test<T>({3, 33, 50, channels_last, 0, 8});

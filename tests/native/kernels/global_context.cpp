@@ -179,6 +179,7 @@ void test_dtype() {
   plain.norm = false;
   for (const bool channels_last : {false, true}) {
     test<T>({{2, 16, 24, channels_last}});
+    test<T>({{3, 1, 49, channels_last}});
     test<T>({{3, 10, 49, channels_last}, {3, 5}});
     test<T>({{2, 20, 84, channels_last}, {3, 5}});
     test<T>({{2, 520, 20, channels_last}, {3, 5}});

@@ -82,7 +82,8 @@ struct FeatureMap {
   static FeatureMap random(const Shape& shape) { return {shape, random_values<T>(shape.elements(), 1, 0.25)}; }
   static FeatureMap empty(const Shape& shape) { return {shape, unwritten<T>(shape.elements())}; }
 
-  int64_t channel_stride() const { return shape.channels_last ? 1 : shape.positions; }
+  // The stride of a dimension of size one may be anything.
+  int64_t channel_stride() const { return shape.channels_last || shape.channels == 1 ? 1 : shape.positions; }
   int64_t position_stride() const { return shape.channels_last ? shape.channels : 1; }
   Map<const T> read() const {
     return {values.data() + shape.offset, shape.sample_stride(), channel_stride(), position_stride()};
