@@ -5,7 +5,7 @@
 namespace gcnet_ext {
 namespace {
 
-constexpr int64_t kTileBytes = 512 << 10;  // half of a small second-level cache
+constexpr int64_t kTileBytes = 256 << 10;  // half of a small second-level cache
 constexpr int64_t kMinTile = 64;           // positions: four vectors of 16 floats
 constexpr int64_t kMaxTile = 4096;         // what the kernels have scratch space for
 constexpr int64_t kMaxSplits = 64;         // partial results of a sample: 64 C elements at most

@@ -67,8 +67,8 @@ unsigned lane();
 // The order of an atomic that acquires and releases.
 int acq_rel(Site site);
 
-// Counts every access through load and store from now on; or no longer. (Not under ThreadSanitizer, which takes the memory of the
-// counts for that of the threads.)
+// Counts every access through load and store from now on; or no longer. (Not under ThreadSanitizer, which takes the memory of
+// the counts for that of the threads.)
 void count_accesses(bool count);
 // How often the bytes of a buffer were loaded and stored: the least and the most of any byte.
 struct Traffic {

@@ -14,7 +14,7 @@ namespace gcnet_ext::cpu::GCNET_CAPABILITY {
 constexpr int64_t kMaxTile = 4096;  // positions of one block
 // In NCHW a block is many short rows far apart, which no hardware prefetcher follows: ask for a row so many rows ahead of its
 // use.
-constexpr int64_t kRowsAhead = 4;
+constexpr int64_t kRowsAhead = 8;
 
 // sum_i a_i b_i over `count` elements of R rows at once: rows of x with stride, each with the vector w.
 template <int R, typename scalar_t>
@@ -28,19 +28,49 @@ inline void dot_rows(const scalar_t* x, int64_t stride, const acc_t<scalar_t>* w
   sum_each(sums, dots);
 }
 
-// y_i += sum_r a_r x_ri over `count` elements of R rows at once; `ahead`: whether to ask for the next R rows meanwhile.
-template <int R, bool ahead, typename scalar_t>
-inline void add_rows(const scalar_t* x, int64_t stride, const acc_t<scalar_t>* a, int64_t count, acc_t<scalar_t>* y) {
+// y_i += sum_r a_r x_ri over all rows, for V vectors of elements, of which the last has `last` lanes: they stay in registers
+// while the rows go by. `ahead`: whether x comes from memory.
+template <int V, bool ahead, typename scalar_t, typename Lanes>
+inline void add_rows_strip(const scalar_t* x, int64_t stride, int64_t rows, const acc_t<scalar_t>* a, acc_t<scalar_t>* y,
+                           Lanes last) {
   using acc = acc_t<scalar_t>;
-  Vec<acc> factors[R];  // in registers: the compiler must assume that y overlaps a
-  for (int r = 0; r < R; r++) factors[r] = broadcast(a[r]);
-  for_each_vector<acc>(count, [&](int64_t i, auto lanes) {
-    Vec<acc> total = load(y + i, lanes);
-    for (int r = 0; r < R; r++) {
-      if constexpr (ahead) __builtin_prefetch(x + (r + R) * stride + i);
-      total += factors[r] * load(x + r * stride + i, lanes);
+  constexpr int64_t lanes = kLanes<acc>;
+  constexpr int kVectorsPerLine = std::max<int>(1, kCacheLine / (lanes * sizeof(scalar_t)));
+  constexpr std::integral_constant<int64_t, lanes> all;
+  Vec<acc> sums[V];
+  for (int v = 0; v < V - 1; v++) sums[v] = load(y + v * lanes, all);
+  sums[V - 1] = load(y + (V - 1) * lanes, last);
+  for (int64_t r = 0; r < rows; r++, x += stride) {
+    const Vec<acc> factor = broadcast(a[r]);
+    if constexpr (ahead) {
+      for (int v = 0; v < V; v += kVectorsPerLine) __builtin_prefetch(x + kRowsAhead * stride + v * lanes);
     }
-    store(y + i, total, lanes);
+    for (int v = 0; v < V - 1; v++) sums[v] += factor * load(x + v * lanes, all);
+    sums[V - 1] += factor * load(x + (V - 1) * lanes, last);
+  }
+  for (int v = 0; v < V - 1; v++) store(y + v * lanes, sums[v], all);
+  store(y + (V - 1) * lanes, sums[V - 1], last);
+}
+
+// y_i += sum_r a_r x_ri over `count` elements of all rows; the order of the additions depends on their number alone.
+template <bool ahead, typename scalar_t>
+inline void add_rows(const scalar_t* x, int64_t stride, int64_t rows, const acc_t<scalar_t>* a, int64_t count,
+                     acc_t<scalar_t>* y) {
+  constexpr int kStrip = 8;  // vectors: as many additions are under way at once
+  constexpr int64_t lanes = kLanes<acc_t<scalar_t>>;
+  constexpr std::integral_constant<int64_t, lanes> all;
+  int64_t i = 0;
+  for (; i + kStrip * lanes <= count; i += kStrip * lanes) {
+    add_rows_strip<kStrip, ahead>(x + i, stride, rows, a, y + i, all);
+  }
+  if (i == count) return;
+  const int64_t vectors = (count - i + lanes - 1) / lanes, last = count - i - (vectors - 1) * lanes;
+  with_constant<kStrip>(vectors, [&](auto v) {
+    if (last == lanes) {
+      add_rows_strip<v, ahead>(x + i, stride, rows, a, y + i, all);
+    } else {
+      add_rows_strip<v, ahead>(x + i, stride, rows, a, y + i, last);
+    }
   });
 }
 
@@ -48,14 +78,12 @@ inline void add_rows(const scalar_t* x, int64_t stride, const acc_t<scalar_t>* a
 template <typename scalar_t>
 void position_dots(Block<const scalar_t> x, const acc_t<scalar_t>* w, acc_t<scalar_t>* dots) {
   if (x.channels_last) {
-    for_each_rows<4>(x.positions, [&](int64_t p, auto rows) {
+    for_each_rows<4>(0, x.positions, [&](int64_t p, auto rows) {
       dot_rows<rows>(x.data + p * x.position_stride, x.position_stride, w, x.channels, dots + p);
     });
   } else {
     std::memset(dots, 0, x.positions * sizeof *dots);
-    for_each_rows<8>(x.channels, [&](int64_t c, auto rows) {
-      add_rows<rows, true>(x.data + c * x.channel_stride, x.channel_stride, w + c, x.positions, dots);
-    });
+    add_rows<true>(x.data, x.channel_stride, x.channels, w, x.positions, dots);
   }
 }
 
@@ -63,11 +91,9 @@ void position_dots(Block<const scalar_t> x, const acc_t<scalar_t>* w, acc_t<scal
 template <typename scalar_t>
 void channel_dots(Block<const scalar_t> x, const acc_t<scalar_t>* a, acc_t<scalar_t>* sums) {
   if (x.channels_last) {
-    for_each_rows<8>(x.positions, [&](int64_t p, auto rows) {
-      add_rows<rows, false>(x.data + p * x.position_stride, x.position_stride, a + p, x.channels, sums);
-    });
+    add_rows<false>(x.data, x.position_stride, x.positions, a, x.channels, sums);
   } else {
-    for_each_rows<4>(x.channels, [&](int64_t c, auto rows) {
+    for_each_rows<4>(0, x.channels, [&](int64_t c, auto rows) {
       acc_t<scalar_t> dots[rows.value];
       dot_rows<rows>(x.data + c * x.channel_stride, x.channel_stride, a, x.positions, dots);
       for (int r = 0; r < rows; r++) sums[c + r] += dots[r];
@@ -106,22 +132,35 @@ void attention_pool(Block<const scalar_t> x, const acc_t<scalar_t>* weight, acc_
   channel_dots(x, weights, state.weighted);
 }
 
-template <typename scalar_t, bool has_grad, bool has_weight_grad>
-inline void grad_row(const scalar_t* g, int64_t g_ahead, const scalar_t* x, const acc_t<scalar_t>* m, const acc_t<scalar_t>* dl,
-                     int64_t count, acc_t<scalar_t> scale, acc_t<scalar_t> dctx, acc_t<scalar_t> w, scalar_t* dx,
-                     int64_t dx_ahead, acc_t<scalar_t>* dw) {
+// dx = g*scale + m dctx + dl w and dw += sum_p dl x for R channels in NCHW: the vectors over positions are shared by them.
+template <int R, typename scalar_t, bool has_grad, bool has_weight_grad>
+inline void grad_channels(Block<const scalar_t> grad, Block<const scalar_t> x, const acc_t<scalar_t>* m,
+                          const acc_t<scalar_t>* dl, const PoolGradient<acc_t<scalar_t>>& sample, Block<scalar_t> grad_x,
+                          int64_t c, acc_t<scalar_t>* grad_weight) {
   using acc = acc_t<scalar_t>;
-  Vec<acc> sums{};
-  for_each_vector<acc>(count, [&](int64_t p, auto lanes) {
-    if constexpr (has_grad) __builtin_prefetch(g + p + g_ahead);
-    __builtin_prefetch(dx + p + dx_ahead, 1);
-    const Vec<acc> dlp = load(dl + p, lanes);
-    Vec<acc> value = load(m + p, lanes) * dctx + dlp * w;
-    if constexpr (has_grad) value += load(g + p, lanes) * scale;
-    if constexpr (has_weight_grad) sums += dlp * load(x + p, lanes);
-    store(dx + p, value, lanes);
+  const int64_t g_stride = grad.channel_stride, x_stride = x.channel_stride, dx_stride = grad_x.channel_stride;
+  const scalar_t *g = has_grad ? grad.data + c * g_stride : nullptr, *xc = x.data + c * x_stride;
+  scalar_t* dx = grad_x.data + c * dx_stride;
+  Vec<acc> dctx[R], w[R], scale[R], dw[R] = {};
+  for (int r = 0; r < R; r++) {
+    dctx[r] = broadcast(sample.grad_context[c + r]);
+    w[r] = broadcast(sample.weight[c + r]);
+    scale[r] = broadcast(sample.scale ? sample.scale[c + r] : acc(1));
+  }
+  for_each_vector<acc>(x.positions, [&](int64_t p, auto lanes) {
+    const Vec<acc> mp = load(m + p, lanes), dlp = load(dl + p, lanes);
+    for (int r = 0; r < R; r++) {
+      if constexpr (has_grad) __builtin_prefetch(g + (r + kRowsAhead) * g_stride + p);
+      __builtin_prefetch(dx + (r + kRowsAhead) * dx_stride + p, 1);
+      Vec<acc> value = mp * dctx[r] + dlp * w[r];
+      if constexpr (has_grad) value += load(g + r * g_stride + p, lanes) * scale[r];
+      if constexpr (has_weight_grad) dw[r] += dlp * load(xc + r * x_stride + p, lanes);
+      store(dx + r * dx_stride + p, value, lanes);
+    }
   });
-  if constexpr (has_weight_grad) *dw += sum(sums);
+  if constexpr (has_weight_grad) {
+    for (int r = 0; r < R; r++) grad_weight[c + r] += sum(dw[r]);
+  }
 }
 
 // The same for R neighbouring positions in channels_last: the vectors over channels are shared by them.
@@ -189,7 +228,7 @@ void attention_pool_backward(Block<const scalar_t> grad, Block<const scalar_t> x
   if (x.channels_last) {
     with_flags(
         [&](auto has_grad, auto has_scale, auto has_weight_grad) {
-          for_each_rows<4>(x.positions, [&](int64_t p, auto rows) {
+          for_each_rows<4>(0, x.positions, [&](int64_t p, auto rows) {
             grad_positions<rows, scalar_t, has_grad, has_scale, has_weight_grad>(
                 grad.data + p * grad.position_stride, grad.position_stride, x.data + p * x.position_stride, x.position_stride,
                 attention + p, dl + p, x.channels, sample, grad_x.data + p * grad_x.position_stride, grad_x.position_stride,
@@ -200,13 +239,9 @@ void attention_pool_backward(Block<const scalar_t> grad, Block<const scalar_t> x
   } else {
     with_flags(
         [&](auto has_grad, auto has_weight_grad) {
-          for (int64_t c = 0; c < x.channels; c++) {
-            grad_row<scalar_t, has_grad, has_weight_grad>(
-                grad.data + c * grad.channel_stride, kRowsAhead * grad.channel_stride, x.data + c * x.channel_stride, attention,
-                dl, x.positions, sample.scale ? sample.scale[c] : acc(1), sample.grad_context[c], sample.weight[c],
-                grad_x.data + c * grad_x.channel_stride, kRowsAhead * grad_x.channel_stride,
-                grad_weight ? grad_weight + c : nullptr);
-          }
+          for_each_rows<2>(0, x.channels, [&](int64_t c, auto rows) {
+            grad_channels<rows, scalar_t, has_grad, has_weight_grad>(grad, x, attention, dl, sample, grad_x, c, grad_weight);
+          });
         },
         grad.data != nullptr, grad_weight != nullptr);
   }

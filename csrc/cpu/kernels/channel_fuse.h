@@ -18,7 +18,7 @@ void channel_fuse(Block<const scalar_t> x, const acc_t<scalar_t>* scale, const a
     }
     return;
   }
-  for_each_rows<4>(x.positions, [&](int64_t p, auto rows) {  // positions that share one load of scale and shift
+  for_each_rows<4>(0, x.positions, [&](int64_t p, auto rows) {  // positions that share one load of scale and shift
     const scalar_t* in = x.data + p * x.position_stride;
     scalar_t* row = out.data + p * out.position_stride;
     for_each_vector<acc>(x.channels, [&](int64_t c, auto lanes) {
@@ -35,22 +35,21 @@ template <typename scalar_t>
 void channel_sums(Block<const scalar_t> a, Block<const scalar_t> b, acc_t<scalar_t>* sum_a, acc_t<scalar_t>* sum_ab) {
   using acc = acc_t<scalar_t>;
   if (!a.channels_last) {
-    for (int64_t c = 0; c < a.channels; c++) {
-      const scalar_t* ac = a.data + c * a.channel_stride;
-      Vec<acc> plain{}, product{};
-      if (sum_ab) {
-        const scalar_t* bc = b.data + c * b.channel_stride;
-        for_each_vector<acc>(a.positions, [&](int64_t p, auto lanes) {
-          const Vec<acc> value = load(ac + p, lanes);
-          plain += value;
-          product += value * load(bc + p, lanes);
-        });
-        sum_ab[c] += sum(product);
-      } else {
-        for_each_vector<acc>(a.positions, [&](int64_t p, auto lanes) { plain += load(ac + p, lanes); });
+    for_each_rows<4>(0, a.channels, [&](int64_t c, auto rows) {  // channels whose sums grow side by side
+      const scalar_t *ac = a.data + c * a.channel_stride, *bc = sum_ab ? b.data + c * b.channel_stride : nullptr;
+      Vec<acc> plain[rows.value] = {}, product[rows.value] = {};
+      for_each_vector<acc>(a.positions, [&](int64_t p, auto lanes) {
+        for (int r = 0; r < rows; r++) {
+          const Vec<acc> value = load(ac + r * a.channel_stride + p, lanes);
+          plain[r] += value;
+          if (sum_ab) product[r] += value * load(bc + r * b.channel_stride + p, lanes);
+        }
+      });
+      for (int r = 0; r < rows; r++) {
+        if (sum_a) sum_a[c + r] += sum(plain[r]);
+        if (sum_ab) sum_ab[c + r] += sum(product[r]);
       }
-      if (sum_a) sum_a[c] += sum(plain);
-    }
+    });
     return;
   }
   constexpr int64_t kRows = 4;  // positions that share one load and store of the sums

@@ -3,6 +3,7 @@
 // simd_<capability>.h, which is included before this file and defines GCNET_CAPABILITY and kVectorBytes.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -10,6 +11,8 @@
 #include "../kernels.h"
 
 namespace gcnet_ext::cpu::GCNET_CAPABILITY {
+
+constexpr int64_t kCacheLine = 64;  // bytes
 
 template <typename acc>
 inline Vec<acc> broadcast(acc value) {
@@ -113,12 +116,20 @@ inline void store(scalar_t* p, Vec<acc_t<scalar_t>> value, int64_t count) {
   store_first(p, value, count);
 }
 
+// Calls body with value, 1 <= value <= most, as an integral_constant.
+template <int most, typename Body>
+inline void with_constant(int64_t value, const Body& body) {
+  if constexpr (most > 1) {
+    if (value < most) return with_constant<most - 1>(value, body);
+  }
+  body(std::integral_constant<int, most>{});
+}
+
 // Calls body(first_row, integral_constant<R>) with R rows at a time, the rest one by one.
 template <int R, typename Body>
-inline void for_each_rows(int64_t rows, const Body& body) {
-  int64_t row = 0;
-  for (; row + R <= rows; row += R) body(row, std::integral_constant<int, R>{});
-  for (; row < rows; row++) body(row, std::integral_constant<int, 1>{});
+inline void for_each_rows(int64_t begin, int64_t end, const Body& body) {
+  for (; begin + R <= end; begin += R) body(begin, std::integral_constant<int, R>{});
+  for (; begin < end; begin++) body(begin, std::integral_constant<int, 1>{});
 }
 
 }  // namespace gcnet_ext::cpu::GCNET_CAPABILITY

@@ -8,51 +8,49 @@
 
 namespace gcnet_ext::cpu::GCNET_CAPABILITY {
 
-constexpr int kSampleBlock = 4;                           // samples that share one load of W
-constexpr int kRowBlock = kVectorBytes == 64 ? 4 : 2;     // rows of W that share one load of x; what the registers hold
+constexpr int kRowBlock = 4;                              // rows of W that share one load of x
+constexpr int kSampleBlock = kVectorBytes == 64 ? 4 : 2;  // samples that share one load of W; what the registers hold
 constexpr int kColumnBlock = kVectorBytes == 64 ? 4 : 2;  // vectors along K
-
-// Calls body(first, integral_constant) for blocks of B, then for the rest one by one.
-template <int B, typename Body>
-inline void for_each_block(int64_t begin, int64_t end, const Body& body) {
-  for (; begin + B <= end; begin += B) body(begin, std::integral_constant<int, B>{});
-  for (; begin < end; begin++) body(begin, std::integral_constant<int, 1>{});
-}
+constexpr int64_t kColumnsAtOnce = 512;                   // of W and x, which stay in the first-level cache meanwhile
+constexpr int64_t kWeightRowsAhead = 16;                  // a column block of W is short rows far apart: ask for them early
 
 template <typename acc, typename weight_t>
 void linear(const acc* x, int64_t x_stride, int64_t samples, const weight_t* weight, int64_t columns, const acc* bias,
             int64_t m0, int64_t m1, acc* y, int64_t y_stride) {
-  for_each_block<kRowBlock>(m0, m1, [&](int64_t m, auto rows) {
-    for_each_block<kSampleBlock>(0, samples, [&](int64_t n, auto block) {
-      Vec<acc> sums[block.value][rows.value] = {};
-      for_each_vector<acc>(columns, [&](int64_t k, auto lanes) {
-        Vec<acc> xk[block.value];
-        for (int j = 0; j < block; j++) xk[j] = load(x + (n + j) * x_stride + k, lanes);
-        for (int i = 0; i < rows; i++) {
-          const Vec<acc> w = load(weight + (m + i) * columns + k, lanes);
-          for (int j = 0; j < block; j++) sums[j][i] += w * xk[j];
+  for (int64_t k0 = 0; k0 < columns; k0 += kColumnsAtOnce) {
+    const int64_t count = std::min(kColumnsAtOnce, columns - k0);
+    for_each_rows<kRowBlock>(m0, m1, [&](int64_t m, auto rows) {
+      for_each_rows<kSampleBlock>(0, samples, [&](int64_t n, auto block) {
+        Vec<acc> sums[block.value][rows.value] = {};
+        for_each_vector<acc>(count, [&](int64_t k, auto lanes) {
+          Vec<acc> xk[block.value];
+          for (int j = 0; j < block; j++) xk[j] = load(x + (n + j) * x_stride + k0 + k, lanes);
+          for (int i = 0; i < rows; i++) {
+            const Vec<acc> w = load(weight + (m + i) * columns + k0 + k, lanes);
+            for (int j = 0; j < block; j++) sums[j][i] += w * xk[j];
+          }
+        });
+        for (int j = 0; j < block; j++) {
+          acc* yn = y + (n + j) * y_stride + m;
+          acc totals[rows.value];
+          sum_each(sums[j], totals);
+          for (int i = 0; i < rows; i++) yn[i] = totals[i] + (k0 > 0 ? yn[i] : bias ? bias[m + i] : acc(0));
         }
       });
-      for (int j = 0; j < block; j++) {
-        acc* yn = y + (n + j) * y_stride + m;
-        sum_each(sums[j], yn);
-        if (bias) {
-          for (int i = 0; i < rows; i++) yn[i] += bias[m + i];
-        }
-      }
     });
-  });
+  }
 }
 
 template <typename acc, typename weight_t>
 void linear_backward_input(const acc* grad_y, int64_t y_stride, int64_t samples, const weight_t* weight, int64_t columns,
                            int64_t m0, int64_t m1, int64_t k0, int64_t k1, acc* grad_x, int64_t x_stride) {
   constexpr int64_t kSpan = kColumnBlock * kLanes<acc>;
-  for_each_block<kSampleBlock>(0, samples, [&](int64_t n, auto block) {
+  for_each_rows<4>(0, samples, [&](int64_t n, auto block) {
     int64_t k = k0;
     for (; k + kSpan <= k1; k += kSpan) {
       Vec<acc> sums[kColumnBlock][block.value] = {};
       for (int64_t m = m0; m < m1; m++) {
+        __builtin_prefetch(weight + (m + kWeightRowsAhead) * columns + k);
         for (int i = 0; i < kColumnBlock; i++) {
           const Vec<acc> w = load(weight + m * columns + k + i * kLanes<acc>);
           for (int j = 0; j < block; j++) sums[i][j] += grad_y[(n + j) * y_stride + m] * w;
@@ -76,7 +74,7 @@ void linear_backward_input(const acc* grad_y, int64_t y_stride, int64_t samples,
 template <typename acc, typename weight_t>
 void linear_backward_weight(const acc* grad_y, int64_t y_stride, const acc* x, int64_t x_stride, int64_t samples,
                             int64_t columns, int64_t m0, int64_t m1, weight_t* grad_weight) {
-  for_each_block<kSampleBlock>(m0, m1, [&](int64_t m, auto rows) {
+  for_each_rows<kRowBlock>(m0, m1, [&](int64_t m, auto rows) {
     for_each_vector<acc>(columns, [&](int64_t k, auto lanes) {
       Vec<acc> sums[rows.value] = {};
       for (int64_t n = 0; n < samples; n++) {
