@@ -22,8 +22,13 @@ PoolPlan plan_cpu_pool(int64_t channels, int64_t positions, int64_t element_size
 SweepPlan plan_cpu_sweep(int64_t channels, int64_t positions, int64_t element_size, bool channels_last);
 
 // How many samples go through all steps of the block before the next ones start: enough to keep the processor's threads busy,
-// few enough to find x in the last-level cache when it is read again. The only plan that may look at the threads: it decides
-// when a sample is worked on, not how.
-int64_t plan_cpu_group(int64_t samples, int64_t sample_bytes, int64_t weight_bytes, int64_t threads);
+// few enough to find x in a cache when it is read again. `alone`: every thread takes samples of its own, one at a time. The
+// only plan that may look at the threads: it decides when and where a sample is worked on, not how.
+struct GroupPlan {
+  int64_t samples;
+  bool alone;
+};
+
+GroupPlan plan_cpu_group(int64_t samples, int64_t sample_bytes, int64_t weight_bytes, int64_t threads);
 
 }  // namespace gcnet_ext

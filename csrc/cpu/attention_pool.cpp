@@ -83,7 +83,7 @@ void pool_backward_samples(const Map<const scalar_t>& grad, const Map<const scal
   const int64_t channels = x.layout.channels, positions = x.layout.positions;
   const PoolPlan plan = plan_cpu_pool(channels, positions, sizeof(scalar_t));
   const auto pool_backward = map_kernels<scalar_t>().attention_pool_backward;
-  parallel_for(count * plan.splits, count * channels * positions, [&](int64_t i) {
+  const auto split = [&](int64_t i) {
     const int64_t sample = first + i / plan.splits, begin = i % plan.splits * plan.split;
     const int64_t end = std::min(begin + plan.split, positions), row = sample * channels;
     const acc context_dot =
@@ -96,7 +96,8 @@ void pool_backward_samples(const Map<const scalar_t>& grad, const Map<const scal
                     given.attention + sample * positions + p, of_sample, grad_x.block(sample, 0, channels, p, count_p),
                     grad_weight.part(sample * plan.splits + i % plan.splits));
     }
-  });
+  };
+  parallel_for(count * plan.splits, count * channels * positions, split, Order::backwards);
 }
 
 template struct WeightGradient<double>;

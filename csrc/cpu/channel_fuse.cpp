@@ -3,7 +3,6 @@
 
 #include <memory>
 
-#include "../plan_cpu.h"
 #include "parallel.h"
 
 namespace gcnet_ext::cpu {
@@ -15,10 +14,10 @@ struct SweepItem {
 
 // The i-th block of a sweep over samples first, first + 1, ...; the blocks of a sample follow one another.
 SweepItem sweep_item(const SweepPlan& plan, const Layout& layout, int64_t first, int64_t i) {
-  const int64_t position_block = i % plan.position_blocks, rest = i / plan.position_blocks;
-  const int64_t channel_block = rest % plan.channel_blocks;
+  const int64_t channel_block = i % plan.channel_blocks, rest = i / plan.channel_blocks;
+  const int64_t position_block = rest % plan.position_blocks;
   const int64_t c0 = channel_block * plan.channels, p0 = position_block * plan.positions;
-  return {first + rest / plan.channel_blocks,
+  return {first + rest / plan.position_blocks,
           c0,
           std::min(plan.channels, layout.channels - c0),
           p0,
@@ -35,12 +34,13 @@ void fuse_samples(const Map<const scalar_t>& x, const acc_t<scalar_t>* scale, co
   const SweepPlan plan = plan_cpu_sweep(layout.channels, layout.positions, sizeof(scalar_t), layout.channels_last);
   const auto fuse = map_kernels<scalar_t>().channel_fuse;
   const int64_t items = count * plan.channel_blocks * plan.position_blocks;
-  parallel_for(items, count * layout.channels * layout.positions, [&](int64_t i) {
+  const auto fuse_item = [&](int64_t i) {
     const SweepItem item = sweep_item(plan, layout, first, i);
     const int64_t row = item.sample * layout.channels + item.c0;
     fuse(x.block(item.sample, item.c0, item.channels, item.p0, item.positions), scale ? scale + row : nullptr,
          shift ? shift + row : nullptr, out.block(item.sample, item.c0, item.channels, item.p0, item.positions));
-  });
+  };
+  parallel_for(items, count * layout.channels * layout.positions, fuse_item, Order::backwards);
 }
 
 template <typename scalar_t>
@@ -121,15 +121,14 @@ std::tuple<Tensor, Tensor, Tensor> channel_fuse_backward(const Tensor& grad_in, 
         sum_gx(need_scale && scale ? x.size(0) * x.size(1) : 0);
     const auto g = read_map<scalar_t>(grad);
     const int64_t sample_bytes = 2 * x.size(1) * positions(x) * sizeof(scalar_t);
-    const int64_t group = plan_cpu_group(x.size(0), sample_bytes, 0, torch_threads());
-    for (int64_t first = 0; first < x.size(0); first += group) {
-      const int64_t count = std::min(group, x.size(0) - first);
+    const GroupPlan group = plan_cpu_group(x.size(0), sample_bytes, 0, torch_threads());
+    for_each_group(group, x.size(0), x.numel(), [&](int64_t first, int64_t count) {
       if (!sum_g.empty() || !sum_gx.empty()) {
         sum_samples(g, read_map<scalar_t>(x), first, count, sum_g.empty() ? nullptr : sum_g.data(),
                     sum_gx.empty() ? nullptr : sum_gx.data());
       }
       if (need_x) fuse_samples<scalar_t>(g, pointer(scales), nullptr, first, count, write_map<scalar_t>(grad_x));
-    }
+    });
     if (!sum_gx.empty()) from_acc(sum_gx.data(), grad_scale);
     if (!sum_g.empty()) from_acc(sum_g.data(), grad_shift);
   });

@@ -58,9 +58,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_context(
     const Buffer<acc> t_shift(shift ? new acc[samples * channels] : nullptr);
 
     const int64_t sample_bytes = channels * positions(x) * sizeof(scalar_t);
-    const int64_t group = plan_cpu_group(samples, sample_bytes, weight_bytes(scale, shift), torch_threads());
-    for (int64_t first = 0; first < samples; first += group) {
-      const int64_t count = std::min(group, samples - first);
+    const GroupPlan group = plan_cpu_group(samples, sample_bytes, weight_bytes(scale, shift), torch_threads());
+    for_each_group(group, samples, x.numel(), [&](int64_t first, int64_t count) {
       pool_samples(map, pointer(weight), bias.empty() ? acc(0) : bias[0], first, count, ctx, mutable_data<acc>(attention));
       if (scale) {
         scale->forward(ctx, first, count, h, units, s);
@@ -68,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_context(
       }
       if (shift) shift->forward(ctx, first, count, h + scale_units, units, t_shift.get());
       fuse_samples(map, scale ? s : nullptr, t_shift.get(), first, count, write_map<scalar_t>(out));
-    }
+    });
   });
   return {out, context, attention, hidden, gate};
 }
@@ -122,6 +121,8 @@ Gradients global_context_backward(const Tensor& grad_in, const Tensor& x_in, con
     const auto map = read_map<scalar_t>(x), grad_map = read_map<scalar_t>(grad);
     const auto grad_x_map = write_map_if<scalar_t>(need_x, grad_x);
     const acc *ctx = data<acc>(context), *h = data<acc>(hidden), *s = scale ? data<acc>(gate) : nullptr;
+    if (scale) scale->prepare_backward();
+    if (shift) shift->prepare_backward();
 
     const PoolPlan plan = plan_cpu_pool(channels, positions(x), sizeof(scalar_t));
     const auto grad_weight =
@@ -132,9 +133,9 @@ Gradients global_context_backward(const Tensor& grad_in, const Tensor& x_in, con
     const PoolGradients<acc> given{grad_context.get(), ctx, data<acc>(attention), pointer(weight), s};
 
     const int64_t sample_bytes = 2 * channels * positions(x) * sizeof(scalar_t);
-    const int64_t group = plan_cpu_group(samples, sample_bytes, weight_bytes(scale, shift), torch_threads());
-    for (int64_t first = 0; first < samples; first += group) {
-      const int64_t count = std::min(group, samples - first), begin = first * channels;
+    const GroupPlan group = plan_cpu_group(samples, sample_bytes, weight_bytes(scale, shift), torch_threads());
+    for_each_group(group, samples, x.numel(), [&](int64_t first, int64_t count) {
+      const int64_t begin = first * channels;
       sum_samples(grad_map, map, first, count, grad_t_shift.get(), grad_t_scale.get());
       if (scale) {
         apply_gate_backward(options, s + begin, grad_t_scale.get() + begin, count * channels);
@@ -147,7 +148,7 @@ Gradients global_context_backward(const Tensor& grad_in, const Tensor& x_in, con
         for (int64_t i = begin; i < begin + count * channels; i++) grad_context[i] /= acc(positions(x));  // m_p = 1/P
         fuse_samples(grad_map, s, static_cast<const acc*>(grad_context.get()), first, count, grad_x_map);
       }
-    }
+    });
     if (need_mask && mask_weight) from_acc(grad_weight.total().data(), grad_mask);
     if (need_scale && scale) scale->parameter_gradients(grad_t_scale.get(), ctx, grad_scale);
     if (need_shift && shift) shift->parameter_gradients(grad_t_shift.get(), ctx, grad_shift);

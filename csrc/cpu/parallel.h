@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../plan_cpu.h"
 #include "../stable.h"
 
 namespace gcnet_ext::cpu {
@@ -14,18 +15,36 @@ constexpr int64_t kSerialElements = 16384;  // below, waking a thread costs more
 
 inline int64_t torch_threads() { return torch::stable::get_num_threads(); }
 
-// body(i) for 0 <= i < count, on as many threads as torch has. The items and what each of them computes depend on the shape
-// alone, so the result does not depend on who computes them. `elements` is the size of the whole loop's work. Inside another
-// parallel region the loop is serial.
+enum class Order { forwards, backwards };
+
+// body(i) for 0 <= i < count, on as many threads as torch has, each with a row of neighbours. The items and what each of them
+// computes depend on the shape alone, so the result does not depend on who computes them. `elements` is the size of the whole
+// loop's work. A loop that goes backwards starts with what the loop before it has left in the caches. Inside another parallel
+// region the loop is serial.
 template <typename Body>
-void parallel_for(int64_t count, int64_t elements, const Body& body) {
+void parallel_for(int64_t count, int64_t elements, const Body& body, Order order = Order::forwards) {
+  const auto range = [&](int64_t begin, int64_t end) {
+    if (order == Order::forwards) {
+      for (int64_t i = begin; i < end; i++) body(i);
+    } else {
+      for (int64_t i = end; i-- > begin;) body(i);
+    }
+  };
   const int64_t threads = std::min(count, torch_threads());
-  if (threads <= 1 || elements < kSerialElements || omp_in_parallel()) {
-    for (int64_t i = 0; i < count; i++) body(i);
-    return;
+  if (threads <= 1 || elements < kSerialElements || omp_in_parallel()) return range(0, count);
+#pragma omp parallel num_threads(static_cast<int>(threads))
+  {
+    const int64_t rank = omp_get_thread_num(), team = omp_get_num_threads();
+    range(count * rank / team, count * (rank + 1) / team);
   }
-#pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(static)
-  for (int64_t i = 0; i < count; i++) body(i);
+}
+
+// body(first, count) for groups of samples. Either the threads share the work on one group after the other, or each thread
+// takes its own samples through all steps, one by one.
+template <typename Body>
+void for_each_group(const GroupPlan& plan, int64_t samples, int64_t elements, const Body& body) {
+  if (plan.alone) return parallel_for(samples, elements, [&](int64_t n) { body(n, int64_t(1)); });
+  for (int64_t first = 0; first < samples; first += plan.samples) body(first, std::min(plan.samples, samples - first));
 }
 
 }  // namespace gcnet_ext::cpu

@@ -186,11 +186,14 @@ void Branch<acc>::forward(const acc* context, int64_t first, int64_t count, acc*
 }
 
 template <typename acc>
+void Branch<acc>::prepare_backward() {
+  if (!two_layers_) return;
+  for (auto* buffer : {&grad_hidden_, &grad_normalised_, &normalised_}) buffer->reset(new acc[samples_ * units_]);
+}
+
+template <typename acc>
 void Branch<acc>::backward(const acc* grad_t, const acc* hidden, int64_t hidden_stride, int64_t first, int64_t count,
                            acc* grad_context) {
-  if (two_layers_ && !grad_hidden_) {
-    for (auto* buffer : {&grad_hidden_, &grad_normalised_, &normalised_}) buffer->reset(new acc[samples_ * units_]);
-  }
   const auto samples = [&](int64_t begin, int64_t n) {
     const acc* grad_first = grad_t + begin * channels_;  // the gradient of w1 ctx + b1
     if (two_layers_) {

@@ -42,6 +42,8 @@ class Branch {
   // t of samples first <= n < first + count; hidden [N, hidden_stride] gets w1 ctx + b1.
   void forward(const acc* context, int64_t first, int64_t count, acc* hidden, int64_t hidden_stride, acc* t);
 
+  // Before backward() is called, by any thread.
+  void prepare_backward();
   // grad_context += the gradient through the branch, for those samples. grad_t is kept for parameter_gradients().
   void backward(const acc* grad_t, const acc* hidden, int64_t hidden_stride, int64_t first, int64_t count, acc* grad_context);
   // After backward() of all samples: the gradients of the six weights, sums over n in order. grad_t is of all samples.
