@@ -161,11 +161,6 @@ void branches(const char* op, const BranchTensors& scale, const BranchTensors& s
   branch(op, "shift", shift, x);
 }
 
-void choices(const char* op, const std::string& activation, const std::string& gate) {
-  if (activation != "relu" && activation != "silu") fail(op, "activation must be relu or silu, got " + activation);
-  if (gate != "sigmoid" && gate != "hard_sigmoid") fail(op, "gate must be sigmoid or hard_sigmoid, got " + gate);
-}
-
 }  // namespace check
 
 ScalarType accumulation_dtype(const Tensor& x) {

@@ -29,7 +29,6 @@ void parameter(const char* op, const std::string& name, const OptionalTensor& te
 void mask(const char* op, const std::string& prefix, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& x);
 // At least one branch, and each of them sound: w1 [H, C], b1 [H], norm [H], w2 [C, H], b2 [C]; without w2: w1 [C, C], b1 [C].
 void branches(const char* op, const BranchTensors& scale, const BranchTensors& shift, const Tensor& x);
-void choices(const char* op, const std::string& activation, const std::string& gate);
 
 }  // namespace check
 

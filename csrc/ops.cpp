@@ -18,7 +18,8 @@ STABLE_TORCH_LIBRARY(gcnet_ext, m) {
       "channel_fuse_backward(Tensor grad, Tensor x, Tensor? scale, Tensor? shift, "
       "bool need_x, bool need_scale, bool need_shift) -> (Tensor grad_x, Tensor grad_scale, Tensor grad_shift)");
 
-  // The whole block. A branch is t = w2 act(norm(w1 context + b1)) + b2, or t = w1 context + b1 without a w2.
+  // The whole block. act is ReLU or SiLU, the gate a sigmoid or clip(gate_alpha t + gate_beta, 0, 1); the choices are bools
+  // because torch 2.13 leaks a str argument in every call (pytorch#191340). A branch is t = w2 act(norm(w1 context + b1)) + b2, or t = w1 context + b1 without a w2.
   // -> out like x; context [N, C] acc; attention [N, P] acc; hidden [N, H of scale + H of shift] acc, before the norm;
   //    gate_values [N, C] acc, what x was multiplied with ([N, 0] without a scale branch)
   m.def(
@@ -27,7 +28,7 @@ STABLE_TORCH_LIBRARY(gcnet_ext, m) {
       "scale_b2, "
       "Tensor? shift_w1, Tensor? shift_b1, Tensor? shift_norm_weight, Tensor? shift_norm_bias, Tensor? shift_w2, Tensor? "
       "shift_b2, "
-      "bool norm, float eps, str activation, str gate, float gate_alpha, float gate_beta) "
+      "bool norm, float eps, bool silu, bool hard_sigmoid, float gate_alpha, float gate_beta) "
       "-> (Tensor out, Tensor context, Tensor attention, Tensor hidden, Tensor gate_values)");
   m.def(
       "global_context_backward(Tensor grad, Tensor x, Tensor? mask_weight, "
@@ -35,7 +36,7 @@ STABLE_TORCH_LIBRARY(gcnet_ext, m) {
       "scale_b2, "
       "Tensor? shift_w1, Tensor? shift_b1, Tensor? shift_norm_weight, Tensor? shift_norm_bias, Tensor? shift_w2, Tensor? "
       "shift_b2, "
-      "bool norm, float eps, str activation, str gate, float gate_alpha, float gate_beta, "
+      "bool norm, float eps, bool silu, bool hard_sigmoid, float gate_alpha, float gate_beta, "
       "Tensor context, Tensor attention, Tensor hidden, Tensor gate_values, "
       "bool need_x, bool need_mask, bool need_scale, bool need_shift) "
       "-> (Tensor grad_x, Tensor grad_mask_weight, "

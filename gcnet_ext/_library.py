@@ -180,11 +180,10 @@ def _hidden_units(x: Tensor, w1: Tensor | None) -> int:
 
 def _global_context_shapes(x, mask_weight, mask_bias, *rest):
     op = "global_context"
-    scale, shift, (_norm, _eps, activation, gate, _alpha, _beta) = rest[:6], rest[6:12], rest[12:]
+    scale, shift = rest[:6], rest[6:12]
     _checks.feature_map(op, x)
     _checks.mask(op, "mask_", mask_weight, mask_bias, x)
     _checks.branches(op, scale, shift, x)
-    _checks.choices(op, activation, gate)
     samples, channels = x.shape[:2]
     return (
         _empty_like_map(x),
@@ -197,14 +196,13 @@ def _global_context_shapes(x, mask_weight, mask_bias, *rest):
 
 def _global_context_backward_shapes(grad, x, mask_weight, *rest):
     op = "global_context_backward"
-    scale, shift, (_norm, _eps, activation, gate, _alpha, _beta) = rest[:6], rest[6:12], rest[12:18]
+    scale, shift = rest[:6], rest[6:12]
     context, attention, hidden, gate_values = rest[18:22]
     need_x, need_mask, need_scale, need_shift = rest[22:]
     _checks.feature_map(op, x)
     _checks.gradient(op, grad, x)
     _checks.mask(op, "mask_", mask_weight, None, x)
     _checks.branches(op, scale, shift, x)
-    _checks.choices(op, activation, gate)
     samples, channels = x.shape[:2]
     _checks.side(op, "context", context, x, (samples, channels))
     _checks.side(op, "attention", attention, x, (samples, 0 if mask_weight is None else _positions(x)))
@@ -247,7 +245,8 @@ def _reference_context(x: Tensor, weight: Tensor | None, bias: Tensor | None) ->
 def _reference_block(x, mask_weight, mask_bias, *rest) -> Tensor:
     """global_context with the arguments of the operator."""
     scale, shift = (reference.Transform(*rest[i : i + 6]) if rest[i] is not None else None for i in (0, 6))
-    norm, eps, activation, gate, gate_alpha, gate_beta = rest[12:]
+    norm, eps, silu, hard_sigmoid, gate_alpha, gate_beta = rest[12:]
+    activation, gate = "silu" if silu else "relu", "hard_sigmoid" if hard_sigmoid else "sigmoid"
     return reference.global_context(
         x, mask_weight, mask_bias, scale, shift,
         norm=norm, eps=eps, activation=activation, gate=gate, gate_alpha=gate_alpha, gate_beta=gate_beta,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _library, reference
+from . import _checks, _library, reference
 from .reference import NO_TRANSFORM, Transform
 
 __all__ = ["Transform", "attention_map", "attention_pool", "channel_fuse", "global_context"]
@@ -120,10 +120,11 @@ def global_context(
     Raises:
         RuntimeError: an argument has a wrong shape, dtype or device, or both branches are missing. The message names it.
     """
+    _checks.choices("global_context", activation, gate)
     if _library.has_kernels(x):
         return torch.ops.gcnet_ext.global_context.default(
             x, mask_weight, mask_bias, *(scale or NO_TRANSFORM), *(shift or NO_TRANSFORM),
-            norm, eps, activation, gate, gate_alpha, gate_beta,
+            norm, eps, activation == "silu", gate == "hard_sigmoid", gate_alpha, gate_beta,
         )[0]  # fmt: skip
     return reference.global_context(
         x, mask_weight, mask_bias, scale, shift,

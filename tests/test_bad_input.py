@@ -33,7 +33,7 @@ WEIGHTS = {
         f"{branch}_b2": t(C),
     }.items()
 }
-OPTIONS = {"norm": True, "eps": 1e-5, "activation": "relu", "gate": "sigmoid", "gate_alpha": 1 / 6, "gate_beta": 0.5}
+OPTIONS = {"norm": True, "eps": 1e-5, "silu": False, "hard_sigmoid": False, "gate_alpha": 1 / 6, "gate_beta": 0.5}
 SIDES = {"context": t(N, C), "attention": t(N, 20), "hidden": t(N, 2 * H), "gate_values": t(N, C)}
 # Good arguments of every operator, in the order of its schema
 GOOD = {
@@ -137,14 +137,6 @@ def missing_cases():
             yield op, change, f"{branch}_w1 must have shape [{C}, {C}], trailing ones aside, got [{H}, {C}]"
 
 
-def choice_cases():
-    for op in ("global_context", "global_context_backward"):
-        for activation in ("gelu", "", "ReLU"):
-            yield op, {"activation": activation}, f"activation must be relu or silu, got {activation}"
-        for gate in ("tanh", "", "hard-sigmoid"):
-            yield op, {"gate": gate}, f"gate must be sigmoid or hard_sigmoid, got {gate}"
-
-
 def gradient_cases():
     """The gradient of the output, and what forward left for backward."""
     for op in ("channel_fuse_backward", "global_context_backward"):
@@ -172,7 +164,7 @@ def gradient_cases():
 
 CASES = [
     pytest.param(op, change, f"gcnet_ext::{op}: {message}", id=f"{op}-{message}")
-    for cases in (feature_map_cases, parameter_cases, missing_cases, choice_cases, gradient_cases)
+    for cases in (feature_map_cases, parameter_cases, missing_cases, gradient_cases)
     for op, change, message in cases()
 ]
 FORWARD_CASES = [case for case in CASES if case.values[0] in FORWARD]
@@ -194,11 +186,11 @@ def function_of(module, op):
         return lambda arguments: getattr(module, op)(**arguments)
 
     def call(arguments):
-        tensors, options = [arguments[name] for name in GLOBAL_CONTEXT_INPUTS], {name: arguments[name] for name in OPTIONS}
+        tensors = [arguments[name] for name in GLOBAL_CONTEXT_INPUTS]
         branches = [
             Transform(*branch) if any(p is not None for p in branch) else None for branch in (tensors[3:9], tensors[9:])
         ]
-        return module.global_context(*tensors[:3], *branches, **options)
+        return module.global_context(*tensors[:3], *branches)
 
     return call
 
@@ -239,6 +231,17 @@ def test_function_and_reference(op, change, message):
     arguments = {**GOOD[op], **change}
     for module in (gcnet_ext, reference):
         assert message_of(lambda module=module: function_of(module, op)(arguments)) == message
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [({"activation": name}, f"activation must be relu or silu, got {name}") for name in ("gelu", "", "ReLU")]
+    + [({"gate": name}, f"gate must be sigmoid or hard_sigmoid, got {name}") for name in ("tanh", "", "hard-sigmoid")],
+)
+def test_unknown_choice(choice, message):
+    for module in (gcnet_ext, reference):
+        with pytest.raises(RuntimeError, match=f"^gcnet_ext::global_context: {message}$"):
+            module.global_context(t(N, C, 4, 5), scale=Transform(t(C, C)), **choice)
 
 
 # ---- the module --------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent / "native"))
 import emulated
 
-OPTIONS = (True, 1e-5, "relu", "sigmoid", 1 / 6, 0.5)
+OPTIONS = (True, 1e-5, False, False, 1 / 6, 0.5)
 SIZES = ((2, 16, 6, 8), (3, 20, 7, 7), (1, 300, 4, 6))
 ONCE, TWICE, NEVER = (1, 1), (2, 2), (0, 0)
 SCHEDULES = [(schedule, seed) for schedule in ("depth-first", "round-robin") for seed in (0, 1, 2)]

@@ -29,15 +29,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_context(
     const OptionalTensor& scale_norm_bias, const OptionalTensor& scale_w2, const OptionalTensor& scale_b2,
     const OptionalTensor& shift_w1, const OptionalTensor& shift_b1, const OptionalTensor& shift_norm_weight,
     const OptionalTensor& shift_norm_bias, const OptionalTensor& shift_w2, const OptionalTensor& shift_b2,  //
-    bool norm, double eps, const std::string& activation, const std::string& gate_kind, double gate_alpha, double gate_beta) {
+    bool norm, double eps, bool silu, bool hard_sigmoid, double gate_alpha, double gate_beta) {
   const char* op = "global_context";
   const BranchTensors scale_tensors{scale_w1, scale_b1, scale_norm_weight, scale_norm_bias, scale_w2, scale_b2};
   const BranchTensors shift_tensors{shift_w1, shift_b1, shift_norm_weight, shift_norm_bias, shift_w2, shift_b2};
   check::feature_map(op, x_in);
   check::mask(op, "mask_", mask_weight, mask_bias, x_in);
   check::branches(op, scale_tensors, shift_tensors, x_in);
-  check::choices(op, activation, gate_kind);
-  const TransformOptions options(norm, eps, activation, gate_kind, gate_alpha, gate_beta);
+  const TransformOptions options(norm, eps, silu, hard_sigmoid, gate_alpha, gate_beta);
 
   const Tensor x = native(x_in), out = empty_like_map(x_in);
   const int64_t samples = x.size(0), channels = x.size(1), scale_units = hidden_units(scale_tensors);
@@ -83,7 +82,7 @@ Gradients global_context_backward(const Tensor& grad_in, const Tensor& x_in, con
                                   const OptionalTensor& shift_norm_weight, const OptionalTensor& shift_norm_bias,
                                   const OptionalTensor& shift_w2,
                                   const OptionalTensor& shift_b2,  //
-                                  bool norm, double eps, const std::string& activation, const std::string& gate_kind,
+                                  bool norm, double eps, bool silu, bool hard_sigmoid,
                                   double gate_alpha, double gate_beta, const Tensor& context_in, const Tensor& attention_in,
                                   const Tensor& hidden_in, const Tensor& gate_in,  //
                                   bool need_x, bool need_mask, bool need_scale, bool need_shift) {
@@ -94,14 +93,13 @@ Gradients global_context_backward(const Tensor& grad_in, const Tensor& x_in, con
   check::gradient(op, grad_in, x_in);
   check::mask(op, "mask_", mask_weight, std::nullopt, x_in);
   check::branches(op, scale_tensors, shift_tensors, x_in);
-  check::choices(op, activation, gate_kind);
   const int64_t samples = x_in.size(0), channels = x_in.size(1), scale_units = hidden_units(scale_tensors);
   const int64_t units = scale_units + hidden_units(shift_tensors);
   check::side(op, "context", context_in, x_in, {samples, channels});
   check::side(op, "attention", attention_in, x_in, {samples, mask_weight ? positions(x_in) : 0});
   check::side(op, "hidden", hidden_in, x_in, {samples, units});
   check::side(op, "gate_values", gate_in, x_in, {samples, scale_w1 ? channels : 0});
-  const TransformOptions options(norm, eps, activation, gate_kind, gate_alpha, gate_beta);
+  const TransformOptions options(norm, eps, silu, hard_sigmoid, gate_alpha, gate_beta);
 
   const Tensor grad = native_like(grad_in, x_in), x = native(x_in);
   const Tensor context = dense(context_in), attention = dense(attention_in), hidden = dense(hidden_in), gate = dense(gate_in);

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <memory>
-#include <string>
 
 #include "tensors.h"
 
@@ -17,11 +16,11 @@ struct TransformOptions {
   bool hard_sigmoid;  // gate: clip(alpha t + beta, 0, 1), otherwise the sigmoid
   double gate_alpha, gate_beta;
 
-  TransformOptions(bool norm, double eps, const std::string& activation, const std::string& gate, double alpha, double beta)
+  TransformOptions(bool norm, double eps, bool silu, bool hard_sigmoid, double alpha, double beta)
       : norm(norm),
         eps(eps),
-        silu(activation == "silu"),
-        hard_sigmoid(gate == "hard_sigmoid"),
+        silu(silu),
+        hard_sigmoid(hard_sigmoid),
         gate_alpha(alpha),
         gate_beta(beta) {}
 };

@@ -20,7 +20,7 @@ BranchTensors dense(const BranchTensors& tensors) {
 // What both directions need of the branches and options.
 template <typename T>
 TransformParams<T> transform_of(const BranchTensors& scale, const BranchTensors& shift, const Tensor& x, bool norm, double eps,
-                                const std::string& activation, const std::string& gate_kind, double gate_alpha,
+                                bool silu, bool hard_sigmoid, double gate_alpha,
                                 double gate_beta, const Tensor& hidden, const Tensor& gate) {
   using A = acc_t<T>;
   TransformParams<T> transform;
@@ -37,8 +37,8 @@ TransformParams<T> transform_of(const BranchTensors& scale, const BranchTensors&
   }
   transform.norm = norm;
   transform.eps = static_cast<A>(eps);
-  transform.silu = activation == "silu";
-  transform.hard_sigmoid = gate_kind == "hard_sigmoid";
+  transform.silu = silu;
+  transform.hard_sigmoid = hard_sigmoid;
   transform.gate_alpha = static_cast<A>(gate_alpha);
   transform.gate_beta = static_cast<A>(gate_beta);
   transform.hidden = acc_data<T>(hidden);
@@ -52,14 +52,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_context_op(
     const OptionalTensor& scale_norm_bias, const OptionalTensor& scale_w2, const OptionalTensor& scale_b2,
     const OptionalTensor& shift_w1, const OptionalTensor& shift_b1, const OptionalTensor& shift_norm_weight,
     const OptionalTensor& shift_norm_bias, const OptionalTensor& shift_w2, const OptionalTensor& shift_b2,  //
-    bool norm, double eps, const std::string& activation, const std::string& gate_kind, double gate_alpha, double gate_beta) {
+    bool norm, double eps, bool silu, bool hard_sigmoid, double gate_alpha, double gate_beta) {
   const char* op = "global_context";
   const BranchTensors scale_in{scale_w1, scale_b1, scale_norm_weight, scale_norm_bias, scale_w2, scale_b2};
   const BranchTensors shift_in{shift_w1, shift_b1, shift_norm_weight, shift_norm_bias, shift_w2, shift_b2};
   check::feature_map(op, x_in);
   check::mask(op, "mask_", mask_weight_in, mask_bias_in, x_in);
   check::branches(op, scale_in, shift_in, x_in);
-  check::choices(op, activation, gate_kind);
 
   Call call(x_in);
   const Tensor x = native(x_in), out = empty_like_map(x_in);
@@ -74,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_context_op(
   dispatch(x.scalar_type(), [&](auto kind) {
     using T = decltype(kind);
     const auto transform =
-        transform_of<T>(scale, shift, x, norm, eps, activation, gate_kind, gate_alpha, gate_beta, hidden, gate);
+        transform_of<T>(scale, shift, x, norm, eps, silu, hard_sigmoid, gate_alpha, gate_beta, hidden, gate);
     global_context<T>({map_of<const T>(x), map_of<T>(out), extent_of(x), parameter<T>(mask_weight), parameter<T>(mask_bias),
                        acc_data<T>(context), acc_data<T>(attention), transform},
                       call, call.stream());
@@ -92,7 +91,7 @@ Gradients global_context_backward_op(const Tensor& grad_in, const Tensor& x_in, 
                                      const OptionalTensor& shift_w1, const OptionalTensor& shift_b1,
                                      const OptionalTensor& shift_norm_weight, const OptionalTensor& shift_norm_bias,
                                      const OptionalTensor& shift_w2, const OptionalTensor& shift_b2,  //
-                                     bool norm, double eps, const std::string& activation, const std::string& gate_kind,
+                                     bool norm, double eps, bool silu, bool hard_sigmoid,
                                      double gate_alpha, double gate_beta, const Tensor& context_in, const Tensor& attention_in,
                                      const Tensor& hidden_in, const Tensor& gate_in,  //
                                      bool need_x, bool need_mask, bool need_scale, bool need_shift) {
@@ -103,7 +102,6 @@ Gradients global_context_backward_op(const Tensor& grad_in, const Tensor& x_in, 
   check::gradient(op, grad_in, x_in);
   check::mask(op, "mask_", mask_weight_in, std::nullopt, x_in);
   check::branches(op, scale_in, shift_in, x_in);
-  check::choices(op, activation, gate_kind);
   const int64_t samples = x_in.size(0), channels = x_in.size(1);
   check::side(op, "context", context_in, x_in, {samples, channels});
   check::side(op, "attention", attention_in, x_in, {samples, mask_weight_in ? positions(x_in) : 0});
@@ -130,7 +128,7 @@ Gradients global_context_backward_op(const Tensor& grad_in, const Tensor& x_in, 
       return {at(0), at(1), at(2), at(3), at(4), at(5)};
     };
     const auto transform =
-        transform_of<T>(scale, shift, x, norm, eps, activation, gate_kind, gate_alpha, gate_beta, hidden, gate);
+        transform_of<T>(scale, shift, x, norm, eps, silu, hard_sigmoid, gate_alpha, gate_beta, hidden, gate);
     global_context_backward<T>({map_of<const T>(grad),
                                 map_of<const T>(x),
                                 map_if<T>(need_x, grad_x),
