@@ -162,14 +162,14 @@ class GlobalContextBlock(nn.Module):
 
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling the module does what its class says and nothing else: no override, no hook."""
+    own = module.__dict__
     return (
-        isinstance(module, kind)
-        and type(module).forward is kind.forward
-        and "forward" not in module.__dict__
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
+        (type(module) is kind or (isinstance(module, kind) and type(module).forward is kind.forward))
+        and "forward" not in own
+        and not own["_forward_hooks"]
+        and not own["_forward_pre_hooks"]
+        and not own["_backward_hooks"]
+        and not own["_backward_pre_hooks"]
     )
 
 

@@ -26,7 +26,9 @@ void linear(const acc* x, int64_t x_stride, int64_t samples, const weight_t* wei
           Vec<acc> xk[block.value];
           for (int j = 0; j < block; j++) xk[j] = load(x + (n + j) * x_stride + k0 + k, lanes);
           for (int i = 0; i < rows; i++) {
-            const Vec<acc> w = load(weight + (m + i) * columns + k0 + k, lanes);
+            const weight_t* wi = weight + (m + i) * columns + k0 + k;
+            if (n == 0) __builtin_prefetch(wi + rows * columns);
+            const Vec<acc> w = load(wi, lanes);
             for (int j = 0; j < block; j++) sums[j][i] += w * xk[j];
           }
         });
