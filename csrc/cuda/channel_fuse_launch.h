@@ -29,8 +29,9 @@ void launch_channel_fuse(FuseParams<T> params, cudaStream_t stream) {
     return wide ? launch_tiles(fuse_positions<T, V>, tiles, grid) : launch_tiles(fuse_positions<T, 1>, tiles, grid);
   }
   // One stretch of memory if x is dense, otherwise one per sample.
+  if (extent.channels == 1) params.x.channel_stride = extent.positions;  // it was anything
   const int64_t plane = extent.channels * extent.positions;
-  const bool rows_touch = !params.x.data || params.x.channel_stride == extent.positions || extent.channels == 1;
+  const bool rows_touch = !params.x.data || params.x.channel_stride == extent.positions;
   const bool dense = rows_touch && (!params.x.data || params.x.sample_stride == plane || extent.samples == 1);
   const int64_t segments = dense ? 1 : extent.samples, rows = dense ? extent.samples * extent.channels : extent.channels;
   const auto starts_aligned = [&](const auto* start, int64_t stride) {
