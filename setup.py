@@ -103,7 +103,8 @@ def extensions(build, cuda) -> list[Extension]:
                 depends=build.headers(),
                 include_dirs=include_paths("cuda"),
                 library_dirs=library_paths("cuda"),
-                libraries=["c10", "torch_cpu", "torch_cuda", "cudart"],
+                # cudart comes with torch_cuda: whichever torch has loaded, wherever this machine keeps its own
+                libraries=["c10", "torch_cpu", "torch_cuda"],
                 extra_compile_args={"cxx": [*flags, "-DUSE_CUDA"], "nvcc": list(build.CUDA_FLAGS)},
                 language="c++",
             )

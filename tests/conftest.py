@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,8 @@ import gcnet_ext
 from gcnet_ext import _library
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests" / "native"))
+import emulated  # noqa: E402
 OPS = (
     "attention_pool",
     "attention_pool_backward",
@@ -55,15 +58,48 @@ class Backend:
         return tensor.to(self.device)
 
 
-@pytest.fixture(scope="session", params=["cpu", "cuda"])
+class EmulatedCuda(Backend):
+    """The CUDA operators on CPU tensors, thread by thread: a thousand times as slow as on a GPU, so small tensors only."""
+
+    most_elements = 310_000
+
+    def __init__(self) -> None:
+        super().__init__("cpu")
+        self.name = "cuda-emulated"
+
+    @property
+    def has_kernels(self) -> bool:
+        return True
+
+    def to(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.numel() > self.most_elements:
+            pytest.skip(f"too large to emulate: {list(tensor.shape)}")
+        return tensor
+
+
+@pytest.fixture(scope="session", params=["cpu", "cuda-emulated", "cuda"])
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Each backend in turn; one that this machine or this build does not have is skipped, and says why."""
+    if request.param == "cuda-emulated":
+        if reason := emulated.why_not():
+            pytest.skip(f"the emulated operators cannot be compiled: {reason}")
+        return EmulatedCuda()
     if request.param == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("torch.cuda.is_available() is False")
         if "cuda" not in _library._kernel_devices:
             pytest.skip("this build of gcnet_ext has no CUDA kernels")
     return Backend(request.param)
+
+
+@pytest.fixture(autouse=True)
+def emulation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Puts the emulated operators in the place of those of the CPU, for the tests of that backend and no other."""
+    if "backend" in request.fixturenames and isinstance(request.getfixturevalue("backend"), EmulatedCuda):
+        with emulated.installed():
+            yield
+    else:
+        yield
 
 
 @pytest.fixture

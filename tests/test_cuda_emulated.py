@@ -7,17 +7,13 @@ sample is in changes a bit.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
+import emulated
 import pytest
 import torch
 from grid import FUSIONS, GLOBAL_CONTEXT_INPUTS, LAYOUTS, POOLINGS, Case, Random
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parent / "native"))
-import emulated
 
 OPTIONS = (True, 1e-5, False, False, 1 / 6, 0.5)
 SIZES = ((2, 16, 6, 8), (3, 20, 7, 7), (1, 300, 4, 6))
