@@ -1,4 +1,9 @@
-# make demo    the block on real images; make test    the tests. Both set up .venv, install and build what is missing first.
+# make demo              the block on real images
+# make test              the tests, CPU and emulated CUDA
+# make test-native       the C++ tests under sanitizers, and the mutation check, by CMake and ctest
+# make test-cuda-build   the CUDA build for every architecture, its machine code, and the tests on another torch
+# make gpu-check         everything that a GPU is needed for
+# All but the last set up what they need in .venv or .venv-cuda, and install and build what is missing first.
 #
 # Variables: PYTHON (python3), VENV (.venv), TORCH (what pip installs as torch: a version, or a version and an index),
 # ARGS (more arguments for the command).
@@ -25,13 +30,18 @@ CUDA_ARCHITECTURES ?= 7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX
 CUDA_TAG := $(shell printf '%s' '$(CUDA_TORCH) $(CUDA_ARCHITECTURES)' | tr -c 'A-Za-z0-9.' '-')
 CUDA_SITE := $(abspath build/cuda-site)
 
-.PHONY: demo test test-cuda-build gpu-check lint format bench build clean
+.PHONY: demo test test-native test-cuda-build gpu-check lint format bench build clean
 
 demo: $(BUILT)
 	$(VENV)/bin/python -m gcnet_ext demo $(ARGS)
 
 test: $(BUILT)
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+test-native: $(INSTALLED)
+	$(VENV)/bin/cmake -S . -B build/native -G Ninja
+	$(VENV)/bin/cmake --build build/native
+	$(VENV)/bin/ctest --test-dir build/native --output-on-failure -j 2 $(ARGS)
 
 # The whole suite on that torch, then the CPU library that was built there on the torch of .venv: the stable ABI at work.
 test-cuda-build: build/cuda-built-$(CUDA_TAG) $(BUILT)

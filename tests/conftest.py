@@ -18,6 +18,7 @@ from gcnet_ext import _library
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "native"))
 import emulated  # noqa: E402
+
 OPS = (
     "attention_pool",
     "attention_pool_backward",

@@ -1,0 +1,83 @@
+"""How the kernels cut their work, as gcnet_ext._C.plan tells it: a table of shapes, and what must hold for every shape."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gcnet_ext import _library
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+
+def plan(device: str, *arguments, **options) -> dict:
+    return _library.compiled.plan(device, *arguments, **options)
+
+
+# C, P, bytes per element, channels_last -> path, elements per access, threads, positions per tile, tiles per split, splits
+CUDA = [
+    ((64, 1024, 4, False), ("rows", 4, 256, 64, 1, 16)),
+    ((256, 3136, 4, False), ("rows", 4, 256, 64, 1, 49)),
+    ((256, 3136, 2, False), ("rows", 8, 256, 128, 1, 25)),
+    ((512, 784, 4, False), ("rows", 4, 256, 32, 1, 25)),
+    ((1024, 196, 4, False), ("rows", 4, 512, 32, 1, 7)),
+    ((1024, 196, 2, False), ("rows", 4, 512, 64, 1, 4)),  # rows of 392 bytes: accesses of 8
+    ((1024, 98, 2, False), ("rows", 1, 512, 32, 1, 4)),  # rows of 196 bytes: accesses of one element
+    ((2048, 64, 4, False), ("rows", 4, 512, 16, 1, 4)),
+    ((2048, 49, 4, False), ("streamed", 1, 256, 32, 1, 2)),  # too many channels for a tile of single elements
+    ((2048, 49, 4, True), ("positions", 4, 512, 8, 1, 7)),
+    ((1024, 4200, 4, False), ("rows", 4, 512, 32, 3, 44)),
+    ((512, 16800, 4, True), ("positions", 4, 256, 16, 17, 62)),
+    ((512, 16800, 2, True), ("positions", 8, 256, 32, 9, 59)),
+    ((256, 3136, 8, False), ("streamed", 1, 256, 32, 2, 49)),  # float64 has one path
+    ((4096, 196, 4, False), ("streamed", 1, 256, 32, 1, 7)),
+    ((16384, 49, 4, True), ("streamed", 1, 256, 32, 1, 2)),
+    ((64, 1, 4, False), ("rows", 1, 256, 32, 1, 1)),
+    ((64, 10**7, 4, False), ("rows", 4, 256, 64, 2442, 64)),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), CUDA, ids=str)
+def test_cuda(arguments, expected):
+    names = ("path", "vector", "threads", "tile", "tiles_per_split", "splits")
+    assert plan("cuda", *arguments) == dict(zip(names, expected, strict=True))
+
+
+SIZES = st.one_of(st.integers(1, 5000), st.integers(1, 2**40))
+
+
+@given(st.integers(1, 20_000), SIZES, st.sampled_from((2, 4, 8)), st.booleans(), st.booleans())
+def test_every_cuda_plan_covers_every_position_once(channels, positions, size, channels_last, aligned):
+    got = plan("cuda", channels, positions, size, channels_last, aligned)
+    split = got["tile"] * got["tiles_per_split"]
+    assert (got["splits"] - 1) * split < positions <= got["splits"] * split
+    assert 1 <= got["splits"] <= 64
+    assert got["threads"] in (256, 512) or (got["path"] == "positions" and got["threads"] % 32 == 0 and got["threads"] <= 512)
+    row = (channels if channels_last else positions) * size
+    assert got["vector"] == 1 or (aligned and row % (got["vector"] * size) == 0)
+    assert got["vector"] * size <= 16
+
+
+@given(st.integers(1, 20_000), SIZES, st.sampled_from((2, 4, 8)), st.booleans())
+def test_every_cpu_plan_covers_everything_once(channels, positions, size, channels_last):
+    got = plan("cpu", channels, positions, size, channels_last)
+    assert (got["splits"] - 1) * got["split"] < positions <= got["splits"] * got["split"]
+    assert got["split"] % got["tile"] == 0
+    for extent, name in ((channels, "channel"), (positions, "position")):
+        blocks, block = got[f"sweep_{name}_blocks"], got[f"sweep_{name}s"]
+        assert (blocks - 1) * block < extent <= blocks * block
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_sizes_that_do_not_exist(device):
+    for position in range(3):
+        arguments = [8, 8, 4]
+        for arguments[position] in (0, -1):
+            with pytest.raises(ValueError, match="channels, positions and element_size must be at least 1"):
+                plan(device, *arguments)
+
+
+def test_device_that_does_not_exist():
+    with pytest.raises(ValueError, match="device must be 'cpu' or 'cuda', got 'tpu'"):
+        plan("tpu", 8, 8)
