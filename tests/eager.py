@@ -74,3 +74,30 @@ def global_context(x: Tensor, mask_weight: Tensor, mask_bias: Tensor, *branches:
         return nn.functional.conv2d(hidden.relu(), w2[:, :, None, None], b2)
 
     return x * transform(*branches[:6]).sigmoid() + transform(*branches[6:])
+
+
+class SqueezeExcitation(nn.Module):
+    """As in torchvision: two 1x1 convolutions with a gate."""
+
+    def __init__(self, channels: int, planes: int, activation: nn.Module | None = None, gate: nn.Module | None = None) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Conv2d(channels, planes, 1), nn.Conv2d(planes, channels, 1)
+        self.activation, self.gate = activation or nn.ReLU(), gate or nn.Sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        context = x.flatten(2).mean(2)[:, :, None, None]
+        return x * self.gate(self.fc2(self.activation(self.fc1(context)))).reshape(*x.shape[:2], *(1 for _ in x.shape[2:]))
+
+
+class SimplifiedNonLocal(nn.Module):
+    """Equation 3 of the GCNet paper, with W after the pooling."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv_mask, self.conv_out = nn.Conv2d(channels, 1, 1), nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        positions = x.flatten(2).unsqueeze(3)
+        attention = self.conv_mask(positions).flatten(1).softmax(1)
+        context = torch.einsum("ncp,np->nc", positions.flatten(2), attention)[:, :, None, None]
+        return x + self.conv_out(context).reshape(*x.shape[:2], *(1 for _ in x.shape[2:]))

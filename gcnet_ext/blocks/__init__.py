@@ -1,0 +1,7 @@
+"""The blocks as nn.Modules: one file each, and `_layers` for what they share."""
+
+from .global_context import GlobalContextBlock
+from .simplified_non_local import SimplifiedNonLocalBlock
+from .squeeze_excitation import SqueezeExcitation
+
+__all__ = ["GlobalContextBlock", "SimplifiedNonLocalBlock", "SqueezeExcitation"]

@@ -1,0 +1,158 @@
+"""The layers of a block: which of them a fused operator can take the weights of, and how to call those that it cannot.
+
+A submodule may be replaced, parametrized or hooked by its user. What is no longer the plain layer is called as a module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import reference
+from ..functional import Transform
+from ..reference import accumulation_dtype
+
+ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
+GATES = ("sigmoid", "hard_sigmoid")
+
+
+class Gate(NamedTuple):
+    """What the scale goes through: the sigmoid, or clip(alpha t + beta, 0, 1)."""
+
+    kind: str = "sigmoid"
+    alpha: float = 1 / 6
+    beta: float = 0.5
+
+    @property
+    def options(self) -> dict[str, str | float]:
+        """The keyword arguments of `functional.global_context`."""
+        return {"gate": self.kind, "gate_alpha": self.alpha, "gate_beta": self.beta}
+
+    def __call__(self, t: Tensor) -> Tensor:
+        return reference.apply_gate(t, *self)
+
+
+class FusedBranch(NamedTuple):
+    """A branch as the fused operator takes it."""
+
+    weights: Transform
+    norm: bool
+    eps: float
+    activation: str
+
+    @property
+    def options(self) -> dict[str, bool | float | str]:
+        return {"norm": self.norm, "eps": self.eps, "activation": self.activation}
+
+
+def check_choice(name: str, value: object, valid: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: the value is none of the valid ones, which the message lists.
+    """
+    if value not in tuple(valid):
+        raise ValueError(f"{name} must be one of {tuple(valid)}, got {value!r}")
+
+
+def hidden_units(inplanes: int, ratio: float, planes: int | None) -> int:
+    """The units of a bottleneck: ``planes``, or ``int(inplanes * ratio)``.
+
+    Raises:
+        ValueError: there would be none.
+    """
+    if planes is not None:
+        if planes < 1:
+            raise ValueError(f"planes must be at least 1 (one hidden unit), got {planes}")
+        return planes
+    planes = int(inplanes * ratio)
+    if planes < 1:
+        raise ValueError(
+            f"inplanes * ratio must be at least 1 (one hidden unit), got {inplanes} * {ratio} = {inplanes * ratio}"
+        )
+    return planes
+
+
+def check_channels(x: Tensor, inplanes: int) -> None:
+    """
+    Raises:
+        RuntimeError: x has another number of channels than the block was made for.
+    """
+    if x.dim() > 1 and x.shape[1] != inplanes:
+        raise RuntimeError(f"x must have {inplanes} channels (inplanes), got shape {list(x.shape)}")
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling the module does what its class says and nothing else: no override, no hook."""
+    own = module.__dict__
+    return (
+        (type(module) is kind or (isinstance(module, kind) and type(module).forward is kind.forward))
+        and "forward" not in own
+        and not own["_forward_hooks"]
+        and not own["_forward_pre_hooks"]
+        and not own["_backward_hooks"]
+        and not own["_backward_pre_hooks"]
+    )
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether the module is a 1x1 convolution, whatever its weights are computed from."""
+    return (
+        is_plain(module, nn.Conv2d)
+        and type(module)._conv_forward is nn.Conv2d._conv_forward
+        and module.kernel_size == (1, 1)
+        and module.stride == (1, 1)
+        and module.padding == (0, 0)
+        and module.groups == 1
+    )
+
+
+def parameter(module: nn.Module, name: str) -> Tensor | None:
+    """Past nn.Module's look-up: of 20 attributes, it costs as much as a small kernel."""
+    found = module._parameters.get(name)
+    return getattr(module, name) if found is None else found  # a parametrized weight is a property
+
+
+def fused_branch(first: nn.Module, norm: nn.Module | None, activation: nn.Module, last: nn.Module) -> FusedBranch | None:
+    """The branch ``last(activation(norm(first(context))))``; None if one of the layers is not the plain one."""
+    kind = "relu" if is_plain(activation, nn.ReLU) else "silu" if is_plain(activation, nn.SiLU) else None
+    if kind is None or not is_pointwise(first) or not is_pointwise(last):
+        return None
+    norm_weight = norm_bias = None
+    normalises, eps = norm is not None and not is_plain(norm, nn.Identity), 1e-5
+    if normalises:
+        if not is_plain(norm, nn.LayerNorm) or norm.normalized_shape != (first.out_channels, 1, 1):
+            return None
+        norm_weight, norm_bias, eps = parameter(norm, "weight"), parameter(norm, "bias"), norm.eps
+    weights = Transform(
+        parameter(first, "weight"),
+        parameter(first, "bias"),
+        norm_weight,
+        norm_bias,
+        parameter(last, "weight"),
+        parameter(last, "bias"),
+    )
+    return FusedBranch(weights, normalises, eps, kind)
+
+
+def in_dtype_of(module: nn.Module, tensor: Tensor) -> Tensor:
+    """The tensor in the dtype of the module's parameters: a mixed block takes what the fused operator takes."""
+    return tensor.to(next(module.parameters(), tensor).dtype)
+
+
+def call_on_context(module: nn.Module, context: Tensor) -> Tensor:
+    """What the module, called as the module it is, makes of context [N, C]."""
+    return module(in_dtype_of(module, context)[:, :, None, None]).flatten(1).to(accumulation_dtype(context))
+
+
+def called_attention(mask: nn.Module, x: Tensor) -> Tensor:
+    """The softmax over positions [N, P] of what the mask, called as the module it is, makes of x."""
+    as_image = x if x.dim() == 4 or not isinstance(mask, nn.Conv2d) else x.flatten(2).unsqueeze(3)
+    return mask(in_dtype_of(mask, as_image)).flatten(1).to(accumulation_dtype(x)).softmax(1)
+
+
+def weighted_sum(x: Tensor, attention: Tensor) -> Tensor:
+    """The context [N, C] of an attention [N, P], in the accumulation dtype."""
+    return torch.einsum("ncp,np->nc", x.flatten(2).to(accumulation_dtype(x)), attention)

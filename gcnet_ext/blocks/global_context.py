@@ -1,0 +1,172 @@
+"""The Global Context block. Parameters live in ordinary submodules under the names of the reference implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+from . import _layers
+from ._layers import ACTIVATIONS, GATES, FusedBranch, Gate
+
+POOLING_TYPES = ("att", "avg")
+FUSION_TYPES = ("channel_add", "channel_mul")
+
+
+class GlobalContextBlock(nn.Module):
+    """The Global Context block of GCNet on compiled kernels: context modelling, transform and fusion.
+
+    ``context = attention pooling of x``; ``out = x * sigmoid(mul(context)) + add(context)``, either branch optional, each
+    ``1x1 conv, LayerNorm, ReLU, 1x1 conv`` with ``int(inplanes * ratio)`` hidden units.
+
+    Source: https://arxiv.org/abs/1904.11492, equation 5 and figure 4d. Signature, parameter names, shapes and initialisation
+    are those of the reference implementation (mmcv ``ContextBlock``), so its checkpoints load with ``strict=True``.
+
+    Args:
+        inplanes: C, the channels of the input and of the output.
+        ratio: hidden units per channel, 1/16 in the paper; ``int(inplanes * ratio)`` must be at least 1.
+        pooling_type: ``"att"`` (attention pooling) or ``"avg"`` (average pooling).
+        fusion_types: ``"channel_mul"``, ``"channel_add"`` or a sequence of them.
+        planes: the hidden units themselves, instead of a ratio.
+        norm: whether a LayerNorm stands between the two layers of a branch.
+        eps: epsilon of the LayerNorms.
+        activation: ``"relu"`` or ``"silu"``, between the two layers.
+        gate: what the scale goes through: ``"sigmoid"``, or ``"hard_sigmoid"`` for ``clip(gate_alpha t + gate_beta, 0, 1)``.
+        gate_alpha, gate_beta: of the hard sigmoid; torch's are 1/6 and 1/2, those of ONNX 0.2 and 0.5.
+        device, dtype: of the parameters, as in every nn.Module.
+
+    Shapes:
+        Input ``[N, C, *spatial]`` with one, two or three (or more) spatial dimensions; the output is like it, in its dtype and
+        memory format. The input is float16, bfloat16, float32 or float64, the parameters of its dtype or float32.
+
+    Raises:
+        ValueError: an argument of the constructor is not among the valid ones, which the message lists.
+        RuntimeError: the input has a wrong rank, dtype, device, number of channels, or no positions. The message says what.
+
+    A submodule may be replaced, parametrized or hooked: what is no longer the plain layer is called as a module, with the
+    compiled pooling and fusion around it.
+    """
+
+    def __init__(
+        self,
+        inplanes: int,
+        ratio: float,
+        pooling_type: str = "att",
+        fusion_types: str | Iterable[str] = ("channel_mul",),
+        *,
+        planes: int | None = None,
+        norm: bool = True,
+        eps: float = 1e-5,
+        activation: str = "relu",
+        gate: str = "sigmoid",
+        gate_alpha: float = 1 / 6,
+        gate_beta: float = 0.5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        fusion_types = (fusion_types,) if isinstance(fusion_types, str) else tuple(fusion_types)
+        _layers.check_choice("pooling_type", pooling_type, POOLING_TYPES)
+        if not fusion_types or not set(fusion_types) <= set(FUSION_TYPES):
+            raise ValueError(f"fusion_types must be one or more of {FUSION_TYPES}, got {fusion_types!r}")
+        _layers.check_choice("activation", activation, ACTIVATIONS)
+        _layers.check_choice("gate", gate, GATES)
+        self.inplanes = inplanes
+        self.ratio = ratio
+        self.planes = planes = _layers.hidden_units(inplanes, ratio, planes)
+        self.pooling_type = pooling_type
+        self.fusion_types = fusion_types
+        self.gate = Gate(gate, gate_alpha, gate_beta)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+
+        def branch(fusion: str) -> nn.Sequential | None:
+            if fusion not in fusion_types:
+                return None
+            return nn.Sequential(
+                nn.Conv2d(inplanes, planes, 1, **factory),
+                nn.LayerNorm([planes, 1, 1], eps=eps, **factory) if norm else nn.Identity(),
+                ACTIVATIONS[activation](),
+                nn.Conv2d(planes, inplanes, 1, **factory),
+            )
+
+        self.conv_mask = nn.Conv2d(inplanes, 1, 1, **factory) if pooling_type == "att" else None
+        self.channel_add_conv = branch("channel_add")
+        self.channel_mul_conv = branch("channel_mul")
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as the reference does: both branches start at zero, so an add-only block starts as the identity."""
+        if self.conv_mask is not None:
+            nn.init.kaiming_normal_(self.conv_mask.weight, mode="fan_in", nonlinearity="relu")
+            nn.init.zeros_(self.conv_mask.bias)
+        for branch in (self.channel_add_conv, self.channel_mul_conv):
+            if branch is not None:
+                branch[0].reset_parameters()
+                if isinstance(branch[1], nn.LayerNorm):
+                    branch[1].reset_parameters()
+                nn.init.zeros_(branch[3].weight)
+                nn.init.zeros_(branch[3].bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _layers.check_channels(x, self.inplanes)
+        fused = self._fused_arguments()
+        if fused is not None:
+            mask_weight, mask_bias, scale, shift = fused
+            return functional.global_context(
+                x,
+                mask_weight,
+                mask_bias,
+                None if scale is None else scale.weights,
+                None if shift is None else shift.weights,
+                **(scale or shift).options,
+                **self.gate.options,
+            )
+        context = self._context(x)
+        mul, add = self.channel_mul_conv, self.channel_add_conv
+        scale = None if mul is None else self.gate(_layers.call_on_context(mul, context))
+        shift = None if add is None else _layers.call_on_context(add, context)
+        return functional.channel_fuse(x, scale, shift)
+
+    def attention_map(self, x: Tensor) -> Tensor:
+        """Where the block looks: the softmax over positions, ``[N, *spatial]``, for pictures. Not differentiable."""
+        if self.conv_mask is None:
+            raise RuntimeError("pooling_type must be 'att' for an attention map, got 'avg'")
+        if _layers.is_pointwise(self.conv_mask):
+            return functional.attention_map(x, self.conv_mask.weight, self.conv_mask.bias)
+        return _layers.called_attention(self.conv_mask, x).detach().reshape(x.shape[:1] + x.shape[2:])
+
+    def extra_repr(self) -> str:
+        return f"{self.inplanes}, ratio={self.ratio}, pooling_type={self.pooling_type!r}, fusion_types={self.fusion_types!r}"
+
+    def _fused_arguments(self) -> tuple[Tensor | None, Tensor | None, FusedBranch | None, FusedBranch | None] | None:
+        """Mask weight and bias, scale and shift for the fused operator; None when a submodule is not the plain layer."""
+        # From the dictionary: nn.Module's look-up of many attributes costs as much as a small kernel.
+        mask, add, mul = map(self._modules.get, ("conv_mask", "channel_add_conv", "channel_mul_conv"))
+        if mask is not None and not _layers.is_pointwise(mask):
+            return None
+        shift = None if add is None else _fused(add)
+        scale = None if mul is None else _fused(mul)
+        if (add is not None and shift is None) or (mul is not None and scale is None):
+            return None
+        if shift is not None and scale is not None and shift[1:] != scale[1:]:
+            return None
+        if mask is None:
+            return None, None, scale, shift
+        return _layers.parameter(mask, "weight"), _layers.parameter(mask, "bias"), scale, shift
+
+    def _context(self, x: Tensor) -> Tensor:
+        if self.conv_mask is None:
+            return functional.attention_pool(x)
+        if _layers.is_pointwise(self.conv_mask):
+            return functional.attention_pool(x, self.conv_mask.weight, self.conv_mask.bias)
+        return _layers.weighted_sum(x, _layers.called_attention(self.conv_mask, x)).to(x.dtype)
+
+
+def _fused(branch: nn.Module) -> FusedBranch | None:
+    """The branch as the fused operator takes it: conv, LayerNorm over all it gets or nothing, activation, conv; else None."""
+    if not _layers.is_plain(branch, nn.Sequential) or len(branch._modules) != 4:
+        return None
+    return _layers.fused_branch(*branch._modules.values())

@@ -1,0 +1,69 @@
+"""The simplified non-local block: attention pooling, one linear transform, add."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+from ..functional import Transform
+from . import _layers
+
+
+class SimplifiedNonLocalBlock(nn.Module):
+    """The simplified non-local block on compiled kernels: ``out = x + W sum_p softmax_p(conv_mask(x)) x_p``.
+
+    Source: Y. Cao et al., "GCNet", 2019, https://arxiv.org/abs/1904.11492, equation 3 and figure 4b: one query-independent
+    attention for all positions, and the transform W (C to C) after the pooling instead of before it.
+
+    Args:
+        inplanes: C, the channels of the input and of the output.
+        device, dtype: of the parameters, as in every nn.Module.
+
+    Shapes:
+        Input ``[N, C, *spatial]``; the output is like it, in its dtype and memory format.
+
+    Raises:
+        RuntimeError: the input has a wrong rank, dtype, device, number of channels, or no positions. The message says what.
+
+    Runs on the fused operator. When a submodule was replaced or hooked, it is called as a module, with the compiled kernels
+    around it. The block starts as the identity: W is zero.
+    """
+
+    def __init__(self, inplanes: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.inplanes = inplanes
+        self.conv_mask = nn.Conv2d(inplanes, 1, 1, **factory)
+        self.conv_out = nn.Conv2d(inplanes, inplanes, 1, **factory)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise the mask as a GC block's, and W with zeros."""
+        nn.init.kaiming_normal_(self.conv_mask.weight, mode="fan_in", nonlinearity="relu")
+        for tensor in (self.conv_mask.bias, self.conv_out.weight, self.conv_out.bias):
+            nn.init.zeros_(tensor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _layers.check_channels(x, self.inplanes)
+        mask, out = self.conv_mask, self.conv_out
+        pointwise = _layers.is_pointwise(mask), _layers.is_pointwise(out)
+        if all(pointwise):
+            shift = Transform(_layers.parameter(out, "weight"), _layers.parameter(out, "bias"))
+            return functional.global_context(x, _layers.parameter(mask, "weight"), _layers.parameter(mask, "bias"), shift=shift)
+        if pointwise[0]:
+            context = functional.attention_pool(x, mask.weight, mask.bias)
+        else:
+            context = _layers.weighted_sum(x, _layers.called_attention(mask, x))
+        return functional.channel_fuse(x, None, _layers.call_on_context(out, context))
+
+    def attention_map(self, x: Tensor) -> Tensor:
+        """Where the block looks: the softmax over positions, ``[N, *spatial]``, for pictures. Not differentiable."""
+        if _layers.is_pointwise(self.conv_mask):
+            return functional.attention_map(x, self.conv_mask.weight, self.conv_mask.bias)
+        return _layers.called_attention(self.conv_mask, x).detach().reshape(x.shape[:1] + x.shape[2:])
+
+    def extra_repr(self) -> str:
+        return f"{self.inplanes}"

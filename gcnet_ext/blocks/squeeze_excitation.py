@@ -1,0 +1,76 @@
+"""Squeeze-excitation: average pooling, a bottleneck, a gate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+from . import _layers
+from ._layers import ACTIVATIONS, GATES, Gate
+
+
+class SqueezeExcitation(nn.Module):
+    """The squeeze-excitation block on compiled kernels: ``out = x * gate(fc2(activation(fc1(mean of x))))``.
+
+    Source: J. Hu, L. Shen, G. Sun, "Squeeze-and-Excitation Networks", 2018, https://arxiv.org/abs/1709.01507, equations 2 to 4.
+    Parameter names and shapes are those of torchvision; checkpoints of timm and of the original load as they are.
+
+    Args:
+        inplanes: C, the channels of the input and of the output.
+        ratio: hidden units per channel; ``int(inplanes * ratio)`` must be at least 1.
+        planes: the hidden units themselves, instead of a ratio.
+        activation: ``"relu"`` or ``"silu"``.
+        gate: ``"sigmoid"``, or ``"hard_sigmoid"`` for ``clip(gate_alpha t + gate_beta, 0, 1)``.
+        gate_alpha, gate_beta: of the hard sigmoid; torch's are 1/6 and 1/2, those of ONNX 0.2 and 0.5.
+        bias: whether the two layers have one.
+        device, dtype: of the parameters, as in every nn.Module.
+
+    Shapes:
+        Input ``[N, C, *spatial]``; the output is like it, in its dtype and memory format.
+
+    Raises:
+        ValueError: an argument of the constructor is not among the valid ones, which the message lists.
+        RuntimeError: the input has a wrong rank, dtype, device, number of channels, or no positions. The message says what.
+
+    Runs on the fused operator. When a submodule was replaced or hooked, it is called as a module, with the compiled pooling and
+    fusion around it.
+    """
+
+    def __init__(
+        self,
+        inplanes: int,
+        ratio: float = 1 / 16,
+        *,
+        planes: int | None = None,
+        activation: str = "relu",
+        gate: str = "sigmoid",
+        gate_alpha: float = 1 / 6,
+        gate_beta: float = 0.5,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _layers.check_choice("activation", activation, ACTIVATIONS)
+        _layers.check_choice("gate", gate, GATES)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.inplanes = inplanes
+        self.planes = _layers.hidden_units(inplanes, ratio, planes)
+        self.gate = Gate(gate, gate_alpha, gate_beta)
+        self.fc1 = nn.Conv2d(inplanes, self.planes, 1, bias=bias, **factory)
+        self.activation = ACTIVATIONS[activation]()
+        self.fc2 = nn.Conv2d(self.planes, inplanes, 1, bias=bias, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _layers.check_channels(x, self.inplanes)
+        fused = _layers.fused_branch(self.fc1, None, self.activation, self.fc2)
+        if fused is not None:
+            return functional.global_context(x, scale=fused.weights, **fused.options, **self.gate.options)
+        hidden = self.activation(_layers.call_on_context(self.fc1, functional.attention_pool(x)))
+        return functional.channel_fuse(x, self.gate(_layers.call_on_context(self.fc2, hidden)))
+
+    def extra_repr(self) -> str:
+        return f"{self.inplanes}, planes={self.planes}, gate={self.gate.kind!r}"
