@@ -28,7 +28,8 @@ CUDA_VENV ?= .venv-cuda
 CUDA_TORCH ?= torch==2.14.1
 CUDA_ARCHITECTURES ?= 7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX
 CUDA_TAG := $(shell printf '%s' '$(CUDA_TORCH) $(CUDA_ARCHITECTURES)' | tr -c 'A-Za-z0-9.' '-')
-CUDA_SITE := $(abspath build/cuda-site)
+CUDA_CHECKOUT := build/cuda-checkout
+CUDA_BUILT = $(CUDA_CHECKOUT)/cuda-built-$(CUDA_TAG)
 
 .PHONY: demo test test-native test-cuda-build gpu-check lint format bench build clean
 
@@ -44,9 +45,9 @@ test-native: $(INSTALLED)
 	$(VENV)/bin/ctest --test-dir build/native --output-on-failure -j 2 $(ARGS)
 
 # The whole suite on that torch, then the CPU library that was built there on the torch of .venv: the stable ABI at work.
-test-cuda-build: build/cuda-built-$(CUDA_TAG) $(BUILT)
-	PYTHONPATH=$(CUDA_SITE) $(CUDA_VENV)/bin/pytest $(ARGS)
-	PYTHONPATH=$(CUDA_SITE) $(VENV)/bin/pytest tests/test_abi.py tests/test_attention_pool.py tests/test_channel_fuse.py
+test-cuda-build: $(CUDA_BUILT) $(BUILT)
+	cd $(CUDA_CHECKOUT) && $(abspath $(CUDA_VENV))/bin/python -m pytest $(ARGS)
+	cd $(CUDA_CHECKOUT) && $(abspath $(VENV))/bin/python -m pytest tests/test_abi.py tests/test_attention_pool.py tests/test_channel_fuse.py
 
 # On a machine with a GPU: builds for it, tests, times, and writes a report to the folder OUT. Uses the python on the PATH.
 gpu-check:
@@ -84,10 +85,14 @@ $(CUDA_VENV)/installed-$(CUDA_TAG): requirements-dev.txt
 	$(CUDA_VENV)/bin/pip install --quiet -r requirements-dev.txt
 	touch $@
 
-build/cuda-built-$(CUDA_TAG): $(CUDA_VENV)/installed-$(CUDA_TAG) $(SOURCES) $(wildcard gcnet_ext/*.py)
-	rm -rf build/cuda-built-* $(CUDA_SITE)
-	GCNET_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" $(CUDA_VENV)/bin/pip install --quiet \
-		--no-build-isolation --no-deps --target $(CUDA_SITE) .
+# In a checkout of its own, so that neither build takes the other's for its own.
+$(CUDA_BUILT): $(CUDA_VENV)/installed-$(CUDA_TAG) $(SOURCES) $(wildcard gcnet_ext/*.py gcnet_ext/*/*.py bench/*.py) $(shell find tests -type f -not -path '*/__pycache__/*')
+	mkdir -p $(CUDA_CHECKOUT)
+	rm -rf $(CUDA_CHECKOUT)/cuda-built-* $(addprefix $(CUDA_CHECKOUT)/,csrc gcnet_ext tests bench)
+	tar -c --exclude='*.so' --exclude=__pycache__ csrc gcnet_ext tests bench setup.py pyproject.toml README.md LICENSE Makefile \
+		CMakeLists.txt CHANGELOG.md requirements-dev.txt | tar -x -C $(CUDA_CHECKOUT)
+	cd $(CUDA_CHECKOUT) && GCNET_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" \
+		$(abspath $(CUDA_VENV))/bin/pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 
 clean:

@@ -103,7 +103,7 @@ def extensions(build, cuda) -> list[Extension]:
                 depends=build.headers(),
                 include_dirs=include_paths("cuda"),
                 library_dirs=library_paths("cuda"),
-                # cudart comes with torch_cuda: whichever torch has loaded, wherever this machine keeps its own
+                # cudart comes with torch_cuda: the one that torch has loaded
                 libraries=["c10", "torch_cpu", "torch_cuda"],
                 extra_compile_args={"cxx": [*flags, "-DUSE_CUDA"], "nvcc": list(build.CUDA_FLAGS)},
                 language="c++",

@@ -19,7 +19,8 @@ STABLE_TORCH_LIBRARY(gcnet_ext, m) {
       "bool need_x, bool need_scale, bool need_shift) -> (Tensor grad_x, Tensor grad_scale, Tensor grad_shift)");
 
   // The whole block. act is ReLU or SiLU, the gate a sigmoid or clip(gate_alpha t + gate_beta, 0, 1); the choices are bools
-  // because torch 2.13 leaks a str argument in every call (pytorch#191340). A branch is t = w2 act(norm(w1 context + b1)) + b2, or t = w1 context + b1 without a w2.
+  // because torch 2.13 leaks a str argument in every call (pytorch#191340). A branch is t = w2 act(norm(w1 context + b1)) + b2,
+  // or t = w1 context + b1 without a w2.
   // -> out like x; context [N, C] acc; attention [N, P] acc; hidden [N, H of scale + H of shift] acc, before the norm;
   //    gate_values [N, C] acc, what x was multiplied with ([N, 0] without a scale branch)
   m.def(

@@ -93,15 +93,19 @@ class BuildStop(Exception):  # noqa: N818
 
 
 def _nvcc() -> tuple[str, str] | None:
-    """Path and version of the CUDA compiler, where torch would look for it."""
-    from torch.utils.cpp_extension import CUDA_HOME
+    """Path and version of the CUDA compiler, where torch would look for it; tells torch where the rest of its toolkit is."""
+    from torch.utils import cpp_extension
 
-    path = shutil.which("nvcc", path=str(Path(CUDA_HOME) / "bin")) if CUDA_HOME else shutil.which("nvcc")
+    home = cpp_extension.CUDA_HOME
+    path = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
     if path is None:
         return None
-    found = re.search(
-        r"release (\d+\.\d+)", subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
-    )
+    version = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
+    # torch takes the folder above nvcc's, where nothing is if that nvcc only calls another one; the compiler knows better.
+    steps = subprocess.run([path, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False).stderr
+    if here := re.search(r"^#\$ _HERE_=(.+)$", steps, re.MULTILINE):
+        cpp_extension.CUDA_HOME = str(Path(here.group(1)).parent)
+    found = re.search(r"release (\d+\.\d+)", version)
     return (path, found.group(1)) if found else None
 
 

@@ -133,7 +133,7 @@ def wheel(tmp_path_factory):
 def test_a_wheel_holds_the_package_and_nothing_else(wheel):
     names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
     libraries = [name for name in names if name.endswith(".so")]
-    sources = {f"gcnet_ext/{path.name}" for path in (ROOT / "gcnet_ext").iterdir() if path.suffix in (".py", ".typed")}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "gcnet_ext").rglob("*") if path.suffix in (".py", ".typed")}
     assert len(libraries) == 1
     assert libraries[0].startswith("gcnet_ext/_C.")
     assert set(names) - set(libraries) == sources

@@ -82,9 +82,9 @@ Gradients global_context_backward(const Tensor& grad_in, const Tensor& x_in, con
                                   const OptionalTensor& shift_norm_weight, const OptionalTensor& shift_norm_bias,
                                   const OptionalTensor& shift_w2,
                                   const OptionalTensor& shift_b2,  //
-                                  bool norm, double eps, bool silu, bool hard_sigmoid,
-                                  double gate_alpha, double gate_beta, const Tensor& context_in, const Tensor& attention_in,
-                                  const Tensor& hidden_in, const Tensor& gate_in,  //
+                                  bool norm, double eps, bool silu, bool hard_sigmoid, double gate_alpha, double gate_beta,
+                                  const Tensor& context_in, const Tensor& attention_in, const Tensor& hidden_in,
+                                  const Tensor& gate_in,  //
                                   bool need_x, bool need_mask, bool need_scale, bool need_shift) {
   const char* op = "global_context_backward";
   const BranchTensors scale_tensors{scale_w1, scale_b1, scale_norm_weight, scale_norm_bias, scale_w2, scale_b2};

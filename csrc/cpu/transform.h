@@ -17,12 +17,7 @@ struct TransformOptions {
   double gate_alpha, gate_beta;
 
   TransformOptions(bool norm, double eps, bool silu, bool hard_sigmoid, double alpha, double beta)
-      : norm(norm),
-        eps(eps),
-        silu(silu),
-        hard_sigmoid(hard_sigmoid),
-        gate_alpha(alpha),
-        gate_beta(beta) {}
+      : norm(norm), eps(eps), silu(silu), hard_sigmoid(hard_sigmoid), gate_alpha(alpha), gate_beta(beta) {}
 };
 
 template <typename acc>

@@ -20,8 +20,8 @@ BranchTensors dense(const BranchTensors& tensors) {
 // What both directions need of the branches and options.
 template <typename T>
 TransformParams<T> transform_of(const BranchTensors& scale, const BranchTensors& shift, const Tensor& x, bool norm, double eps,
-                                bool silu, bool hard_sigmoid, double gate_alpha,
-                                double gate_beta, const Tensor& hidden, const Tensor& gate) {
+                                bool silu, bool hard_sigmoid, double gate_alpha, double gate_beta, const Tensor& hidden,
+                                const Tensor& gate) {
   using A = acc_t<T>;
   TransformParams<T> transform;
   transform.channels = x.size(1);
@@ -72,8 +72,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_context_op(
   const Tensor gate = torch::stable::new_empty(x, {samples, scale_w1 ? channels : 0}, dtype);
   dispatch(x.scalar_type(), [&](auto kind) {
     using T = decltype(kind);
-    const auto transform =
-        transform_of<T>(scale, shift, x, norm, eps, silu, hard_sigmoid, gate_alpha, gate_beta, hidden, gate);
+    const auto transform = transform_of<T>(scale, shift, x, norm, eps, silu, hard_sigmoid, gate_alpha, gate_beta, hidden, gate);
     global_context<T>({map_of<const T>(x), map_of<T>(out), extent_of(x), parameter<T>(mask_weight), parameter<T>(mask_bias),
                        acc_data<T>(context), acc_data<T>(attention), transform},
                       call, call.stream());
@@ -91,9 +90,9 @@ Gradients global_context_backward_op(const Tensor& grad_in, const Tensor& x_in, 
                                      const OptionalTensor& shift_w1, const OptionalTensor& shift_b1,
                                      const OptionalTensor& shift_norm_weight, const OptionalTensor& shift_norm_bias,
                                      const OptionalTensor& shift_w2, const OptionalTensor& shift_b2,  //
-                                     bool norm, double eps, bool silu, bool hard_sigmoid,
-                                     double gate_alpha, double gate_beta, const Tensor& context_in, const Tensor& attention_in,
-                                     const Tensor& hidden_in, const Tensor& gate_in,  //
+                                     bool norm, double eps, bool silu, bool hard_sigmoid, double gate_alpha, double gate_beta,
+                                     const Tensor& context_in, const Tensor& attention_in, const Tensor& hidden_in,
+                                     const Tensor& gate_in,  //
                                      bool need_x, bool need_mask, bool need_scale, bool need_shift) {
   const char* op = "global_context_backward";
   const BranchTensors scale_in{scale_w1, scale_b1, scale_norm_weight, scale_norm_bias, scale_w2, scale_b2};
@@ -127,8 +126,7 @@ Gradients global_context_backward_op(const Tensor& grad_in, const Tensor& x_in, 
       const auto at = [&](size_t i) { return mutable_parameter<T>(grads[i]); };
       return {at(0), at(1), at(2), at(3), at(4), at(5)};
     };
-    const auto transform =
-        transform_of<T>(scale, shift, x, norm, eps, silu, hard_sigmoid, gate_alpha, gate_beta, hidden, gate);
+    const auto transform = transform_of<T>(scale, shift, x, norm, eps, silu, hard_sigmoid, gate_alpha, gate_beta, hidden, gate);
     global_context_backward<T>({map_of<const T>(grad),
                                 map_of<const T>(x),
                                 map_if<T>(need_x, grad_x),
