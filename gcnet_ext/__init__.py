@@ -1,11 +1,12 @@
 """Compiled kernels for the Global Context block of GCNet: forward and backward, on CPU and GPU."""
 
 from ._version import __version__
-from .blocks import GlobalContextBlock, SimplifiedNonLocalBlock, SqueezeExcitation
+from .blocks import GlobalContextBlock, NonLocalBlock, SimplifiedNonLocalBlock, SqueezeExcitation
 from .functional import Transform, attention_map, attention_pool, channel_fuse, global_context
 
 __all__ = [
     "GlobalContextBlock",
+    "NonLocalBlock",
     "SimplifiedNonLocalBlock",
     "SqueezeExcitation",
     "Transform",

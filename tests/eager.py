@@ -101,3 +101,44 @@ class SimplifiedNonLocal(nn.Module):
         attention = self.conv_mask(positions).flatten(1).softmax(1)
         context = torch.einsum("ncp,np->nc", positions.flatten(2), attention)[:, :, None, None]
         return x + self.conv_out(context).reshape(*x.shape[:2], *(1 for _ in x.shape[2:]))
+
+
+class NonLocal(nn.Module):
+    """mmcv's NonLocal1d, 2d and 3d with the weights of all pairs of positions, as its documentation gives them."""
+
+    def __init__(self, channels: int, reduction: int = 2, mode: str = "embedded_gaussian", sub_sample=False, use_scale=True):
+        super().__init__()
+        planes = max(channels // reduction, 1)
+        self.mode, self.sub_sample, self.scale = mode, sub_sample, planes**-0.5 if use_scale else 1.0
+        self.g, self.conv_out = nn.Conv2d(channels, planes, 1), nn.Conv2d(planes, channels, 1)
+        if mode != "gaussian":
+            self.theta, self.phi = nn.Conv2d(channels, planes, 1), nn.Conv2d(channels, planes, 1)
+        if mode == "concatenation":
+            self.concat_project = nn.Conv2d(2 * planes, 1, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        image = x.flatten(2).unsqueeze(3)
+
+        def pooled(tensor: Tensor) -> Tensor:
+            if self.sub_sample:
+                spatial = tensor.reshape(*tensor.shape[:2], *x.shape[2:])
+                pool = {3: nn.MaxPool1d(2), 4: nn.MaxPool2d(2), 5: nn.MaxPool3d((1, 2, 2))}[x.dim()]
+                return pool(spatial).flatten(2)
+            return tensor.flatten(2)
+
+        g = pooled(self.g(image)).transpose(1, 2)
+        if self.mode == "gaussian":
+            theta, phi = image.flatten(2), pooled(image)
+        else:
+            theta, phi = self.theta(image).flatten(2), pooled(self.phi(image))
+        if self.mode == "concatenation":
+            pairs = (*theta.shape, phi.shape[2])
+            features = torch.cat([theta.unsqueeze(3).expand(pairs), phi.unsqueeze(2).expand(pairs)], 1)
+            weights = self.concat_project(features).relu().squeeze(1) / phi.shape[2]
+        else:
+            weights = theta.transpose(1, 2) @ phi
+            if self.mode == "dot_product":
+                weights = weights / phi.shape[2]
+            else:
+                weights = (weights * (self.scale if self.mode == "embedded_gaussian" else 1)).softmax(2)
+        return x + self.conv_out((weights @ g).transpose(1, 2).unsqueeze(3)).reshape(x.shape)

@@ -1,0 +1,169 @@
+"""The non-local block in its four modes, on PyTorch's own attention and matrix products: no kernel of this package is needed.
+
+Symbols: N samples, C channels, P positions, Q of them that are attended to (P, or fewer after max-pooling), D = C / reduction.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import _layers
+
+MODES = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
+NORMS = (None, "batch")
+# Size of the max-pooling window of sub_sample by the number of spatial dimensions; the first of three is time.
+POOLS = {1: (F.max_pool1d, 2), 2: (F.max_pool2d, 2), 3: (F.max_pool3d, (1, 2, 2))}
+
+
+class NonLocalBlock(nn.Module):
+    """The non-local block: ``out = x + conv_out(y)`` with ``y_p = sum_q f(x_p, x_q) g(x_q)``.
+
+    Source: X. Wang, R. Girshick, A. Gupta, K. He, "Non-local Neural Networks", 2018, https://arxiv.org/abs/1711.07971, section 3.
+    Signature, parameter names, scaling and initialisation are those of mmcv's ``NonLocal1d``, ``2d`` and ``3d``.
+
+    None of the modes forms a matrix of P x P weights:
+
+    * ``"embedded_gaussian"``: ``f = softmax_q(theta(x_p) . phi(x_q) / sqrt(D))``, by ``scaled_dot_product_attention``.
+    * ``"gaussian"``: ``f = softmax_q(x_p . x_q)``, likewise.
+    * ``"dot_product"``: ``f = theta(x_p) . phi(x_q) / Q``, as ``theta(x_p) . (sum_q phi(x_q) g(x_q) / Q)``: linear in P.
+    * ``"concatenation"``: ``f = relu(w . [theta(x_p), phi(x_q)]) / Q``, by sums over the sorted halves of the dot product, in
+      ``O(P log P)``.
+
+    Args:
+        inplanes: C, the channels of the input and of the output.
+        reduction: C / D; D is at least 1.
+        mode: one of the four.
+        sub_sample: whether phi and g are max-pooled, by 2 along every spatial dimension (not along the time of a video).
+        use_scale: whether ``"embedded_gaussian"`` divides by ``sqrt(D)``.
+        norm: None, or ``"batch"`` for a BatchNorm after ``conv_out``, which then has no bias.
+        device, dtype: of the parameters, as in every nn.Module.
+
+    Shapes:
+        Input ``[N, C, *spatial]`` with one, two or three spatial dimensions; the output is like it, in its dtype. What lies
+        between is computed in the dtype of the parameters.
+
+    Raises:
+        ValueError: an argument of the constructor is not among the valid ones, which the message lists.
+        RuntimeError: the input has a wrong rank or number of channels. The message says what.
+
+    The block starts as the identity.
+    """
+
+    def __init__(
+        self,
+        inplanes: int,
+        reduction: int = 2,
+        mode: str = "embedded_gaussian",
+        sub_sample: bool = False,
+        use_scale: bool = True,
+        norm: str | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _layers.check_choice("mode", mode, MODES)
+        _layers.check_choice("norm", norm, NORMS)
+        if reduction < 1:
+            raise ValueError(f"reduction must be at least 1, got {reduction}")
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.inplanes, self.reduction, self.mode = inplanes, reduction, mode
+        self.sub_sample, self.use_scale, self.norm = sub_sample, use_scale, norm
+        self.planes = planes = max(inplanes // reduction, 1)
+
+        def layer(inputs: int, outputs: int, *, bias: bool = True, **more: nn.Module) -> nn.Sequential:
+            return nn.Sequential(OrderedDict(conv=nn.Conv2d(inputs, outputs, 1, bias=bias, **factory), **more))
+
+        self.g = layer(inplanes, planes)
+        self.theta = self.phi = self.concat_project = None
+        if mode != "gaussian":
+            self.theta, self.phi = layer(inplanes, planes), layer(inplanes, planes)
+        if mode == "concatenation":
+            self.concat_project = layer(2 * planes, 1, bias=False)
+        normalisation = {"bn": nn.BatchNorm2d(inplanes, **factory)} if norm else {}
+        self.conv_out = layer(planes, inplanes, bias=norm is None, **normalisation)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as mmcv does; the last layer with zeros."""
+        for layer in (self.g, self.theta, self.phi):
+            if layer is not None:
+                nn.init.normal_(layer.conv.weight, std=0.01)
+                nn.init.zeros_(layer.conv.bias)
+        if self.concat_project is not None:
+            self.concat_project.conv.reset_parameters()
+        if self.norm is None:
+            nn.init.zeros_(self.conv_out.conv.weight)
+            nn.init.zeros_(self.conv_out.conv.bias)
+        else:
+            self.conv_out.conv.reset_parameters()
+            self.conv_out.bn.reset_running_stats()
+            nn.init.zeros_(self.conv_out.bn.weight)
+            nn.init.zeros_(self.conv_out.bn.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _layers.check_channels(x, self.inplanes)
+        if x.dim() - 2 not in POOLS:
+            raise RuntimeError(f"x must have 1 to 3 spatial dimensions [N, C, *spatial], got shape {list(x.shape)}")
+        image = _layers.in_dtype_of(self.g, x if x.dim() == 4 else x.flatten(2).unsqueeze(3))
+        g = self._attended(self.g(image), x)  # [N, D, Q]
+        if self.mode == "gaussian":
+            theta, phi = image.flatten(2), self._attended(image, x)
+        else:
+            theta, phi = self.theta(image).flatten(2), self._attended(self.phi(image), x)
+        if self.mode == "dot_product":
+            y = _dot_product(theta, phi, g)
+        elif self.mode == "concatenation":
+            y = _concatenation(theta, phi, g, self.concat_project.conv.weight)
+        else:
+            y = _softmax(theta, phi, g, self.mode == "embedded_gaussian" and self.use_scale)
+        out = self.conv_out(y.reshape(y.shape[:2] + image.shape[2:]))
+        return x + out.reshape(x.shape).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        names = ("reduction", "mode", "sub_sample", "use_scale", "norm")
+        return ", ".join([str(self.inplanes), *(f"{name}={getattr(self, name)!r}" for name in names)])
+
+    def _attended(self, image: Tensor, x: Tensor) -> Tensor:
+        """The positions that are attended to, [N, D, Q], of an image of x's positions."""
+        if not self.sub_sample:
+            return image.flatten(2)
+        pool, window = POOLS[x.dim() - 2]
+        return pool(image.reshape(image.shape[:2] + x.shape[2:]), window).flatten(2)
+
+
+def _softmax(theta: Tensor, phi: Tensor, g: Tensor, scaled: bool) -> Tensor:
+    """y_p = sum_q softmax_q(theta_p . phi_q) g_q."""
+    # The kernels that form no matrix want [N, 1, P or Q, D] with the D next to each other, and values as wide as the keys.
+    query, key, value = (tensor.transpose(1, 2).contiguous().unsqueeze(1) for tensor in (theta, phi, g))
+    missing = key.shape[-1] - value.shape[-1]
+    value = F.pad(value, (0, missing)) if missing > 0 else value
+    y = F.scaled_dot_product_attention(query, key, value, scale=theta.shape[1] ** -0.5 if scaled else 1.0)
+    return y.squeeze(1)[..., : g.shape[1]].transpose(1, 2)
+
+
+def _dot_product(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
+    """y_p = theta_p . (sum_q phi_q g_q / Q): the sum first, so that no weight of a pair is ever formed."""
+    summed = torch.matmul(g / phi.shape[2], phi.transpose(1, 2))  # [N, D of g, D of phi]
+    return torch.matmul(summed, theta)
+
+
+def _concatenation(theta: Tensor, phi: Tensor, g: Tensor, weight: Tensor) -> Tensor:
+    """y_p = sum_q relu(a_p + b_q) g_q / Q with a = w_theta . theta and b = w_phi . phi.
+
+    With the q sorted by falling b, those with a_p + b_q > 0 are the first k_p of them, and y_p = a_p G_k + B_k with the running
+    sums G of g and B of b g.
+    """
+    own, attended = weight.flatten().to(theta.dtype).chunk(2)
+    a, b = torch.einsum("d,ndp->np", own, theta), torch.einsum("d,ndq->nq", attended, phi)
+    b, order = b.sort(dim=1, descending=True)
+    g = g.gather(2, order.unsqueeze(1).expand_as(g)) / g.shape[2]
+    sums = F.pad(torch.stack([g, b.unsqueeze(1) * g]).cumsum(3), (1, 0))  # [2, N, D, Q + 1]
+    first = torch.searchsorted(-b.detach(), a.detach().contiguous())  # k_p: how many -b_q are below a_p
+    at_k = sums.gather(3, first.unsqueeze(1).expand(2, *g.shape[:2], -1))
+    return a.unsqueeze(1) * at_k[0] + at_k[1]
