@@ -79,10 +79,10 @@ $(BUILT): $(INSTALLED) $(SOURCES)
 	$(VENV)/bin/pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 
-$(CUDA_VENV)/installed-$(CUDA_TAG): requirements-dev.txt
+$(CUDA_VENV)/installed-$(CUDA_TAG): requirements-dev.txt requirements-peers.txt
 	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
 	$(CUDA_VENV)/bin/pip install --quiet $(CUDA_TORCH)
-	$(CUDA_VENV)/bin/pip install --quiet -r requirements-dev.txt
+	$(CUDA_VENV)/bin/pip install --quiet -r requirements-dev.txt -r requirements-peers.txt
 	touch $@
 
 # In a checkout of its own, so that neither build takes the other's for its own.

@@ -2,6 +2,7 @@
 
 from ._version import __version__
 from .blocks import GlobalContextBlock, NonLocalBlock, SimplifiedNonLocalBlock, SqueezeExcitation
+from .drop_in import replace_blocks, to_peer_state_dict
 from .functional import Transform, attention_map, attention_pool, channel_fuse, global_context
 
 __all__ = [
@@ -15,4 +16,6 @@ __all__ = [
     "attention_pool",
     "channel_fuse",
     "global_context",
+    "replace_blocks",
+    "to_peer_state_dict",
 ]

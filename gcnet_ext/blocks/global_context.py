@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional
-from . import _layers
+from . import _layers, _state_dict
 from ._layers import ACTIVATIONS, GATES, FusedBranch, Gate
 
 POOLING_TYPES = ("att", "avg")
@@ -95,6 +96,7 @@ class GlobalContextBlock(nn.Module):
         self.conv_mask = nn.Conv2d(inplanes, 1, 1, **factory) if pooling_type == "att" else None
         self.channel_add_conv = branch("channel_add")
         self.channel_mul_conv = branch("channel_mul")
+        self.register_load_state_dict_pre_hook(partial(_state_dict.accept, _state_dict.GLOBAL_CONTEXT))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

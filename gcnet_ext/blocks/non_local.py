@@ -6,13 +6,14 @@ Symbols: N samples, C channels, P positions, Q of them that are attended to (P, 
 from __future__ import annotations
 
 from collections import OrderedDict
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _layers
+from . import _layers, _state_dict
 
 MODES = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
 NORMS = (None, "batch")
@@ -23,7 +24,7 @@ POOLS = {1: (F.max_pool1d, 2), 2: (F.max_pool2d, 2), 3: (F.max_pool3d, (1, 2, 2)
 class NonLocalBlock(nn.Module):
     """The non-local block: ``out = x + conv_out(y)`` with ``y_p = sum_q f(x_p, x_q) g(x_q)``.
 
-    Source: X. Wang, R. Girshick, A. Gupta, K. He, "Non-local Neural Networks", 2018, https://arxiv.org/abs/1711.07971, section 3.
+    Source: X. Wang et al., "Non-local Neural Networks", 2018, https://arxiv.org/abs/1711.07971, equations 1 to 6.
     Signature, parameter names, scaling and initialisation are those of mmcv's ``NonLocal1d``, ``2d`` and ``3d``.
 
     None of the modes forms a matrix of P x P weights:
@@ -87,6 +88,7 @@ class NonLocalBlock(nn.Module):
             self.concat_project = layer(2 * planes, 1, bias=False)
         normalisation = {"bn": nn.BatchNorm2d(inplanes, **factory)} if norm else {}
         self.conv_out = layer(planes, inplanes, bias=norm is None, **normalisation)
+        self.register_load_state_dict_pre_hook(partial(_state_dict.accept, _state_dict.NON_LOCAL))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

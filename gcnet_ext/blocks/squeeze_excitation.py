@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional
-from . import _layers
+from . import _layers, _state_dict
 from ._layers import ACTIVATIONS, GATES, Gate
 
 
@@ -63,6 +64,7 @@ class SqueezeExcitation(nn.Module):
         self.fc1 = nn.Conv2d(inplanes, self.planes, 1, bias=bias, **factory)
         self.activation = ACTIVATIONS[activation]()
         self.fc2 = nn.Conv2d(self.planes, inplanes, 1, bias=bias, **factory)
+        self.register_load_state_dict_pre_hook(partial(_state_dict.accept, _state_dict.SQUEEZE_EXCITATION))
 
     def forward(self, x: Tensor) -> Tensor:
         _layers.check_channels(x, self.inplanes)
