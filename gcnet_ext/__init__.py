@@ -4,6 +4,7 @@ from ._version import __version__
 from .blocks import GlobalContextBlock, NonLocalBlock, SimplifiedNonLocalBlock, SqueezeExcitation
 from .drop_in import replace_blocks, to_peer_state_dict
 from .functional import Transform, attention_map, attention_pool, channel_fuse, global_context
+from .insert import insert_blocks
 
 __all__ = [
     "GlobalContextBlock",
@@ -16,6 +17,7 @@ __all__ = [
     "attention_pool",
     "channel_fuse",
     "global_context",
+    "insert_blocks",
     "replace_blocks",
     "to_peer_state_dict",
 ]

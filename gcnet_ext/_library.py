@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import _checks, reference
+from . import _checks, _flops, reference
 
 HOW_TO_BUILD = "build them with `pip install --no-build-isolation .` in a checkout (see Install in README.md)"
 
@@ -356,6 +356,7 @@ def _register() -> frozenset[str]:
         torch.library.register_fake(f"gcnet_ext::{name}", shapes)
         if function is not None:
             _register_autograd(name, function)
+    _flops.register()
     return frozenset({"cpu", "meta"} if cuda_error is not None else {"cpu", "cuda", "meta"})
 
 

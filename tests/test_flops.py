@@ -1,0 +1,65 @@
+"""What torch.utils.flop_counter counts for the compiled block is what it counts for the block in eager PyTorch."""
+
+from __future__ import annotations
+
+import eager
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import gcnet_ext
+from gcnet_ext import GlobalContextBlock, SimplifiedNonLocalBlock, SqueezeExcitation
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+
+def flops(module: nn.Module, x: torch.Tensor, backward: bool) -> int:
+    with FlopCounterMode(display=False) as counter:
+        out = module(x)
+        if backward:
+            out.sum().backward()
+    return counter.get_total_flops()
+
+
+def x(requires_grad: bool = True) -> torch.Tensor:
+    return torch.randn(2, 16, 6, 5, requires_grad=requires_grad)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("fusion", [("channel_mul",), ("channel_add",), ("channel_add", "channel_mul")], ids="-".join)
+@pytest.mark.parametrize("pooling", ["att", "avg"])
+def test_global_context(pooling, fusion, backward):
+    ours, theirs = (kind(16, 1 / 4, pooling, fusion) for kind in (GlobalContextBlock, eager.ContextBlock))
+    assert flops(ours, x(), backward) == flops(theirs, x(), backward) > 0
+
+
+@pytest.mark.parametrize("frozen", ["x", "mask", "mul", "all parameters"])
+def test_what_needs_no_gradient_is_not_counted(frozen):
+    ours, theirs = (kind(16, 1 / 4, "att", ("channel_mul",)) for kind in (GlobalContextBlock, eager.ContextBlock))
+    for module in (ours, theirs):
+        if frozen == "mask":
+            module.conv_mask.requires_grad_(False)
+        elif frozen == "mul":
+            module.channel_mul_conv.requires_grad_(False)
+        elif frozen != "x":
+            module.requires_grad_(False)
+    assert flops(ours, x(frozen != "x"), True) == flops(theirs, x(frozen != "x"), True)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_family(backward):
+    pairs = [
+        (SqueezeExcitation(16, 1 / 4), eager.SqueezeExcitation(16, 4)),
+        (SimplifiedNonLocalBlock(16), eager.SimplifiedNonLocal(16)),
+    ]
+    for ours, theirs in pairs:
+        assert flops(ours, x(), backward) == flops(theirs, x(), backward) > 0
+
+
+def test_functions():
+    weight = torch.randn(16)
+    with FlopCounterMode(display=False) as counter:
+        gcnet_ext.attention_pool(x(False), weight)
+        gcnet_ext.channel_fuse(x(False), torch.ones(2, 16))
+    assert counter.get_total_flops() == 4 * 2 * 16 * 30
