@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import _info, demo
+from . import _info, compare, demo
 
 # A subcommand is a module with HELP, add_arguments(parser) and run(arguments) -> exit code.
-COMMANDS = {"demo": demo}
+COMMANDS = {"demo": demo, "compare": compare}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -31,12 +31,13 @@ WITHOUT, PLAIN, COMPILED = "no context block", "plain PyTorch block", "gcnet_ext
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--epochs", type=_positive, default=4, help="epochs of training per net")
+    parser.add_argument("--epochs", type=positive, default=4, help="epochs of training per net")
     parser.add_argument("--output", type=Path, default=Path("."), metavar="DIR", help="where attention.png goes")
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and the random input of the check")
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """An argument that is a whole number of at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")

@@ -16,7 +16,7 @@ import torch
 
 import gcnet_ext
 from gcnet_ext import __main__ as command_line
-from gcnet_ext import _info, _library, demo
+from gcnet_ext import _info, _library, compare, demo
 
 needs_library = pytest.mark.skipif(_library.compiled is None, reason="there is no compiled library")
 OPERATORS = {name + twin for name in ("attention_pool", "channel_fuse", "global_context") for twin in ("", "_backward")}
@@ -290,6 +290,65 @@ def test_training_learns(digits):
     for some in maps:
         torch.testing.assert_close(some.mean((1, 2)), torch.ones(len(some)))
         assert some.std() > 0
+
+
+# ---- the comparison ----------------------------------------------------------------------------------------------------------
+
+
+def test_whole_comparison_and_again(digits, monkeypatch, tmp_path, capsys):
+    """Trains every kind, tells it as a table and a plot; a second call trains nothing, one with more seeds only those."""
+    pytest.importorskip("tqdm")
+    image = pytest.importorskip("matplotlib.image")
+    monkeypatch.setattr(compare, "load_digits", lambda: digits)
+    seeds_trained, real = [], compare.train
+
+    def train(nets, some, epochs, seed):
+        seeds_trained.append(seed)
+        return real(nets, some, epochs, seed)
+
+    monkeypatch.setattr(compare, "train", train)
+
+    def call(seeds: int, epochs: int = 1) -> str:
+        options = ["--epochs", str(epochs), "--seeds", str(seeds), "--output", str(tmp_path)]
+        assert command_line.main(["compare", *options]) == 0
+        return capsys.readouterr().out
+
+    def accuracies(told: str) -> dict[str, str]:
+        line = r"^(\w+) +(\d+\.\d\d%) ± \d+\.\d\d% +[\d,]+ +\d+\.\d +\d+\.\d\d +\d+\.\d\dx +\d+\.\d$"
+        return dict(re.findall(line, told, re.MULTILINE))
+
+    first = call(1)
+    assert seeds_trained == [0]
+    assert list(accuracies(first)) == list(compare.KINDS)
+    assert accuracies(call(1)) == accuracies(first)
+    assert seeds_trained == [0]
+    call(2)
+    assert seeds_trained == [0, 1]
+    call(1, epochs=2)
+    assert seeds_trained == [0, 1, 0], "what was trained for another number of epochs does not count"
+    picture = image.imread(tmp_path / "compare.png")[..., :3]
+    assert picture.shape[0] > 300
+    assert len(np.unique((picture * 255).astype(np.uint8).reshape(-1, 3), axis=0)) > 50
+
+
+def test_costs_of_the_kinds(digits):
+    """A block costs parameters; NL also FLOPs; all of them memory."""
+    costs = {kind: compare.cost_of(kind, digits) for kind in compare.KINDS}
+    plain = costs["none"]
+    assert plain.parameters == sum(p.numel() for p in demo.build_nets(0)[demo.WITHOUT].parameters())
+    planes = {"SE": lambda c: 2 * c * (c // 4) + c // 4 + c, "SNL": lambda c: c * c + c + c + 1}
+    for kind, count in planes.items():
+        assert costs[kind].parameters == plain.parameters + count(32) + count(64)
+    assert all(costs[kind].flops > plain.flops for kind in costs if kind != "none")
+    assert max(costs, key=lambda kind: costs[kind].flops) == "NL"
+    assert all(costs[kind].peak_bytes >= plain.peak_bytes > 0 for kind in costs)
+
+
+def test_nets_of_a_seed_start_alike():
+    nets = compare.nets_of(5)
+    shared = nets["none"].state_dict()
+    for net in nets.values():
+        assert all(torch.equal(net.state_dict()[name], tensor) for name, tensor in shared.items())
 
 
 @pytest.mark.parametrize("error", [2e-5, float("nan")])
