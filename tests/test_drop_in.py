@@ -167,6 +167,41 @@ def test_what_survives(name):
     assert torch.allclose(model.bfloat16()(x.bfloat16()).float(), want, rtol=0.1, atol=0.1)
 
 
+def replica(module: nn.Module) -> nn.Module:
+    """As torch.nn.parallel.replicate makes it for DataParallel: parameters are plain attributes, not leaves."""
+    copied = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        copied._modules[name] = None if child is None else replica(child)
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            copied._parameters[name] = None
+        else:
+            setattr(copied, name, parameter * 1.0)
+    return copied
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        GlobalContextBlock(16, 1 / 4, fusion_types=("channel_add", "channel_mul")),
+        SqueezeExcitation(16, 1 / 4),
+        gcnet_ext.SimplifiedNonLocalBlock(16),
+        NonLocalBlock(16),
+    ],
+    ids=lambda block: type(block).__name__,
+)
+def test_data_parallel_replicas(block):
+    """A replica computes the same, and its gradients reach the parameters of the original."""
+    eager.randomise(block)
+    x = feature_map(2, torch.float32)
+    assert torch.equal(replica(block)(x), block(x))
+    block(x).sum().backward()
+    want = [parameter.grad.clone() for parameter in block.parameters()]
+    block.zero_grad()
+    replica(block)(x).sum().backward()
+    assert all(torch.equal(parameter.grad, grad) for parameter, grad in zip(block.parameters(), want, strict=True))
+
+
 def test_snippet_wherever_it_is_defined():
     """The class that many projects copied, under any name; one that computes something else is left, and says why."""
 
