@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional
+from .. import _split, functional
 from . import _layers, _state_dict
 from ._layers import ACTIVATIONS, GATES, FusedBranch, Gate
 
@@ -37,6 +37,9 @@ class GlobalContextBlock(nn.Module):
         activation: ``"relu"`` or ``"silu"``, between the two layers.
         gate: what the scale goes through: ``"sigmoid"``, or ``"hard_sigmoid"`` for ``clip(gate_alpha t + gate_beta, 0, 1)``.
         gate_alpha, gate_beta: of the hard sigmoid; torch's are 1/6 and 1/2, those of ONNX 0.2 and 0.5.
+        process_group: of torch.distributed, when each process holds its own part of every image, split along a spatial
+            dimension: the context is then that of the whole image, for one collective of ``N (C + 1)`` numbers per call and
+            one of ``N C`` backward. The gradient of a parameter is the sum over the processes. Such a block has no copies.
         device, dtype: of the parameters, as in every nn.Module.
 
     Shapes:
@@ -65,6 +68,7 @@ class GlobalContextBlock(nn.Module):
         gate: str = "sigmoid",
         gate_alpha: float = 1 / 6,
         gate_beta: float = 0.5,
+        process_group: torch.distributed.ProcessGroup | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -81,6 +85,7 @@ class GlobalContextBlock(nn.Module):
         self.pooling_type = pooling_type
         self.fusion_types = fusion_types
         self.gate = Gate(gate, gate_alpha, gate_beta)
+        self.process_group = process_group
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
 
         def branch(fusion: str) -> nn.Sequential | None:
@@ -114,7 +119,7 @@ class GlobalContextBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _layers.check_channels(x, self.inplanes)
-        fused = self._fused_arguments()
+        fused = self._fused_arguments() if self.process_group is None else None
         if fused is not None:
             mask_weight, mask_bias, scale, shift = fused
             return functional.global_context(
@@ -160,6 +165,12 @@ class GlobalContextBlock(nn.Module):
         return _layers.parameter(mask, "weight"), _layers.parameter(mask, "bias"), scale, shift
 
     def _context(self, x: Tensor) -> Tensor:
+        if self.process_group is not None:
+            mask = self.conv_mask
+            if mask is not None and not _layers.is_pointwise(mask):
+                raise RuntimeError("conv_mask must be the plain 1x1 convolution with a process_group, got another or a hook")
+            weight, bias = (None, None) if mask is None else (mask.weight, mask.bias)
+            return _split.attention_pool(x, weight, bias, self.process_group)
         if self.conv_mask is None:
             return functional.attention_pool(x)
         if _layers.is_pointwise(self.conv_mask):

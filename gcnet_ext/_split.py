@@ -1,0 +1,88 @@
+"""Attention pooling of a feature map whose positions are split over the processes of a group.
+
+Each process pools its own positions: context c_r with softmax weights m_r, and the logarithm l_r of the softmax's denominator.
+With l = log sum_r exp(l_r) the share of a process is s_r = exp(l_r - l), and over all of them
+
+    context = sum_r s_r c_r,    m = s_r m_r,
+
+so one collective of [N, C + 1] numbers is all that forward needs, and one of [N, C], for the gradient of the context, backward.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import _library
+
+
+def _kernel(name: str, *arguments):
+    with torch._C._AutoDispatchBelowAutograd():
+        return getattr(torch.ops.gcnet_ext, name).default(*arguments)
+
+
+def _log_denominator(x: Tensor, weight: Tensor, bias: Tensor | None, attention: Tensor) -> Tensor:
+    """l_r [N], from the position with the most attention: m_p = exp(logit_p - l)."""
+    most, place = attention.max(1)
+    channels = x.shape[1]
+    at_place = x.flatten(2).gather(2, place[:, None, None].expand(-1, channels, 1)).squeeze(2).to(attention.dtype)
+    logit = at_place @ weight.flatten().to(attention.dtype)
+    if bias is not None:
+        logit = logit + bias.to(attention.dtype)
+    return logit - most.log()
+
+
+class SplitAttentionPool(torch.autograd.Function):
+    """(x, weight, bias, group) -> the context [N, C] over the positions of all processes, in the accumulation dtype."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
+        context, attention = _kernel("attention_pool", x, weight, bias)
+        if weight is None:  # every position counts alike
+            positions = x.flatten(2).shape[2]
+            log_denominator = torch.full_like(context[:, 0], positions).log()
+        else:
+            log_denominator = _log_denominator(x, weight, bias, attention)
+        own = torch.cat([context, log_denominator.unsqueeze(1)], 1).contiguous()
+        all_of_them = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(all_of_them, own, group=group)
+        gathered = torch.stack(all_of_them)  # [processes, N, C + 1]
+        shares = gathered[..., -1:].softmax(0)
+        total = (shares * gathered[..., :-1]).sum(0)
+        ctx.share = shares[dist.get_rank(group)]  # [N, 1]
+        ctx.group = group
+        ctx.save_for_backward(x, weight, bias, total, attention)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight, bias, context, attention = ctx.saved_tensors
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=ctx.group)  # every process used the same context
+        if weight is None:
+            grad = grad * ctx.share
+        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+        grad_x, grad_weight = torch.ops.gcnet_ext.attention_pool_backward.default(
+            grad, x, weight, context, attention * ctx.share, need_x, need_weight
+        )
+        return (
+            grad_x if need_x else None,
+            grad_weight if need_weight else None,
+            torch.zeros_like(bias) if need_bias else None,
+            None,
+        )
+
+
+def attention_pool(x: Tensor, weight: Tensor | None, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
+    """The context [N, C] over the positions of all processes, in the accumulation dtype.
+
+    Raises:
+        RuntimeError: there are no compiled kernels for the device of x, or its dtype or shape is wrong.
+    """
+    if x.device.type not in _library.kernel_devices():
+        why = _library.why_no_kernels(x.device.type)
+        raise RuntimeError(f"process_group needs the compiled kernels for the device of x ({x.device.type}): {why}")
+    return SplitAttentionPool.apply(x, weight, bias, group)
