@@ -71,9 +71,10 @@ def kernel_devices() -> frozenset[str]:
 def has_kernels(x: Tensor) -> bool:
     """Whether x goes to compiled kernels. Where there could be some for its device, their absence is told, once.
 
-    Inside torch.func transforms (grad, vmap, jvp) it does not: plain PyTorch is differentiable and batched in every way.
+    Inside torch.func transforms (grad, vmap, jvp) it does not: plain PyTorch is differentiable and batched in every way. Nor in
+    an export to ONNX, which has standard operators only.
     """
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() or torch.onnx.is_in_onnx_export():
         return False
     device = "cpu" if x.is_cpu else x.device.type  # a torch.device and its name cost 20 us when they are not in a cache
     if device in _kernel_devices:

@@ -33,7 +33,7 @@ class NonLocalBlock(nn.Module):
     * ``"gaussian"``: ``f = softmax_q(x_p . x_q)``, likewise.
     * ``"dot_product"``: ``f = theta(x_p) . phi(x_q) / Q``, as ``theta(x_p) . (sum_q phi(x_q) g(x_q) / Q)``: linear in P.
     * ``"concatenation"``: ``f = relu(w . [theta(x_p), phi(x_q)]) / Q``, by sums over the sorted halves of the dot product, in
-      ``O(P log P)``.
+      ``O(P log P)``. (Exported to ONNX, which has no search in sorted numbers, it does form them.)
 
     Args:
         inplanes: C, the channels of the input and of the output.
@@ -163,6 +163,8 @@ def _concatenation(theta: Tensor, phi: Tensor, g: Tensor, weight: Tensor) -> Ten
     """
     own, attended = weight.flatten().to(theta.dtype).chunk(2)
     a, b = torch.einsum("d,ndp->np", own, theta), torch.einsum("d,ndq->nq", attended, phi)
+    if torch.onnx.is_in_onnx_export():  # ONNX can sort, but not search
+        return torch.matmul(g / g.shape[2], (a.unsqueeze(1) + b.unsqueeze(2)).relu())
     b, order = b.sort(dim=1, descending=True)
     g = g.gather(2, order.unsqueeze(1).expand_as(g)) / g.shape[2]
     sums = F.pad(torch.stack([g, b.unsqueeze(1) * g]).cumsum(3), (1, 0))  # [2, N, D, Q + 1]
