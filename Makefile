@@ -39,7 +39,7 @@ demo: $(BUILT)
 test: $(BUILT)
 	$(VENV)/bin/python -m pytest $(ARGS)
 
-test-native: $(INSTALLED)
+test-native: $(BUILT)
 	$(VENV)/bin/cmake -S . -B build/native -G Ninja
 	$(VENV)/bin/cmake --build build/native
 	$(VENV)/bin/ctest --test-dir build/native --output-on-failure -j 2 $(ARGS)
@@ -61,12 +61,12 @@ build: $(BUILT)
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $(filter csrc/%,$(SOURCES))
+	$(VENV)/bin/clang-format --dry-run --Werror $(filter csrc/%,$(SOURCES)) $(wildcard examples/cpp/*.cpp)
 
 format: $(INSTALLED)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $(filter csrc/%,$(SOURCES))
+	$(VENV)/bin/clang-format -i $(filter csrc/%,$(SOURCES)) $(wildcard examples/cpp/*.cpp)
 
 $(INSTALLED): requirements-dev.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
