@@ -1,6 +1,6 @@
 """Writes what run_package needs: a small model with blocks, compiled by AOTInductor, and an input with its output.
 
-    python examples/cpp/make_package.py DIR
+python examples/cpp/make_package.py DIR
 """
 
 from __future__ import annotations
