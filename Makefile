@@ -86,10 +86,10 @@ $(CUDA_VENV)/installed-$(CUDA_TAG): requirements-dev.txt requirements-peers.txt
 	touch $@
 
 # In a checkout of its own, so that neither build takes the other's for its own.
-$(CUDA_BUILT): $(CUDA_VENV)/installed-$(CUDA_TAG) $(SOURCES) $(wildcard gcnet_ext/*.py gcnet_ext/*/*.py bench/*.py) $(shell find tests -type f -not -path '*/__pycache__/*')
+$(CUDA_BUILT): $(CUDA_VENV)/installed-$(CUDA_TAG) $(SOURCES) $(wildcard gcnet_ext/*.py gcnet_ext/*/*.py bench/*.py examples/*.py) $(shell find tests -type f -not -path '*/__pycache__/*')
 	mkdir -p $(CUDA_CHECKOUT)
-	rm -rf $(CUDA_CHECKOUT)/cuda-built-* $(addprefix $(CUDA_CHECKOUT)/,csrc gcnet_ext tests bench)
-	tar -c --exclude='*.so' --exclude=__pycache__ csrc gcnet_ext tests bench setup.py pyproject.toml README.md LICENSE Makefile \
+	rm -rf $(CUDA_CHECKOUT)/cuda-built-* $(addprefix $(CUDA_CHECKOUT)/,csrc gcnet_ext tests bench examples)
+	tar -c --exclude='*.so' --exclude=__pycache__ csrc gcnet_ext tests bench examples setup.py pyproject.toml README.md LICENSE Makefile \
 		CMakeLists.txt CHANGELOG.md requirements-dev.txt | tar -x -C $(CUDA_CHECKOUT)
 	cd $(CUDA_CHECKOUT) && GCNET_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" \
 		$(abspath $(CUDA_VENV))/bin/pip install --quiet --no-build-isolation --no-deps -e .
