@@ -42,6 +42,7 @@ def make_modules(channels: int, fusions: tuple[str, ...], dtype: torch.dtype, co
     modules = {"ours": ours, "eager": eager}
     if compiled:
         torch._dynamo.reset()
+        modules["compiled ours"] = torch.compile(ours)
         modules["compile"] = torch.compile(Eager(channels, units, fusions))
         modules["rewrite"] = torch.compile(Rewrite(channels, units, fusions))
     return {name: module.to(dtype) for name, module in modules.items()}

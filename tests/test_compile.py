@@ -7,10 +7,12 @@ import pytest
 import torch
 from functorch.compile import make_boxed_compiler
 from grid import Case, Random
+from test_insert import Residual
+from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
 import gcnet_ext
-from gcnet_ext import GlobalContextBlock
+from gcnet_ext import GlobalContextBlock, insert_blocks
 
 SHAPES = ((2, 12, 6, 7), (3, 12, 5, 9), (4, 12, 8, 8), (2, 12, 3, 11))
 OPTIONS = (True, 1e-5, False, False, 1 / 6, 0.5)
@@ -90,6 +92,48 @@ def test_block_in_a_net(kernels, backend):
             results.append([out.detach(), *(parameter.grad.clone() for parameter in net.parameters())])
         for ours, theirs in zip(*results, strict=True):
             assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def stage_with_blocks() -> nn.Module:
+    """A stage of a ResNet, with the blocks that insert_blocks puts behind its norms."""
+    stage = nn.Sequential(Residual(16), Residual(16)).eval()
+    insert_blocks(stage, modules=["0.bn2", "1.bn2"], ratio=1 / 4, fusion_types=("channel_mul", "channel_add"))
+    for name, parameter in stage.named_parameters():
+        if "context_block" in name:
+            nn.init.normal_(parameter, std=0.3)
+    return stage
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_modes_in_a_resnet_stage(kernels, mode):
+    stage = stage_with_blocks()
+    compiled = torch.compile(stage, fullgraph=True, mode=mode)
+    for index, shape in enumerate(((2, 16, 8, 6), (3, 16, 9, 7))):
+        x, grad = (torch.randn(shape, generator=torch.Generator().manual_seed(2 * index + turn)) for turn in (0, 1))
+        results = []
+        for module in (compiled, stage):
+            stage.zero_grad()
+            leaf = x.clone().requires_grad_()
+            out = module(leaf)
+            out.backward(grad)
+            results.append([out.detach().clone(), leaf.grad, *(parameter.grad.clone() for parameter in stage.parameters())])
+        for got, want in zip(*results, strict=True):
+            assert torch.allclose(got, want, rtol=1e-3, atol=1e-3 * float(want.abs().max()))
+
+
+def test_a_resnet_stage_is_traced_for_two_sizes_and_no_more(kernels):
+    """Static at first, dynamic at the second size. (Inductor compiles convolutions anew for every size, blocks or not.)"""
+    graphs = []
+
+    def counted(module, _inputs):
+        graphs.append(module)
+        return module
+
+    compiled = torch.compile(stage_with_blocks(), fullgraph=True, backend=counted)
+    for samples, height, width in ((2, 8, 6), (3, 9, 7), (5, 12, 10), (4, 7, 11)):
+        compiled(torch.randn(samples, 16, height, width))
+    assert len(graphs) == 2
 
 
 def test_backward_is_the_kernel(kernels, backend):
