@@ -223,7 +223,7 @@ def _global_context_backward_shapes(grad, x, mask_weight, *rest):
 # gradient is zero, and a zero, not None, so that DistributedDataParallel does not take it for an unused parameter.
 
 
-def _below_autograd(name: str, args: tuple) -> tuple[Tensor, ...] | Tensor:
+def below_autograd(name: str, args: tuple) -> tuple[Tensor, ...] | Tensor:
     """The kernel itself, without a second look at the autograd key."""
     with torch._C._AutoDispatchBelowAutograd():
         return getattr(torch.ops.gcnet_ext, name).default(*args)
@@ -257,7 +257,7 @@ def _reference_block(x, mask_weight, mask_bias, *rest) -> Tensor:
 class _AttentionPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
-        context, attention = _below_autograd("attention_pool", args)
+        context, attention = below_autograd("attention_pool", args)
         ctx.mark_non_differentiable(attention)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*args, context, attention)
@@ -281,7 +281,7 @@ class _ChannelFuse(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         ctx.save_for_backward(*args)
-        return _below_autograd("channel_fuse", args)
+        return below_autograd("channel_fuse", args)
 
     @staticmethod
     def backward(ctx, grad):
@@ -294,7 +294,7 @@ class _ChannelFuse(torch.autograd.Function):
 class _GlobalContext(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
-        outputs = _below_autograd("global_context", args)
+        outputs = below_autograd("global_context", args)
         side = outputs[1:]
         ctx.mark_non_differentiable(*side)
         ctx.set_materialize_grads(False)
@@ -339,7 +339,7 @@ def _register_autograd(name: str, function: type[torch.autograd.Function]) -> No
     def implementation(*args):
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return function.apply(*args)
-        return _below_autograd(name, args)
+        return below_autograd(name, args)
 
     _implementations.impl(name, implementation, "Autograd")
 

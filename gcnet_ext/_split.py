@@ -18,11 +18,6 @@ from torch.autograd.function import once_differentiable
 from . import _library
 
 
-def _kernel(name: str, *arguments):
-    with torch._C._AutoDispatchBelowAutograd():
-        return getattr(torch.ops.gcnet_ext, name).default(*arguments)
-
-
 def _log_denominator(x: Tensor, weight: Tensor, bias: Tensor | None, attention: Tensor) -> Tensor:
     """l_r [N], from the position with the most attention: m_p = exp(logit_p - l)."""
     most, place = attention.max(1)
@@ -39,7 +34,7 @@ class SplitAttentionPool(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
-        context, attention = _kernel("attention_pool", x, weight, bias)
+        context, attention = _library.below_autograd("attention_pool", (x, weight, bias))
         if weight is None:  # every position counts alike
             positions = x.flatten(2).shape[2]
             log_denominator = torch.full_like(context[:, 0], positions).log()
