@@ -1,5 +1,7 @@
 #include "check.h"
 
+#include "layout.h"
+
 #include <stdexcept>
 
 namespace gcnet_ext {
@@ -107,6 +109,12 @@ void feature_map(const char* op, const Tensor& x, bool pooled) {
   }
   if (x.size(1) == 0) fail(op, "x must have at least one channel, got shape " + shape_of(x.sizes()));
   if (pooled && positions(x) == 0) fail(op, "x must have at least one position to pool over, got shape " + shape_of(x.sizes()));
+}
+
+void in_place(const char* op, const Tensor& x) {
+  if (has_own_memory(x)) return;
+  fail(op, "x must not have elements that share memory when it is overwritten, got shape " + shape_of(x.sizes()) +
+               " with strides " + shape_of(x.strides()));
 }
 
 void gradient(const char* op, const Tensor& grad, const Tensor& x) {

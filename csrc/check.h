@@ -18,6 +18,8 @@ namespace check {
 
 // x is a floating [N, C, *spatial]; a pooled one has something to pool.
 void feature_map(const char* op, const Tensor& x, bool pooled = true);
+// An x that the operator writes to.
+void in_place(const char* op, const Tensor& x);
 // The gradient of an output that is shaped like x.
 void gradient(const char* op, const Tensor& grad, const Tensor& x);
 // A tensor of the accumulation dtype that the forward op returned and the backward op takes.

@@ -2,6 +2,9 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
+#include <algorithm>
+#include <utility>
+
 namespace gcnet_ext {
 namespace {
 
@@ -20,6 +23,18 @@ int64_t collapsed_stride(const Tensor& x) {
   return stride < 0 ? 1 : stride;
 }
 
+// Past the dispatcher by name, which the stable ABI's own new_empty goes through: a call has up to 15 small outputs.
+Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                     ScalarType dtype) {
+  AtenTensorHandle handle = nullptr;
+  int32_t device_type = 0, device_index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                         static_cast<int32_t>(dtype), device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
 Tensor empty_map(const Tensor& x, bool channels_last) {
   const int64_t dims = x.dim();
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end()), strides(dims);
@@ -30,14 +45,7 @@ Tensor empty_map(const Tensor& x, bool channels_last) {
   }
   strides[1] = channels_last ? 1 : stride;
   strides[0] = channels_last ? stride : stride * sizes[1];
-  AtenTensorHandle handle = nullptr;
-  int32_t dtype = 0, device_type = 0, device_index = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &device_index));
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, sizes.data(), strides.data(), dtype, device_type, device_index, &handle));
-  return Tensor(handle);
+  return empty_strided(x, sizes, strides, x.scalar_type());
 }
 
 Tensor dense_copy(const Tensor& x, bool channels_last) {
@@ -52,6 +60,21 @@ bool is_native(const Tensor& x, bool channels_last) {
 }
 
 }  // namespace
+
+bool has_own_memory(const Tensor& x) {
+  std::vector<std::pair<int64_t, int64_t>> strides_and_sizes;
+  for (int64_t dim = 0; dim < x.dim(); dim++) {
+    if (x.size(dim) == 0) return true;
+    if (x.size(dim) > 1) strides_and_sizes.emplace_back(x.stride(dim), x.size(dim));
+  }
+  std::sort(strides_and_sizes.begin(), strides_and_sizes.end());
+  int64_t reach = 0;  // of the dimensions with smaller strides, together
+  for (const auto& [stride, size] : strides_and_sizes) {
+    if (stride <= reach) return false;
+    reach += stride * (size - 1);
+  }
+  return true;
+}
 
 bool is_channels_last(const Tensor& x) {
   const int64_t channels = x.size(1);
@@ -78,10 +101,35 @@ Tensor native(const Tensor& x) {
   return is_native(x, channels_last) ? x : dense_copy(x, channels_last);
 }
 
+Tensor native_dense(const Tensor& x) {
+  const bool channels_last = is_channels_last(x);
+  if (!is_native(x, channels_last)) return dense_copy(x, channels_last);
+  const Layout at = layout_of(x);
+  const bool rows = channels_last ? at.position_stride == at.channels : at.channel_stride == at.positions || at.channels == 1;
+  const bool samples = at.sample_stride == at.channels * at.positions || at.samples == 1;
+  return rows && samples ? x : dense_copy(x, channels_last);
+}
+
+void write_back(const Tensor& map, const Tensor& x) {
+  if (map.data_ptr() == x.data_ptr()) return;
+  Tensor target = x;
+  torch::stable::copy_(target, map);
+}
+
 Tensor native_like(const Tensor& grad, const Tensor& like) {
   const bool channels_last = is_channels_last(like);
   const bool same = is_channels_last(grad) == channels_last && is_native(grad, channels_last);
   return same ? grad : dense_copy(grad, channels_last);
+}
+
+Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t dim = sizes.size(); dim-- > 0;) {
+    strides[dim] = stride;
+    stride *= std::max<int64_t>(1, sizes[dim]);
+  }
+  return empty_strided(like, sizes, strides, dtype);
 }
 
 Tensor empty_like_map(const Tensor& x) { return empty_map(x, is_channels_last(x)); }

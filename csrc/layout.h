@@ -22,8 +22,16 @@ bool is_channels_last(const Tensor& x);
 Layout layout_of(const Tensor& x);
 // x itself when it lies in one of the two layouts, otherwise a dense copy in the memory format it is nearest to.
 Tensor native(const Tensor& x);
+// x itself when it is dense in one of the two layouts, otherwise a dense copy.
+Tensor native_dense(const Tensor& x);
+// What was computed on such a copy of x, into x; nothing where the map is x itself.
+void write_back(const Tensor& map, const Tensor& x);
 // The same with the memory format of `like`: for a gradient that has to be walked together with x.
 Tensor native_like(const Tensor& grad, const Tensor& like);
+// Whether no two elements of x share memory, so that each can be overwritten.
+bool has_own_memory(const Tensor& x);
+// An uninitialised contiguous tensor on the device of `like`.
+Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype);
 // An uninitialised tensor of the shape and memory format of x, dense.
 Tensor empty_like_map(const Tensor& x);
 

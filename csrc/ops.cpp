@@ -2,7 +2,8 @@
 // shape functions and autograd live in gcnet_ext/_library.py.
 //
 // N samples, C channels, P positions, H hidden units of a branch. "acc" is the accumulation dtype: float64 for a float64 x,
-// float32 otherwise. A gradient that is not needed comes back as an empty tensor.
+// float32 otherwise. A gradient that is not needed comes back as an empty tensor. An operator with a trailing underscore
+// overwrites x with its result, and has no gradient.
 #include "stable.h"
 
 STABLE_TORCH_LIBRARY(gcnet_ext, m) {
@@ -14,6 +15,7 @@ STABLE_TORCH_LIBRARY(gcnet_ext, m) {
 
   // -> x * scale + shift; scale and shift are [N, C]
   m.def("channel_fuse(Tensor x, Tensor? scale, Tensor? shift) -> Tensor");
+  m.def("channel_fuse_(Tensor(a!) x, Tensor? scale, Tensor? shift) -> ()");
   m.def(
       "channel_fuse_backward(Tensor grad, Tensor x, Tensor? scale, Tensor? shift, "
       "bool need_x, bool need_scale, bool need_shift) -> (Tensor grad_x, Tensor grad_scale, Tensor grad_shift)");
@@ -31,6 +33,14 @@ STABLE_TORCH_LIBRARY(gcnet_ext, m) {
       "shift_b2, "
       "bool norm, float eps, bool silu, bool hard_sigmoid, float gate_alpha, float gate_beta) "
       "-> (Tensor out, Tensor context, Tensor attention, Tensor hidden, Tensor gate_values)");
+  m.def(
+      "global_context_(Tensor(a!) x, Tensor? mask_weight, Tensor? mask_bias, "
+      "Tensor? scale_w1, Tensor? scale_b1, Tensor? scale_norm_weight, Tensor? scale_norm_bias, Tensor? scale_w2, Tensor? "
+      "scale_b2, "
+      "Tensor? shift_w1, Tensor? shift_b1, Tensor? shift_norm_weight, Tensor? shift_norm_bias, Tensor? shift_w2, Tensor? "
+      "shift_b2, "
+      "bool norm, float eps, bool silu, bool hard_sigmoid, float gate_alpha, float gate_beta) "
+      "-> ()");
   m.def(
       "global_context_backward(Tensor grad, Tensor x, Tensor? mask_weight, "
       "Tensor? scale_w1, Tensor? scale_b1, Tensor? scale_norm_weight, Tensor? scale_norm_bias, Tensor? scale_w2, Tensor? "

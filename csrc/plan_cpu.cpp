@@ -10,22 +10,27 @@ constexpr int64_t kMinTile = 64;           // positions: four vectors of 16 floa
 constexpr int64_t kMaxTile = 4096;         // what the kernels have scratch space for
 constexpr int64_t kMaxSplits = 64;         // partial results of a sample: 64 C elements at most
 constexpr int64_t kSweepBytes = 128 << 10;
-constexpr int64_t kSweepPositions = 1024;  // at least; in NCHW, so that blocks follow one another as the pool's tiles do
-constexpr int64_t kMinGroupBytes = 8 << 20;
-constexpr int64_t kMaxAloneBytes = 4 << 20;     // of a sample that one thread takes through all steps
-constexpr int64_t kMaxAloneWeights = 64 << 10;  // which it then reads for every sample
+constexpr int64_t kMaxByChannels = 4 << 20;     // bytes of a sample that is cut by channels: it is read twice
+constexpr int64_t kMaxParts = 16;               // of such a sample: P elements each
+constexpr int64_t kRowBlock = 4;                // rows that the kernels take at once
+constexpr int64_t kMaxAloneWeights = 64 << 10;  // bytes of the transform that one thread reads for every sample
+constexpr int64_t kWeightsShare = 4;            // where threads share it, a group outweighs it so many times
 constexpr int64_t kMaxIdle = 8;                 // at most one in so many threads may have nothing to do in the last round
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+bool by_channels(int64_t channels, int64_t positions, int64_t element_size, bool channels_last) {
+  return !channels_last && positions <= kMaxTile && channels * positions * element_size <= kMaxByChannels;
+}
 }  // namespace
 
-PoolPlan plan_cpu_pool(int64_t channels, int64_t positions, int64_t element_size) {
+PoolPlan plan_cpu_pool(int64_t channels, int64_t positions, int64_t element_size, bool channels_last) {
+  if (by_channels(channels, positions, element_size, channels_last)) return {true, positions, positions, 1};
   const int64_t fitting = kTileBytes / (channels * element_size) / kMinTile * kMinTile;
   const int64_t tile = std::clamp(fitting, kMinTile, kMaxTile);
   const int64_t tiles = std::max<int64_t>(1, ceil_div(positions, tile));
   const int64_t tiles_per_split = ceil_div(tiles, kMaxSplits);
-  return {tile, tile * tiles_per_split, ceil_div(tiles, tiles_per_split)};
+  return {false, tile, tile * tiles_per_split, ceil_div(tiles, tiles_per_split)};
 }
 
 SweepPlan plan_cpu_sweep(int64_t channels, int64_t positions, int64_t element_size, bool channels_last) {
@@ -35,8 +40,12 @@ SweepPlan plan_cpu_sweep(int64_t channels, int64_t positions, int64_t element_si
     plan.channels = channels;
     plan.positions = std::max(elements / channels, ceil_div(positions, kMaxSplits));
   } else {
-    plan.positions = std::max(kSweepPositions, ceil_div(positions, kMaxSplits));
-    plan.channels = elements / std::max<int64_t>(1, std::min(plan.positions, positions));
+    const int64_t parts = std::clamp<int64_t>(ceil_div(positions, elements), 1, kMaxSplits);
+    plan.positions = ceil_div(positions, parts);
+    plan.channels = elements / std::max<int64_t>(1, positions);
+    if (by_channels(channels, positions, element_size, channels_last)) {
+      plan.channels = ceil_div(std::max(plan.channels, ceil_div(channels, kMaxParts)), kRowBlock) * kRowBlock;
+    }
   }
   plan.channels = std::clamp<int64_t>(plan.channels, 1, channels);
   plan.positions = std::clamp<int64_t>(plan.positions, 1, std::max<int64_t>(1, positions));
@@ -45,12 +54,12 @@ SweepPlan plan_cpu_sweep(int64_t channels, int64_t positions, int64_t element_si
   return plan;
 }
 
-GroupPlan plan_cpu_group(int64_t samples, int64_t sample_bytes, int64_t weight_bytes, int64_t threads) {
+GroupPlan plan_cpu_group(int64_t samples, int64_t sample_bytes, int64_t weight_bytes, int64_t threads, int64_t cache_bytes) {
+  const int64_t share = cache_bytes / 2;
   const int64_t rounds = ceil_div(samples, threads), idle = rounds * threads - samples;
   const bool busy = idle * kMaxIdle <= rounds * threads;
-  if (busy && sample_bytes <= kMaxAloneBytes && weight_bytes <= std::max(kMaxAloneWeights, sample_bytes / 8)) return {1, true};
-  // The weights of the transform are read once per group: they should not outweigh the samples.
-  const int64_t bytes = std::max({kMinGroupBytes, 2 * weight_bytes, threads * (kMinGroupBytes / 4)});
+  if (busy && sample_bytes <= share && weight_bytes <= std::max(kMaxAloneWeights, sample_bytes / 8)) return {1, true};
+  const int64_t bytes = std::max(threads * share, kWeightsShare * weight_bytes);
   return {std::clamp<int64_t>(bytes / std::max<int64_t>(1, sample_bytes), 1, std::max<int64_t>(1, samples)), false};
 }
 

@@ -6,9 +6,14 @@
 
 namespace gcnet_ext {
 
-// The attention pool of one sample on the CPU: P positions in `splits` parts of `split` positions; each part is walked in tiles
-// of `tile` positions, which stay in the second-level cache between the logits and the weighted sum.
+// The attention pool of one sample on the CPU.
+//
+// by_channels: a small sample in NCHW is cut into the blocks of its sweep, whole rows one behind the other; every block adds to
+// the logits, and then takes the weighted sums of its own channels. Otherwise its P positions are cut into `splits` parts of
+// `split` positions; each part is walked in tiles of `tile` positions, which stay in the second-level cache between the logits
+// and the weighted sum.
 struct PoolPlan {
+  bool by_channels;
   int64_t tile, split, splits;
 };
 
@@ -18,17 +23,18 @@ struct SweepPlan {
   int64_t channel_blocks, position_blocks;  // how many there are
 };
 
-PoolPlan plan_cpu_pool(int64_t channels, int64_t positions, int64_t element_size);
+PoolPlan plan_cpu_pool(int64_t channels, int64_t positions, int64_t element_size, bool channels_last);
 SweepPlan plan_cpu_sweep(int64_t channels, int64_t positions, int64_t element_size, bool channels_last);
 
-// How many samples go through all steps of the block before the next ones start: enough to keep the processor's threads busy,
-// few enough to find x in a cache when it is read again. `alone`: every thread takes samples of its own, one at a time. The
-// only plan that may look at the threads: it decides when and where a sample is worked on, not how.
+// How many samples go through all steps of the block before the next ones start: few enough for every thread to find its part
+// of x in its second-level cache (of cache_bytes) when it is read again, and enough to outweigh the weights of the transform,
+// which are read once per group. `alone`: every thread takes samples of its own, one at a time. The only plan that may look at
+// the threads and the cache: it decides when and where a sample is worked on, not how.
 struct GroupPlan {
   int64_t samples;
   bool alone;
 };
 
-GroupPlan plan_cpu_group(int64_t samples, int64_t sample_bytes, int64_t weight_bytes, int64_t threads);
+GroupPlan plan_cpu_group(int64_t samples, int64_t sample_bytes, int64_t weight_bytes, int64_t threads, int64_t cache_bytes);
 
 }  // namespace gcnet_ext

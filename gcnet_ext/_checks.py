@@ -49,6 +49,31 @@ def feature_map(op: str, x: Tensor, *, pooled: bool = True) -> None:
         _fail(op, f"x must have at least one position to pool over, got shape {_shape(x.shape)}")
 
 
+def in_place(op: str, x: Tensor) -> None:
+    """An x that the operator writes to: no two elements may share memory."""
+    if x.numel() == 0:
+        return
+    reach = 0  # of the dimensions with smaller strides, together
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1):
+        if stride <= reach:
+            _fail(
+                op,
+                "x must not have elements that share memory when it is overwritten, got shape "
+                f"{_shape(x.shape)} with strides {_shape(x.stride())}",
+            )
+        reach += stride * (size - 1)
+
+
+def no_gradient(op: str, args: Sequence[object]) -> None:
+    """What overwrites x leaves autograd without it."""
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        _fail(
+            op,
+            "x must not be overwritten (inplace=True) where autograd needs it, got an argument that requires a gradient; "
+            "use torch.no_grad(), or inplace=False to train",
+        )
+
+
 def gradient(op: str, grad: Tensor, x: Tensor) -> None:
     """The gradient of an output that is shaped like x."""
     if grad.device != x.device:

@@ -56,11 +56,11 @@ def register() -> None:
     def attention_pool_backward(_grad: Shape, x: Shape, weight: Shape | None, *rest: Any, **_: Any) -> int:
         return _pool_backward(x, weight, *rest[-2:])
 
-    @register_flop_formula([ops.channel_fuse, ops.channel_fuse_backward])
+    @register_flop_formula([ops.channel_fuse, ops.channel_fuse_, ops.channel_fuse_backward])
     def channel_fuse(*_: Any, **__: Any) -> int:
         return 0
 
-    @register_flop_formula(ops.global_context)
+    @register_flop_formula([ops.global_context, ops.global_context_])
     def global_context(x: Shape, mask_weight: Shape | None, _mask_bias: Shape | None, *rest: Any, **_: Any) -> int:
         return _pool(x, mask_weight) + _branch(x, rest[0], rest[4]) + _branch(x, rest[6], rest[10])
 

@@ -162,12 +162,19 @@ def _channel_fuse_shapes(x, scale, shift):
     return _empty_like_map(x)
 
 
+def _channel_fuse_in_place_shapes(x, scale, shift):
+    _checks.feature_map("channel_fuse_", x, pooled=False)
+    _checks.parameter("channel_fuse_", "scale", scale, x, x.shape[:2])
+    _checks.parameter("channel_fuse_", "shift", shift, x, x.shape[:2])
+    _checks.in_place("channel_fuse_", x)
+
+
 def _channel_fuse_backward_shapes(grad, x, scale, shift, need_x, need_scale, need_shift):
     op = "channel_fuse_backward"
     _checks.feature_map(op, x, pooled=False)
-    _checks.gradient(op, grad, x)
     _checks.parameter(op, "scale", scale, x, x.shape[:2])
     _checks.parameter(op, "shift", shift, x, x.shape[:2])
+    _checks.gradient(op, grad, x)
     return (
         _empty_like_map(x) if need_x else x.new_empty((0,)),
         _gradient(need_scale, scale, x),
@@ -195,15 +202,22 @@ def _global_context_shapes(x, mask_weight, mask_bias, *rest):
     )
 
 
+def _global_context_in_place_shapes(x, mask_weight, mask_bias, *rest):
+    _checks.feature_map("global_context_", x)
+    _checks.mask("global_context_", "mask_", mask_weight, mask_bias, x)
+    _checks.branches("global_context_", rest[:6], rest[6:12], x)
+    _checks.in_place("global_context_", x)
+
+
 def _global_context_backward_shapes(grad, x, mask_weight, *rest):
     op = "global_context_backward"
     scale, shift = rest[:6], rest[6:12]
     context, attention, hidden, gate_values = rest[18:22]
     need_x, need_mask, need_scale, need_shift = rest[22:]
     _checks.feature_map(op, x)
-    _checks.gradient(op, grad, x)
     _checks.mask(op, "mask_", mask_weight, None, x)
     _checks.branches(op, scale, shift, x)
+    _checks.gradient(op, grad, x)
     samples, channels = x.shape[:2]
     _checks.side(op, "context", context, x, (samples, channels))
     _checks.side(op, "attention", attention, x, (samples, 0 if mask_weight is None else _positions(x)))
@@ -271,9 +285,8 @@ class _AttentionPool(torch.autograd.Function):
         if torch.is_grad_enabled():
             return _through_reference(_reference_context, (x, weight, bias), ctx.needs_input_grad, grad_context)
         need_x, need_weight, need_bias = ctx.needs_input_grad
-        grad_x, grad_weight = torch.ops.gcnet_ext.attention_pool_backward.default(
-            grad_context, x, weight, context, attention, need_x, need_weight
-        )
+        args = grad_context, x, weight, context, attention, need_x, need_weight
+        grad_x, grad_weight = below_autograd("attention_pool_backward", args)
         return _needed(need_x, grad_x), _needed(need_weight, grad_weight), torch.zeros_like(bias) if need_bias else None
 
 
@@ -288,7 +301,7 @@ class _ChannelFuse(torch.autograd.Function):
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
             return _through_reference(reference.channel_fuse, ctx.saved_tensors, needs, grad)
-        return tuple(map(_needed, needs, torch.ops.gcnet_ext.channel_fuse_backward.default(grad, *ctx.saved_tensors, *needs)))
+        return tuple(map(_needed, needs, below_autograd("channel_fuse_backward", (grad, *ctx.saved_tensors, *needs))))
 
 
 class _GlobalContext(torch.autograd.Function):
@@ -312,9 +325,9 @@ class _GlobalContext(torch.autograd.Function):
         if torch.is_grad_enabled():
             inputs = (x, mask_weight, mask_bias, *parameters, *ctx.options)
             return _through_reference(_reference_block, inputs, needs, grad)
-        grads = torch.ops.gcnet_ext.global_context_backward.default(
-            grad, x, mask_weight, *parameters, *ctx.options, *side, needs[0], needs[1], any(needs[3:9]), any(needs[9:15])
-        )
+        wanted = needs[0], needs[1], any(needs[3:9]), any(needs[9:15])
+        args = grad, x, mask_weight, *parameters, *ctx.options, *side, *wanted
+        grads = below_autograd("global_context_backward", args)
         grad_mask_bias = torch.zeros_like(mask_bias) if needs[2] else None
         return (
             _needed(needs[0], grads[0]),
@@ -325,38 +338,69 @@ class _GlobalContext(torch.autograd.Function):
         )
 
 
+_FUNCTIONS = {"attention_pool": _AttentionPool, "channel_fuse": _ChannelFuse, "global_context": _GlobalContext}
+
+
+def _differentiable(name: str, args: tuple) -> tuple[Tensor, ...] | Tensor:
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        return _FUNCTIONS[name].apply(*args)
+    return below_autograd(name, args)
+
+
+def call(name: str, *args) -> tuple[Tensor, ...] | Tensor:
+    """The operator. A graph that is being captured gets it as one node; otherwise it starts where the dispatcher would lead to,
+    without converting every argument to C++ and back on the way."""
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.gcnet_ext, name).default(*args)
+    return _differentiable(name, args)
+
+
+def _without_gradient(name: str, args: tuple) -> None:
+    """An operator that overwrites x: autograd would need what was there."""
+    _checks.no_gradient(name, args)
+    below_autograd(name, args)
+    if not args[0].is_inference():
+        torch.autograd.graph.increment_version(args[0])  # a graph that saved x must not use it any more
+
+
+def call_in_place(name: str, *args) -> None:
+    """The operator with a trailing underscore, with the same short cut."""
+    if torch.compiler.is_compiling():
+        getattr(torch.ops.gcnet_ext, name).default(*args)
+    else:
+        _without_gradient(name, args)
+
+
 _implementations = torch.library.Library("gcnet_ext", "IMPL")
 
 
-def _register_autograd(name: str, function: type[torch.autograd.Function]) -> None:
+def _register_autograd(name: str) -> None:
     """Makes the operator differentiable.
 
     Does what torch.library.register_autograd does, which takes 0.2 ms a call for an operator of 21 arguments: it looks up the
     defaults of every argument, each time. For the same reason the functions have no setup_context, which binds the signature
     anew in each call; torch.func needs it, and gets plain PyTorch instead (has_kernels).
     """
-
-    def implementation(*args):
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return function.apply(*args)
-        return below_autograd(name, args)
-
-    _implementations.impl(name, implementation, "Autograd")
+    _implementations.impl(name, lambda *args: _differentiable(name, args), "Autograd")
 
 
 def _register() -> frozenset[str]:
     """Attaches shapes and gradients to the operators of the loaded library; returns the devices that have kernels."""
-    for name, shapes, function in (
-        ("attention_pool", _attention_pool_shapes, _AttentionPool),
-        ("attention_pool_backward", _attention_pool_backward_shapes, None),
-        ("channel_fuse", _channel_fuse_shapes, _ChannelFuse),
-        ("channel_fuse_backward", _channel_fuse_backward_shapes, None),
-        ("global_context", _global_context_shapes, _GlobalContext),
-        ("global_context_backward", _global_context_backward_shapes, None),
+    for name, shapes in (
+        ("attention_pool", _attention_pool_shapes),
+        ("attention_pool_backward", _attention_pool_backward_shapes),
+        ("channel_fuse", _channel_fuse_shapes),
+        ("channel_fuse_", _channel_fuse_in_place_shapes),
+        ("channel_fuse_backward", _channel_fuse_backward_shapes),
+        ("global_context", _global_context_shapes),
+        ("global_context_", _global_context_in_place_shapes),
+        ("global_context_backward", _global_context_backward_shapes),
     ):
         torch.library.register_fake(f"gcnet_ext::{name}", shapes)
-        if function is not None:
-            _register_autograd(name, function)
+    for name in _FUNCTIONS:
+        _register_autograd(name)
+    for name in ("channel_fuse_", "global_context_"):
+        _implementations.impl(name, lambda *args, name=name: _without_gradient(name, args), "Autograd")
     _flops.register()
     return frozenset({"cpu", "meta"} if cuda_error is not None else {"cpu", "cuda", "meta"})
 

@@ -60,9 +60,8 @@ class SplitAttentionPool(torch.autograd.Function):
         if weight is None:
             grad = grad * ctx.share
         need_x, need_weight, need_bias, _ = ctx.needs_input_grad
-        grad_x, grad_weight = torch.ops.gcnet_ext.attention_pool_backward.default(
-            grad, x, weight, context, attention * ctx.share, need_x, need_weight
-        )
+        args = grad, x, weight, context, attention * ctx.share, need_x, need_weight
+        grad_x, grad_weight = _library.below_autograd("attention_pool_backward", args)
         return (
             grad_x if need_x else None,
             grad_weight if need_weight else None,

@@ -11,7 +11,6 @@ anything else is made contiguous once, and the output has the memory format of x
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from . import _checks, _library, reference
@@ -38,7 +37,7 @@ def attention_pool(x: Tensor, weight: Tensor | None = None, bias: Tensor | None 
         RuntimeError: an argument has a wrong shape, dtype or device. The message names it.
     """
     if _library.has_kernels(x):
-        return torch.ops.gcnet_ext.attention_pool.default(x, weight, bias)[0].to(x.dtype)
+        return _library.call("attention_pool", x, weight, bias)[0].to(x.dtype)
     return reference.attention_pool(x, weight, bias)
 
 
@@ -55,12 +54,12 @@ def attention_map(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
         RuntimeError: as `attention_pool`.
     """
     if _library.has_kernels(x):
-        attention = torch.ops.gcnet_ext.attention_pool.default(x, weight, bias)[1]
+        attention = _library.call("attention_pool", x, weight, bias)[1]
         return attention.detach().reshape(x.shape[:1] + x.shape[2:])
     return reference.attention_map(x, weight, bias).detach()
 
 
-def channel_fuse(x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+def channel_fuse(x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, *, inplace: bool = False) -> Tensor:
     """Fold per-channel values back into every position: ``out_cp = x_cp * scale_c + shift_c``.
 
     The fusion of the GC block (the paper, section 3.4) with both of its variants in one pass over x. The scale is applied as it
@@ -70,15 +69,23 @@ def channel_fuse(x: Tensor, scale: Tensor | None = None, shift: Tensor | None = 
         x: ``[N, C, *spatial]``.
         scale: ``[N, C]``, or None for 1. Trailing ones are free: ``[N, C, 1, 1]`` is the same.
         shift: ``[N, C]``, or None for 0.
+        inplace: overwrite x with the result and return it. For inference: nothing may require a gradient.
 
     Returns:
         Like x. Differentiable in x, scale and shift. Without scale and shift, a copy of x.
 
     Raises:
-        RuntimeError: an argument has a wrong shape, dtype or device. The message names it.
+        RuntimeError: an argument has a wrong shape, dtype or device, or with ``inplace`` requires a gradient or shares memory
+            among its elements. The message names it.
     """
+    if inplace:
+        if _library.has_kernels(x):
+            _library.call_in_place("channel_fuse_", x, scale, shift)
+            return x
+        _checks.no_gradient("channel_fuse_", (x, scale, shift))
+        return x.copy_(reference.channel_fuse(x, scale, shift))
     if _library.has_kernels(x):
-        return torch.ops.gcnet_ext.channel_fuse.default(x, scale, shift)
+        return _library.call("channel_fuse", x, scale, shift)
     return reference.channel_fuse(x, scale, shift)
 
 
@@ -95,6 +102,7 @@ def global_context(
     gate: str = "sigmoid",
     gate_alpha: float = 1 / 6,
     gate_beta: float = 0.5,
+    inplace: bool = False,
 ) -> Tensor:
     """The whole Global Context block (the paper, equation 5) as one operator per direction.
 
@@ -113,20 +121,30 @@ def global_context(
         activation: ``"relu"`` or ``"silu"``, between the two layers.
         gate: ``"sigmoid"``, or ``"hard_sigmoid"`` for ``clip(gate_alpha t + gate_beta, 0, 1)``.
         gate_alpha, gate_beta: slope and offset of the hard sigmoid; torch's are 1/6 and 1/2, those of ONNX 0.2 and 0.5.
+        inplace: overwrite x with the result and return it. For inference: nothing may require a gradient.
 
     Returns:
         Like x. Differentiable in x and every weight.
 
     Raises:
-        RuntimeError: an argument has a wrong shape, dtype or device, or both branches are missing. The message names it.
+        RuntimeError: an argument has a wrong shape, dtype or device, both branches are missing, or with ``inplace`` something
+            requires a gradient or x shares memory among its elements. The message names it.
     """
     _checks.choices("global_context", activation, gate)
     if _library.has_kernels(x):
-        return torch.ops.gcnet_ext.global_context.default(
+        args = (
             x, mask_weight, mask_bias, *(scale or NO_TRANSFORM), *(shift or NO_TRANSFORM),
             norm, eps, activation == "silu", gate == "hard_sigmoid", gate_alpha, gate_beta,
-        )[0]  # fmt: skip
-    return reference.global_context(
+        )  # fmt: skip
+        if not inplace:
+            return _library.call("global_context", *args)[0]
+        _library.call_in_place("global_context_", *args)
+        return x
+    if inplace:
+        weights = (*(scale or NO_TRANSFORM), *(shift or NO_TRANSFORM))
+        _checks.no_gradient("global_context_", (x, mask_weight, mask_bias, *weights))
+    out = reference.global_context(
         x, mask_weight, mask_bias, scale, shift,
         norm=norm, eps=eps, activation=activation, gate=gate, gate_alpha=gate_alpha, gate_beta=gate_beta,
     )  # fmt: skip
+    return x.copy_(out) if inplace else out

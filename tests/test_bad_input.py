@@ -48,6 +48,7 @@ GOOD = {
         "need_weight": True,
     },
     "channel_fuse": {**X, "scale": t(N, C), "shift": t(N, C)},
+    "channel_fuse_": {**X, "scale": t(N, C), "shift": t(N, C)},
     "channel_fuse_backward": {
         "grad": t(N, C, 4, 5),
         **X,
@@ -58,6 +59,7 @@ GOOD = {
         "need_shift": True,
     },
     "global_context": {**X, "mask_weight": t(C), "mask_bias": t(1), **WEIGHTS, **OPTIONS},
+    "global_context_": {**X, "mask_weight": t(C), "mask_bias": t(1), **WEIGHTS, **OPTIONS},
     "global_context_backward": {
         "grad": t(N, C, 4, 5),
         **X,
@@ -72,7 +74,7 @@ GOOD = {
     },
 }
 FORWARD = ("attention_pool", "channel_fuse", "global_context")
-POOLED = ("attention_pool", "attention_pool_backward", "global_context", "global_context_backward")
+POOLED = ("attention_pool", "attention_pool_backward", "global_context", "global_context_", "global_context_backward")
 
 
 def feature_map_cases():

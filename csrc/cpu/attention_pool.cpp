@@ -1,7 +1,8 @@
 // attention_pool on the CPU.
 //
 // The positions of a sample are cut into splits and the splits into tiles (csrc/plan_cpu.h). A split keeps a running
-// softmax-weighted sum over its tiles; the sums of the splits are then merged in their order.
+// softmax-weighted sum over its tiles; the sums of the splits are then merged in their order. Small samples in NCHW go the way
+// of attention_pool_by_channels.cpp.
 #include "attention_pool.h"
 
 #include <cmath>
@@ -23,7 +24,8 @@ void pool_samples(const Map<const scalar_t>& x, const acc_t<scalar_t>* weight, a
     return;
   }
   constexpr acc lowest = -std::numeric_limits<acc>::infinity();
-  const PoolPlan plan = plan_cpu_pool(channels, positions, sizeof(scalar_t));
+  const PoolPlan plan = plan_cpu_pool(channels, positions, sizeof(scalar_t), x.layout.channels_last);
+  if (plan.by_channels) return pool_by_channels(x, weight, bias, first, count, context, attention);
   const auto pool = map_kernels<scalar_t>().attention_pool;
   const auto softmax = vector_kernels<acc>().softmax;
   const std::unique_ptr<acc[]> weighted(new acc[count * plan.splits * channels]);
@@ -81,7 +83,8 @@ void pool_backward_samples(const Map<const scalar_t>& grad, const Map<const scal
                            const Map<scalar_t>& grad_x, const WeightGradient<acc_t<scalar_t>>& grad_weight) {
   using acc = acc_t<scalar_t>;
   const int64_t channels = x.layout.channels, positions = x.layout.positions;
-  const PoolPlan plan = plan_cpu_pool(channels, positions, sizeof(scalar_t));
+  const PoolPlan plan = plan_cpu_pool(channels, positions, sizeof(scalar_t), x.layout.channels_last);
+  if (plan.by_channels) return pool_backward_by_channels(grad, x, given, first, count, grad_x, grad_weight);
   const auto pool_backward = map_kernels<scalar_t>().attention_pool_backward;
   const auto split = [&](int64_t i) {
     const int64_t sample = first + i / plan.splits, begin = i % plan.splits * plan.split;
@@ -121,14 +124,18 @@ std::tuple<Tensor, Tensor> attention_pool(const Tensor& x_in, const OptionalTens
   check::mask("attention_pool", "", weight, bias, x_in);
   const Tensor x = native(x_in);
   const int64_t samples = x.size(0), count = positions(x);
-  const Tensor context = torch::stable::new_empty(x, {samples, x.size(1)}, accumulation_dtype(x));
-  const Tensor attention = torch::stable::new_empty(x, {samples, weight ? count : 0}, accumulation_dtype(x));
+  const Tensor context = empty(x, {samples, x.size(1)}, accumulation_dtype(x));
+  const Tensor attention = empty(x, {samples, weight ? count : 0}, accumulation_dtype(x));
   dispatch(x.scalar_type(), [&](auto kind) {
     using scalar_t = decltype(kind);
     using acc = acc_t<scalar_t>;
     const auto w = to_acc<acc>(weight), b = to_acc<acc>(bias);
-    pool_samples(read_map<scalar_t>(x), pointer(w), b.empty() ? acc(0) : b[0], 0, samples, mutable_data<acc>(context),
-                 mutable_data<acc>(attention));
+    const auto map = read_map<scalar_t>(x);
+    const GroupPlan group = plan_groups(samples, x.size(1) * count * sizeof(scalar_t), 0);
+    for_each_group(group, samples, x.numel(), [&](int64_t first, int64_t n) {
+      pool_samples(map, pointer(w), b.empty() ? acc(0) : b[0], first, n, mutable_data<acc>(context),
+                   mutable_data<acc>(attention));
+    });
   });
   return {context, attention};
 }
@@ -173,10 +180,14 @@ std::tuple<Tensor, Tensor> attention_pool_backward(const Tensor& grad_context_in
     using acc = acc_t<scalar_t>;
     const auto w = to_acc<acc>(weight);
     const auto map = read_map<scalar_t>(x);
-    const PoolPlan plan = plan_cpu_pool(map.layout.channels, map.layout.positions, sizeof(scalar_t));
+    const PoolPlan plan = plan_cpu_pool(map.layout.channels, map.layout.positions, sizeof(scalar_t), map.layout.channels_last);
     const auto partial = need_weight ? WeightGradient<acc>(x.size(0), plan.splits, x.size(1)) : WeightGradient<acc>();
     const PoolGradients<acc> given{data<acc>(grad_context), data<acc>(context), data<acc>(attention), w.data(), nullptr};
-    pool_backward_samples<scalar_t>({}, map, given, 0, x.size(0), write_map_if<scalar_t>(need_x, grad_x), partial);
+    const auto grad_x_map = write_map_if<scalar_t>(need_x, grad_x);
+    const GroupPlan group = plan_groups(x.size(0), x.size(1) * positions(x) * sizeof(scalar_t), 0);
+    for_each_group(group, x.size(0), x.numel(), [&](int64_t first, int64_t count) {
+      pool_backward_samples<scalar_t>({}, map, given, first, count, grad_x_map, partial);
+    });
     if (need_weight) from_acc(partial.total().data(), grad_weight);
   });
   return {grad_x, grad_weight};

@@ -44,4 +44,13 @@ void pool_backward_samples(const Map<const scalar_t>& grad, const Map<const scal
                            const PoolGradients<acc_t<scalar_t>>& given, int64_t first, int64_t count,
                            const Map<scalar_t>& grad_x, const WeightGradient<acc_t<scalar_t>>& grad_weight);
 
+// The same two for samples whose plan is by_channels.
+template <typename scalar_t>
+void pool_by_channels(const Map<const scalar_t>& x, const acc_t<scalar_t>* weight, acc_t<scalar_t> bias, int64_t first,
+                      int64_t count, acc_t<scalar_t>* context, acc_t<scalar_t>* attention);
+template <typename scalar_t>
+void pool_backward_by_channels(const Map<const scalar_t>& grad, const Map<const scalar_t>& x,
+                               const PoolGradients<acc_t<scalar_t>>& given, int64_t first, int64_t count,
+                               const Map<scalar_t>& grad_x, const WeightGradient<acc_t<scalar_t>>& grad_weight);
+
 }  // namespace gcnet_ext::cpu

@@ -23,29 +23,22 @@ int64_t weight_bytes(const std::optional<Branch<acc>>& scale, const std::optiona
   return (scale ? scale->weight_bytes() : 0) + (shift ? shift->weight_bytes() : 0);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_context(
-    const Tensor& x_in, const OptionalTensor& mask_weight, const OptionalTensor& mask_bias,  //
-    const OptionalTensor& scale_w1, const OptionalTensor& scale_b1, const OptionalTensor& scale_norm_weight,
-    const OptionalTensor& scale_norm_bias, const OptionalTensor& scale_w2, const OptionalTensor& scale_b2,
-    const OptionalTensor& shift_w1, const OptionalTensor& shift_b1, const OptionalTensor& shift_norm_weight,
-    const OptionalTensor& shift_norm_bias, const OptionalTensor& shift_w2, const OptionalTensor& shift_b2,  //
-    bool norm, double eps, bool silu, bool hard_sigmoid, double gate_alpha, double gate_beta) {
-  const char* op = "global_context";
-  const BranchTensors scale_tensors{scale_w1, scale_b1, scale_norm_weight, scale_norm_bias, scale_w2, scale_b2};
-  const BranchTensors shift_tensors{shift_w1, shift_b1, shift_norm_weight, shift_norm_bias, shift_w2, shift_b2};
-  check::feature_map(op, x_in);
-  check::mask(op, "mask_", mask_weight, mask_bias, x_in);
-  check::branches(op, scale_tensors, shift_tensors, x_in);
-  const TransformOptions options(norm, eps, silu, hard_sigmoid, gate_alpha, gate_beta);
+// What the backward pass gets of the forward pass.
+struct Saved {
+  Tensor context, attention, hidden, gate;
+};
 
-  const Tensor x = native(x_in), out = empty_like_map(x_in);
+// x and out are native; out may be x.
+Saved forward_into(const Tensor& x, const OptionalTensor& mask_weight, const OptionalTensor& mask_bias,
+                   const BranchTensors& scale_tensors, const BranchTensors& shift_tensors, const TransformOptions& options,
+                   const Tensor& out) {
   const int64_t samples = x.size(0), channels = x.size(1), scale_units = hidden_units(scale_tensors);
   const int64_t units = scale_units + hidden_units(shift_tensors);
   const ScalarType dtype = accumulation_dtype(x);
-  const Tensor context = torch::stable::new_empty(x, {samples, channels}, dtype);
-  const Tensor attention = torch::stable::new_empty(x, {samples, mask_weight ? positions(x) : 0}, dtype);
-  const Tensor hidden = torch::stable::new_empty(x, {samples, units}, dtype);
-  const Tensor gate = torch::stable::new_empty(x, {samples, scale_w1 ? channels : 0}, dtype);
+  const Tensor context = empty(x, {samples, channels}, dtype);
+  const Tensor attention = empty(x, {samples, mask_weight ? positions(x) : 0}, dtype);
+  const Tensor hidden = empty(x, {samples, units}, dtype);
+  const Tensor gate = empty(x, {samples, scale_tensors[0] ? channels : 0}, dtype);
 
   dispatch(x.scalar_type(), [&](auto kind) {
     using scalar_t = decltype(kind);
@@ -57,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_context(
     const Buffer<acc> t_shift(shift ? new acc[samples * channels] : nullptr);
 
     const int64_t sample_bytes = channels * positions(x) * sizeof(scalar_t);
-    const GroupPlan group = plan_cpu_group(samples, sample_bytes, weight_bytes(scale, shift), torch_threads());
+    const GroupPlan group = plan_groups(samples, sample_bytes, weight_bytes(scale, shift));
     for_each_group(group, samples, x.numel(), [&](int64_t first, int64_t count) {
       pool_samples(map, pointer(weight), bias.empty() ? acc(0) : bias[0], first, count, ctx, mutable_data<acc>(attention));
       if (scale) {
@@ -68,7 +61,46 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_context(
       fuse_samples(map, scale ? s : nullptr, t_shift.get(), first, count, write_map<scalar_t>(out));
     });
   });
+  return {context, attention, hidden, gate};
+}
+
+void check_arguments(const char* op, const Tensor& x, const OptionalTensor& mask_weight, const OptionalTensor& mask_bias,
+                     const BranchTensors& scale, const BranchTensors& shift) {
+  check::feature_map(op, x);
+  check::mask(op, "mask_", mask_weight, mask_bias, x);
+  check::branches(op, scale, shift, x);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_context(
+    const Tensor& x, const OptionalTensor& mask_weight, const OptionalTensor& mask_bias,  //
+    const OptionalTensor& scale_w1, const OptionalTensor& scale_b1, const OptionalTensor& scale_norm_weight,
+    const OptionalTensor& scale_norm_bias, const OptionalTensor& scale_w2, const OptionalTensor& scale_b2,
+    const OptionalTensor& shift_w1, const OptionalTensor& shift_b1, const OptionalTensor& shift_norm_weight,
+    const OptionalTensor& shift_norm_bias, const OptionalTensor& shift_w2, const OptionalTensor& shift_b2,  //
+    bool norm, double eps, bool silu, bool hard_sigmoid, double gate_alpha, double gate_beta) {
+  const BranchTensors scale{scale_w1, scale_b1, scale_norm_weight, scale_norm_bias, scale_w2, scale_b2};
+  const BranchTensors shift{shift_w1, shift_b1, shift_norm_weight, shift_norm_bias, shift_w2, shift_b2};
+  check_arguments("global_context", x, mask_weight, mask_bias, scale, shift);
+  const TransformOptions options(norm, eps, silu, hard_sigmoid, gate_alpha, gate_beta);
+  const Tensor out = empty_like_map(x);
+  const auto [context, attention, hidden, gate] = forward_into(native(x), mask_weight, mask_bias, scale, shift, options, out);
   return {out, context, attention, hidden, gate};
+}
+
+void global_context_(const Tensor& x, const OptionalTensor& mask_weight, const OptionalTensor& mask_bias,  //
+                     const OptionalTensor& scale_w1, const OptionalTensor& scale_b1, const OptionalTensor& scale_norm_weight,
+                     const OptionalTensor& scale_norm_bias, const OptionalTensor& scale_w2, const OptionalTensor& scale_b2,
+                     const OptionalTensor& shift_w1, const OptionalTensor& shift_b1, const OptionalTensor& shift_norm_weight,
+                     const OptionalTensor& shift_norm_bias, const OptionalTensor& shift_w2, const OptionalTensor& shift_b2,  //
+                     bool norm, double eps, bool silu, bool hard_sigmoid, double gate_alpha, double gate_beta) {
+  const BranchTensors scale{scale_w1, scale_b1, scale_norm_weight, scale_norm_bias, scale_w2, scale_b2};
+  const BranchTensors shift{shift_w1, shift_b1, shift_norm_weight, shift_norm_bias, shift_w2, shift_b2};
+  check_arguments("global_context_", x, mask_weight, mask_bias, scale, shift);
+  check::in_place("global_context_", x);
+  const TransformOptions options(norm, eps, silu, hard_sigmoid, gate_alpha, gate_beta);
+  const Tensor map = native(x);
+  forward_into(map, mask_weight, mask_bias, scale, shift, options, map);
+  write_back(map, x);
 }
 
 using Gradients =
@@ -89,10 +121,8 @@ Gradients global_context_backward(const Tensor& grad_in, const Tensor& x_in, con
   const char* op = "global_context_backward";
   const BranchTensors scale_tensors{scale_w1, scale_b1, scale_norm_weight, scale_norm_bias, scale_w2, scale_b2};
   const BranchTensors shift_tensors{shift_w1, shift_b1, shift_norm_weight, shift_norm_bias, shift_w2, shift_b2};
-  check::feature_map(op, x_in);
+  check_arguments(op, x_in, mask_weight, std::nullopt, scale_tensors, shift_tensors);
   check::gradient(op, grad_in, x_in);
-  check::mask(op, "mask_", mask_weight, std::nullopt, x_in);
-  check::branches(op, scale_tensors, shift_tensors, x_in);
   const int64_t samples = x_in.size(0), channels = x_in.size(1), scale_units = hidden_units(scale_tensors);
   const int64_t units = scale_units + hidden_units(shift_tensors);
   check::side(op, "context", context_in, x_in, {samples, channels});
@@ -122,7 +152,7 @@ Gradients global_context_backward(const Tensor& grad_in, const Tensor& x_in, con
     if (scale) scale->prepare_backward();
     if (shift) shift->prepare_backward();
 
-    const PoolPlan plan = plan_cpu_pool(channels, positions(x), sizeof(scalar_t));
+    const PoolPlan plan = plan_cpu_pool(channels, positions(x), sizeof(scalar_t), map.layout.channels_last);
     const auto grad_weight =
         need_mask && mask_weight ? WeightGradient<acc>(samples, plan.splits, channels) : WeightGradient<acc>();
     const Buffer<acc> grad_t_scale(scale ? new acc[samples * channels] : nullptr),
@@ -131,7 +161,7 @@ Gradients global_context_backward(const Tensor& grad_in, const Tensor& x_in, con
     const PoolGradients<acc> given{grad_context.get(), ctx, data<acc>(attention), pointer(weight), s};
 
     const int64_t sample_bytes = 2 * channels * positions(x) * sizeof(scalar_t);
-    const GroupPlan group = plan_cpu_group(samples, sample_bytes, weight_bytes(scale, shift), torch_threads());
+    const GroupPlan group = plan_groups(samples, sample_bytes, weight_bytes(scale, shift));
     for_each_group(group, samples, x.numel(), [&](int64_t first, int64_t count) {
       const int64_t begin = first * channels;
       sum_samples(grad_map, map, first, count, grad_t_shift.get(), grad_t_scale.get());
@@ -160,5 +190,6 @@ Gradients global_context_backward(const Tensor& grad_in, const Tensor& x_in, con
 
 STABLE_TORCH_LIBRARY_IMPL(gcnet_ext, CPU, m) {
   m.impl("global_context", TORCH_BOX(&gcnet_ext::cpu::global_context));
+  m.impl("global_context_", TORCH_BOX(&gcnet_ext::cpu::global_context_));
   m.impl("global_context_backward", TORCH_BOX(&gcnet_ext::cpu::global_context_backward));
 }

@@ -51,6 +51,14 @@ struct MapKernels {
   // grad_weight += sum_p dl_p x_p (unless null).
   void (*attention_pool_backward)(Block<const scalar_t> grad, Block<const scalar_t> x, const acc* attention,
                                   const PoolGradient<acc>& sample, Block<scalar_t> grad_x, acc* grad_weight);
+  // The steps of the two above, for a block that has some of the channels of all positions.
+  // dots[p] = sum_c w_c x_cp
+  void (*position_dots)(Block<const scalar_t> x, const acc* w, acc* dots);
+  // sums[c] += sum_p a_p x_cp
+  void (*channel_dots)(Block<const scalar_t> x, const acc* a, acc* sums);
+  // dx = g*scale + m_p dctx + dl_p w, grad_weight += sum_p dl_p x_p; what may be missing may be missing here, too.
+  void (*pool_gradient)(Block<const scalar_t> grad, Block<const scalar_t> x, const acc* attention, const acc* dl,
+                        const PoolGradient<acc>& sample, Block<scalar_t> grad_x, acc* grad_weight);
   // out = x*scale + shift; null scale is 1, null shift is 0.
   void (*channel_fuse)(Block<const scalar_t> x, const acc* scale, const acc* shift, Block<scalar_t> out);
   // sum_a[c] += sum_p a_cp; sum_ab[c] += sum_p a_cp b_cp (b may have null data; a null sum is not taken).
@@ -62,6 +70,10 @@ template <typename acc>
 struct VectorKernels {
   // logits -> exp(logit - max) / sum, in place.
   void (*softmax)(acc* logits, int64_t count, acc max, acc sum);
+  // The softmax of sum_i parts[i] + bias; parts [parts_count, count].
+  void (*softmax_of_sum)(const acc* parts, int64_t parts_count, int64_t count, acc bias, acc* attention);
+  // dl_p = m_p (sum_i parts[i, p] - dctx . ctx), the gradient of the logits.
+  void (*logit_gradient)(const acc* parts, int64_t parts_count, int64_t count, const acc* attention, acc context_dot, acc* dl);
   // dctx . ctx, added in the order in which attention_pool_backward of that layout adds dctx . x_p.
   acc (*context_dot)(const acc* grad_context, const acc* context, int64_t channels, bool channels_last);
   // t -> sigmoid(t), in place.

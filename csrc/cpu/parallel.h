@@ -2,6 +2,7 @@
 #pragma once
 
 #include <omp.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -14,6 +15,15 @@ namespace gcnet_ext::cpu {
 constexpr int64_t kSerialElements = 16384;  // below, waking a thread costs more than it saves
 
 inline int64_t torch_threads() { return torch::stable::get_num_threads(); }
+
+// Bytes of the second-level cache of one core.
+inline int64_t second_level_cache() {
+  static const int64_t bytes = [] {
+    const long found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    return found > 0 ? int64_t{found} : int64_t{1 << 20};  // some processors do not tell
+  }();
+  return bytes;
+}
 
 enum class Order { forwards, backwards };
 
@@ -37,6 +47,11 @@ void parallel_for(int64_t count, int64_t elements, const Body& body, Order order
     const int64_t rank = omp_get_thread_num(), team = omp_get_num_threads();
     range(count * rank / team, count * (rank + 1) / team);
   }
+}
+
+// The groups in which samples of so many bytes go through all steps, between which so many bytes of weights are read.
+inline GroupPlan plan_groups(int64_t samples, int64_t sample_bytes, int64_t weight_bytes) {
+  return plan_cpu_group(samples, sample_bytes, weight_bytes, torch_threads(), second_level_cache());
 }
 
 // body(first, count) for groups of samples. Either the threads share the work on one group after the other, or each thread

@@ -1,6 +1,7 @@
 // From tensors to the plain pointers that the kernels take.
 #pragma once
 
+#include <memory>
 #include <stdexcept>
 #include <vector>
 
@@ -27,6 +28,9 @@ auto dispatch(ScalarType dtype, const Body& body) {
     default: throw std::runtime_error("gcnet_ext: no CPU kernels for this dtype");
   }
 }
+
+template <typename acc>
+using Buffer = std::unique_ptr<acc[]>;
 
 template <typename scalar_t>
 const scalar_t* data(const Tensor& tensor) {
@@ -89,10 +93,12 @@ void from_acc(const acc* values, const Tensor& tensor) {
            [&](auto kind) { std::copy(values, values + tensor.numel(), mutable_data<decltype(kind)>(tensor)); });
 }
 
-inline Tensor no_gradient(const Tensor& x) { return torch::stable::new_empty(x, {0}); }
+inline Tensor no_gradient(const Tensor& x) { return empty(x, {0}, x.scalar_type()); }
 // An uninitialised gradient of a parameter, empty when it is not needed.
 inline Tensor gradient_of(bool needed, const OptionalTensor& parameter, const Tensor& x) {
-  return needed && parameter ? torch::stable::new_empty(*parameter, parameter->sizes()) : no_gradient(x);
+  return needed && parameter
+             ? empty(*parameter, {parameter->sizes().begin(), parameter->sizes().end()}, parameter->scalar_type())
+             : no_gradient(x);
 }
 
 }  // namespace gcnet_ext::cpu

@@ -106,7 +106,7 @@ void Branch<acc>::linear_backward_weight(const acc* grad_y, int64_t rows, const 
                                          const Tensor& gradient) const {
   if (gradient.numel() == 0) return;
   const bool widened = std::is_same_v<acc, double> && gradient.scalar_type() == ScalarType::Float;
-  const Tensor target = widened ? torch::stable::new_empty(gradient, {rows, columns}, ScalarType::Double) : gradient;
+  const Tensor target = widened ? empty(gradient, {rows, columns}, ScalarType::Double) : gradient;
   with_weight<acc>(target, [&](auto* w) {
     const auto kernel = matrix_kernels<acc, std::remove_cvref_t<decltype(*w)>>().linear_backward_weight;
     parallel_for(ceil_div(rows, kRowsPerItem), samples_ * rows * columns, [&](int64_t i) {

@@ -20,9 +20,6 @@ struct TransformOptions {
       : norm(norm), eps(eps), silu(silu), hard_sigmoid(hard_sigmoid), gate_alpha(alpha), gate_beta(beta) {}
 };
 
-template <typename acc>
-using Buffer = std::unique_ptr<acc[]>;
-
 // One branch: its weights, ready for the kernels, and the buffers of its forward or backward pass.
 template <typename acc>
 class Branch {

@@ -18,8 +18,8 @@ std::tuple<Tensor, Tensor> attention_pool_op(const Tensor& x_in, const OptionalT
   Call call(x_in);
   const Tensor x = native(x_in);
   const OptionalTensor weight = dense(weight_in), bias = dense(bias_in);
-  const Tensor context = torch::stable::new_empty(x, {x.size(0), x.size(1)}, accumulation_dtype(x));
-  const Tensor attention = torch::stable::new_empty(x, {x.size(0), weight ? positions(x) : 0}, accumulation_dtype(x));
+  const Tensor context = empty(x, {x.size(0), x.size(1)}, accumulation_dtype(x));
+  const Tensor attention = empty(x, {x.size(0), weight ? positions(x) : 0}, accumulation_dtype(x));
   dispatch(x.scalar_type(), [&](auto kind) {
     using T = decltype(kind);
     attention_pool<T>({map_of<const T>(x), extent_of(x), parameter<T>(weight), parameter<T>(bias), acc_data<T>(context),

@@ -11,29 +11,46 @@ GCNET_EXT_FOR_ALL_TYPES(GCNET_EXT_HERE)
 
 namespace {
 
-Tensor channel_fuse_op(const Tensor& x_in, const OptionalTensor& scale_in, const OptionalTensor& shift_in) {
-  check::feature_map("channel_fuse", x_in, /*pooled=*/false);
-  check::parameter("channel_fuse", "scale", scale_in, x_in, {x_in.size(0), x_in.size(1)});
-  check::parameter("channel_fuse", "shift", shift_in, x_in, {x_in.size(0), x_in.size(1)});
-  Call call(x_in);
-  const Tensor x = native(x_in), out = empty_like_map(x_in);
+void check_arguments(const char* op, const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift) {
+  check::feature_map(op, x, /*pooled=*/false);
+  check::parameter(op, "scale", scale, x, {x.size(0), x.size(1)});
+  check::parameter(op, "shift", shift, x, {x.size(0), x.size(1)});
+}
+
+// x and out are native; out may be x.
+void fuse_into(const Tensor& x, const OptionalTensor& scale_in, const OptionalTensor& shift_in, const Tensor& out) {
+  Call call(x);
   const OptionalTensor scale = dense(scale_in), shift = dense(shift_in);
   dispatch(x.scalar_type(), [&](auto kind) {
     using T = decltype(kind);
     channel_fuse<T>({map_of<const T>(x), map_of<T>(out), extent_of(x), parameter<T>(scale), parameter<T>(shift)},
                     call.stream());
   });
+}
+
+Tensor channel_fuse_op(const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift) {
+  check_arguments("channel_fuse", x, scale, shift);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const Tensor out = empty_like_map(x);
+  fuse_into(native(x), scale, shift, out);
   return out;
+}
+
+void channel_fuse_inplace_op(const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift) {
+  check_arguments("channel_fuse_", x, scale, shift);
+  check::in_place("channel_fuse_", x);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const Tensor map = native_dense(x);
+  fuse_into(map, scale, shift, map);
+  write_back(map, x);
 }
 
 std::tuple<Tensor, Tensor, Tensor> channel_fuse_backward_op(const Tensor& grad_in, const Tensor& x_in,
                                                             const OptionalTensor& scale_in, const OptionalTensor& shift,
                                                             bool need_x, bool need_scale, bool need_shift) {
   const char* op = "channel_fuse_backward";
-  check::feature_map(op, x_in, /*pooled=*/false);
+  check_arguments(op, x_in, scale_in, shift);
   check::gradient(op, grad_in, x_in);
-  check::parameter(op, "scale", scale_in, x_in, {x_in.size(0), x_in.size(1)});
-  check::parameter(op, "shift", shift, x_in, {x_in.size(0), x_in.size(1)});
   Call call(x_in);
   const Tensor grad = native_like(grad_in, x_in), x = native(x_in);
   const OptionalTensor scale = dense(scale_in);
@@ -53,5 +70,6 @@ std::tuple<Tensor, Tensor, Tensor> channel_fuse_backward_op(const Tensor& grad_i
 
 STABLE_TORCH_LIBRARY_IMPL(gcnet_ext, CUDA, m) {
   m.impl("channel_fuse", TORCH_BOX(&gcnet_ext::cuda::channel_fuse_op));
+  m.impl("channel_fuse_", TORCH_BOX(&gcnet_ext::cuda::channel_fuse_inplace_op));
   m.impl("channel_fuse_backward", TORCH_BOX(&gcnet_ext::cuda::channel_fuse_backward_op));
 }

@@ -46,38 +46,82 @@ TransformParams<T> transform_of(const BranchTensors& scale, const BranchTensors&
   return transform;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_context_op(
-    const Tensor& x_in, const OptionalTensor& mask_weight_in, const OptionalTensor& mask_bias_in,  //
-    const OptionalTensor& scale_w1, const OptionalTensor& scale_b1, const OptionalTensor& scale_norm_weight,
-    const OptionalTensor& scale_norm_bias, const OptionalTensor& scale_w2, const OptionalTensor& scale_b2,
-    const OptionalTensor& shift_w1, const OptionalTensor& shift_b1, const OptionalTensor& shift_norm_weight,
-    const OptionalTensor& shift_norm_bias, const OptionalTensor& shift_w2, const OptionalTensor& shift_b2,  //
-    bool norm, double eps, bool silu, bool hard_sigmoid, double gate_alpha, double gate_beta) {
-  const char* op = "global_context";
-  const BranchTensors scale_in{scale_w1, scale_b1, scale_norm_weight, scale_norm_bias, scale_w2, scale_b2};
-  const BranchTensors shift_in{shift_w1, shift_b1, shift_norm_weight, shift_norm_bias, shift_w2, shift_b2};
-  check::feature_map(op, x_in);
-  check::mask(op, "mask_", mask_weight_in, mask_bias_in, x_in);
-  check::branches(op, scale_in, shift_in, x_in);
+struct Options {
+  bool norm;
+  double eps;
+  bool silu, hard_sigmoid;
+  double gate_alpha, gate_beta;
+};
 
-  Call call(x_in);
-  const Tensor x = native(x_in), out = empty_like_map(x_in);
+// What the backward pass gets of the forward pass.
+struct Saved {
+  Tensor context, attention, hidden, gate;
+};
+
+// x and out are native; out may be x.
+Saved forward_into(const Tensor& x, const OptionalTensor& mask_weight_in, const OptionalTensor& mask_bias_in,
+                   const BranchTensors& scale_in, const BranchTensors& shift_in, const Options& options, const Tensor& out) {
+  Call call(x);
   const OptionalTensor mask_weight = cuda::dense(mask_weight_in), mask_bias = cuda::dense(mask_bias_in);
   const BranchTensors scale = dense(scale_in), shift = dense(shift_in);
   const int64_t samples = x.size(0), channels = x.size(1);
   const ScalarType dtype = accumulation_dtype(x);
-  const Tensor context = torch::stable::new_empty(x, {samples, channels}, dtype);
-  const Tensor attention = torch::stable::new_empty(x, {samples, mask_weight ? positions(x) : 0}, dtype);
-  const Tensor hidden = torch::stable::new_empty(x, {samples, hidden_units(scale) + hidden_units(shift)}, dtype);
-  const Tensor gate = torch::stable::new_empty(x, {samples, scale_w1 ? channels : 0}, dtype);
+  const Tensor context = empty(x, {samples, channels}, dtype);
+  const Tensor attention = empty(x, {samples, mask_weight ? positions(x) : 0}, dtype);
+  const Tensor hidden = empty(x, {samples, hidden_units(scale) + hidden_units(shift)}, dtype);
+  const Tensor gate = empty(x, {samples, scale[0] ? channels : 0}, dtype);
   dispatch(x.scalar_type(), [&](auto kind) {
     using T = decltype(kind);
+    const auto& [norm, eps, silu, hard_sigmoid, gate_alpha, gate_beta] = options;
     const auto transform = transform_of<T>(scale, shift, x, norm, eps, silu, hard_sigmoid, gate_alpha, gate_beta, hidden, gate);
     global_context<T>({map_of<const T>(x), map_of<T>(out), extent_of(x), parameter<T>(mask_weight), parameter<T>(mask_bias),
                        acc_data<T>(context), acc_data<T>(attention), transform},
                       call, call.stream());
   });
+  return {context, attention, hidden, gate};
+}
+
+void check_arguments(const char* op, const Tensor& x, const OptionalTensor& mask_weight, const OptionalTensor& mask_bias,
+                     const BranchTensors& scale, const BranchTensors& shift) {
+  check::feature_map(op, x);
+  check::mask(op, "mask_", mask_weight, mask_bias, x);
+  check::branches(op, scale, shift, x);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_context_op(
+    const Tensor& x, const OptionalTensor& mask_weight, const OptionalTensor& mask_bias,  //
+    const OptionalTensor& scale_w1, const OptionalTensor& scale_b1, const OptionalTensor& scale_norm_weight,
+    const OptionalTensor& scale_norm_bias, const OptionalTensor& scale_w2, const OptionalTensor& scale_b2,
+    const OptionalTensor& shift_w1, const OptionalTensor& shift_b1, const OptionalTensor& shift_norm_weight,
+    const OptionalTensor& shift_norm_bias, const OptionalTensor& shift_w2, const OptionalTensor& shift_b2,  //
+    bool norm, double eps, bool silu, bool hard_sigmoid, double gate_alpha, double gate_beta) {
+  const BranchTensors scale{scale_w1, scale_b1, scale_norm_weight, scale_norm_bias, scale_w2, scale_b2};
+  const BranchTensors shift{shift_w1, shift_b1, shift_norm_weight, shift_norm_bias, shift_w2, shift_b2};
+  check_arguments("global_context", x, mask_weight, mask_bias, scale, shift);
+  const Options options{norm, eps, silu, hard_sigmoid, gate_alpha, gate_beta};
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const Tensor out = empty_like_map(x);
+  const auto [context, attention, hidden, gate] = forward_into(native(x), mask_weight, mask_bias, scale, shift, options, out);
   return {out, context, attention, hidden, gate};
+}
+
+void global_context_inplace_op(const Tensor& x, const OptionalTensor& mask_weight, const OptionalTensor& mask_bias,  //
+                               const OptionalTensor& scale_w1, const OptionalTensor& scale_b1,
+                               const OptionalTensor& scale_norm_weight, const OptionalTensor& scale_norm_bias,
+                               const OptionalTensor& scale_w2, const OptionalTensor& scale_b2, const OptionalTensor& shift_w1,
+                               const OptionalTensor& shift_b1, const OptionalTensor& shift_norm_weight,
+                               const OptionalTensor& shift_norm_bias, const OptionalTensor& shift_w2,
+                               const OptionalTensor& shift_b2,  //
+                               bool norm, double eps, bool silu, bool hard_sigmoid, double gate_alpha, double gate_beta) {
+  const BranchTensors scale{scale_w1, scale_b1, scale_norm_weight, scale_norm_bias, scale_w2, scale_b2};
+  const BranchTensors shift{shift_w1, shift_b1, shift_norm_weight, shift_norm_bias, shift_w2, shift_b2};
+  check_arguments("global_context_", x, mask_weight, mask_bias, scale, shift);
+  check::in_place("global_context_", x);
+  const Options options{norm, eps, silu, hard_sigmoid, gate_alpha, gate_beta};
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const Tensor map = native_dense(x);
+  forward_into(map, mask_weight, mask_bias, scale, shift, options, map);
+  write_back(map, x);
 }
 
 using Gradients =
@@ -97,10 +141,8 @@ Gradients global_context_backward_op(const Tensor& grad_in, const Tensor& x_in, 
   const char* op = "global_context_backward";
   const BranchTensors scale_in{scale_w1, scale_b1, scale_norm_weight, scale_norm_bias, scale_w2, scale_b2};
   const BranchTensors shift_in{shift_w1, shift_b1, shift_norm_weight, shift_norm_bias, shift_w2, shift_b2};
-  check::feature_map(op, x_in);
+  check_arguments(op, x_in, mask_weight_in, std::nullopt, scale_in, shift_in);
   check::gradient(op, grad_in, x_in);
-  check::mask(op, "mask_", mask_weight_in, std::nullopt, x_in);
-  check::branches(op, scale_in, shift_in, x_in);
   const int64_t samples = x_in.size(0), channels = x_in.size(1);
   check::side(op, "context", context_in, x_in, {samples, channels});
   check::side(op, "attention", attention_in, x_in, {samples, mask_weight_in ? positions(x_in) : 0});
@@ -148,5 +190,6 @@ Gradients global_context_backward_op(const Tensor& grad_in, const Tensor& x_in, 
 
 STABLE_TORCH_LIBRARY_IMPL(gcnet_ext, CUDA, m) {
   m.impl("global_context", TORCH_BOX(&gcnet_ext::cuda::global_context_op));
+  m.impl("global_context_", TORCH_BOX(&gcnet_ext::cuda::global_context_inplace_op));
   m.impl("global_context_backward", TORCH_BOX(&gcnet_ext::cuda::global_context_backward_op));
 }

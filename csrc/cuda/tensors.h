@@ -42,7 +42,7 @@ class Call : public Workspace {
 
  private:
   void* allocate(size_t bytes) override {
-    kept_.push_back(torch::stable::new_empty(like_, {static_cast<int64_t>(bytes)}, ScalarType::Byte));
+    kept_.push_back(empty(like_, {static_cast<int64_t>(bytes)}, ScalarType::Byte));
     return kept_.back().data_ptr();
   }
 
@@ -89,10 +89,12 @@ MutableParameter<T> mutable_parameter(const Tensor& tensor) {
   return MutableParameter<T>(tensor.data_ptr(), tensor.scalar_type() == ScalarType::Float);
 }
 
-inline Tensor no_gradient(const Tensor& x) { return torch::stable::new_empty(x, {0}); }
+inline Tensor no_gradient(const Tensor& x) { return empty(x, {0}, x.scalar_type()); }
 // An uninitialised gradient of a parameter, dense; empty when it is not needed.
 inline Tensor gradient_of(bool needed, const OptionalTensor& parameter, const Tensor& x) {
-  return needed && parameter ? torch::stable::new_empty(*parameter, parameter->sizes()) : no_gradient(x);
+  return needed && parameter
+             ? empty(*parameter, {parameter->sizes().begin(), parameter->sizes().end()}, parameter->scalar_type())
+             : no_gradient(x);
 }
 
 }  // namespace gcnet_ext::cuda

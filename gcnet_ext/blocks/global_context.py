@@ -40,6 +40,7 @@ class GlobalContextBlock(nn.Module):
         process_group: of torch.distributed, when each process holds its own part of every image, split along a spatial
             dimension: the context is then that of the whole image, for one collective of ``N (C + 1)`` numbers per call and
             one of ``N C`` backward. The gradient of a parameter is the sum over the processes. Such a block has no copies.
+        inplace: overwrite the input with the output, as nn.ReLU can. For inference: with autograd it is an error.
         device, dtype: of the parameters, as in every nn.Module.
 
     Shapes:
@@ -48,7 +49,8 @@ class GlobalContextBlock(nn.Module):
 
     Raises:
         ValueError: an argument of the constructor is not among the valid ones, which the message lists.
-        RuntimeError: the input has a wrong rank, dtype, device, number of channels, or no positions. The message says what.
+        RuntimeError: the input has a wrong rank, dtype, device, number of channels, or no positions; or it would be overwritten
+            where autograd needs it. The message says what.
 
     A submodule may be replaced, parametrized or hooked: what is no longer the plain layer is called as a module, with the
     compiled pooling and fusion around it.
@@ -69,6 +71,7 @@ class GlobalContextBlock(nn.Module):
         gate_alpha: float = 1 / 6,
         gate_beta: float = 0.5,
         process_group: torch.distributed.ProcessGroup | None = None,
+        inplace: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -86,6 +89,7 @@ class GlobalContextBlock(nn.Module):
         self.fusion_types = fusion_types
         self.gate = Gate(gate, gate_alpha, gate_beta)
         self.process_group = process_group
+        self.inplace = inplace
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
 
         def branch(fusion: str) -> nn.Sequential | None:
@@ -130,12 +134,13 @@ class GlobalContextBlock(nn.Module):
                 None if shift is None else shift.weights,
                 **(scale or shift).options,
                 **self.gate.options,
+                inplace=self.inplace,
             )
         context = self._context(x)
         mul, add = self.channel_mul_conv, self.channel_add_conv
         scale = None if mul is None else self.gate(_layers.call_on_context(mul, context))
         shift = None if add is None else _layers.call_on_context(add, context)
-        return functional.channel_fuse(x, scale, shift)
+        return functional.channel_fuse(x, scale, shift, inplace=self.inplace)
 
     def attention_map(self, x: Tensor) -> Tensor:
         """Where the block looks: the softmax over positions, ``[N, *spatial]``, for pictures. Not differentiable."""

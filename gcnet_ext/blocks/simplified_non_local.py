@@ -20,6 +20,7 @@ class SimplifiedNonLocalBlock(nn.Module):
 
     Args:
         inplanes: C, the channels of the input and of the output.
+        inplace: overwrite the input with the output. For inference: with autograd it is an error.
         device, dtype: of the parameters, as in every nn.Module.
 
     Shapes:
@@ -32,10 +33,18 @@ class SimplifiedNonLocalBlock(nn.Module):
     around it. The block starts as the identity: W is zero.
     """
 
-    def __init__(self, inplanes: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        inplanes: int,
+        *,
+        inplace: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.inplanes = inplanes
+        self.inplace = inplace
         self.conv_mask = nn.Conv2d(inplanes, 1, 1, **factory)
         self.conv_out = nn.Conv2d(inplanes, inplanes, 1, **factory)
         self.reset_parameters()
@@ -52,12 +61,13 @@ class SimplifiedNonLocalBlock(nn.Module):
         pointwise = _layers.is_pointwise(mask), _layers.is_pointwise(out)
         if all(pointwise):
             shift = Transform(_layers.parameter(out, "weight"), _layers.parameter(out, "bias"))
-            return functional.global_context(x, _layers.parameter(mask, "weight"), _layers.parameter(mask, "bias"), shift=shift)
+            weight, bias = _layers.parameter(mask, "weight"), _layers.parameter(mask, "bias")
+            return functional.global_context(x, weight, bias, shift=shift, inplace=self.inplace)
         if pointwise[0]:
             context = functional.attention_pool(x, mask.weight, mask.bias)
         else:
             context = _layers.weighted_sum(x, _layers.called_attention(mask, x))
-        return functional.channel_fuse(x, None, _layers.call_on_context(out, context))
+        return functional.channel_fuse(x, None, _layers.call_on_context(out, context), inplace=self.inplace)
 
     def attention_map(self, x: Tensor) -> Tensor:
         """Where the block looks: the softmax over positions, ``[N, *spatial]``, for pictures. Not differentiable."""

@@ -27,6 +27,7 @@ class SqueezeExcitation(nn.Module):
         gate: ``"sigmoid"``, or ``"hard_sigmoid"`` for ``clip(gate_alpha t + gate_beta, 0, 1)``.
         gate_alpha, gate_beta: of the hard sigmoid; torch's are 1/6 and 1/2, those of ONNX 0.2 and 0.5.
         bias: whether the two layers have one.
+        inplace: overwrite the input with the output. For inference: with autograd it is an error.
         device, dtype: of the parameters, as in every nn.Module.
 
     Shapes:
@@ -51,6 +52,7 @@ class SqueezeExcitation(nn.Module):
         gate_alpha: float = 1 / 6,
         gate_beta: float = 0.5,
         bias: bool = True,
+        inplace: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -59,6 +61,7 @@ class SqueezeExcitation(nn.Module):
         _layers.check_choice("gate", gate, GATES)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.inplanes = inplanes
+        self.inplace = inplace
         self.planes = _layers.hidden_units(inplanes, ratio, planes)
         self.gate = Gate(gate, gate_alpha, gate_beta)
         self.fc1 = nn.Conv2d(inplanes, self.planes, 1, bias=bias, **factory)
@@ -70,9 +73,9 @@ class SqueezeExcitation(nn.Module):
         _layers.check_channels(x, self.inplanes)
         fused = _layers.fused_branch(self.fc1, None, self.activation, self.fc2)
         if fused is not None:
-            return functional.global_context(x, scale=fused.weights, **fused.options, **self.gate.options)
+            return functional.global_context(x, scale=fused.weights, **fused.options, **self.gate.options, inplace=self.inplace)
         hidden = self.activation(_layers.call_on_context(self.fc1, functional.attention_pool(x)))
-        return functional.channel_fuse(x, self.gate(_layers.call_on_context(self.fc2, hidden)))
+        return functional.channel_fuse(x, self.gate(_layers.call_on_context(self.fc2, hidden)), inplace=self.inplace)
 
     def extra_repr(self) -> str:
         return f"{self.inplanes}, planes={self.planes}, gate={self.gate.kind!r}"

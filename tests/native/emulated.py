@@ -29,8 +29,10 @@ OPS = (
     "attention_pool",
     "attention_pool_backward",
     "channel_fuse",
+    "channel_fuse_",
     "channel_fuse_backward",
     "global_context",
+    "global_context_",
     "global_context_backward",
 )
 FLAGS = ["-O2", "-std=c++20", "-DUSE_CUDA", "-fvisibility=hidden", "-Wall", "-Wextra"]

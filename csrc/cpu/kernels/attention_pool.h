@@ -12,8 +12,8 @@
 namespace gcnet_ext::cpu::GCNET_CAPABILITY {
 
 constexpr int64_t kMaxTile = 4096;  // positions of one block
-// In NCHW a block is many short rows far apart, which no hardware prefetcher follows: ask for a row so many rows ahead of its
-// use.
+constexpr int kRowsAtOnce = 4;      // that share a load and a store of what they are added to
+// Rows far apart, and lines that are written, come late: ask for them so many rows ahead.
 constexpr int64_t kRowsAhead = 8;
 
 // sum_i a_i b_i over `count` elements of R rows at once: rows of x with stride, each with the vector w.
@@ -29,22 +29,18 @@ inline void dot_rows(const scalar_t* x, int64_t stride, const acc_t<scalar_t>* w
 }
 
 // y_i += sum_r a_r x_ri over all rows, for V vectors of elements, of which the last has `last` lanes: they stay in registers
-// while the rows go by. `ahead`: whether x comes from memory.
-template <int V, bool ahead, typename scalar_t, typename Lanes>
+// while the rows go by.
+template <int V, typename scalar_t, typename Lanes>
 inline void add_rows_strip(const scalar_t* x, int64_t stride, int64_t rows, const acc_t<scalar_t>* a, acc_t<scalar_t>* y,
                            Lanes last) {
   using acc = acc_t<scalar_t>;
   constexpr int64_t lanes = kLanes<acc>;
-  constexpr int kVectorsPerLine = std::max<int>(1, kCacheLine / (lanes * sizeof(scalar_t)));
   constexpr std::integral_constant<int64_t, lanes> all;
   Vec<acc> sums[V];
   for (int v = 0; v < V - 1; v++) sums[v] = load(y + v * lanes, all);
   sums[V - 1] = load(y + (V - 1) * lanes, last);
   for (int64_t r = 0; r < rows; r++, x += stride) {
     const Vec<acc> factor = broadcast(a[r]);
-    if constexpr (ahead) {
-      for (int v = 0; v < V; v += kVectorsPerLine) __builtin_prefetch(x + kRowsAhead * stride + v * lanes);
-    }
     for (int v = 0; v < V - 1; v++) sums[v] += factor * load(x + v * lanes, all);
     sums[V - 1] += factor * load(x + (V - 1) * lanes, last);
   }
@@ -53,7 +49,7 @@ inline void add_rows_strip(const scalar_t* x, int64_t stride, int64_t rows, cons
 }
 
 // y_i += sum_r a_r x_ri over `count` elements of all rows; the order of the additions depends on their number alone.
-template <bool ahead, typename scalar_t>
+template <typename scalar_t>
 inline void add_rows(const scalar_t* x, int64_t stride, int64_t rows, const acc_t<scalar_t>* a, int64_t count,
                      acc_t<scalar_t>* y) {
   constexpr int kStrip = 8;  // vectors: as many additions are under way at once
@@ -61,16 +57,29 @@ inline void add_rows(const scalar_t* x, int64_t stride, int64_t rows, const acc_
   constexpr std::integral_constant<int64_t, lanes> all;
   int64_t i = 0;
   for (; i + kStrip * lanes <= count; i += kStrip * lanes) {
-    add_rows_strip<kStrip, ahead>(x + i, stride, rows, a, y + i, all);
+    add_rows_strip<kStrip>(x + i, stride, rows, a, y + i, all);
   }
   if (i == count) return;
   const int64_t vectors = (count - i + lanes - 1) / lanes, last = count - i - (vectors - 1) * lanes;
   with_constant<kStrip>(vectors, [&](auto v) {
     if (last == lanes) {
-      add_rows_strip<v, ahead>(x + i, stride, rows, a, y + i, all);
+      add_rows_strip<v>(x + i, stride, rows, a, y + i, all);
     } else {
-      add_rows_strip<v, ahead>(x + i, stride, rows, a, y + i, last);
+      add_rows_strip<v>(x + i, stride, rows, a, y + i, last);
     }
+  });
+}
+
+// y_i += sum_r a_r x_ri over `count` elements of R rows.
+template <int R, typename scalar_t>
+inline void add_long_rows(const scalar_t* x, int64_t stride, const acc_t<scalar_t>* a, int64_t count, acc_t<scalar_t>* y) {
+  using acc = acc_t<scalar_t>;
+  Vec<acc> factor[R];
+  for (int r = 0; r < R; r++) factor[r] = broadcast(a[r]);
+  for_each_vector<acc>(count, [&](int64_t i, auto lanes) {
+    Vec<acc> sum = load(y + i, lanes);
+    for (int r = 0; r < R; r++) sum += factor[r] * load(x + r * stride + i, lanes);
+    store(y + i, sum, lanes);
   });
 }
 
@@ -83,7 +92,9 @@ void position_dots(Block<const scalar_t> x, const acc_t<scalar_t>* w, acc_t<scal
     });
   } else {
     std::memset(dots, 0, x.positions * sizeof *dots);
-    add_rows<true>(x.data, x.channel_stride, x.channels, w, x.positions, dots);
+    for_each_rows<kRowsAtOnce>(0, x.channels, [&](int64_t c, auto rows) {
+      add_long_rows<rows>(x.data + c * x.channel_stride, x.channel_stride, w + c, x.positions, dots);
+    });
   }
 }
 
@@ -91,7 +102,7 @@ void position_dots(Block<const scalar_t> x, const acc_t<scalar_t>* w, acc_t<scal
 template <typename scalar_t>
 void channel_dots(Block<const scalar_t> x, const acc_t<scalar_t>* a, acc_t<scalar_t>* sums) {
   if (x.channels_last) {
-    add_rows<false>(x.data, x.position_stride, x.positions, a, x.channels, sums);
+    add_rows(x.data, x.position_stride, x.positions, a, x.channels, sums);
   } else {
     for_each_rows<4>(0, x.channels, [&](int64_t c, auto rows) {
       acc_t<scalar_t> dots[rows.value];
@@ -180,6 +191,8 @@ inline void grad_positions(const scalar_t* g, int64_t g_stride, const scalar_t* 
     if constexpr (has_scale) scale = load(sample.scale + c, lanes);
     if constexpr (has_weight_grad) total = load(dw + c, lanes);
     for (int r = 0; r < R; r++) {
+      if constexpr (has_grad) __builtin_prefetch(g + (r + R) * g_stride + c);
+      __builtin_prefetch(dx + (r + R) * dx_stride + c, 1);
       Vec<acc> value = mr[r] * dctx + dlr[r] * w;
       if constexpr (has_grad && has_scale) value += load(g + r * g_stride + c, lanes) * scale;
       if constexpr (has_grad && !has_scale) value += load(g + r * g_stride + c, lanes);
@@ -214,13 +227,9 @@ acc context_dot(const acc* grad_context, const acc* context, int64_t channels, b
 }
 
 template <typename scalar_t>
-void attention_pool_backward(Block<const scalar_t> grad, Block<const scalar_t> x, const acc_t<scalar_t>* attention,
-                             const PoolGradient<acc_t<scalar_t>>& sample, Block<scalar_t> grad_x,
-                             acc_t<scalar_t>* grad_weight) {
-  using acc = acc_t<scalar_t>;
-  alignas(kVectorBytes) acc dl[kMaxTile];
-  position_dots(x, sample.grad_context, dl);
-  for (int64_t p = 0; p < x.positions; p++) dl[p] = attention[p] * (dl[p] - sample.context_dot);
+void pool_gradient(Block<const scalar_t> grad, Block<const scalar_t> x, const acc_t<scalar_t>* attention,
+                   const acc_t<scalar_t>* dl, const PoolGradient<acc_t<scalar_t>>& sample, Block<scalar_t> grad_x,
+                   acc_t<scalar_t>* grad_weight) {
   if (!grad_x.data) {
     if (grad_weight) channel_dots(x, dl, grad_weight);
     return;
@@ -247,11 +256,55 @@ void attention_pool_backward(Block<const scalar_t> grad, Block<const scalar_t> x
   }
 }
 
+// sum_i parts[i, p] for one vector of positions, in their order.
+template <typename acc, typename Lanes>
+inline Vec<acc> sum_of_parts(const acc* parts, int64_t parts_count, int64_t count, int64_t p, Lanes lanes) {
+  Vec<acc> sum = load(parts + p, lanes);
+  for (int64_t i = 1; i < parts_count; i++) sum += load(parts + i * count + p, lanes);
+  return sum;
+}
+
+template <typename acc>
+void logit_gradient(const acc* parts, int64_t parts_count, int64_t count, const acc* attention, acc context_dot, acc* dl) {
+  for_each_vector<acc>(count, [&](int64_t p, auto lanes) {
+    const Vec<acc> u = sum_of_parts(parts, parts_count, count, p, lanes);
+    store(dl + p, load(attention + p, lanes) * (u - context_dot), lanes);
+  });
+}
+
+template <typename scalar_t>
+void attention_pool_backward(Block<const scalar_t> grad, Block<const scalar_t> x, const acc_t<scalar_t>* attention,
+                             const PoolGradient<acc_t<scalar_t>>& sample, Block<scalar_t> grad_x,
+                             acc_t<scalar_t>* grad_weight) {
+  using acc = acc_t<scalar_t>;
+  alignas(kVectorBytes) acc dl[kMaxTile];
+  position_dots(x, sample.grad_context, dl);
+  logit_gradient<acc>(dl, 1, x.positions, attention, sample.context_dot, dl);
+  pool_gradient(grad, x, attention, dl, sample, grad_x, grad_weight);
+}
+
 template <typename acc>
 void softmax(acc* logits, int64_t count, acc max, acc sum) {
   const acc reference = max == -std::numeric_limits<acc>::infinity() ? acc(0) : max;
   for_each_vector<acc>(
       count, [&](int64_t p, auto lanes) { store(logits + p, exp(load(logits + p, lanes) - reference) / sum, lanes); });
+}
+
+template <typename acc>
+void softmax_of_sum(const acc* parts, int64_t parts_count, int64_t count, acc bias, acc* attention) {
+  acc max = -std::numeric_limits<acc>::infinity(), sum = 0;
+  for_each_vector<acc>(count, [&](int64_t p, auto lanes) {
+    store(attention + p, sum_of_parts(parts, parts_count, count, p, lanes) + bias, lanes);
+  });
+  for (int64_t p = 0; p < count; p++) max = attention[p] > max ? attention[p] : max;
+  const acc reference = max == -std::numeric_limits<acc>::infinity() ? acc(0) : max;
+  Vec<acc> sums{};
+  for_each_vector<acc>(count, [&](int64_t p, auto lanes) {
+    store(attention + p, exp(load(attention + p, lanes) - reference), lanes);
+    sums += load(attention + p, lanes);  // loaded again: a partial vector must not count its unused lanes
+  });
+  sum = cpu::GCNET_CAPABILITY::sum(sums);
+  for (int64_t p = 0; p < count; p++) attention[p] /= sum;
 }
 
 }  // namespace gcnet_ext::cpu::GCNET_CAPABILITY

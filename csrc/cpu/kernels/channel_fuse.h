@@ -6,6 +6,10 @@
 
 namespace gcnet_ext::cpu::GCNET_CAPABILITY {
 
+// A processor fetches the lines that it writes later than those that it reads: ask for them so many elements ahead.
+template <typename scalar_t>
+constexpr int64_t kWriteAhead = 2048 / sizeof(scalar_t);
+
 template <typename scalar_t>
 void channel_fuse(Block<const scalar_t> x, const acc_t<scalar_t>* scale, const acc_t<scalar_t>* shift, Block<scalar_t> out) {
   using acc = acc_t<scalar_t>;
@@ -14,7 +18,10 @@ void channel_fuse(Block<const scalar_t> x, const acc_t<scalar_t>* scale, const a
       const Vec<acc> s = broadcast(scale ? scale[c] : acc(1)), t = broadcast(shift ? shift[c] : acc(0));
       const scalar_t* in = x.data + c * x.channel_stride;
       scalar_t* row = out.data + c * out.channel_stride;
-      for_each_vector<acc>(x.positions, [&](int64_t p, auto lanes) { store(row + p, load(in + p, lanes) * s + t, lanes); });
+      for_each_vector<acc>(x.positions, [&](int64_t p, auto lanes) {
+        __builtin_prefetch(row + p + kWriteAhead<scalar_t>, 1);
+        store(row + p, load(in + p, lanes) * s + t, lanes);
+      });
     }
     return;
   }
@@ -24,6 +31,7 @@ void channel_fuse(Block<const scalar_t> x, const acc_t<scalar_t>* scale, const a
     for_each_vector<acc>(x.channels, [&](int64_t c, auto lanes) {
       const Vec<acc> s = scale ? load(scale + c, lanes) : broadcast(acc(1)), t = shift ? load(shift + c, lanes) : Vec<acc>{};
       for (int r = 0; r < rows; r++) {
+        __builtin_prefetch(row + (r + rows) * out.position_stride + c, 1);
         store(row + r * out.position_stride + c, load(in + r * x.position_stride + c, lanes) * s + t, lanes);
       }
     });

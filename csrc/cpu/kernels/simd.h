@@ -12,8 +12,6 @@
 
 namespace gcnet_ext::cpu::GCNET_CAPABILITY {
 
-constexpr int64_t kCacheLine = 64;  // bytes
-
 template <typename acc>
 inline Vec<acc> broadcast(acc value) {
   return Vec<acc>{} + value;
