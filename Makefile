@@ -2,6 +2,7 @@
 # make test              the tests, CPU and emulated CUDA
 # make test-native       the C++ tests under sanitizers, and the mutation check, by CMake and ctest
 # make test-cuda-build   the CUDA build for every architecture, its machine code, and the tests on another torch
+# make bench             every benchmark; beside timm and mmcv with PEERS=1
 # make gpu-check         everything that a GPU is needed for
 # All but the last set up what they need in .venv or .venv-cuda, and install and build what is missing first.
 #
@@ -23,6 +24,7 @@ TAG := $(shell printf '%s' '$(TORCH)' | tr -c 'A-Za-z0-9.' '-')
 INSTALLED := $(VENV)/installed-$(TAG)
 BUILT := $(VENV)/built-$(TAG)
 
+PEERS ?=
 # A second environment, with a CUDA build of torch, for all architectures; no GPU is needed to build and to run the CPU tests.
 CUDA_VENV ?= .venv-cuda
 CUDA_TORCH ?= torch==2.14.1
@@ -53,8 +55,10 @@ test-cuda-build: $(CUDA_BUILT) $(BUILT)
 gpu-check:
 	$(PYTHON) bench/gpu_check.py $(ARGS)
 
-bench: $(BUILT)
-	$(VENV)/bin/python bench/global_context.py $(ARGS)
+# Everything that can be measured here, into build/bench; ARGS=--quick takes two minutes. With PEERS=1 beside timm and mmcv, and
+# in whole models, which need torchvision and so the torch of CUDA_TORCH: the CPU library of .venv runs on that, too.
+bench: $(BUILT) $(if $(PEERS),$(CUDA_VENV)/installed-$(CUDA_TAG))
+	PYTHONPATH=$(CURDIR) $(if $(PEERS),$(CUDA_VENV),$(VENV))/bin/python bench/run.py $(ARGS)
 
 build: $(BUILT)
 

@@ -1,133 +1,143 @@
-"""The Global Context block on the CPU, in multiples of x.clone(): ours beside what a user would run instead.
+"""The Global Context block in multiples of x.clone(): ours beside what a user would run instead.
 
-    python bench/global_context.py [--dtype bfloat16] [--fusion add|mul|both] [--threads N] [--rounds 11] [--no-compile]
+    python bench/global_context.py [--shapes 8x256x56x56,...] [--dtype bfloat16] [--fusion add|mul|both] [--rounds 11]
+                                   [--threads N] [--candidates "ours compiled,compile,rewrite"]
 
-Candidates: ours; eager, the block as every Python implementation writes it; compile, torch.compile of that; rewrite,
-torch.compile of the same maths without a convolution, which compiles better. Every result is compared with eager's in float64
-before it is timed. A round times every candidate once, in turn, so that a drifting machine hits them alike; a figure is the
-fastest round.
+Candidates: ours; eager, the block as every Python implementation writes it; timm's and mmcv's modules, where installed; and by
+--candidates torch.compile of ours, of eager ("compile", "compile max-autotune") and of the same maths without a convolution,
+which compiles better ("rewrite"). Every result is compared with eager's in float64 before it is timed.
 
-Freed memory is kept in the heap (MALLOC_TRIM_THRESHOLD_, set here), so that kernels are compared and not page faults.
+A figure is the median of interleaved rounds, with the interquartile range. The floor is the bytes that a streaming block has to
+move: x read twice and the output written once forward, 5 (add alone: 4) times x backward; at the speed of x.clone(), which
+reads and writes x once each in the same run. More than 100 % means that a cache held what was read again.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import os
-import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
+import measure
 import torch
-from peers import Eager, Rewrite
+from candidates import FUSIONS, check, make_candidates
 from torch import Tensor, nn
+from torch.utils.benchmark import Compare, Measurement
 
-import gcnet_ext
-
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
 SHAPES = ("16x64x32x32", "8x256x56x56", "8x512x28x28", "8x1024x14x14", "8x2048x7x7", "1x1024x50x84", "1x512x100x168")
-FUSIONS = {"add": ("channel_add",), "mul": ("channel_mul",), "both": ("channel_mul", "channel_add")}
-LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LAYOUTS = ("NCHW", "NHWC")
+COMPILED = ("ours compiled", "compile", "rewrite")
 
 
-def make_modules(channels: int, fusions: tuple[str, ...], dtype: torch.dtype, compiled: bool) -> dict[str, nn.Module]:
-    """The candidates; ours and eager share their weights, every one of them random."""
-    units = channels // 16
-    ours, eager = gcnet_ext.GlobalContextBlock(channels, 1 / 16, fusion_types=fusions), Eager(channels, units, fusions)
-    for parameter in ours.parameters():
-        nn.init.normal_(parameter, std=0.1)
-    eager.load_state_dict(ours.state_dict())
-    modules = {"ours": ours, "eager": eager}
-    if compiled:
-        torch._dynamo.reset()
-        modules["compiled ours"] = torch.compile(ours)
-        modules["compile"] = torch.compile(Eager(channels, units, fusions))
-        modules["rewrite"] = torch.compile(Rewrite(channels, units, fusions))
-    return {name: module.to(dtype) for name, module in modules.items()}
+def feature_map(shape: str, layout: str, dtype: torch.dtype) -> Tensor:
+    """N x C x spatial sizes; NHWC means channels innermost, in any number of dimensions."""
+    samples, channels, *spatial = (int(size) for size in shape.split("x"))
+    if layout == "NHWC":
+        return torch.randn(samples, *spatial, channels).to(dtype).movedim(-1, 1)
+    return torch.randn(samples, channels, *spatial).to(dtype)
 
 
-def check(modules: dict[str, nn.Module], x: Tensor) -> None:
-    """Ours against eager in float64; refuses to time a wrong result."""
-    with torch.no_grad():
-        ours = modules["ours"](x).double()
-        error = float((ours - modules["eager"].double()(x.double())).norm() / x.double().norm())
-    modules["eager"].to(x.dtype)
-    if not error < TOLERANCE[x.dtype]:
-        raise SystemExit(f"wrong result for {tuple(x.shape)}: relative error {error:.2e}")
+def runs(module: nn.Module, leaf: Tensor, grad: Tensor) -> dict[str, Callable[[], Any]]:
+    """What is timed: inference, and forward with backward."""
+
+    def train() -> None:
+        module(leaf).backward(grad)
+        leaf.grad = None
+
+    return {"infer": torch.no_grad()(lambda: module(leaf.detach())), "train": train}
 
 
-def fastest(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Seconds of the fastest round of each."""
-    for run in candidates.values():
-        for _ in range(3):
-            run()
-    best = dict.fromkeys(candidates, math.inf)
-    for _ in range(rounds):
-        for name, run in candidates.items():
-            start = time.perf_counter()
-            run()
-            best[name] = min(best[name], time.perf_counter() - start)
-    return best
+def floor_clones(fusion: str, direction: str) -> float:
+    """The fewest bytes of a block that streams, in clones: of 2 bytes moved for each of x."""
+    forward, backward = 3, 4 if fusion == "add" else 5
+    return (forward if direction == "infer" else forward + backward) / 2
 
 
-def measure(x: Tensor, modules: dict[str, nn.Module], rounds: int) -> dict[str, dict[str, float]]:
-    """Multiples of x.clone() per direction and candidate."""
-    grad, leaf = torch.randn_like(x), x.clone().requires_grad_()
+def rows_of(
+    shape: str, layout: str, dtype: str, *, fusion: str = "both", compiled: Iterable[str] = (), rounds: int = 11
+) -> tuple[list[dict[str, Any]], list[Measurement]]:
+    """One row per direction and candidate, and the measurements behind them."""
+    torch._dynamo.reset()
+    x = feature_map(shape, layout, DTYPES[dtype])
+    planar = x.dim() == 4  # the peers take images alone
+    modules = make_candidates(x.shape[1], fusion, x.dtype, tuple(compiled) if planar else (), peers=planar)
+    if not planar:
+        del modules["eager"]
+    else:
+        check(modules, x)
+    leaf, grad = x.clone().requires_grad_(), torch.randn_like(x)
+    rows, measured = [], []
+    for direction in ("infer", "train"):
+        calls = {"clone": x.clone, **{name: runs(module, leaf, grad)[direction] for name, module in modules.items()}}
+        timed = measure.interleaved(calls, rounds, f"{direction} {dtype}", f"{shape} {layout}")
+        clone = timed["clone"].median
+        measured += timed.values()
+        for name, measurement in timed.items():
+            clones = measurement.median / clone
+            rows.append({
+                "x": shape, "layout": layout, "dtype": dtype, "fusion": fusion, "direction": direction, "candidate": name,
+                "microseconds": measurement.median * 1e6, "iqr_microseconds": measurement.iqr * 1e6, "clones": clones,
+                "of_floor": None if name == "clone" else floor_clones(fusion, direction) / clones,
+            })  # fmt: skip
+    return rows, measured
 
-    def infer(module: nn.Module) -> Callable[[], object]:
-        return torch.no_grad()(lambda: module(x))
 
-    def train(module: nn.Module) -> Callable[[], object]:
-        def step() -> None:
-            module(leaf).backward(grad)
-            leaf.grad = None
+def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Per direction and candidate, the geometric mean over the rows: in clones, and how many times slower than ours."""
+    result: dict[str, dict[str, float]] = {}
+    for direction in ("infer", "train"):
+        here = [row for row in rows if row["direction"] == direction]
+        ours = {(row["x"], row["layout"], row["dtype"]): row["clones"] for row in here if row["candidate"] == "ours"}
+        for candidate in dict.fromkeys(row["candidate"] for row in here if row["candidate"] != "clone"):
+            own = [row for row in here if row["candidate"] == candidate]
+            logs = [math.log(row["clones"]) for row in own]
+            ratios = [math.log(row["clones"] / ours[row["x"], row["layout"], row["dtype"]]) for row in own]
+            result[f"{direction} {candidate}"] = {
+                "clones": math.exp(sum(logs) / len(logs)),
+                "to_ours": math.exp(sum(ratios) / len(ratios)),
+                "rows": len(own),
+            }
+    return result
 
-        return step
 
-    figures = {}
-    for direction, wrap in (("infer", infer), ("train", train)):
-        seconds = fastest({"clone": x.clone, **{name: wrap(module) for name, module in modules.items()}}, rounds)
-        figures[direction] = {name: seconds[name] / seconds["clone"] for name in modules}
-    return figures
+def show(rows: list[dict[str, Any]], measured: list[Measurement]) -> None:
+    compare = Compare(measured)
+    compare.trim_significant_figures()
+    compare.print()
+    print("geometric means                  clones   times ours")
+    for name, figures in summary(rows).items():
+        print(f"  {name:<30} {figures['clones']:6.2f}   {figures['to_ours']:6.2f}   over {figures['rows']} rows")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default=",".join(SHAPES), help="NxCxHxW, separated by commas")
     parser.add_argument("--fusion", choices=FUSIONS, default="both")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes most of the time")
+    parser.add_argument("--candidates", default=",".join(COMPILED), help="of torch.compile, separated by commas; or nothing")
     arguments = parser.parse_args()
-    if not KEEP_MEMORY.keys() <= os.environ.keys():  # the C library reads them when the process starts
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
+    measure.keep_memory()
     torch.set_num_threads(arguments.threads)
     torch._dynamo.config.recompile_limit = 256
     torch.manual_seed(0)
-    dtype = getattr(torch, arguments.dtype)
-    print(
-        f"torch {torch.__version__}, {arguments.threads} threads, {arguments.dtype}, {arguments.fusion}; multiples of x.clone()"
-    )
-    rows = []
+    rows, measured = [], []
     for shape in arguments.shapes.split(","):
-        sizes = [int(size) for size in shape.split("x")]
-        for layout, memory_format in LAYOUTS.items():
-            x = torch.randn(sizes).to(dtype).contiguous(memory_format=memory_format)
-            modules = make_modules(sizes[1], FUSIONS[arguments.fusion], dtype, not arguments.no_compile)
-            check(modules, x)
-            rows.append(measure(x, modules, arguments.rounds))
-            cells = [
-                f"{direction}  " + "  ".join(f"{name} {multiple:5.1f}" for name, multiple in figures.items())
-                for direction, figures in rows[-1].items()
-            ]
-            print(f"{shape:>14} {layout}  " + " | ".join(cells), flush=True)
-    for direction in ("infer", "train"):
-        for name in rows[0][direction]:
-            mean = math.exp(sum(math.log(row[direction][name]) for row in rows) / len(rows))
-            print(f"geometric mean  {direction}  {name:8} {mean:5.2f}")
+        for layout in LAYOUTS:
+            more = rows_of(
+                shape,
+                layout,
+                arguments.dtype,
+                fusion=arguments.fusion,
+                compiled=filter(None, arguments.candidates.split(",")),
+                rounds=arguments.rounds,
+            )
+            rows += more[0]
+            measured += more[1]
+    show(rows, measured)
 
 
 if __name__ == "__main__":

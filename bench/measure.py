@@ -101,6 +101,11 @@ def _processor() -> str:
         return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+def _second_level_cache() -> str | None:
+    size = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
+    return size.read_text().strip() if size.exists() else None
+
+
 def _git(*arguments: str) -> str:
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else ""
@@ -114,7 +119,7 @@ def machine() -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "second_level_cache": os.sysconf("SC_LEVEL2_CACHE_SIZE"),
+        "second_level_cache": _second_level_cache(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": f"{platform.system()} {platform.release()}, {' '.join(platform.libc_ver())}",
         "python": platform.python_version(),

@@ -1,8 +1,11 @@
-"""Models of timm, torchvision and mmcv before and after replace_blocks: how many times faster, forward and training step.
+"""Whole models: what the blocks add to the time of a forward pass and of a training step, in plain PyTorch and compiled.
 
-    python bench/whole_models.py
+    python bench/whole_models.py [--rounds 7]
 
-Every round times both once, in turn; each figure is the ratio of the fastest rounds. A library that is missing is left out.
+Three variants of one net, timed in turn: without any context block, with the block of plain PyTorch, and with ours. The share
+of a block is what it adds to the net without, over the time of the net with it. ResNet-50 has the paper's placement (behind the
+last norm of every residual block of c3 to c5); timm's models come with their own blocks, before and after replace_blocks.
+A library that is missing is left out.
 """
 
 from __future__ import annotations
@@ -10,66 +13,129 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib
-import math
-import os
-import sys
-import time
 from collections.abc import Callable
+from typing import Any
 
+import measure
 import torch
+from peers import Eager
 from torch import Tensor, nn
 
-from gcnet_ext import replace_blocks
+import gcnet_ext
 
-# Freed memory stays in the heap: otherwise each large output is faulted in anew, which hides what is compared.
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
-IMAGE, MAP = (4, 3, 160, 160), (4, 256, 56, 56)
-# name: module to import, what makes the model of it, input
-MODELS: dict[str, tuple[str, Callable, tuple[int, ...]]] = {
-    "timm gcresnet50t": ("timm", lambda timm: timm.create_model("gcresnet50t"), IMAGE),
-    "timm gc_efficientnetv2_rw_t": ("timm", lambda timm: timm.create_model("gc_efficientnetv2_rw_t"), IMAGE),
-    "torchvision mobilenet_v3_large": ("torchvision.models", lambda models: models.mobilenet_v3_large(), IMAGE),
-    "mmcv ContextBlock(256)": ("mmcv.cnn", lambda cnn: nn.Sequential(cnn.ContextBlock(256, 1 / 16)), MAP),
+IMAGES, QUICK_IMAGES = (4, 3, 224, 224), (2, 3, 96, 96)
+VARIANTS = ("without", "eager", "ours")
+
+
+def swapped(model: nn.Module, wanted: Callable[[nn.Module], bool], make: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """A copy of the model with other modules in the place of some."""
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if wanted(module):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, make(module))
+    return model
+
+
+def eager_of(block: gcnet_ext.GlobalContextBlock) -> Eager:
+    eager = Eager(block.inplanes, block.planes, block.fusion_types)
+    eager.load_state_dict(block.state_dict())
+    return eager
+
+
+def resnet50() -> dict[str, nn.Module]:
+    """The paper's: 13 blocks that add, ratio 1/16."""
+    models = importlib.import_module("torchvision.models")
+    ours = models.resnet50()
+    gcnet_ext.insert_blocks(ours, stages=(2, 3, 4), ratio=1 / 16)
+    for name, parameter in ours.named_parameters():
+        if "context_block" in name:
+            nn.init.normal_(parameter, std=0.01)
+    is_ours = lambda module: isinstance(module, gcnet_ext.GlobalContextBlock)  # noqa: E731
+    return {
+        "without": swapped(ours, is_ours, lambda _: nn.Identity()),
+        "eager": swapped(ours, is_ours, eager_of),
+        "ours": ours,
+    }
+
+
+def timm_model(name: str) -> dict[str, nn.Module]:
+    timm = importlib.import_module("timm")
+    eager = timm.create_model(name)
+    ours = copy.deepcopy(eager)
+    gcnet_ext.replace_blocks(ours)
+    without = swapped(eager, lambda module: type(module).__name__ == "GlobalContext", lambda _: nn.Identity())
+    return {"without": without, "eager": eager, "ours": ours}
+
+
+MODELS: dict[str, Callable[[], dict[str, nn.Module]]] = {
+    "resnet50, GC at c3-c5": resnet50,
+    "timm gcresnet50t": lambda: timm_model("gcresnet50t"),
+    "timm gcresnext50ts": lambda: timm_model("gcresnext50ts"),
 }
 
 
 def infer(model: nn.Module, x: Tensor) -> None:
     with torch.no_grad():
-        model.eval()(x)
+        model(x)
 
 
 def train(model: nn.Module, x: Tensor) -> None:
-    model.train()(x).sum().backward()
+    model(x).sum().backward()
 
 
-def speedup(before: nn.Module, after: nn.Module, step: Callable, x: Tensor, rounds: int) -> float:
-    best = [math.inf, math.inf]
-    for _ in range(rounds):
-        for index, model in enumerate((before, after)):
-            start = time.perf_counter()
-            step(model, x)
-            best[index] = min(best[index], time.perf_counter() - start)
-    return best[0] / best[1]
+def check(variants: dict[str, nn.Module], x: Tensor) -> None:
+    """Refuses to time a wrong result."""
+    with torch.no_grad():
+        eager, ours = (variants[name].eval()(x) for name in ("eager", "ours"))
+    error = float((eager - ours).norm() / eager.norm())
+    if not error < 1e-3:
+        raise SystemExit(f"the models with eager blocks and with ours differ: relative error {error:.2e}")
+
+
+def rows(rounds: int, quick: bool = False) -> list[dict[str, Any]]:
+    """One row per model, direction and variant: time per image, and the share of the blocks."""
+    found = []
+    x = torch.randn(QUICK_IMAGES if quick else IMAGES)
+    for name, make in MODELS.items():
+        try:
+            variants = make()
+        except ImportError as error:
+            print(f"{name} is left out: {error}")
+            continue
+        check(variants, x)
+        for direction, step in (("infer", infer), ("train", train)):
+            for model in variants.values():
+                model.train(direction == "train")
+            calls = {variant: lambda step=step, model=variants[variant]: step(model, x) for variant in VARIANTS}
+            timed = measure.interleaved(calls, rounds)
+            without = timed["without"].median
+            for variant in VARIANTS:
+                median = timed[variant].median
+                found.append({
+                    "model": name, "direction": direction, "variant": variant, "images": x.shape[0], "size": x.shape[2],
+                    "milliseconds": median * 1e3, "iqr_milliseconds": timed[variant].iqr * 1e3,
+                    "share": (median - without) / median,
+                })  # fmt: skip
+    return found
+
+
+def show(found: list[dict[str, Any]]) -> None:
+    print("whole models                     direction   variant     ms per batch      the blocks' share")
+    for row in found:
+        print(
+            f"  {row['model']:<30} {row['direction']:<10} {row['variant']:<9} "
+            f"{row['milliseconds']:9.1f} +- {row['iqr_milliseconds']:6.1f}   {row['share']:8.1%}"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    rounds = parser.parse_args().rounds
-    if not KEEP_MEMORY.keys() <= os.environ.keys():  # the C library reads them when the process starts
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
+    arguments = parser.parse_args()
+    measure.keep_memory()
     torch.manual_seed(0)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32")
-    for name, (library, make, sizes) in MODELS.items():
-        try:
-            before = make(importlib.import_module(library))
-        except ImportError as error:
-            print(f"{name:<32} left out: {error}")
-            continue
-        after, x = copy.deepcopy(before), torch.randn(sizes)
-        blocks = len(replace_blocks(after).replaced)
-        figures = [f"{step.__name__} {speedup(before, after, step, x, rounds):.2f}x" for step in (infer, train)]
-        print(f"{name:<32} {blocks:>3} blocks  {'  '.join(figures)}", flush=True)
+    show(rows(arguments.rounds))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ def _load_cuda() -> str | None:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
     try:
-        (library,) = Path(compiled.__file__).parent.glob("**/_C_cuda*.so")
+        (library,) = Path(str(compiled.__file__)).parent.glob("**/_C_cuda*.so")
         torch.ops.load_library(str(library))
     except Exception as error:
         return (
@@ -74,7 +75,9 @@ def has_kernels(x: Tensor) -> bool:
     Inside torch.func transforms (grad, vmap, jvp) it does not: plain PyTorch is differentiable and batched in every way. Nor in
     an export to ONNX, which has standard operators only.
     """
-    if torch._C._are_functorch_transforms_active() or torch.onnx.is_in_onnx_export():
+    if torch._C._are_functorch_transforms_active():
+        return False
+    if (torch.compiler.is_compiling() or torch._C._is_tracing()) and torch.onnx.is_in_onnx_export():
         return False
     device = "cpu" if x.is_cpu else x.device.type  # a torch.device and its name cost 20 us when they are not in a cache
     if device in _kernel_devices:
@@ -347,7 +350,7 @@ def _differentiable(name: str, args: tuple) -> tuple[Tensor, ...] | Tensor:
     return below_autograd(name, args)
 
 
-def call(name: str, *args) -> tuple[Tensor, ...] | Tensor:
+def call(name: str, *args: Any) -> Any:
     """The operator. A graph that is being captured gets it as one node; otherwise it starts where the dispatcher would lead to,
     without converting every argument to C++ and back on the way."""
     if torch.compiler.is_compiling():
@@ -363,7 +366,7 @@ def _without_gradient(name: str, args: tuple) -> None:
         torch.autograd.graph.increment_version(args[0])  # a graph that saved x must not use it any more
 
 
-def call_in_place(name: str, *args) -> None:
+def call_in_place(name: str, *args: Any) -> None:
     """The operator with a trailing underscore, with the same short cut."""
     if torch.compiler.is_compiling():
         getattr(torch.ops.gcnet_ext, name).default(*args)
