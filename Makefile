@@ -3,6 +3,7 @@
 # make test-native       the C++ tests under sanitizers, and the mutation check, by CMake and ctest
 # make test-cuda-build   the CUDA build for every architecture, its machine code, and the tests on another torch
 # make bench             every benchmark; beside timm and mmcv with PEERS=1
+# make fuzz              a long search for inputs that break the kernels; needs clang
 # make gpu-check         everything that a GPU is needed for
 # All but the last set up what they need in .venv or .venv-cuda, and install and build what is missing first.
 #
@@ -33,7 +34,7 @@ CUDA_TAG := $(shell printf '%s' '$(CUDA_TORCH) $(CUDA_ARCHITECTURES)' | tr -c 'A
 CUDA_CHECKOUT := build/cuda-checkout
 CUDA_BUILT = $(CUDA_CHECKOUT)/cuda-built-$(CUDA_TAG)
 
-.PHONY: demo test test-native test-cuda-build gpu-check lint format bench build clean
+.PHONY: demo test test-native test-cuda-build gpu-check lint format bench fuzz build clean
 
 demo: $(BUILT)
 	$(VENV)/bin/python -m gcnet_ext demo $(ARGS)
@@ -55,6 +56,15 @@ test-cuda-build: $(CUDA_BUILT) $(BUILT)
 gpu-check:
 	$(PYTHON) bench/gpu_check.py $(ARGS)
 
+# A long search for what breaks the kernels: libFuzzer (needs clang) for FUZZ_SECONDS, then hypothesis with many examples.
+FUZZ_SECONDS ?= 600
+fuzz: $(BUILT)
+	CXX=clang++ $(VENV)/bin/cmake -S tests/native -B build/fuzz -G Ninja -DGCNET_EXT_LIBFUZZER=ON
+	$(VENV)/bin/cmake --build build/fuzz --target cpu_fuzz
+	mkdir -p build/fuzz/corpus
+	build/fuzz/cpu_fuzz -max_total_time=$(FUZZ_SECONDS) -max_len=8192 -jobs=2 -workers=2 build/fuzz/corpus
+	$(VENV)/bin/python -m pytest tests/test_fuzz.py tests/test_properties.py --hypothesis-profile=explore $(ARGS)
+
 # Everything that can be measured here, into build/bench; ARGS=--quick takes two minutes. With PEERS=1 beside timm and mmcv, and
 # in whole models, which need torchvision and so the torch of CUDA_TORCH: the CPU library of .venv runs on that, too.
 bench: $(BUILT) $(if $(PEERS),$(CUDA_VENV)/installed-$(CUDA_TAG))
@@ -65,12 +75,12 @@ build: $(BUILT)
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $(filter csrc/%,$(SOURCES)) $(wildcard examples/cpp/*.cpp)
+	$(VENV)/bin/clang-format --dry-run --Werror $(filter csrc/%,$(SOURCES)) $(wildcard examples/*/*.cpp tests/native/cpu/*.cpp)
 
 format: $(INSTALLED)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $(filter csrc/%,$(SOURCES)) $(wildcard examples/cpp/*.cpp)
+	$(VENV)/bin/clang-format -i $(filter csrc/%,$(SOURCES)) $(wildcard examples/*/*.cpp tests/native/cpu/*.cpp)
 
 $(INSTALLED): requirements-dev.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

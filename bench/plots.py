@@ -35,10 +35,10 @@ def _block_rows(results: dict[str, Any], direction: str, dtype: str = "float32")
 
 def speedup(results: dict[str, Any], file: Path) -> None:
     """How many times faster ours is than each of the others, per shape; longer is better."""
-    figure, axes = plt.subplots(1, 2, figsize=(13, 9), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(13, 11), sharey=True, layout="constrained")
     for axis, direction in zip(axes, ("infer", "train"), strict=True):
         rows = _block_rows(results, direction)
-        places = list(dict.fromkeys((row["x"], row["layout"]) for row in rows))
+        places = list(dict.fromkeys((row["x"], row["layout"]) for row in rows if row["candidate"] not in ("ours", "clone")))
         ours = {(row["x"], row["layout"]): row["microseconds"] for row in rows if row["candidate"] == "ours"}
         others = [c for c in dict.fromkeys(row["candidate"] for row in rows) if c not in ("ours", "clone")]
         height = 0.8 / max(1, len(others))
@@ -48,11 +48,11 @@ def speedup(results: dict[str, Any], file: Path) -> None:
             axis.barh(np.arange(len(places)) + index * height, values, height, label=other, color=COLOURS[other])
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_yticks(np.arange(len(places)) + 0.4 - height / 2, [" ".join(place) for place in places], fontsize=8)
-        axis.invert_yaxis()
         axis.set_xlabel("times slower than ours")
         axis.set_title({"infer": "inference", "train": "forward and backward"}[direction])
         axis.spines[["top", "right"]].set_visible(False)
-    axes[1].legend(frameon=False, loc="lower right")
+    axes[0].invert_yaxis()
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=8)
     figure.suptitle(
         f"Global Context block, float32, {results['machine']['processor']}, {results['machine']['threads']} threads"
     )

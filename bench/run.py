@@ -108,7 +108,7 @@ def main() -> None:
         "overhead": lambda: shown(overhead, overhead.rows(rounds)),
         "scaling": lambda: shown(scaling, scaling.rows(rounds, quick)),
         "memory": lambda: memory_rows(quick),
-        "models": lambda: shown(whole_models, whole_models.rows(3 if quick else rounds, quick)),
+        "models": lambda: shown(whole_models, whole_models.rows(min(rounds, 3 if quick else 7), quick)),
     }
     if torch.cuda.is_available():
         sections["gpu"] = lambda: gpu(quick)

@@ -133,3 +133,24 @@ def test_gradients_of_two_processes_are_those_of_one():
         mp.spawn(work, args=(2, free_port(), failures), nprocs=2)
     except mp.ProcessRaisedException:
         pytest.fail(failures.get())
+
+
+@pytest.mark.slow
+def test_folder_of_images(tmp_path):
+    """--data: an ImageFolder into a ResNet-50 with 13 blocks, killed by nothing, logged to TensorBoard, under autocast."""
+    for name in ("torchvision", "tensorboard"):
+        pytest.importorskip(name)
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(0)
+    for label in ("cat", "dog"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for index in range(4):
+            pixels = torch.randint(0, 256, (240, 260, 3), generator=generator, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(tmp_path / "images" / label / f"{index}.png")
+    options = ["--data", str(tmp_path / "images"), "--batch", "4", "--epochs", "1", "--amp", "bfloat16", "--log", "log"]
+    saved = train(tmp_path / "folder.pt", 1, *options)
+    assert len(saved["losses"]) == 2
+    assert all(0 < loss < 100 for loss in saved["losses"])
+    assert sum("context_block.conv_mask.weight" in name for name in saved["model"]) == 13
+    assert list((tmp_path / "log").glob("events.*"))

@@ -1,20 +1,17 @@
-// OpenMP loops that take their number of threads from torch.
+// Parallel loops, and how samples are grouped.
 #pragma once
 
-#include <omp.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cstdint>
 
 #include "../plan_cpu.h"
-#include "../stable.h"
+#include "team.h"
 
 namespace gcnet_ext::cpu {
 
 constexpr int64_t kSerialElements = 16384;  // below, waking a thread costs more than it saves
-
-inline int64_t torch_threads() { return torch::stable::get_num_threads(); }
 
 // Bytes of the second-level cache of one core.
 inline int64_t second_level_cache() {
@@ -41,12 +38,8 @@ void parallel_for(int64_t count, int64_t elements, const Body& body, Order order
     }
   };
   const int64_t threads = std::min(count, torch_threads());
-  if (threads <= 1 || elements < kSerialElements || omp_in_parallel()) return range(0, count);
-#pragma omp parallel num_threads(static_cast<int>(threads))
-  {
-    const int64_t rank = omp_get_thread_num(), team = omp_get_num_threads();
-    range(count * rank / team, count * (rank + 1) / team);
-  }
+  if (threads <= 1 || elements < kSerialElements || in_team()) return range(0, count);
+  run_team(threads, [&](int64_t rank, int64_t team) { range(count * rank / team, count * (rank + 1) / team); });
 }
 
 // The groups in which samples of so many bytes go through all steps, between which so many bytes of weights are read.

@@ -1,0 +1,298 @@
+// A fuzz target for the loops of the CPU kernels, called as csrc/cpu calls them, and for the plans.
+//
+// The bytes choose a loop, a capability, sizes, strides, which arguments are missing, and the numbers themselves, NaN and
+// infinities among them. Buffers are of exactly the size that the block needs, for AddressSanitizer; the result must be that of
+// plain loops in double, up to rounding, and every plan must cover its sample once.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "../../../csrc/cpu/kernels.h"
+#include "../../../csrc/plan_cpu.h"
+
+namespace gcnet_ext::cpu {
+namespace {
+
+void require(bool good, const char* what) {
+  if (good) return;
+  std::fprintf(stderr, "FUZZ: %s\n", what);
+  std::abort();
+}
+
+// The input, byte by byte; zeros when it has ended.
+struct Source {
+  const uint8_t* next;
+  const uint8_t* end;
+
+  uint8_t byte() { return next < end ? *next++ : 0; }
+  int64_t upto(int64_t most) { return (byte() | byte() << 8) % (most + 1); }
+  bool flag() { return byte() & 1; }
+  // Mostly small numbers; some large, some denormal, some infinite, some NaN.
+  double number() {
+    const uint8_t kind = byte();
+    const double value = (byte() - 127.5) / 64;
+    switch (kind) {
+      case 0: return std::numeric_limits<double>::quiet_NaN();
+      case 1: return std::numeric_limits<double>::infinity();
+      case 2: return -std::numeric_limits<double>::infinity();
+      case 3: return value * 1e30;
+      case 4: return value * 1e-42;
+      case 5: return value * 6e4;
+      default: return value;
+    }
+  }
+};
+
+template <typename T>
+std::vector<T> numbers(Source& from, int64_t count) {
+  std::vector<T> values;
+  values.reserve(count);
+  for (int64_t i = 0; i < count; i++) values.push_back(static_cast<T>(static_cast<float>(from.number())));
+  return values;
+}
+
+// A block of C channels and P positions with a gap between its rows, in a buffer that ends with its last element.
+template <typename T>
+struct Buffer2d {
+  std::vector<T> memory;
+  int64_t channel_stride, position_stride;
+  bool channels_last;
+  int64_t channels, positions;
+
+  Buffer2d(Source& from, int64_t channels, int64_t positions, bool channels_last)
+      : channels_last(channels_last), channels(channels), positions(positions) {
+    const int64_t gap = from.upto(3);
+    channel_stride = channels_last ? 1 : positions + gap;
+    position_stride = channels_last ? channels + gap : 1;
+    memory = numbers<T>(from, (channels - 1) * channel_stride + (positions - 1) * position_stride + 1);
+    memory.shrink_to_fit();
+  }
+  Block<const T> read() const { return {memory.data(), channels, positions, channel_stride, position_stride, channels_last}; }
+  Block<T> write() { return {memory.data(), channels, positions, channel_stride, position_stride, channels_last}; }
+  double at(int64_t c, int64_t p) const { return static_cast<double>(memory[c * channel_stride + p * position_stride]); }
+};
+
+// A sum of so many products: how far rounding may move it, in units of the sum of their sizes.
+template <typename acc>
+void same(double got, double want, double sizes, int64_t terms, const char* what) {
+  if (!std::isfinite(sizes) || sizes > 1e30) return;  // overflow or NaN on the way: no value to compare
+  const double bound = (4 + terms) * std::numeric_limits<acc>::epsilon() * sizes + 1e-30;
+  require(std::abs(got - want) <= bound, what);
+}
+// One rounding to the storage type on top of the accumulated error.
+template <typename T>
+void same_stored(double got, double want, double sizes, const char* what) {
+  if (!std::isfinite(sizes) || sizes > 6e4) return;
+  const double half = std::is_same_v<T, Half> ? 1e-3 : std::is_same_v<T, BFloat16> ? 8e-3 : 0;
+  require(std::abs(got - want) <= (half + 16 * std::numeric_limits<acc_t<T>>::epsilon()) * sizes + 1e-7, what);
+}
+
+template <typename T>
+void fuzz_sums(Source& from, const MapKernels<T>& kernels, int64_t C, int64_t P, bool channels_last) {
+  using acc = acc_t<T>;
+  const Buffer2d<T> a(from, C, P, channels_last), b(from, C, P, channels_last);
+  const auto w = numbers<acc>(from, C), m = numbers<acc>(from, P);
+  std::vector<acc> dots(P), sums(C), sum_a(C), sum_ab(C);
+  kernels.position_dots(a.read(), w.data(), dots.data());
+  kernels.channel_dots(a.read(), m.data(), sums.data());
+  const bool product = from.flag();
+  kernels.channel_sums(a.read(), product ? b.read() : Block<const T>{nullptr, C, P, 0, 0, channels_last}, sum_a.data(),
+                       product ? sum_ab.data() : nullptr);
+  for (int64_t p = 0; p < P; p++) {
+    double dot = 0, size = 0;
+    for (int64_t c = 0; c < C; c++) dot += w[c] * a.at(c, p), size += std::abs(w[c] * a.at(c, p));
+    same<acc>(dots[p], dot, size, C, "position_dots");
+  }
+  for (int64_t c = 0; c < C; c++) {
+    double weighted = 0, weighted_size = 0, plain = 0, plain_size = 0, products = 0, products_size = 0;
+    for (int64_t p = 0; p < P; p++) {
+      weighted += m[p] * a.at(c, p), weighted_size += std::abs(m[p] * a.at(c, p));
+      plain += a.at(c, p), plain_size += std::abs(a.at(c, p));
+      products += a.at(c, p) * b.at(c, p), products_size += std::abs(a.at(c, p) * b.at(c, p));
+    }
+    same<acc>(sums[c], weighted, weighted_size, P, "channel_dots");
+    same<acc>(sum_a[c], plain, plain_size, P, "channel_sums: a");
+    if (product) same<acc>(sum_ab[c], products, products_size, P, "channel_sums: ab");
+  }
+}
+
+template <typename T>
+void fuzz_fuse(Source& from, const MapKernels<T>& kernels, int64_t C, int64_t P, bool channels_last) {
+  using acc = acc_t<T>;
+  const Buffer2d<T> x(from, C, P, channels_last);
+  Buffer2d<T> out(from, C, P, channels_last);
+  const auto scale = numbers<acc>(from, C), shift = numbers<acc>(from, C);
+  const bool scales = from.flag(), shifts = from.flag();
+  kernels.channel_fuse(x.read(), scales ? scale.data() : nullptr, shifts ? shift.data() : nullptr, out.write());
+  for (int64_t c = 0; c < C; c++) {
+    for (int64_t p = 0; p < P; p++) {
+      const double product = x.at(c, p) * (scales ? scale[c] : 1), added = shifts ? shift[c] : 0;
+      same_stored<T>(out.at(c, p), product + added, std::abs(product) + std::abs(added), "channel_fuse");
+    }
+  }
+}
+
+template <typename T>
+void fuzz_pool(Source& from, const MapKernels<T>& kernels, int64_t C, int64_t P, bool channels_last) {
+  using acc = acc_t<T>;
+  const Buffer2d<T> x(from, C, P, channels_last), grad(from, C, P, channels_last);
+  Buffer2d<T> grad_x(from, C, P, channels_last);
+  const auto w = numbers<acc>(from, C), dctx = numbers<acc>(from, C), scale = numbers<acc>(from, C);
+  std::vector<acc> logits(P), weighted(C), dw(C);
+  SoftmaxSum<acc> state{-std::numeric_limits<acc>::infinity(), 0, weighted.data()};
+  kernels.attention_pool(x.read(), w.data(), static_cast<acc>(from.number()), logits.data(), state);
+  // The reference of the weighted sum starts from the kernel's own logits: their rounding is another test's.
+  bool finite = std::isfinite(state.max);
+  for (const acc logit : logits) finite = finite && std::isfinite(logit);
+  for (int64_t c = 0; finite && c < C; c++) {
+    double sum = 0, size = 0;
+    for (int64_t p = 0; p < P; p++) {
+      const double e = std::exp(static_cast<double>(logits[p]) - static_cast<double>(state.max));
+      sum += e * x.at(c, p), size += e * std::abs(x.at(c, p));
+    }
+    same<acc>(weighted[c], sum, size, 8 + P, "attention_pool");
+  }
+  const bool has_grad = from.flag(), has_dx = from.flag(), has_dw = from.flag(), has_scale = from.flag();
+  const auto m = numbers<acc>(from, P);
+  const PoolGradient<acc> sample{dctx.data(), static_cast<acc>(0.25), w.data(), has_scale ? scale.data() : nullptr};
+  const Block<const T> none{nullptr, C, P, 0, 0, channels_last};
+  kernels.attention_pool_backward(has_grad ? grad.read() : none, x.read(), m.data(), sample,
+                                  has_dx ? grad_x.write() : Block<T>{nullptr, C, P, 0, 0, channels_last},
+                                  has_dw ? dw.data() : nullptr);
+  if (!has_dx) return;
+  for (int64_t p = 0; p < P; p++) {
+    double u = 0, u_size = 0;
+    for (int64_t c = 0; c < C; c++) u += dctx[c] * x.at(c, p), u_size += std::abs(dctx[c] * x.at(c, p));
+    const double dl = m[p] * (u - 0.25), dl_size = std::abs(m[p]) * (u_size + 0.25);
+    for (int64_t c = 0; c < C; c++) {
+      const double own = has_grad ? grad.at(c, p) * (has_scale ? scale[c] : 1) : 0;
+      const double size = std::abs(own) + std::abs(m[p] * dctx[c]) + dl_size * std::abs(w[c]) * (1 + C / 16.);
+      same_stored<T>(grad_x.at(c, p), own + m[p] * dctx[c] + dl * w[c], size, "attention_pool_backward");
+    }
+  }
+}
+
+template <typename acc, typename W>
+void fuzz_matrix(Source& from, const MatrixKernels<acc, W>& kernels) {
+  const int64_t N = 1 + from.upto(8), M = 1 + from.upto(40), K = 1 + from.upto(600);
+  const auto x = numbers<acc>(from, N * K), bias = numbers<acc>(from, M), dy = numbers<acc>(from, N * M);
+  const auto weight = numbers<W>(from, M * K);
+  const bool with_bias = from.flag();
+  std::vector<acc> y(N * M), dx(N * K);
+  std::vector<W> dw(M * K);
+  const int64_t m0 = from.upto(M - 1), m1 = m0 + 1 + from.upto(M - m0 - 1), k0 = from.upto(K - 1),
+                k1 = k0 + 1 + from.upto(K - k0 - 1);
+  kernels.linear(x.data(), K, N, weight.data(), K, with_bias ? bias.data() : nullptr, m0, m1, y.data(), M);
+  kernels.linear_backward_input(dy.data(), M, N, weight.data(), K, m0, m1, k0, k1, dx.data(), K);
+  kernels.linear_backward_weight(dy.data(), M, x.data(), K, N, K, m0, m1, dw.data());
+  const auto w = [&](int64_t m, int64_t k) { return static_cast<double>(weight[m * K + k]); };
+  for (int64_t n = 0; n < N; n++) {
+    for (int64_t m = m0; m < m1; m++) {
+      double sum = with_bias ? bias[m] : 0, size = std::abs(sum);
+      for (int64_t k = 0; k < K; k++) sum += w(m, k) * x[n * K + k], size += std::abs(w(m, k) * x[n * K + k]);
+      same<acc>(y[n * M + m], sum, size, K, "linear");
+    }
+    for (int64_t k = k0; k < k1; k++) {
+      double sum = 0, size = 0;
+      for (int64_t m = m0; m < m1; m++) sum += dy[n * M + m] * w(m, k), size += std::abs(dy[n * M + m] * w(m, k));
+      same<acc>(dx[n * K + k], sum, size, M, "linear_backward_input");
+    }
+  }
+  for (int64_t m = m0; m < m1; m++) {
+    for (int64_t k = 0; k < K; k++) {
+      double sum = 0, size = 0;
+      for (int64_t n = 0; n < N; n++)
+        sum += double(dy[n * M + m]) * x[n * K + k], size += std::abs(double(dy[n * M + m]) * x[n * K + k]);
+      same_stored<W>(static_cast<double>(dw[m * K + k]), sum, size, "linear_backward_weight");
+    }
+  }
+}
+
+template <typename acc>
+void fuzz_vectors(Source& from, const VectorKernels<acc>& kernels) {
+  const int64_t P = 1 + from.upto(200), parts = 1 + from.upto(5);
+  const auto values = numbers<acc>(from, parts * P);
+  auto t = numbers<acc>(from, P);
+  std::vector<acc> attention(P), dl(P);
+  kernels.softmax_of_sum(values.data(), parts, P, acc(0.5), attention.data());
+  double total = 0;
+  bool finite = true;
+  for (int64_t i = 0; i < parts * P; i++) finite = finite && std::abs(static_cast<double>(values[i])) < 1e29;
+  for (const acc m : attention) total += m;
+  require(!finite || std::abs(total - 1) < 1e-4, "softmax_of_sum");
+  kernels.logit_gradient(values.data(), parts, P, attention.data(), acc(1), dl.data());
+  kernels.context_dot(values.data(), values.data(), P, from.flag());
+  const auto before = t;
+  kernels.sigmoid(t.data(), P);
+  for (int64_t i = 0; i < P; i++) {
+    const double want = 1 / (1 + std::exp(-static_cast<double>(before[i])));
+    require(std::isnan(want) ? std::isnan(static_cast<double>(t[i])) : std::abs(t[i] - want) < 1e-6, "sigmoid");
+  }
+}
+
+void fuzz_plans(Source& from) {
+  const auto size = [&] { return 1 + (from.upto(60000) << from.upto(12)); };
+  const int64_t C = size(), P = size(), bytes = int64_t{1} << (1 + from.upto(2));
+  const bool channels_last = from.flag();
+  const PoolPlan pool = plan_cpu_pool(C, P, bytes, channels_last);
+  require(pool.splits >= 1 && (pool.splits - 1) * pool.split < P && P <= pool.splits * pool.split, "splits cover P");
+  require(pool.tile >= 1 && pool.split % pool.tile == 0 && pool.tile <= 4096, "tiles cover a split");
+  const SweepPlan sweep = plan_cpu_sweep(C, P, bytes, channels_last);
+  require((sweep.channel_blocks - 1) * sweep.channels < C && C <= sweep.channel_blocks * sweep.channels, "blocks cover C");
+  require((sweep.position_blocks - 1) * sweep.positions < P && P <= sweep.position_blocks * sweep.positions, "blocks cover P");
+  require(!pool.by_channels || sweep.position_blocks == 1, "cut by channels means whole rows");
+  const GroupPlan group =
+      plan_cpu_group(size(), C * bytes, from.upto(60000) << 8, 1 + from.upto(128), 1 << (10 + from.upto(12)));
+  require(group.samples >= 1, "a group has a sample");
+}
+
+template <typename T>
+void fuzz_map(Source& from, int which, const MapKernels<T>& kernels) {
+  const bool channels_last = from.flag();
+  const int64_t C = 1 + from.upto(70), P = 1 + from.upto(140);
+  if (which == 0) fuzz_sums(from, kernels, C, P, channels_last);
+  if (which == 1) fuzz_fuse(from, kernels, C, P, channels_last);
+  if (which == 2) fuzz_pool(from, kernels, C, P, channels_last);
+}
+
+void fuzz(Source from) {
+  static const std::vector<const Kernels*> tables = [] {
+    std::vector<const Kernels*> found{kernels_default()};
+#if defined(__x86_64__)
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (avx2) found.push_back(kernels_avx2());
+    if (avx2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
+      found.push_back(kernels_avx512());
+    }
+#endif
+    return found;
+  }();
+  const Kernels& kernels = *tables[from.byte() % tables.size()];
+  const int which = from.byte() % 6, type = from.byte() % 4;
+  if (which == 5) return fuzz_plans(from);
+  if (which == 4) return type % 2 ? fuzz_vectors(from, kernels.vector_double) : fuzz_vectors(from, kernels.vector_float);
+  if (which == 3) {
+    if (type == 0) return fuzz_matrix(from, kernels.matrix_double_double);
+    if (type == 1) return fuzz_matrix(from, kernels.matrix_float_float);
+    if (type == 2) return fuzz_matrix(from, kernels.matrix_float_half);
+    return fuzz_matrix(from, kernels.matrix_float_bfloat16);
+  }
+  if (type == 0) return fuzz_map(from, which, kernels.map_double);
+  if (type == 1) return fuzz_map(from, which, kernels.map_float);
+  if (type == 2) return fuzz_map(from, which, kernels.map_half);
+  return fuzz_map(from, which, kernels.map_bfloat16);
+}
+
+}  // namespace
+}  // namespace gcnet_ext::cpu
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  gcnet_ext::cpu::fuzz({data, data + size});
+  return 0;
+}

@@ -1,0 +1,240 @@
+// The CPU operators as they are, under a sanitizer: a grid of shapes, layouts and dtypes, forward and backward, at 1, 2 and 5
+// threads. Against float64 by ATen, and bit for bit between the numbers of threads.
+//
+// Buffers end where the last element does, so that AddressSanitizer sees the first byte past it. The CPU capability is the
+// environment's, GCNET_EXT_CPU_CAPABILITY; the program ends with 77 where this processor does not have it.
+#include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/autograd.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "../../../csrc/cpu/capability.h"
+#include "../../../csrc/cpu/team.h"
+#include "team.h"
+
+namespace {
+
+using Tensors = std::vector<at::Tensor>;
+
+int failures = 0;
+
+void expect(bool good, const std::string& what) {
+  if (good) return;
+  failures++;
+  std::fprintf(stderr, "FAILED: %s\n", what.c_str());
+}
+
+// The outputs of an operator of gcnet_ext.
+Tensors call(const char* name, std::vector<c10::IValue> stack) {
+  c10::Dispatcher::singleton().findSchemaOrThrow((std::string("gcnet_ext::") + name).c_str(), "").callBoxed(&stack);
+  Tensors outputs;
+  for (const c10::IValue& value : stack) outputs.push_back(value.toTensor());
+  return outputs;
+}
+
+// The values in memory of exactly their size, and in their strides.
+at::Tensor exact(const at::Tensor& values) {
+  const size_t bytes = values.numel() * values.element_size();
+  const std::shared_ptr<char[]> memory(new char[bytes]);
+  at::Tensor copy = at::from_blob(memory.get(), values.sizes(), values.strides(), [memory](void*) {}, values.options());
+  copy.copy_(values);
+  return copy;
+}
+
+struct Case {
+  std::vector<int64_t> sizes;
+  at::ScalarType dtype;
+  bool channels_last, attention, mul, add;
+
+  std::string name() const {
+    std::string text = at::toString(dtype);
+    for (const int64_t size : sizes) text += "x" + std::to_string(size);
+    return text + (channels_last ? " channels_last" : " contiguous") + (attention ? " att" : " avg") + (mul ? " mul" : "") +
+           (add ? " add" : "");
+  }
+};
+
+at::Tensor feature_map(const Case& of) {
+  at::Tensor x = at::randn(of.sizes, at::kDouble) + 0.25;
+  if (of.channels_last) x = x.movedim(1, -1).contiguous().movedim(-1, 1);
+  return exact(x.to(of.dtype));
+}
+
+// x, mask_weight, mask_bias, then w1, b1, norm_weight, norm_bias, w2, b2 of scale and of shift; undefined where there is none.
+Tensors inputs_of(const Case& of, int64_t hidden) {
+  const int64_t channels = of.sizes[1];
+  const auto parameter = [&](std::vector<int64_t> sizes, double std) {
+    return exact((at::randn(sizes, at::kDouble) * std).to(of.dtype));
+  };
+  Tensors inputs{feature_map(of)};
+  inputs.push_back(of.attention ? parameter({channels}, 1.5 / std::sqrt(channels)) : at::Tensor());
+  inputs.push_back(of.attention ? parameter({1}, 1) : at::Tensor());
+  for (const bool there : {of.mul, of.add}) {
+    if (!there) {
+      inputs.insert(inputs.end(), 6, at::Tensor());
+      continue;
+    }
+    inputs.push_back(parameter({hidden, channels}, 2 / std::sqrt(channels)));
+    for (int i = 0; i < 3; i++) inputs.push_back(parameter({hidden}, 1));
+    inputs.push_back(parameter({channels, hidden}, 1.5 / std::sqrt(hidden)));
+    inputs.push_back(parameter({channels}, 1));
+  }
+  return inputs;
+}
+
+at::Tensor reference(const Tensors& in) {
+  const at::Tensor x = in[0].flatten(2);  // [N, C, P]
+  at::Tensor context = x.mean(2);
+  if (in[1].defined()) {
+    const at::Tensor attention = at::softmax(at::einsum("ncp,c->np", {x, in[1]}) + in[2], 1);
+    context = at::einsum("ncp,np->nc", {x, attention});
+  }
+  const auto branch = [&](size_t first) {
+    const at::Tensor hidden = at::linear(context, in[first], in[first + 1]);
+    return at::linear(at::relu(at::layer_norm(hidden, {hidden.size(1)}, in[first + 2], in[first + 3])), in[first + 4],
+                      in[first + 5]);
+  };
+  at::Tensor out = x;
+  if (in[3].defined()) out = out * at::sigmoid(branch(3)).unsqueeze(2);
+  if (in[9].defined()) out = out + branch(9).unsqueeze(2);
+  return out.view(in[0].sizes());
+}
+
+std::vector<c10::IValue> stack_of(const Tensors& tensors) {
+  std::vector<c10::IValue> stack;
+  for (const at::Tensor& tensor : tensors) stack.emplace_back(tensor.defined() ? c10::IValue(tensor) : c10::IValue());
+  for (const c10::IValue& option : {c10::IValue(true), c10::IValue(1e-5), c10::IValue(false), c10::IValue(false)}) {
+    stack.push_back(option);  // norm, eps, silu, hard_sigmoid
+  }
+  stack.emplace_back(1. / 6);
+  stack.emplace_back(.5);
+  return stack;
+}
+
+// Everything that the two operators of the block, and those of its parts, return.
+Tensors outputs_of(const Tensors& inputs, const at::Tensor& grad) {
+  Tensors forward = call("global_context", stack_of(inputs));
+  Tensors backward_inputs = inputs;
+  backward_inputs.erase(backward_inputs.begin() + 2);  // mask_bias
+  backward_inputs.insert(backward_inputs.begin(), grad);
+  std::vector<c10::IValue> stack = stack_of(backward_inputs);
+  for (size_t i = 1; i < forward.size(); i++) stack.emplace_back(forward[i]);
+  for (int need = 0; need < 4; need++) stack.emplace_back(true);
+  Tensors outputs = call("global_context_backward", stack);
+  outputs.insert(outputs.begin(), forward.begin(), forward.end());
+
+  const c10::IValue weight = inputs[1].defined() ? c10::IValue(inputs[1]) : c10::IValue();
+  const at::Tensor& context = forward[1];
+  for (const at::Tensor& part :
+       call("attention_pool_backward", {context, inputs[0], weight, context, forward[2], true, inputs[1].defined()})) {
+    outputs.push_back(part);
+  }
+  const at::Tensor factors = context.to(inputs[0].scalar_type());
+  for (const at::Tensor& part : call("channel_fuse_backward", {grad, inputs[0], factors, factors, true, true, true})) {
+    outputs.push_back(part);
+  }
+  const at::Tensor x = exact(inputs[0]);
+  call("channel_fuse_", {x, factors, c10::IValue()});
+  outputs.push_back(x);
+  return outputs;
+}
+
+bool same_bits(const at::Tensor& a, const at::Tensor& b) {
+  if (a.sizes() != b.sizes() || a.scalar_type() != b.scalar_type()) return false;
+  const at::Tensor x = a.contiguous(), y = b.contiguous();
+  return x.numel() == 0 || std::memcmp(x.data_ptr(), y.data_ptr(), x.numel() * x.element_size()) == 0;
+}
+
+void close(const at::Tensor& got, const at::Tensor& want, double tolerance, const std::string& what) {
+  const double largest = want.numel() ? want.abs().max().item<double>() : 0;
+  const double difference = want.numel() ? (got.to(at::kDouble) - want).abs().max().item<double>() : 0;
+  expect(difference <= tolerance * (1 + largest), what + ": off by " + std::to_string(difference));
+}
+
+void run(const Case& of, int64_t hidden) {
+  at::manual_seed(1);
+  const Tensors inputs = inputs_of(of, hidden);
+  const at::Tensor grad = feature_map(of);
+  gcnet_ext::cpu::set_threads(1);
+  const Tensors outputs = outputs_of(inputs, grad);
+  for (const int64_t threads : {2, 5}) {
+    gcnet_ext::cpu::set_threads(threads);
+    const Tensors again = outputs_of(inputs, grad);
+    for (size_t i = 0; i < outputs.size(); i++) {
+      expect(same_bits(outputs[i], again[i]), of.name() + ": output " + std::to_string(i) + " at " + std::to_string(threads));
+    }
+  }
+
+  Tensors leaves;
+  for (const at::Tensor& input : inputs) {
+    leaves.push_back(input.defined() ? input.to(at::kDouble).clone().requires_grad_() : at::Tensor());
+  }
+  const at::Tensor want = reference(leaves);
+  const double tolerance = of.dtype == at::kDouble ? 1e-10 : of.dtype == at::kFloat ? 2e-4 : 3e-2;
+  close(outputs[0], want.detach(), tolerance, of.name() + ": out");
+  Tensors wanted{leaves[0]};
+  if (leaves[1].defined()) wanted.push_back(leaves[1]);
+  const auto grads = torch::autograd::grad({want}, wanted, {grad.to(at::kDouble)});
+  close(outputs[5], grads[0], tolerance, of.name() + ": dx");
+  if (leaves[1].defined()) {  // a sum over all positions
+    close(outputs[6], grads[1], tolerance * 10, of.name() + ": dw");
+  }
+}
+
+// Mistakes that the sanitizers have to report, else what they do not report means nothing.
+void race() {
+  int64_t shared = 0;
+  gcnet_ext::cpu::run_team(2, [&](int64_t rank, int64_t) { shared += rank; });
+}
+void overrun() {
+  const std::shared_ptr<char[]> memory(new char[4 * 99]);
+  std::memset(memory.get(), 0, 4 * 99);
+  const at::Tensor x = at::from_blob(memory.get(), {1, 10, 10}, [memory](void*) {}, at::kFloat);
+  call("attention_pool", {x, at::ones({10}), c10::IValue()});
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const std::string option = count > 1 ? arguments[1] : "";
+  const bool small = option == "--small";
+  if (option == "race") return race(), 0;
+  if (option == "overrun") return overrun(), 0;
+  const char* wanted = std::getenv("GCNET_EXT_CPU_CAPABILITY");
+  const auto usable = gcnet_ext::cpu::usable_capabilities();
+  if (wanted && std::find(usable.begin(), usable.end(), wanted) == usable.end()) {
+    std::printf("this processor does not have %s\n", wanted);
+    return 77;
+  }
+  // One position, rows that are no multiple of a vector, one of them cut by channels, one by tiles, one large enough for both
+  // ways of sharing work between threads.
+  std::vector<std::vector<int64_t>> shapes{{2, 3, 1}, {3, 10, 7, 7}, {2, 33, 5, 10}, {3, 64, 30, 31}, {1, 5, 5003}};
+  if (!small) {
+    shapes.insert(shapes.end(),
+                  {{0, 8, 3, 3}, {1, 1, 4, 5}, {7, 100, 3, 5, 7}, {2, 300, 45, 97}, {1, 48, 30000}, {9, 256, 14, 14}});
+  }
+  int cases = 0;
+  for (const auto& sizes : shapes) {
+    for (const at::ScalarType dtype : {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf}) {
+      for (const bool channels_last : {false, true}) {
+        for (const int choice : {0, 1, 2, 3}) {
+          if (small && choice != cases % 4) {
+            cases++;
+            continue;
+          }
+          const Case of{sizes, dtype, channels_last, choice != 3, choice != 1, choice != 2};
+          run(of, sizes[1] > 200 ? 70 : 4);
+          cases++;
+        }
+      }
+    }
+  }
+  std::printf("%d cases, %d failures, %s\n", cases, failures, gcnet_ext::cpu::capability().c_str());
+  return failures != 0;
+}

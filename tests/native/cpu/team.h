@@ -1,0 +1,11 @@
+// What the sanitizer tests add to csrc/cpu/team.h.
+#pragma once
+
+#include <cstdint>
+
+namespace gcnet_ext::cpu {
+
+// What torch_threads() answers from now on.
+void set_threads(int64_t threads);
+
+}  // namespace gcnet_ext::cpu
