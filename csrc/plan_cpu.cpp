@@ -10,7 +10,10 @@ constexpr int64_t kMinTile = 64;           // positions: four vectors of 16 floa
 constexpr int64_t kMaxTile = 4096;         // what the kernels have scratch space for
 constexpr int64_t kMaxSplits = 64;         // partial results of a sample: 64 C elements at most
 constexpr int64_t kSweepBytes = 128 << 10;
-constexpr int64_t kMaxByChannels = 4 << 20;     // bytes of a sample that is cut by channels: it is read twice
+constexpr int64_t kSmallSample = 4 << 20;       // bytes of a sample that is cut by channels: it is read twice, from a cache
+constexpr int64_t kWide = 512;                  // channels; with more, tiles are short pieces of rows far apart, and a larger
+constexpr int64_t kMaxByChannels = 20 << 20;    // sample is cut by channels, too
+constexpr int64_t kMaxRow = 16384;              // positions whose logits stay in a cache while the rows go by
 constexpr int64_t kMaxParts = 16;               // of such a sample: P elements each
 constexpr int64_t kRowBlock = 4;                // rows that the kernels take at once
 constexpr int64_t kMaxAloneWeights = 64 << 10;  // bytes of the transform that one thread reads for every sample
@@ -20,7 +23,9 @@ constexpr int64_t kMaxIdle = 8;                 // at most one in so many thread
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 bool by_channels(int64_t channels, int64_t positions, int64_t element_size, bool channels_last) {
-  return !channels_last && positions <= kMaxTile && channels * positions * element_size <= kMaxByChannels;
+  const int64_t bytes = channels * positions * element_size;
+  if (channels_last || positions > kMaxRow) return false;
+  return bytes <= kSmallSample || (channels > kWide && bytes <= kMaxByChannels);
 }
 }  // namespace
 

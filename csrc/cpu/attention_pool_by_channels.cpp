@@ -1,4 +1,4 @@
-// attention_pool on the CPU, of samples in NCHW that a cache holds: cut into blocks of channels, which are contiguous memory.
+// attention_pool on the CPU, of small or wide samples in NCHW: cut into blocks of channels, which are contiguous memory.
 //
 //   every block adds to the logits of all positions:       logit_p = sum of its w_c x_cp, over the blocks in their order
 //   every block takes the sums of its channels:            ctx_c = sum_p m_p x_cp

@@ -241,7 +241,7 @@ void fuzz_plans(Source& from) {
   const bool channels_last = from.flag();
   const PoolPlan pool = plan_cpu_pool(C, P, bytes, channels_last);
   require(pool.splits >= 1 && (pool.splits - 1) * pool.split < P && P <= pool.splits * pool.split, "splits cover P");
-  require(pool.tile >= 1 && pool.split % pool.tile == 0 && pool.tile <= 4096, "tiles cover a split");
+  require(pool.tile >= 1 && pool.split % pool.tile == 0 && (pool.by_channels || pool.tile <= 4096), "tiles cover a split");
   const SweepPlan sweep = plan_cpu_sweep(C, P, bytes, channels_last);
   require((sweep.channel_blocks - 1) * sweep.channels < C && C <= sweep.channel_blocks * sweep.channels, "blocks cover C");
   require((sweep.position_blocks - 1) * sweep.positions < P && P <= sweep.position_blocks * sweep.positions, "blocks cover P");
