@@ -58,6 +58,8 @@ def require_pybind11() -> str:
 
 
 def require_compiler() -> None:
+    if not os.environ.get("CXX", "").strip():
+        os.environ.pop("CXX", None)  # set to nothing: torch would run it
     compiler = os.environ.get("CXX", "c++").split()[0]
     path = shutil.which(compiler)
     if path is None:
@@ -128,6 +130,7 @@ def main() -> None:
     if build.debug():
         say("GCNET_EXT_DEBUG=1: without optimisation, with debug information")
     try:
+        build.require_plain_path(str(ROOT))
         cuda = build.decide_cuda()
     except build.BuildStop as reason:
         stop(str(reason))

@@ -63,9 +63,7 @@ def headers() -> list[str]:
 
 def version() -> str:
     """The version of the package, from the one file that states it."""
-    scope: dict[str, str] = {}
-    exec((ROOT / "gcnet_ext" / "_version.py").read_text(), scope)
-    return scope["__version__"]
+    return (ROOT / "gcnet_ext" / "_version.py").read_text().split('"')[1]
 
 
 def torch_is_recent_enough(torch_version: str) -> bool:
@@ -92,6 +90,16 @@ class BuildStop(Exception):  # noqa: N818
     """What keeps the package from being built, in one sentence that names the fix."""
 
 
+def require_plain_path(path: str) -> None:
+    """In the build file that torch writes for ninja only blanks are escaped: a $ would be expanded, the others end a path.
+
+    Raises:
+        BuildStop: the path has such a character.
+    """
+    if found := re.search(r"[$:|\n\r]", path):
+        raise BuildStop(f"ninja does not take {found.group()!r} in the path {path!r}; move it to a path without.")
+
+
 def _nvcc() -> tuple[str, str] | None:
     """Path and version of the CUDA compiler, where torch would look for it; tells torch where the rest of its toolkit is."""
     from torch.utils import cpp_extension
@@ -100,7 +108,13 @@ def _nvcc() -> tuple[str, str] | None:
     path = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
     if path is None:
         return None
-    version = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
+    try:
+        version = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise BuildStop(
+            f"{path} does not run ({error}); point CUDA_HOME at a working toolkit, or set GCNET_EXT_CUDA=0 to build for the "
+            "CPU only."
+        ) from error
     # torch takes the folder above nvcc's, where nothing is if that nvcc only calls another one; the compiler knows better.
     steps = subprocess.run([path, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False).stderr
     if here := re.search(r"^#\$ _HERE_=(.+)$", steps, re.MULTILINE):

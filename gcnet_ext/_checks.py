@@ -16,7 +16,7 @@ ACTIVATIONS = ("relu", "silu")
 GATES = ("sigmoid", "hard_sigmoid")
 
 
-def _name(dtype: torch.dtype) -> str:
+def _name(dtype: torch.dtype | torch.layout) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -26,6 +26,29 @@ def _shape(sizes: Sequence[int]) -> str:
 
 def _fail(op: str, message: str) -> None:
     raise RuntimeError(f"gcnet_ext::{op}: {message}")
+
+
+def is_tensor(x: object) -> None:
+    """
+    Raises:
+        TypeError: x is none. The other arguments are the operator's to check; by the device of x it is chosen.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
+
+
+def strided(op: str, names: Sequence[str], args: Sequence[object]) -> None:
+    """For an operator that the dispatcher found no kernel for: sparse, MKL-DNN, quantized and nested tensors have none."""
+    for name, tensor in zip(names, args, strict=True):
+        if isinstance(tensor, Tensor) and (tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested):
+            kind = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else _name(tensor.layout)
+            _fail(op, f"{name} must be a strided tensor, got a {kind} one")
+
+
+def transform(op: str, name: str, weights: object) -> None:
+    """A branch of the whole block: its six weights, or none."""
+    if weights is not None and not (isinstance(weights, tuple) and len(weights) == 6):
+        raise TypeError(f"gcnet_ext::{op}: {name} must be a Transform or None, got {type(weights).__name__}")
 
 
 def _has_shape(tensor: Tensor, sizes: Sequence[int]) -> bool:
@@ -119,6 +142,12 @@ def mask(op: str, prefix: str, weight: Tensor | None, bias: Tensor | None, x: Te
     parameter(op, f"{prefix}bias", bias, x, (1,))
 
 
+def attended(op: str, weight: object) -> None:
+    """A map of the attention needs one: average pooling has none."""
+    if weight is None:
+        _fail(op, "weight must be given for an attention map, got None")
+
+
 def branch(op: str, prefix: str, params: Sequence[Tensor | None], x: Tensor) -> None:
     """One branch of the transform: w1 [H, C], b1 [H], norm [H], w2 [C, H], b2 [C]; without w2: w1 [C, C], b1 [C]."""
     w1, b1, norm_weight, norm_bias, w2, b2 = params
@@ -154,7 +183,7 @@ def branches(op: str, scale: Sequence[Tensor | None], shift: Sequence[Tensor | N
 
 
 def choices(op: str, activation: str, gate: str) -> None:
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         _fail(op, f"activation must be relu or silu, got {activation}")
-    if gate not in GATES:
+    if not isinstance(gate, str) or gate not in GATES:
         _fail(op, f"gate must be sigmoid or hard_sigmoid, got {gate}")

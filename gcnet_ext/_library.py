@@ -75,6 +75,7 @@ def has_kernels(x: Tensor) -> bool:
     Inside torch.func transforms (grad, vmap, jvp) it does not: plain PyTorch is differentiable and batched in every way. Nor in
     an export to ONNX, which has standard operators only.
     """
+    _checks.is_tensor(x)
     if torch._C._are_functorch_transforms_active():
         return False
     if (torch.compiler.is_compiling() or torch._C._is_tracing()) and torch.onnx.is_in_onnx_export():
@@ -361,9 +362,15 @@ def call(name: str, *args: Any) -> Any:
 def _without_gradient(name: str, args: tuple) -> None:
     """An operator that overwrites x: autograd would need what was there."""
     _checks.no_gradient(name, args)
+    x = args[0]
+    if isinstance(x, Tensor) and x.is_neg():  # a lazy minus sign, as the imaginary part of a conjugate has
+        positive = x.resolve_neg()
+        below_autograd(name, (positive, *args[1:]))
+        x.copy_(positive)
+        return
     below_autograd(name, args)
-    if not args[0].is_inference():
-        torch.autograd.graph.increment_version(args[0])  # a graph that saved x must not use it any more
+    if not x.is_inference():
+        torch.autograd.graph.increment_version(x)  # a graph that saved x must not use it any more
 
 
 def call_in_place(name: str, *args: Any) -> None:
@@ -387,6 +394,18 @@ def _register_autograd(name: str) -> None:
     _implementations.impl(name, lambda *args: _differentiable(name, args), "Autograd")
 
 
+# Of tensors that are not strided; without a kernel for them torch would say so, but not which argument it was.
+_REFUSED = (
+    *("MkldnnCPU", "QuantizedCPU", "QuantizedCUDA"),
+    *(f"{kind}{device}" for kind in ("Sparse", "SparseCsr", "NestedTensor") for device in ("CPU", "CUDA", "Meta")),
+)
+
+
+def _refuse(name: str, args: tuple) -> None:
+    schema = getattr(torch.ops.gcnet_ext, name).default._schema
+    _checks.strided(name, [argument.name for argument in schema.arguments], args)
+
+
 def _register() -> frozenset[str]:
     """Attaches shapes and gradients to the operators of the loaded library; returns the devices that have kernels."""
     for name, shapes in (
@@ -400,6 +419,8 @@ def _register() -> frozenset[str]:
         ("global_context_backward", _global_context_backward_shapes),
     ):
         torch.library.register_fake(f"gcnet_ext::{name}", shapes)
+        for key in _REFUSED:
+            _implementations.impl(name, lambda *args, name=name: _refuse(name, args), key)
     for name in _FUNCTIONS:
         _register_autograd(name)
     for name in ("channel_fuse_", "global_context_"):

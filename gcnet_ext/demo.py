@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +100,7 @@ def check_block(seed: int = 0) -> dict[str, float]:
     block = GlobalContextBlock(64, ratio=1 / 16, fusion_types=BOTH_FUSIONS)
     for name, parameter in block.named_parameters():  # the zeros that the last layers start with would hide errors before them
         nn.init.normal_(parameter, mean=1.0 if name.endswith("1.weight") else 0.0, std=0.2)
-    exact_block = copy.deepcopy(block).double()
+    exact_block: Any = copy.deepcopy(block).double()
     x = torch.randn(16, 64, 32, 32, requires_grad=True)
     exact_x = x.detach().double().requires_grad_()
     grad = torch.randn(16, 64, 32, 32)
@@ -118,14 +118,19 @@ def check_block(seed: int = 0) -> dict[str, float]:
 
     errors = {
         "output": _largest(out - exact) / _largest(exact),
-        "gradient of x": _largest(x.grad - exact_x.grad) / _largest(exact_x.grad),
+        "gradient of x": _largest(_gradient(x) - _gradient(exact_x)) / _largest(_gradient(exact_x)),
     }
     exact_parameters = dict(exact_block.named_parameters())
     for name, parameter in block.named_parameters():
         submodule = exact_block.get_submodule(name.partition(".")[0])
-        scale = max(_largest(neighbour.grad) for neighbour in submodule.parameters())
-        errors[name] = _largest(parameter.grad - exact_parameters[name].grad) / scale
+        scale = max(_largest(_gradient(neighbour)) for neighbour in submodule.parameters())
+        errors[name] = _largest(_gradient(parameter) - _gradient(exact_parameters[name])) / scale
     return errors
+
+
+def _gradient(tensor: Tensor) -> Tensor:
+    assert tensor.grad is not None
+    return tensor.grad
 
 
 def _largest(tensor: Tensor) -> float:

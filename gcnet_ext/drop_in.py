@@ -186,7 +186,7 @@ def _conv2d(old: nn.Module) -> nn.Conv2d:
     return new
 
 
-def _view(parameter: nn.Parameter, shape: tuple[int, ...]) -> nn.Parameter:
+def _view(parameter: Any, shape: tuple[int, ...]) -> nn.Parameter:
     """The parameter itself, or one of this shape on the same memory."""
     if parameter.shape == shape:
         return parameter
@@ -203,9 +203,7 @@ def _gate(module: nn.Module) -> Gate:
     raise _Left(f"its gate is {kind.__name__}, not a sigmoid or a hard sigmoid")
 
 
-def _global_context(
-    mask: nn.Module | None, add: nn.Sequential | None, mul: nn.Sequential | None, gate: Gate
-) -> GlobalContextBlock:
+def _global_context(mask: Any, add: Any, mul: Any, gate: Gate) -> GlobalContextBlock:
     branch = add if add is not None else mul
     fusions = tuple(name for name, given in (("channel_mul", mul), ("channel_add", add)) if given is not None)
     if branch is None:
@@ -246,7 +244,7 @@ def _from_context_block(old: Any) -> GlobalContextBlock:
 def _from_snippet(old: Any) -> GlobalContextBlock:
     """Any class with the submodules of the GC block; it must then compute the same on a random input."""
     mask = getattr(old, "conv_mask", None)
-    convolutions = []
+    convolutions: list[Any] = []
     for branch in (old.channel_add_conv, old.channel_mul_conv):
         if branch is None:
             continue

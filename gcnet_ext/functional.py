@@ -35,6 +35,7 @@ def attention_pool(x: Tensor, weight: Tensor | None = None, bias: Tensor | None 
 
     Raises:
         RuntimeError: an argument has a wrong shape, dtype or device. The message names it.
+        TypeError: x is no tensor.
     """
     if _library.has_kernels(x):
         return _library.call("attention_pool", x, weight, bias)[0].to(x.dtype)
@@ -51,8 +52,9 @@ def attention_map(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
         ``[N, *spatial]``, float32 (float64 for a float64 x); each sample sums to one. Not differentiable.
 
     Raises:
-        RuntimeError: as `attention_pool`.
+        RuntimeError, TypeError: as `attention_pool`.
     """
+    _checks.attended("attention_pool", weight)
     if _library.has_kernels(x):
         attention = _library.call("attention_pool", x, weight, bias)[1]
         return attention.detach().reshape(x.shape[:1] + x.shape[2:])
@@ -131,6 +133,8 @@ def global_context(
             requires a gradient or x shares memory among its elements. The message names it.
     """
     _checks.choices("global_context", activation, gate)
+    _checks.transform("global_context", "scale", scale)
+    _checks.transform("global_context", "shift", shift)
     if _library.has_kernels(x):
         args = (
             x, mask_weight, mask_bias, *(scale or NO_TRANSFORM), *(shift or NO_TRANSFORM),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from .blocks import GlobalContextBlock, NonLocalBlock, SimplifiedNonLocalBlock, SqueezeExcitation
 
-KINDS = {
+KINDS: dict[str, Callable[..., nn.Module]] = {
     "gc": lambda channels, ratio, **options: GlobalContextBlock(
         channels, ratio, **{"fusion_types": ("channel_add",), **options}
     ),
@@ -59,6 +59,7 @@ def insert_blocks(
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {tuple(KINDS)}, got {kind!r}")
+    places: dict[str, int | None]
     if modules is None:
         places = dict(_residual_places(model, stages, position))
     else:
@@ -76,7 +77,7 @@ def insert_blocks(
     return [f"{name}.{NAME}" if name else NAME for name in blocks]
 
 
-def _apply(module: nn.Module, _arguments: tuple, output: Tensor) -> Tensor:
+def _apply(module: Any, _arguments: tuple, output: Tensor) -> Tensor:
     """The hook. A function of this module, with nothing of its own: it survives deepcopy and pickle."""
     return module._modules[NAME](output)
 
@@ -114,6 +115,6 @@ def _channels(module: nn.Module, name: str) -> int:
 
 def _block(module: nn.Module, name: str, channels: int | None, ratio: float, kind: str, options: dict[str, Any]) -> nn.Module:
     parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
-    factory = {} if parameter is None else {"device": parameter.device, "dtype": parameter.dtype}
+    factory: dict[str, Any] = {} if parameter is None else {"device": parameter.device, "dtype": parameter.dtype}
     block = KINDS[kind](_channels(module, name) if channels is None else channels, ratio, **{**factory, **options})
     return block.train(module.training)

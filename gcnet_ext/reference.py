@@ -7,7 +7,7 @@ in float32 (float64 for a float64 x), whatever the storage dtype, and ignore aut
 from __future__ import annotations
 
 import contextlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -147,7 +147,7 @@ def global_context(
     with _without_autocast(x):
         out = x.to(acc)
         context = _pool(out.flatten(2), mask_weight, mask_bias)
-        options = {"norm": norm, "eps": eps, "activation": activation}
+        options: dict[str, Any] = {"norm": norm, "eps": eps, "activation": activation}
         if scale is not None:
             t = transform(context, scale, **options)
             out = out * apply_gate(t, gate, gate_alpha, gate_beta).reshape(per_channel)

@@ -5,18 +5,21 @@ A submodule may be replaced, parametrized or hooked by its user. What is no long
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .. import reference
+from .. import _checks, reference
 from ..functional import Transform
 from ..reference import accumulation_dtype
 
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
 GATES = ("sigmoid", "hard_sigmoid")
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class Gate(NamedTuple):
@@ -27,7 +30,7 @@ class Gate(NamedTuple):
     beta: float = 0.5
 
     @property
-    def options(self) -> dict[str, str | float]:
+    def options(self) -> dict[str, Any]:
         """The keyword arguments of `functional.global_context`."""
         return {"gate": self.kind, "gate_alpha": self.alpha, "gate_beta": self.beta}
 
@@ -44,17 +47,30 @@ class FusedBranch(NamedTuple):
     activation: str
 
     @property
-    def options(self) -> dict[str, bool | float | str]:
+    def options(self) -> dict[str, Any]:
         return {"norm": self.norm, "eps": self.eps, "activation": self.activation}
 
 
-def check_choice(name: str, value: object, valid: Iterable[str]) -> None:
+def check_choice(name: str, value: object, valid: Iterable[object]) -> None:
     """
     Raises:
         ValueError: the value is none of the valid ones, which the message lists.
     """
-    if value not in tuple(valid):
+    if not isinstance(value, str | None) or value not in tuple(valid):  # an array compares element by element
         raise ValueError(f"{name} must be one of {tuple(valid)}, got {value!r}")
+
+
+def check_count(name: str, value: object) -> None:
+    """
+    Raises:
+        ValueError: the value is no whole number, less than one, or more than any memory holds.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    if int(value) >= 2**31:
+        raise ValueError(f"{name} must be less than 2**31, got more")
 
 
 def hidden_units(inplanes: int, ratio: float, planes: int | None) -> int:
@@ -63,10 +79,12 @@ def hidden_units(inplanes: int, ratio: float, planes: int | None) -> int:
     Raises:
         ValueError: there would be none.
     """
+    check_count("inplanes", inplanes)
     if planes is not None:
-        if planes < 1:
-            raise ValueError(f"planes must be at least 1 (one hidden unit), got {planes}")
+        check_count("planes", planes)
         return planes
+    if not isinstance(ratio, numbers.Real) or not -(2**31) < ratio < 2**31:
+        raise ValueError(f"ratio must be a number, and not a huge one, got {ratio!r}")
     planes = int(inplanes * ratio)
     if planes < 1:
         raise ValueError(
@@ -79,12 +97,14 @@ def check_channels(x: Tensor, inplanes: int) -> None:
     """
     Raises:
         RuntimeError: x has another number of channels than the block was made for.
+        TypeError: x is no tensor.
     """
+    _checks.is_tensor(x)
     if x.dim() > 1 and x.shape[1] != inplanes:
         raise RuntimeError(f"x must have {inplanes} channels (inplanes), got shape {list(x.shape)}")
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+def is_plain(module: nn.Module, kind: type[Module]) -> TypeGuard[Module]:
     """Whether calling the module does what its class says and nothing else: no override, no hook."""
     own = module.__dict__
     return (
@@ -97,7 +117,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
-def is_pointwise(module: nn.Module) -> bool:
+def is_pointwise(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Whether the module is a 1x1 convolution, whatever its weights are computed from."""
     return (
         is_plain(module, nn.Conv2d)
@@ -109,8 +129,8 @@ def is_pointwise(module: nn.Module) -> bool:
     )
 
 
-def parameter(module: nn.Module, name: str) -> Tensor | None:
-    """Past nn.Module's look-up: of 20 attributes, it costs as much as a small kernel."""
+def parameter(module: nn.Module, name: str) -> Any:
+    """A tensor or None. Past nn.Module's look-up: of 20 attributes, it costs as much as a small kernel."""
     found = module._parameters.get(name)
     return getattr(module, name) if found is None else found  # a parametrized weight is a property
 
@@ -121,11 +141,12 @@ def fused_branch(first: nn.Module, norm: nn.Module | None, activation: nn.Module
     if kind is None or not is_pointwise(first) or not is_pointwise(last):
         return None
     norm_weight = norm_bias = None
-    normalises, eps = norm is not None and not is_plain(norm, nn.Identity), 1e-5
-    if normalises:
+    normalises, eps = False, 1e-5
+    if norm is not None and not is_plain(norm, nn.Identity):
         if not is_plain(norm, nn.LayerNorm) or norm.normalized_shape != (first.out_channels, 1, 1):
             return None
-        norm_weight, norm_bias, eps = parameter(norm, "weight"), parameter(norm, "bias"), norm.eps
+        normalises, eps = True, norm.eps
+        norm_weight, norm_bias = parameter(norm, "weight"), parameter(norm, "bias")
     weights = Transform(
         parameter(first, "weight"),
         parameter(first, "bias"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,10 @@ class GlobalContextBlock(nn.Module):
     compiled pooling and fusion around it.
     """
 
+    if TYPE_CHECKING:  # that of nn.Module takes and returns Any
+
+        def __call__(self, x: Tensor) -> Tensor: ...
+
     def __init__(
         self,
         inplanes: int,
@@ -76,9 +80,11 @@ class GlobalContextBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        fusion_types = (fusion_types,) if isinstance(fusion_types, str) else tuple(fusion_types)
+        fusion_types = (
+            (fusion_types,) if isinstance(fusion_types, str) or not isinstance(fusion_types, Iterable) else tuple(fusion_types)
+        )
         _layers.check_choice("pooling_type", pooling_type, POOLING_TYPES)
-        if not fusion_types or not set(fusion_types) <= set(FUSION_TYPES):
+        if not fusion_types or not all(isinstance(fusion, str) and fusion in FUSION_TYPES for fusion in fusion_types):
             raise ValueError(f"fusion_types must be one or more of {FUSION_TYPES}, got {fusion_types!r}")
         _layers.check_choice("activation", activation, ACTIVATIONS)
         _layers.check_choice("gate", gate, GATES)
@@ -110,9 +116,11 @@ class GlobalContextBlock(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise as the reference does: both branches start at zero, so an add-only block starts as the identity."""
-        if self.conv_mask is not None:
-            nn.init.kaiming_normal_(self.conv_mask.weight, mode="fan_in", nonlinearity="relu")
-            nn.init.zeros_(self.conv_mask.bias)
+        mask: Any = self.conv_mask  # a submodule of a submodule is a Tensor or a Module to mypy
+        branch: Any
+        if mask is not None:
+            nn.init.kaiming_normal_(mask.weight, mode="fan_in", nonlinearity="relu")
+            nn.init.zeros_(mask.bias)
         for branch in (self.channel_add_conv, self.channel_mul_conv):
             if branch is not None:
                 branch[0].reset_parameters()
@@ -153,8 +161,8 @@ class GlobalContextBlock(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.inplanes}, ratio={self.ratio}, pooling_type={self.pooling_type!r}, fusion_types={self.fusion_types!r}"
 
-    def _fused_arguments(self) -> tuple[Tensor | None, Tensor | None, FusedBranch | None, FusedBranch | None] | None:
-        """Mask weight and bias, scale and shift for the fused operator; None when a submodule is not the plain layer."""
+    def _fused_arguments(self) -> tuple[Tensor | None, Tensor | None, Any, Any] | None:
+        """Mask weight and bias, scale and shift, each a FusedBranch or None; None when a submodule is not the plain layer."""
         # From the dictionary: nn.Module's look-up of many attributes costs as much as a small kernel.
         mask, add, mul = map(self._modules.get, ("conv_mask", "channel_add_conv", "channel_mul_conv"))
         if mask is not None and not _layers.is_pointwise(mask):
@@ -183,7 +191,7 @@ class GlobalContextBlock(nn.Module):
         return _layers.weighted_sum(x, _layers.called_attention(self.conv_mask, x)).to(x.dtype)
 
 
-def _fused(branch: nn.Module) -> FusedBranch | None:
+def _fused(branch: Any) -> FusedBranch | None:
     """The branch as the fused operator takes it: conv, LayerNorm over all it gets or nothing, activation, conv; else None."""
     if not _layers.is_plain(branch, nn.Sequential) or len(branch._modules) != 4:
         return None

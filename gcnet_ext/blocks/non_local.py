@@ -6,19 +6,21 @@ Symbols: N samples, C channels, P positions, Q of them that are attended to (P, 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import _checks
 from . import _layers, _state_dict
 
 MODES = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
 NORMS = (None, "batch")
 # Size of the max-pooling window of sub_sample by the number of spatial dimensions; the first of three is time.
-POOLS = {1: (F.max_pool1d, 2), 2: (F.max_pool2d, 2), 3: (F.max_pool3d, (1, 2, 2))}
+POOLS: dict[int, tuple[Callable[..., Tensor], Any]] = {1: (F.max_pool1d, 2), 2: (F.max_pool2d, 2), 3: (F.max_pool3d, (1, 2, 2))}
 
 
 class NonLocalBlock(nn.Module):
@@ -55,6 +57,10 @@ class NonLocalBlock(nn.Module):
     The block starts as the identity.
     """
 
+    if TYPE_CHECKING:  # that of nn.Module takes and returns Any
+
+        def __call__(self, x: Tensor) -> Tensor: ...
+
     def __init__(
         self,
         inplanes: int,
@@ -70,18 +76,19 @@ class NonLocalBlock(nn.Module):
         super().__init__()
         _layers.check_choice("mode", mode, MODES)
         _layers.check_choice("norm", norm, NORMS)
-        if reduction < 1:
-            raise ValueError(f"reduction must be at least 1, got {reduction}")
+        _layers.check_count("inplanes", inplanes)
+        _layers.check_count("reduction", reduction)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.inplanes, self.reduction, self.mode = inplanes, reduction, mode
         self.sub_sample, self.use_scale, self.norm = sub_sample, use_scale, norm
         self.planes = planes = max(inplanes // reduction, 1)
 
-        def layer(inputs: int, outputs: int, *, bias: bool = True, **more: nn.Module) -> nn.Sequential:
+        def layer(inputs: int, outputs: int, *, bias: bool = True, **more: nn.Module) -> Any:
             return nn.Sequential(OrderedDict(conv=nn.Conv2d(inputs, outputs, 1, bias=bias, **factory), **more))
 
         self.g = layer(inplanes, planes)
-        self.theta = self.phi = self.concat_project = None
+        absent: Any = None
+        self.theta = self.phi = self.concat_project = absent
         if mode != "gaussian":
             self.theta, self.phi = layer(inplanes, planes), layer(inplanes, planes)
         if mode == "concatenation":
@@ -110,8 +117,7 @@ class NonLocalBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _layers.check_channels(x, self.inplanes)
-        if x.dim() - 2 not in POOLS:
-            raise RuntimeError(f"x must have 1 to 3 spatial dimensions [N, C, *spatial], got shape {list(x.shape)}")
+        self._check(x)
         image = _layers.in_dtype_of(self.g, x if x.dim() == 4 else x.flatten(2).unsqueeze(3))
         g = self._attended(self.g(image), x)  # [N, D, Q]
         if self.mode == "gaussian":
@@ -126,6 +132,17 @@ class NonLocalBlock(nn.Module):
             y = _softmax(theta, phi, g, self.mode == "embedded_gaussian" and self.use_scale)
         out = self.conv_out(y.reshape(y.shape[:2] + image.shape[2:]))
         return x + out.reshape(x.shape).to(x.dtype)
+
+    def _check(self, x: Tensor) -> None:
+        if x.dim() - 2 not in POOLS:
+            raise RuntimeError(f"x must have 1 to 3 spatial dimensions [N, C, *spatial], got shape {list(x.shape)}")
+        _checks.feature_map("non_local", x)
+        _checks.strided("non_local", ("x",), (x,))
+        own = next(self.g.parameters(), x).device.type
+        if x.device.type != own:
+            raise RuntimeError(f"x must be on the device of the parameters ({own}), got {x.device.type}")
+        if self.sub_sample and any(size < 2 for size in x.shape[2 if x.dim() < 5 else 3 :]):
+            raise RuntimeError(f"x must have at least 2 positions wherever sub_sample pools them, got shape {list(x.shape)}")
 
     def extra_repr(self) -> str:
         names = ("reduction", "mode", "sub_sample", "use_scale", "norm")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,10 @@ class SimplifiedNonLocalBlock(nn.Module):
     around it. The block starts as the identity: W is zero.
     """
 
+    if TYPE_CHECKING:  # that of nn.Module takes and returns Any
+
+        def __call__(self, x: Tensor) -> Tensor: ...
+
     def __init__(
         self,
         inplanes: int,
@@ -43,6 +47,7 @@ class SimplifiedNonLocalBlock(nn.Module):
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        _layers.check_count("inplanes", inplanes)
         self.inplanes = inplanes
         self.inplace = inplace
         self.conv_mask = nn.Conv2d(inplanes, 1, 1, **factory)
@@ -52,6 +57,7 @@ class SimplifiedNonLocalBlock(nn.Module):
     def reset_parameters(self) -> None:
         """Initialise the mask as a GC block's, and W with zeros."""
         nn.init.kaiming_normal_(self.conv_mask.weight, mode="fan_in", nonlinearity="relu")
+        tensor: Any
         for tensor in (self.conv_mask.bias, self.conv_out.weight, self.conv_out.bias):
             nn.init.zeros_(tensor)
 

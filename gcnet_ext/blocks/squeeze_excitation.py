@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,10 @@ class SqueezeExcitation(nn.Module):
     Runs on the fused operator. When a submodule was replaced or hooked, it is called as a module, with the compiled pooling and
     fusion around it.
     """
+
+    if TYPE_CHECKING:  # that of nn.Module takes and returns Any
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def __init__(
         self,
