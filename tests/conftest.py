@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 import gcnet_ext
 from gcnet_ext import _library
@@ -18,6 +19,11 @@ from gcnet_ext import _library
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "native"))
 import emulated  # noqa: E402
+
+# Here and not in a test file: pytest --hypothesis-profile=explore looks for the name before it reads one.
+settings.register_profile("gcnet_ext", deadline=None, max_examples=40, derandomize=True)
+settings.register_profile("explore", deadline=None, max_examples=2000, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("gcnet_ext")
 
 OPS = (
     "attention_pool",

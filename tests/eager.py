@@ -1,4 +1,4 @@
-"""The block as everybody writes it in eager PyTorch, with the names and the formulas of peers.md section 1.1.
+"""The block as everybody writes it in eager PyTorch, with the names and the formulas of the reference implementation (mmcv).
 
 It gives the state dicts that must load, and the error that a half-precision block has without kernels.
 """

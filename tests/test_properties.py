@@ -12,10 +12,6 @@ from hypothesis import strategies as st
 import gcnet_ext
 from gcnet_ext import reference
 
-settings.register_profile("gcnet_ext", deadline=None, max_examples=40, derandomize=True)
-settings.register_profile("explore", deadline=None, max_examples=2000)  # pytest --hypothesis-profile=explore
-settings.load_profile("gcnet_ext")
-
 SPATIAL = st.lists(st.integers(1, 12), min_size=1, max_size=3).map(tuple)
 SEEDS = st.integers(0, 2**16)
 BLOCK = grid.flat(gcnet_ext.global_context)
