@@ -8,10 +8,10 @@ namespace gcnet_ext {
 
 // The attention pool of one sample on the CPU.
 //
-// by_channels: a small or wide sample in NCHW is cut into the blocks of its sweep, whole rows one behind the other; every block adds to
-// the logits, and then takes the weighted sums of its own channels. Otherwise its P positions are cut into `splits` parts of
-// `split` positions; each part is walked in tiles of `tile` positions, which stay in the second-level cache between the logits
-// and the weighted sum.
+// by_channels: a small or wide sample in NCHW is cut into the blocks of its sweep, whole rows one behind the other; every block
+// adds to the logits, and then takes the weighted sums of its own channels. Otherwise its P positions are cut into `splits`
+// parts of `split` positions; each part is walked in tiles of `tile` positions, which stay in the second-level cache between
+// the logits and the weighted sum.
 struct PoolPlan {
   bool by_channels;
   int64_t tile, split, splits;
