@@ -49,7 +49,7 @@ test-native: $(BUILT)
 
 # The suite on that torch, but for what does not depend on it, then the CPU library that was built there on the torch of .venv:
 # the stable ABI at work. A wheel built with either torch is used on the other.
-ELSEWHERE := bench docs endurance readme cmake security types
+ELSEWHERE := bench docs endurance readme cmake security types large
 test-cuda-build: $(CUDA_BUILT) $(BUILT)
 	cd $(CUDA_CHECKOUT) && GCNET_EXT_OTHER_PYTHON=$(abspath $(VENV))/bin/python \
 		$(abspath $(CUDA_VENV))/bin/python -m pytest $(ELSEWHERE:%=--ignore=tests/test_%.py) $(ARGS)
