@@ -2,6 +2,7 @@
 
 #include "layout.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 namespace gcnet_ext {
@@ -46,52 +47,58 @@ const char* name_of(torch::headeronly::DeviceType device) {
   }
 }
 
-template <typename Sizes>
-std::string shape_of(const Sizes& sizes) {
-  std::string text = "[";
-  for (size_t i = 0; i < sizes.size(); i++) text += (i ? ", " : "") + std::to_string(sizes[i]);
-  return text + "]";
+template <typename Range>
+std::string shape_of(const Range& sizes) {
+  std::string text;
+  for (const int64_t size : sizes) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  return "[" + text + "]";
 }
 
 // Whether the tensor has these sizes, followed by nothing but ones.
-bool has_shape(const Tensor& tensor, const std::vector<int64_t>& sizes) {
+bool has_shape(const Tensor& tensor, check::Sizes sizes) {
   const auto actual = tensor.sizes();
   if (actual.size() < sizes.size()) return false;
-  for (size_t i = 0; i < actual.size(); i++) {
-    if (actual[i] != (i < sizes.size() ? sizes[i] : 1)) return false;
-  }
-  return true;
+  const auto is_one = [](int64_t size) { return size == 1; };
+  return std::equal(sizes.begin(), sizes.end(), actual.begin()) &&
+         std::all_of(actual.begin() + sizes.size(), actual.end(), is_one);
 }
 
-void on_device_of(const char* op, const std::string& name, const Tensor& tensor, const Tensor& x) {
+// What the schema calls a Tensor comes undefined where Python said None.
+void given(const char* op, const char* name, const Tensor& tensor) {
+  if (!tensor.defined()) fail(op, std::string(name) + " must be a tensor, got None");
+}
+
+void on_device_of(const char* op, check::Name name, const Tensor& tensor, const Tensor& x) {
   if (tensor.device() == x.device()) return;
-  fail(op, name + " must be on x's device (" + name_of(x.device().type()) + "), got " + name_of(tensor.device().type()));
+  fail(op, std::string(name) + " must be on x's device (" + name_of(x.device().type()) + "), got " +
+               name_of(tensor.device().type()));
 }
 
-void branch(const char* op, const std::string& prefix, const BranchTensors& params, const Tensor& x) {
+void branch(const char* op, const char* prefix, const BranchTensors& params, const Tensor& x) {
   static constexpr std::array names{"w1", "b1", "norm_weight", "norm_bias", "w2", "b2"};
   const auto& [w1, b1, norm_weight, norm_bias, w2, b2] = params;
   const int64_t channels = x.size(1);
-  const auto missing = [&](size_t i, const std::string& needed) {
-    if (params[i]) fail(op, prefix + "_" + names[i] + " must come with a " + needed + ", got " + needed + " None");
+  const auto missing = [&](size_t i, size_t needed) {
+    const std::string name = std::string(prefix) + names[needed];
+    if (params[i]) fail(op, std::string(prefix) + names[i] + " must come with a " + name + ", got " + name + " None");
   };
   if (!w1) {
-    for (size_t i = 1; i < names.size(); i++) missing(i, prefix + "_w1");
+    for (size_t i = 1; i < names.size(); i++) missing(i, /*w1*/ 0);
     return;
   }
   int64_t hidden = channels;
   if (w2) {
     hidden = w1->dim() > 0 ? w1->size(0) : 0;
-    if (hidden == 0) fail(op, prefix + "_w1 must have at least one row, got shape " + shape_of(w1->sizes()));
+    if (hidden == 0) fail(op, std::string(prefix) + "w1 must have at least one row, got shape " + shape_of(w1->sizes()));
   } else {
-    for (size_t i : {2, 3, 5}) missing(i, prefix + "_w2");
+    for (size_t i : {2, 3, 5}) missing(i, /*w2*/ 4);
   }
-  check::parameter(op, prefix + "_w1", w1, x, {hidden, channels});
-  check::parameter(op, prefix + "_b1", b1, x, {hidden});
-  check::parameter(op, prefix + "_norm_weight", norm_weight, x, {hidden});
-  check::parameter(op, prefix + "_norm_bias", norm_bias, x, {hidden});
-  check::parameter(op, prefix + "_w2", w2, x, {channels, hidden});
-  check::parameter(op, prefix + "_b2", b2, x, {channels});
+  check::parameter(op, {prefix, "w1"}, w1, x, {hidden, channels});
+  check::parameter(op, {prefix, "b1"}, b1, x, {hidden});
+  check::parameter(op, {prefix, "norm_weight"}, norm_weight, x, {hidden});
+  check::parameter(op, {prefix, "norm_bias"}, norm_bias, x, {hidden});
+  check::parameter(op, {prefix, "w2"}, w2, x, {channels, hidden});
+  check::parameter(op, {prefix, "b2"}, b2, x, {channels});
 }
 
 }  // namespace
@@ -99,6 +106,7 @@ void branch(const char* op, const std::string& prefix, const BranchTensors& para
 namespace check {
 
 void feature_map(const char* op, const Tensor& x, bool pooled) {
+  given(op, "x", x);
   if (x.dim() < 3) fail(op, "x must have at least 3 dimensions [N, C, *spatial], got shape " + shape_of(x.sizes()));
   switch (x.scalar_type()) {
     case ScalarType::Half:
@@ -118,17 +126,19 @@ void in_place(const char* op, const Tensor& x) {
 }
 
 void gradient(const char* op, const Tensor& grad, const Tensor& x) {
-  on_device_of(op, "grad", grad, x);
+  given(op, "grad", grad);
+  on_device_of(op, {"", "grad"}, grad, x);
   if (grad.scalar_type() != x.scalar_type()) {
     fail(op, std::string("grad must be x's dtype (") + name_of(x.scalar_type()) + "), got " + name_of(grad.scalar_type()));
   }
-  if (shape_of(grad.sizes()) != shape_of(x.sizes())) {
+  if (!std::ranges::equal(grad.sizes(), x.sizes())) {
     fail(op, "grad must have shape " + shape_of(x.sizes()) + ", got " + shape_of(grad.sizes()));
   }
 }
 
-void side(const char* op, const char* name, const Tensor& tensor, const Tensor& x, const std::vector<int64_t>& sizes) {
-  on_device_of(op, name, tensor, x);
+void side(const char* op, const char* name, const Tensor& tensor, const Tensor& x, Sizes sizes) {
+  given(op, name, tensor);
+  on_device_of(op, {"", name}, tensor, x);
   const ScalarType dtype = accumulation_dtype(x);
   if (tensor.scalar_type() != dtype) {
     fail(op, std::string(name) + " must be " + name_of(dtype) + ", got " + name_of(tensor.scalar_type()));
@@ -138,35 +148,40 @@ void side(const char* op, const char* name, const Tensor& tensor, const Tensor& 
   }
 }
 
-void parameter(const char* op, const std::string& name, const OptionalTensor& tensor, const Tensor& x,
-               const std::vector<int64_t>& sizes) {
+void parameter(const char* op, Name name, const OptionalTensor& tensor, const Tensor& x, Sizes sizes) {
   if (!tensor) return;
   on_device_of(op, name, *tensor, x);
   const ScalarType dtype = tensor->scalar_type();
   if (dtype != ScalarType::Float && dtype != x.scalar_type()) {
-    fail(op, name + " must be float32 or x's dtype (" + name_of(x.scalar_type()) + "), got " + name_of(dtype));
+    fail(op, std::string(name) + " must be float32 or x's dtype (" + name_of(x.scalar_type()) + "), got " + name_of(dtype));
   }
   if (!has_shape(*tensor, sizes)) {
-    fail(op, name + " must have shape " + shape_of(sizes) + ", trailing ones aside, got " + shape_of(tensor->sizes()));
+    fail(op,
+         std::string(name) + " must have shape " + shape_of(sizes) + ", trailing ones aside, got " + shape_of(tensor->sizes()));
   }
 }
 
-void mask(const char* op, const std::string& prefix, const OptionalTensor& weight, const OptionalTensor& bias,
-          const Tensor& x) {
+void mask(const char* op, const char* prefix, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& x) {
+  const Name weight_name{prefix, "weight"}, bias_name{prefix, "bias"};
   if (!weight) {
-    if (bias) fail(op, prefix + "bias must come with a " + prefix + "weight, got " + prefix + "weight None");
+    const std::string needed = weight_name;
+    if (bias) fail(op, std::string(bias_name) + " must come with a " + needed + ", got " + needed + " None");
     return;
   }
   const int64_t channels = x.size(1);
   const bool leading = channels != 1 && weight->dim() > 1 && weight->size(0) == 1;
-  parameter(op, prefix + "weight", weight, x, leading ? std::vector<int64_t>{1, channels} : std::vector<int64_t>{channels});
-  parameter(op, prefix + "bias", bias, x, {1});
+  if (leading) {
+    parameter(op, weight_name, weight, x, {1, channels});
+  } else {
+    parameter(op, weight_name, weight, x, {channels});
+  }
+  parameter(op, bias_name, bias, x, {1});
 }
 
 void branches(const char* op, const BranchTensors& scale, const BranchTensors& shift, const Tensor& x) {
   if (!scale[0] && !shift[0]) fail(op, "scale_w1 or shift_w1 must be given, got None for both");
-  branch(op, "scale", scale, x);
-  branch(op, "shift", shift, x);
+  branch(op, "scale_", scale, x);
+  branch(op, "shift_", shift, x);
 }
 
 }  // namespace check

@@ -37,6 +37,12 @@ def is_tensor(x: object) -> None:
         raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
 
 
+def given(op: str, name: str, tensor: object) -> None:
+    """What the schema of an operator calls a Tensor may still be None."""
+    if tensor is None:
+        _fail(op, f"{name} must be a tensor, got None")
+
+
 def strided(op: str, names: Sequence[str], args: Sequence[object]) -> None:
     """For an operator that the dispatcher found no kernel for: sparse, MKL-DNN, quantized and nested tensors have none."""
     for name, tensor in zip(names, args, strict=True):
@@ -62,6 +68,7 @@ def _has_shape(tensor: Tensor, sizes: Sequence[int]) -> bool:
 
 def feature_map(op: str, x: Tensor, *, pooled: bool = True) -> None:
     """x must be a floating [N, C, *spatial]; a pooled one must have something to pool."""
+    given(op, "x", x)
     if x.dim() < 3:
         _fail(op, f"x must have at least 3 dimensions [N, C, *spatial], got shape {_shape(x.shape)}")
     if x.dtype not in FLOATING:
@@ -99,6 +106,7 @@ def no_gradient(op: str, args: Sequence[object]) -> None:
 
 def gradient(op: str, grad: Tensor, x: Tensor) -> None:
     """The gradient of an output that is shaped like x."""
+    given(op, "grad", grad)
     if grad.device != x.device:
         _fail(op, f"grad must be on x's device ({x.device.type}), got {grad.device.type}")
     if grad.dtype != x.dtype:
@@ -109,6 +117,7 @@ def gradient(op: str, grad: Tensor, x: Tensor) -> None:
 
 def side(op: str, name: str, tensor: Tensor, x: Tensor, sizes: Sequence[int]) -> None:
     """A tensor of the accumulation dtype that the forward op returned and the backward op takes."""
+    given(op, name, tensor)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if tensor.device != x.device:
         _fail(op, f"{name} must be on x's device ({x.device.type}), got {tensor.device.type}")

@@ -150,8 +150,8 @@ def _attention_pool_shapes(x, weight, bias):
 
 def _attention_pool_backward_shapes(grad_context, x, weight, context, attention, need_x, need_weight):
     op = "attention_pool_backward"
-    samples, channels = x.shape[:2] if x.dim() > 1 else (0, 0)
     _checks.feature_map(op, x)
+    samples, channels = x.shape[:2]
     _checks.mask(op, "", weight, None, x)
     _checks.side(op, "grad_context", grad_context, x, (samples, channels))
     _checks.side(op, "context", context, x, (samples, channels))

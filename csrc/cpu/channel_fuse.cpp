@@ -59,8 +59,8 @@ namespace {
 
 void check_arguments(const char* op, const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift) {
   check::feature_map(op, x, /*pooled=*/false);
-  check::parameter(op, "scale", scale, x, {x.size(0), x.size(1)});
-  check::parameter(op, "shift", shift, x, {x.size(0), x.size(1)});
+  check::parameter(op, {"", "scale"}, scale, x, {x.size(0), x.size(1)});
+  check::parameter(op, {"", "shift"}, shift, x, {x.size(0), x.size(1)});
 }
 
 // x and out are native; out may be x.
