@@ -157,7 +157,7 @@ void Branch<acc>::activate_backward(const acc* grad_activated, const acc* hidden
     acc z = normalised[j];
     if (options_.norm && !norm_weight_.empty()) z *= norm_weight_[j];
     if (options_.norm && !norm_bias_.empty()) z += norm_bias_[j];
-    grad_normalised[j] = options_.silu ? grad_activated[j] * silu_gradient(z) : (z > acc(0) ? grad_activated[j] : acc(0));
+    grad_normalised[j] = options_.silu ? grad_activated[j] * silu_gradient(z) : (z <= acc(0) ? acc(0) : grad_activated[j]);
     const acc scaled = options_.norm && !norm_weight_.empty() ? grad_normalised[j] * norm_weight_[j] : grad_normalised[j];
     grad_hidden[j] = scaled;
     sum += scaled;
@@ -216,10 +216,11 @@ void Branch<acc>::backward(const acc* grad_t, const acc* hidden, int64_t hidden_
 
 template <typename acc>
 void Branch<acc>::parameter_gradients(const acc* grad_t, const acc* context, const std::array<Tensor, 6>& gradients) const {
-  const auto column_sums = [&](const acc* values, const acc* factors, int64_t columns, const Tensor& gradient) {
+  const auto column_sums = [&](const acc* values, const acc* factors, int64_t columns, const Tensor& gradient,
+                               bool used = true) {
     if (gradient.numel() == 0) return;
     std::vector<acc> sums(columns);
-    for (int64_t n = 0; n < samples_; n++) {
+    for (int64_t n = 0; used && n < samples_; n++) {
       for (int64_t j = 0; j < columns; j++) sums[j] += values[n * columns + j] * (factors ? factors[n * columns + j] : acc(1));
     }
     from_acc(sums.data(), gradient);
@@ -228,8 +229,8 @@ void Branch<acc>::parameter_gradients(const acc* grad_t, const acc* context, con
   linear_backward_weight(grad_first, units_, context, channels_, gradients[0]);
   column_sums(grad_first, nullptr, units_, gradients[1]);
   if (!two_layers_) return;
-  column_sums(grad_normalised_.get(), normalised_.get(), units_, gradients[2]);
-  column_sums(grad_normalised_.get(), nullptr, units_, gradients[3]);
+  column_sums(grad_normalised_.get(), normalised_.get(), units_, gradients[2], options_.norm);
+  column_sums(grad_normalised_.get(), nullptr, units_, gradients[3], options_.norm);
   linear_backward_weight(grad_t, channels_, activated_.get(), units_, gradients[4]);
   column_sums(grad_t, nullptr, channels_, gradients[5]);
 }
@@ -248,10 +249,11 @@ template <typename acc>
 void apply_gate_backward(const TransformOptions& options, const acc* gate, acc* grad, int64_t count) {
   const acc alpha = static_cast<acc>(options.gate_alpha);
   for (int64_t i = 0; i < count; i++) {
-    const acc slope = !options.hard_sigmoid                  ? gate[i] * (acc(1) - gate[i])
-                      : gate[i] > acc(0) && gate[i] < acc(1) ? alpha
-                                                             : acc(0);
-    grad[i] *= slope;
+    if (!options.hard_sigmoid) {
+      grad[i] *= gate[i] * (acc(1) - gate[i]);
+    } else {
+      grad[i] = gate[i] > acc(0) && gate[i] < acc(1) ? grad[i] * alpha : acc(0);  // where it is flat not even a NaN passes
+    }
   }
 }
 

@@ -36,7 +36,7 @@ struct SumsParams {
     const int64_t i = sample * extent.channels + channel;
     if (sum_a.wanted()) sum_a.put(i, total_a * factor);
     if (!sum_ab.wanted()) return;
-    if (through_gate) total_ab *= gate_slope(transform_grad.forward, transform_grad.forward.gate[i]);
+    if (through_gate) total_ab = gate_backward(transform_grad.forward, transform_grad.forward.gate[i], total_ab);
     sum_ab.put(i, total_ab);
   }
 };

@@ -27,15 +27,15 @@ struct TransformGradParams {
   unsigned* arrived = nullptr;
 };
 
-// gate'(t) from the gate itself.
+// grad gate'(t) from the gate itself. Where it is flat nothing passes, not even a NaN.
 template <typename T>
-__device__ __forceinline__ acc_t<T> gate_slope(const TransformParams<T>& params, acc_t<T> gate) {
+__device__ __forceinline__ acc_t<T> gate_backward(const TransformParams<T>& params, acc_t<T> gate, acc_t<T> grad) {
   using A = acc_t<T>;
-  if (params.hard_sigmoid) return gate > A(0) && gate < A(1) ? params.gate_alpha : A(0);
-  return gate * (A(1) - gate);
+  if (params.hard_sigmoid) return gate > A(0) && gate < A(1) ? grad * params.gate_alpha : A(0);
+  return grad * gate * (A(1) - gate);
 }
 
-// grad act'(z). Where relu is flat nothing passes, not even a NaN.
+// grad act'(z), likewise.
 template <typename A>
 __device__ __forceinline__ A activation_backward(bool silu, A z, A grad) {
   if (!silu) return z <= A(0) ? A(0) : grad;
