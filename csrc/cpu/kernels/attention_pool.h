@@ -11,8 +11,9 @@
 
 namespace gcnet_ext::cpu::GCNET_CAPABILITY {
 
-constexpr int64_t kMaxTile = 4096;  // positions of one block
-constexpr int kRowsAtOnce = 4;      // that share a load and a store of what they are added to
+constexpr int64_t kMaxTile = 4096;   // positions of one block
+constexpr int64_t kRowsPerSum = 32;  // of a sum over rows: a chain of all of them would round as often
+constexpr int kRowsAtOnce = 4;       // that share a load and a store of what they are added to
 // Rows far apart, and lines that are written, come late: ask for them so many rows ahead.
 constexpr int64_t kRowsAhead = 8;
 
@@ -28,24 +29,22 @@ inline void dot_rows(const scalar_t* x, int64_t stride, const acc_t<scalar_t>* w
   sum_each(sums, dots);
 }
 
-// y_i += sum_r a_r x_ri over all rows, for V vectors of elements, of which the last has `last` lanes: they stay in registers
-// while the rows go by.
+// y_i += sum_r a_r x_ri over all rows, for V vectors of elements, of which the last has `last` lanes: their sums stay in
+// registers while the rows go by.
 template <int V, typename scalar_t, typename Lanes>
 inline void add_rows_strip(const scalar_t* x, int64_t stride, int64_t rows, const acc_t<scalar_t>* a, acc_t<scalar_t>* y,
                            Lanes last) {
   using acc = acc_t<scalar_t>;
   constexpr int64_t lanes = kLanes<acc>;
   constexpr std::integral_constant<int64_t, lanes> all;
-  Vec<acc> sums[V];
-  for (int v = 0; v < V - 1; v++) sums[v] = load(y + v * lanes, all);
-  sums[V - 1] = load(y + (V - 1) * lanes, last);
+  Vec<acc> sums[V] = {};
   for (int64_t r = 0; r < rows; r++, x += stride) {
     const Vec<acc> factor = broadcast(a[r]);
     for (int v = 0; v < V - 1; v++) sums[v] += factor * load(x + v * lanes, all);
     sums[V - 1] += factor * load(x + (V - 1) * lanes, last);
   }
-  for (int v = 0; v < V - 1; v++) store(y + v * lanes, sums[v], all);
-  store(y + (V - 1) * lanes, sums[V - 1], last);
+  for (int v = 0; v < V - 1; v++) store(y + v * lanes, load(y + v * lanes, all) + sums[v], all);
+  store(y + (V - 1) * lanes, load(y + (V - 1) * lanes, last) + sums[V - 1], last);
 }
 
 // y_i += sum_r a_r x_ri over `count` elements of all rows; the order of the additions depends on their number alone.
@@ -102,7 +101,10 @@ void position_dots(Block<const scalar_t> x, const acc_t<scalar_t>* w, acc_t<scal
 template <typename scalar_t>
 void channel_dots(Block<const scalar_t> x, const acc_t<scalar_t>* a, acc_t<scalar_t>* sums) {
   if (x.channels_last) {
-    add_rows(x.data, x.position_stride, x.positions, a, x.channels, sums);
+    for (int64_t p = 0; p < x.positions; p += kRowsPerSum) {
+      const int64_t rows = x.positions - p < kRowsPerSum ? x.positions - p : kRowsPerSum;
+      add_rows(x.data + p * x.position_stride, x.position_stride, rows, a + p, x.channels, sums);
+    }
   } else {
     for_each_rows<4>(0, x.channels, [&](int64_t c, auto rows) {
       acc_t<scalar_t> dots[rows.value];
