@@ -47,12 +47,13 @@ test-native: $(BUILT)
 	$(VENV)/bin/cmake --build build/native
 	$(VENV)/bin/ctest --test-dir build/native --output-on-failure -j 2 $(ARGS)
 
-# The suite on that torch, but for what does not depend on it, then the CPU library that was built there on the torch of .venv:
-# the stable ABI at work.
-ELSEWHERE := bench docs endurance readme cmake packaging security types large
+# The suite on that torch, but for what does not depend on it; then the stable ABI at work: the CPU library that was built there on
+# the torch of .venv, and wheels of either on the other.
+ELSEWHERE := accuracy bench docs endurance readme cmake packaging security types large
 test-cuda-build: $(CUDA_BUILT) $(BUILT)
 	cd $(CUDA_CHECKOUT) && $(abspath $(CUDA_VENV))/bin/python -m pytest $(ELSEWHERE:%=--ignore=tests/test_%.py) $(ARGS)
 	cd $(CUDA_CHECKOUT) && $(abspath $(VENV))/bin/python -m pytest tests/test_abi.py tests/test_attention_pool.py tests/test_channel_fuse.py
+	GCNET_EXT_OTHER_PYTHON=$(abspath $(VENV))/bin/python $(CUDA_VENV)/bin/python -m pytest tests/test_packaging.py
 
 # On a machine with a GPU: builds for it, tests, times, and writes a report to the folder OUT. Uses the python on the PATH.
 gpu-check:
@@ -65,7 +66,8 @@ fuzz: $(BUILT)
 	$(VENV)/bin/cmake --build build/fuzz --target cpu_fuzz
 	mkdir -p build/fuzz/corpus
 	build/fuzz/cpu_fuzz -max_total_time=$(FUZZ_SECONDS) -max_len=8192 -jobs=2 -workers=2 build/fuzz/corpus
-	$(VENV)/bin/python -m pytest tests/test_properties.py --hypothesis-profile=explore $(ARGS)
+	$(VENV)/bin/python -m pytest tests/test_properties.py tests/test_fuzz.py tests/test_fuzz_modules.py \
+		--hypothesis-profile=explore $(ARGS)
 
 # Everything that can be measured here, into build/bench; ARGS=--quick takes two minutes. With PEERS=1 beside timm and mmcv, and
 # in whole models, which need torchvision and so the torch of CUDA_TORCH: the CPU library of .venv runs on that, too.

@@ -1,0 +1,204 @@
+"""The operators of csrc/ops.cpp in plain PyTorch, every output of them, for test_fuzz.py.
+
+A formula takes the arguments by name, all in one dtype and dense, and returns the outputs in order, None for one that was not
+asked for. Its steps are small, down to those of the softmax and the norm, so that fuzzing.Noise can make each of them inexact.
+gcnet_ext/reference.py has the forward formulas, and autograd its gradients, but no backward pass of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gcnet_ext import reference
+
+Arguments = dict[str, Any]
+Outputs = tuple[Tensor | None, ...]
+Pool = Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
+PARAMETERS = ("w1", "b1", "norm_weight", "norm_bias", "w2", "b2")
+
+
+def _positions(x: Tensor) -> Tensor:
+    return x.flatten(2)
+
+
+def _per_channel(tensor: Tensor, x: Tensor) -> Tensor:
+    return tensor.reshape(*x.shape[:2], *(1 for _ in x.shape[2:]))
+
+
+def _pool(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    positions = _positions(x)
+    if weight is None:
+        return positions.mean(2), x.new_empty(x.shape[0], 0)
+    logits = (positions * weight.reshape(1, -1, 1)).sum(1) + (0 if bias is None else bias.reshape(()))
+    powers = (logits - logits.detach().amax(1, keepdim=True)).exp()
+    attention = powers / powers.sum(1, keepdim=True)
+    return (positions * attention.unsqueeze(1)).sum(2), attention
+
+
+def _pool_backward(
+    grad_context: Tensor, x: Tensor, weight: Tensor | None, context: Tensor, attention: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Its gradients of x and weight, by the formulas of csrc/cpu/kernels/attention_pool.h."""
+    positions = _positions(x)
+    if weight is None:
+        return (grad_context / positions.shape[2]).unsqueeze(2).expand_as(positions).reshape(x.shape), None
+    u = (positions * grad_context.unsqueeze(2)).sum(1)
+    dl = attention * (u - (grad_context * context).sum(1, keepdim=True))
+    dx = grad_context.unsqueeze(2) * attention.unsqueeze(1) + weight.reshape(1, -1, 1) * dl.unsqueeze(1)
+    return dx.reshape(x.shape), (positions * dl.unsqueeze(1)).sum((0, 2)).reshape(weight.shape)
+
+
+class _Pool(torch.autograd.Function):
+    """The pool with the kernels' backward pass, which loses more than autograd's where a saturated softmax lets nothing pass:
+    u_p is not what dctx . ctx is made of."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        context, attention = _pool(x, weight, bias)
+        ctx.save_for_backward(x, weight, bias, context, attention)
+        ctx.mark_non_differentiable(attention)
+        return context, attention
+
+    @staticmethod
+    def backward(ctx: Any, grad_context: Tensor, _grad_attention: Tensor) -> Outputs:
+        x, weight, bias, context, attention = ctx.saved_tensors
+        grads = _pool_backward(grad_context, x, weight, context, attention)
+        return *grads, None if bias is None else torch.zeros_like(bias)
+
+
+def attention_pool(a: Arguments, pool: Pool = _pool) -> Outputs:
+    return pool(a["x"], a["weight"], a["bias"])
+
+
+def attention_pool_backward(a: Arguments) -> Outputs:
+    dx, dw = _pool_backward(a["grad_context"], a["x"], a["weight"], a["context"].flatten(1), a["attention"].flatten(1))
+    return dx if a["need_x"] else None, dw if a["need_weight"] else None
+
+
+def channel_fuse(a: Arguments) -> Outputs:
+    return (reference.channel_fuse(a["x"], a["scale"], a["shift"]),)
+
+
+def channel_fuse_backward(a: Arguments) -> Outputs:
+    grad, x, scale, shift = a["grad"], a["x"], a["scale"], a["shift"]
+    sums = [_positions(product).sum(2) for product in (grad * x, grad)]
+    return (
+        (grad if scale is None else grad * _per_channel(scale, x)) if a["need_x"] else None,
+        sums[0].reshape(scale.shape) if a["need_scale"] and scale is not None else None,
+        sums[1].reshape(shift.shape) if a["need_shift"] and shift is not None else None,
+    )
+
+
+def _branch(a: Arguments, name: str) -> list[Tensor | None]:
+    return [a[f"{name}_{parameter}"] for parameter in PARAMETERS]
+
+
+def _gate(a: Arguments) -> dict[str, Any]:
+    kind = "hard_sigmoid" if a["hard_sigmoid"] else "sigmoid"
+    return {"gate": kind, "gate_alpha": a["gate_alpha"], "gate_beta": a["gate_beta"]}
+
+
+def _first(context: Tensor, w1: Tensor, b1: Tensor | None) -> Tensor:
+    """w1 context + b1, the hidden units before the norm."""
+    products = context.unsqueeze(1) * w1.reshape(1, -1, context.shape[1])
+    return products.sum(2) + (0 if b1 is None else b1.reshape(1, -1))
+
+
+def _second(a: Arguments, hidden: Tensor, norm_weight, norm_bias, w2, b2) -> Tensor:
+    if w2 is None:
+        return hidden
+    units = hidden.shape[1]
+    if a["norm"]:
+        centred = hidden - hidden.mean(1, keepdim=True)
+        hidden = centred * ((centred * centred).mean(1, keepdim=True) + a["eps"]).rsqrt()
+        if norm_weight is not None:
+            hidden = hidden * norm_weight.reshape(1, -1)
+        if norm_bias is not None:
+            hidden = hidden + norm_bias.reshape(1, -1)
+    active = torch.nn.functional.silu(hidden) if a["silu"] else hidden.relu()
+    return _first(active, w2.reshape(-1, units), b2)
+
+
+def global_context(a: Arguments, pool: Pool = _pool) -> Outputs:
+    x = a["x"]
+    context, attention = pool(x, a["mask_weight"], a["mask_bias"])
+    out, hidden, gate = x, [x.new_empty(x.shape[0], 0)], x.new_empty(x.shape[0], 0)
+    for name in ("scale", "shift"):
+        w1, b1, *rest = _branch(a, name)
+        if w1 is not None:
+            hidden.append(_first(context, w1, b1))
+            t = _second(a, hidden[-1], *rest)
+            if name == "scale":
+                gate = reference.apply_gate(t, **_gate(a))
+            out = out * _per_channel(gate, x) if name == "scale" else out + _per_channel(t, x)
+    return out, context, attention, torch.cat(hidden, 1), gate
+
+
+def _branch_backward(a: Arguments, name: str, grad_t: Tensor, hidden: Tensor, context: Tensor) -> tuple[Tensor, Outputs]:
+    """The gradients of the context and of the six parameters; autograd does what stands behind the hidden units."""
+    w1, b1, *rest = _branch(a, name)
+    leaves = [None if tensor is None else tensor.clone().requires_grad_() for tensor in (hidden, *rest)]
+    given = [leaf for leaf in leaves if leaf is not None]
+    found = torch.autograd.grad(_second(a, *leaves), given, grad_t, allow_unused=True)
+    each = iter(found)
+    grads = [None if leaf is None else next(each) for leaf in leaves]
+    # without a norm nothing depends on its weights
+    grads = [
+        torch.zeros_like(leaf) if grad is None and leaf is not None else grad for grad, leaf in zip(grads, leaves, strict=True)
+    ]
+    grad_hidden = grads[0]
+    grad_w1 = (grad_hidden.unsqueeze(2) * context.unsqueeze(1)).sum(0).reshape(w1.shape)
+    grad_b1 = None if b1 is None else grad_hidden.sum(0).reshape(b1.shape)
+    grad_context = (grad_hidden.unsqueeze(2) * w1.reshape(1, *grad_hidden.shape[1:], -1)).sum(1)
+    return grad_context, (grad_w1, grad_b1, *grads[1:])
+
+
+def global_context_backward(a: Arguments) -> Outputs:
+    grad, x, mask_weight = a["grad"], a["x"], a["mask_weight"]
+    context, attention, hidden, s = (a[name].flatten(1) for name in ("context", "attention", "hidden", "gate_values"))
+    grad_context = torch.zeros_like(context)
+    found: list[Sequence[Tensor | None]] = []
+    for name in ("scale", "shift"):
+        w1 = a[f"{name}_w1"]
+        if w1 is None:
+            found.append((None,) * 6)
+            continue
+        grad_t = _positions(grad * x if name == "scale" else grad).sum(2)
+        if name == "scale":
+            sloped = torch.where((s > 0) & (s < 1), grad_t * a["gate_alpha"], torch.zeros_like(s))
+            grad_t = sloped if a["hard_sigmoid"] else grad_t * (s * (1 - s))
+        units = w1.shape[0]
+        own = hidden[:, :units] if name == "scale" else hidden[:, -units:]
+        more, grads = _branch_backward(a, name, grad_t, own, context)
+        grad_context = grad_context + more
+        found.append(grads)
+    dx, dw = _pool_backward(grad_context, x, mask_weight, context, attention)
+    dx = dx + (grad if a["scale_w1"] is None else grad * _per_channel(s, x))
+    return (
+        dx if a["need_x"] else None,
+        dw if a["need_mask"] else None,
+        *(found[0] if a["need_scale"] else (None,) * 6),
+        *(found[1] if a["need_shift"] else (None,) * 6),
+    )
+
+
+OPS = {
+    "attention_pool": attention_pool,
+    "attention_pool_backward": attention_pool_backward,
+    "channel_fuse": channel_fuse,
+    "channel_fuse_": channel_fuse,
+    "channel_fuse_backward": channel_fuse_backward,
+    "global_context": global_context,
+    "global_context_": lambda a: global_context(a)[:1],
+    "global_context_backward": global_context_backward,
+}
+
+DIFFERENTIATED_BY_THE_KERNELS = {
+    "attention_pool": lambda a: attention_pool(a, _Pool.apply)[0],
+    "channel_fuse": lambda a: channel_fuse(a)[0],
+    "global_context": lambda a: global_context(a, _Pool.apply)[0],
+}

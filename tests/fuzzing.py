@@ -1,0 +1,372 @@
+"""What test_fuzz.py draws, and what it holds the results to: arguments of any strides and values, and the truth in float64."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import grid
+import numpy as np
+import torch
+from hypothesis import HealthCheck, assume, settings
+from hypothesis import strategies as st
+from test_bad_input import GOOD
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from gcnet_ext import reference
+
+Arguments = dict[str, Any]
+Formula = Callable[[Arguments], Sequence[Tensor | None]]
+WRONG_DTYPES = (torch.int64, torch.uint8, torch.bool, torch.complex64, torch.complex32, torch.float8_e4m3fn, torch.uint16)
+SPECIAL = (math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-41, -3e-6, 6e4, 3e38, -3e38)
+LAYOUTS = {
+    "sparse": lambda tensor: tensor.to_sparse(),
+    "mkldnn": lambda tensor: tensor.to_mkldnn(),
+    "quantized": lambda tensor: torch.quantize_per_tensor(tensor.nan_to_num(), 0.1, 0, torch.qint8),
+}
+
+
+# What hypothesis shrinks to, and tries most often, is the first of each list: the ordinary case.
+MOSTLY = st.sampled_from((True, True, True, False))
+
+
+# ---- tensors -----------------------------------------------------------------------------------------------------------------
+
+
+class Drawn(NamedTuple):
+    """A tensor as hypothesis draws it: a failing test prints it, and `make` builds it as often as it is needed."""
+
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    offset: int = 0
+    std: float = 1.0
+    special: tuple[float, ...] = ()  # what some of the elements are instead
+    seed: int = 0
+    kind: str = "strided"  # or "meta", or one of LAYOUTS
+
+    def make(self, to: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Tensor:
+        reach = sum((size - 1) * stride for size, stride in zip(self.sizes, self.strides, strict=True) if size)
+        generator = torch.Generator().manual_seed(self.seed)
+        values = torch.randn(self.offset + max(reach, 0) + 1, generator=generator, dtype=torch.float64) * self.std
+        for value in self.special:
+            values[torch.rand(values.shape, generator=generator) < 0.1] = value
+        if not self.dtype.is_floating_point and not self.dtype.is_complex:
+            values = values.nan_to_num(1).clamp(0, 100)
+        tensor = to(values.to(self.dtype)).as_strided(self.sizes, self.strides, self.offset)
+        return tensor.to("meta") if self.kind == "meta" else LAYOUTS.get(self.kind, lambda tensor: tensor)(tensor)
+
+
+@st.composite
+def strides(draw: st.DrawFn, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Dense, channels_last, any other order, with gaps, expanded, or overlapping."""
+    dims = len(sizes)
+    if draw(st.integers(0, 9)) == 9:
+        return tuple(draw(st.integers(0, 9)) for _ in sizes)
+    natural = tuple(range(dims))
+    order = draw(st.sampled_from([natural] * 3 + [(0, *natural[2:], 1)[:dims]] * 3) | st.permutations(natural))
+    found, step = [0] * dims, 1
+    for dim in reversed(order):
+        found[dim] = step * draw(st.sampled_from((1,) * 12 + (2, 0)))
+        step = max(step, sizes[dim] * found[dim]) + draw(st.sampled_from((0,) * 9 + (3,)))
+    return tuple(found)
+
+
+@st.composite
+def tensors(draw: st.DrawFn, sizes: tuple[int, ...], dtype: torch.dtype, kind: str = "strided") -> Drawn:
+    values = draw(st.sampled_from(("normal", "normal", "normal", "special", "scaled")))
+    return Drawn(
+        sizes,
+        draw(strides(sizes)),
+        dtype,
+        draw(st.integers(0, 5)),
+        draw(st.sampled_from((30.0, 1e-3, 1e4, 1e-20, 1e-40, 1e20, 3e38, 0.0))) if values == "scaled" else 1.0,
+        tuple(draw(st.lists(st.sampled_from(SPECIAL), min_size=1, max_size=2))) if values == "special" else (),
+        draw(st.integers(0, 99)),
+        kind,
+    )
+
+
+@st.composite
+def wrong_tensors(draw: st.DrawFn) -> Drawn:
+    sizes = tuple(draw(st.lists(st.sampled_from((0, 1, 1, 2, 3, 4)), max_size=5)))
+    kind = draw(st.sampled_from(("strided", "strided", "meta", *LAYOUTS)))
+    if kind in LAYOUTS:
+        return draw(tensors((2, *(max(size, 1) for size in sizes[:3])), torch.float32, kind))
+    return draw(tensors(sizes, draw(st.sampled_from(grid.FLOATING + WRONG_DTYPES)), kind))
+
+
+# What is no tensor at all. Made anew for each use, because a call may keep it.
+THINGS: dict[str, Callable[[], Any]] = {
+    "None": lambda: None,
+    "a string": lambda: "relu",
+    "bytes": lambda: b"relu",
+    "True": lambda: True,
+    "an int": lambda: 3,
+    "a huge int": lambda: 10**400,
+    "a float": lambda: 0.25,
+    "nan": lambda: math.nan,
+    "a complex number": lambda: 1j,
+    "an empty list": list,
+    "a list of numbers": lambda: [1.0, 2.0],
+    "a list of tensors": lambda: [torch.ones(3)] * 6,
+    "a dict": dict,
+    "an array": lambda: np.ones((2, 3, 4), np.float32),
+    "a scalar of numpy": lambda: np.float32(0.5),
+    "an object": object,
+    "a dtype": lambda: torch.float32,
+    "the class": lambda: torch.Tensor,
+}
+
+
+class Thing(NamedTuple):
+    name: str
+
+    def make(self, _to: object = None) -> Any:
+        return THINGS[self.name]()
+
+
+NO_TENSOR = st.sampled_from(tuple(THINGS)).map(Thing)
+WITH_A_TRUTH_VALUE = NO_TENSOR.filter(lambda thing: thing.name != "an array")
+ANYTHING = wrong_tensors() | NO_TENSOR
+
+
+# ---- calls -------------------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def good(draw: st.DrawFn, op: str) -> Arguments:
+    """Arguments of the operator that fit together, but for sizes of zero and an x that cannot be overwritten."""
+    n, c = draw(st.sampled_from((2, 3, 1, 2, 3, 1, 2, 3, 0))), draw(st.sampled_from((5, 3, 1, 2, 4, 6, 7, 8, 9, 16, 33, 65, 0)))
+    several = st.lists(st.sampled_from((4, 2, 3, 1, 5, 6, 0)), min_size=1, max_size=4)
+    spatial = tuple(draw(several | st.sampled_from((7, 1, 2, 16, 33, 65)).map(lambda size: [size])))
+    dtype = draw(st.sampled_from(grid.FLOATING))
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    parameter_dtype = draw(st.sampled_from((dtype, torch.float32)))
+    names, found = list(GOOD[op]), {}
+
+    def parameter(name: str, *sizes: int) -> None:
+        found[name] = draw(tensors(sizes + (1,) * draw(st.sampled_from((0, 0, 0, 2))), parameter_dtype))
+
+    attended = draw(MOSTLY)
+    for weight, bias in (("weight", "bias"), ("mask_weight", "mask_bias")):
+        if weight in names and attended:
+            parameter(weight, *((1, c) if c > 1 and draw(st.booleans()) else (c,)))
+            if bias in names and draw(MOSTLY):
+                parameter(bias, 1)
+    units = {"scale": 0, "shift": 0}
+    for branch in units if "scale_w1" in names else ():
+        if draw(MOSTLY) or (branch == "shift" and not units["scale"]):
+            two_layers = draw(MOSTLY)
+            hidden = units[branch] = draw(st.sampled_from((5, 2, 3, 1, 17))) if two_layers else c
+            parameter(f"{branch}_w1", hidden, c)
+            rest = {"b1": (hidden,), "norm_weight": (hidden,), "norm_bias": (hidden,), "w2": (c, hidden), "b2": (c,)}
+            for name, sizes in rest.items() if two_layers else (("b1", (c,)),):
+                if name == "w2" or draw(MOSTLY):
+                    parameter(f"{branch}_{name}", *sizes)
+    for name in ("scale", "shift"):
+        if name in names and draw(MOSTLY):
+            parameter(name, n, c)
+    found["x"] = draw(tensors((n, c, *spatial), dtype))
+    if "grad" in names:
+        found["grad"] = draw(tensors((n, c, *spatial), dtype))
+    given_scale = units["scale"] if "scale_w1" in names else 0
+    sides = {
+        "grad_context": (n, c),
+        "context": (n, c),
+        "attention": (n, math.prod(spatial) if attended else 0),
+        "hidden": (n, units["scale"] + units["shift"]),
+        "gate_values": (n, c if given_scale else 0),
+    }
+    for name in names:
+        if name in sides:
+            found[name] = draw(tensors(sides[name], acc))
+        elif name.startswith("need_") or name in ("norm", "silu", "hard_sigmoid"):
+            found[name] = draw(MOSTLY if name.startswith("need_") else st.booleans())
+        elif name == "eps":
+            found[name] = draw(st.sampled_from((1e-5, 1e-5, 1e-3, 0.0, 1.0)))
+        elif name in ("gate_alpha", "gate_beta"):
+            found[name] = draw(st.sampled_from((1 / 6, 0.2, 0.5, 1.0, 0.0, -1.0)))
+    return {name: found.get(name) for name in names}
+
+
+@st.composite
+def calls(draw: st.DrawFn, op: str, keep: Sequence[str] = ()) -> Arguments:
+    """Good arguments, one or two of them replaced by anything at all.
+
+    No tensor replaces a number: torch refuses that in words that hold all its elements, and fails at those of a sparse one.
+    """
+    arguments = draw(good(op))
+    names = [name for name in arguments if name not in keep]
+    for name in draw(st.lists(st.sampled_from(names), min_size=1, max_size=2, unique=True)):
+        arguments[name] = draw(NO_TENSOR if isinstance(arguments[name], bool | float) else ANYTHING)
+    # For both at once torch has no dispatch key that a kernel can have, and so only words of its own.
+    assume(not {"quantized", "meta"} <= {value.kind for value in arguments.values() if isinstance(value, Drawn)})
+    return arguments
+
+
+def made(arguments: Arguments, to: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Arguments:
+    return {name: value.make(to) if isinstance(value, Drawn | Thing) else value for name, value in arguments.items()}
+
+
+def names_an_argument(message: str, names: Sequence[str]) -> bool:
+    """In our words, or in those of torch about a schema: nothing else tells a user what to change."""
+    any_name = "|".join(names)
+    return bool(re.match(rf"(gcnet_ext::\w+: )?({any_name})\b[^,]* must ", message)) or bool(
+        re.search(rf"for argument '({any_name})' but instead found type", message)
+    )
+
+
+# ---- the truth ---------------------------------------------------------------------------------------------------------------
+
+
+class Noise(TorchDispatchMode):
+    """Moves every result of every operator by up to the resolution, and remembers the largest of them."""
+
+    def __init__(self, resolution: float, seed: int) -> None:
+        super().__init__()
+        self.resolution, self.generator, self.largest = resolution, torch.Generator().manual_seed(seed), 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        is_view = any(returned.alias_info is not None for returned in func._schema.returns)
+        return result if is_view else tree_map_only(Tensor, self.noisy, result)
+
+    def noisy(self, tensor: Tensor) -> Tensor:
+        if tensor.dtype != torch.float64 or tensor.numel() == 0:
+            return tensor
+        self.largest = max(self.largest, float(tensor.nan_to_num(0, 0, 0).abs().max()))
+        noise = torch.rand(tensor.shape, generator=self.generator, dtype=tensor.dtype) * 2 - 1
+        return tensor * (1 + self.resolution * noise)
+
+
+class Truth(NamedTuple):
+    """A result in float64, how far it moves when every step is a few roundings off, and where that changes its kind."""
+
+    value: Tensor
+    spread: Tensor
+    open: Tensor
+
+
+def _kind(tensor: Tensor) -> Tensor:
+    return tensor.isnan() * 3 + tensor.isinf() * (1 + tensor.sign().nan_to_num(0).to(torch.int64))
+
+
+def _in(dtype: torch.dtype, arguments: Arguments) -> Arguments:
+    """Every tensor dense and in the dtype."""
+    return {
+        name: value.detach().cpu().to(dtype).contiguous() if torch.is_tensor(value) else value
+        for name, value in arguments.items()
+    }
+
+
+def truth(formula: Formula, model: Formula, arguments: Arguments, acc: torch.dtype) -> tuple[list[Truth | None], float]:
+    """The formula's results in float64, and the largest number on the way to them.
+
+    What rounding may do to them is seen from the model, whose steps are those of the formula: with noise, and in the dtype that
+    sums are taken in.
+    """
+    exact = formula(_in(torch.float64, arguments))
+    others, largest = [model(_in(acc, arguments))], 0.0
+    for seed in range(3):
+        with Noise(4 * torch.finfo(acc).eps, seed) as noise:
+            inexact = {
+                name: noise.noisy(value) if torch.is_tensor(value) else value
+                for name, value in _in(torch.float64, arguments).items()
+            }
+            others.append(model(inexact))
+        largest = max(largest, noise.largest)
+    found: list[Truth | None] = []
+    for index, value in enumerate(exact):
+        if value is None:
+            found.append(None)
+            continue
+        moved = torch.stack([other[index].double() for other in others])
+        spread = (moved - value).abs().nan_to_num(0, 0).amax(0)
+        found.append(Truth(value, spread, (_kind(moved) != _kind(value)).any(0)))
+    return found, largest
+
+
+def assert_true(got: Tensor, want: Truth, acc: torch.dtype, largest: float, what: str) -> None:
+    """Infinities and NaN where the truth has them, everything else within what rounding decides."""
+    assert got.shape == want.value.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(want.value.shape)}"
+    if got.numel() == 0 or 100 * largest > torch.finfo(acc).max:  # in that dtype something may overflow on the way
+        return
+    got = got.detach().cpu()
+    limits = torch.finfo(got.dtype)
+    finite = want.value.isfinite()
+    value = want.value.nan_to_num(0, 0, 0)
+    spread = want.spread.amax(tuple(range(2, want.spread.dim())), keepdim=True) if want.spread.dim() > 2 else want.spread
+    bound = 0.51 * (limits.eps if got.dtype != acc else 0) * value.abs() + limits.smallest_normal * limits.eps
+    bound = bound + 60 * torch.finfo(acc).eps * value.abs() + 30 * spread + 4 * torch.finfo(acc).tiny * max(largest, 1.0)
+    close = finite & ((got.double() - want.value).abs() <= bound)
+    overflow = finite & got.isinf() & (value.abs() + bound >= limits.max) & (got.sign() == value.sign())
+    same = ~finite & (_kind(got) == _kind(want.value))
+    bad = (~(close | overflow | same | want.open)).flatten().nonzero().flatten()
+    assert not len(bad), (
+        f"{what}: {len(bad)} of {got.numel()} elements, element {int(bad[0])} is {got.flatten()[bad[0]].item()}, expected "
+        f"{want.value.flatten()[bad[0]].item()} +- {bound.expand_as(value).flatten()[bad[0]].item():.3g}"
+    )
+
+
+# ---- what may happen ---------------------------------------------------------------------------------------------------------
+
+
+def examples(count: int) -> settings:
+    """So many in a CI run, and as many more as another profile asks for."""
+    scaled = count * settings.default.max_examples // settings.get_profile("gcnet_ext").max_examples
+    return settings(max_examples=scaled, suppress_health_check=list(HealthCheck))
+
+
+def outcome(call: Callable[[], Any]) -> tuple[Tensor, ...] | Exception:
+    """What the call returned, or one of the three exceptions that it may raise."""
+    try:
+        found = call()
+    except (RuntimeError, TypeError, ValueError) as error:
+        return error
+    return found if isinstance(found, tuple) else (found,)
+
+
+def refused(found: object, names: tuple[str, ...], *, sound: bool) -> bool:
+    """Whether there was an exception; it must name an argument, and there must be none when all was sound."""
+    if not isinstance(found, Exception):
+        return False
+    assert not sound, f"refused: {found}"
+    assert names_an_argument(str(found), names), f"{type(found).__name__}: {found}"
+    return True
+
+
+def copies(arguments: Arguments) -> Arguments:
+    return {name: value.clone() if torch.is_tensor(value) else value for name, value in arguments.items()}
+
+
+def plain(arguments: Arguments) -> Arguments:
+    """Options as an operator converts them."""
+    flags = ("norm", "silu", "hard_sigmoid")
+    options = {name: bool(value) if name in flags or name.startswith("need_") else value for name, value in arguments.items()}
+    return {name: float(value) if name in ("eps", "gate_alpha", "gate_beta") else value for name, value in options.items()}
+
+
+def compare(
+    found: tuple[Tensor, ...],
+    formula: Formula,
+    arguments: Arguments,
+    model: Formula | None = None,
+    acc: torch.dtype | None = None,
+) -> None:
+    """Every output with the formula's, on the arguments as they were; `acc` is the dtype of the sums, by default that of x."""
+    arguments = plain(arguments)
+    if arguments["x"].is_meta:
+        assert all(got.is_meta for got in found)
+        return
+    acc = acc or reference.accumulation_dtype(arguments["x"])
+    results, largest = truth(formula, model or formula, arguments, acc)
+    for index, (got, want) in enumerate(zip(found, results, strict=True)):
+        if want is None:
+            assert got.shape == (0,), f"output {index} was not asked for"
+        else:
+            assert_true(got, want, acc, largest, f"output {index}")

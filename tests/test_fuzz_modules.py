@@ -1,0 +1,208 @@
+"""The blocks, with anything as argument of the constructor or as input: the reference's result, or an error that names it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import eager
+import formulas
+import fuzzing
+import grid
+import numpy as np
+import pytest
+import torch
+from fuzzing import Arguments, Drawn, compare, examples, outcome, refused
+from hypothesis import given
+from hypothesis import strategies as st
+from test_bad_input import GOOD
+from torch import Tensor, nn
+
+from gcnet_ext import GlobalContextBlock, NonLocalBlock, SimplifiedNonLocalBlock, SqueezeExcitation
+
+BOTTLENECK = {
+    "planes": (None, 1, 4),
+    "activation": ("relu", "silu"),
+    "gate": ("sigmoid", "hard_sigmoid"),
+    "gate_alpha": (1 / 6, 0.2),
+    "gate_beta": (0.5,),
+}
+MODULES: dict[type[nn.Module], dict[str, tuple[Any, ...]]] = {
+    GlobalContextBlock: {
+        "inplanes": (6, 1),
+        "ratio": (1.0,),
+        "pooling_type": ("att", "avg"),
+        "fusion_types": ("channel_add", ["channel_mul"], ("channel_mul", "channel_add")),
+        "norm": (True, False),
+        "eps": (1e-5, 1e-3),
+        **BOTTLENECK,
+        "inplace": (False,),
+    },
+    SqueezeExcitation: {"inplanes": (6, 1), "ratio": (1.0,), **BOTTLENECK, "bias": (True, False), "inplace": (False,)},
+    SimplifiedNonLocalBlock: {"inplanes": (6, 1), "inplace": (False,)},
+    NonLocalBlock: {
+        "inplanes": (6, 1),
+        "reduction": (1, 2),
+        "mode": ("gaussian", "embedded_gaussian", "dot_product", "concatenation"),
+        "sub_sample": (False, True),
+        "use_scale": (True, False),
+        "norm": (None,),
+    },
+}
+# What x or a parameter is called in a message
+NAMES = (*GOOD["global_context"], "weight", "scale")
+FLAGS = ("norm", "bias", "inplace", "sub_sample", "use_scale")
+
+
+@st.composite
+def feature_maps(draw: st.DrawFn, channels: int) -> Drawn:
+    spatial = draw(st.lists(st.integers(0, 5) | st.just(2), min_size=1, max_size=4))
+    return draw(fuzzing.tensors((draw(st.integers(0, 3)), channels, *spatial), draw(st.sampled_from(grid.FLOATING))))
+
+
+def called(module: nn.Module) -> Callable[[Arguments], Tensor]:
+    return lambda a: torch.func.functional_call(module, {name: value for name, value in a.items() if name != "x"}, a["x"])
+
+
+LAYERS = {  # what the operator calls the parameters of a layer
+    "conv_mask": ("mask_weight", "mask_bias"),
+    "conv_out": ("shift_w1", "shift_b1"),
+    "fc1": ("scale_w1", "scale_b1"),
+    "fc2": ("scale_w2", "scale_b2"),
+    **{
+        f"channel_{fusion}_conv.{index}": (f"{branch}_{weight}", f"{branch}_{bias}")
+        for fusion, branch in (("mul", "scale"), ("add", "shift"))
+        for index, weight, bias in ((0, "w1", "b1"), (1, "norm_weight", "norm_bias"), (3, "w2", "b2"))
+    },
+}
+
+
+def truth(
+    module: nn.Module, options: Arguments, block: Callable[[Arguments], Tensor] = lambda a: formulas.global_context(a)[0]
+) -> Callable[[Arguments], Tensor]:
+    """What the block computes of x and its parameters, both by name."""
+    if isinstance(module, NonLocalBlock):
+        names = ("reduction", "mode", "sub_sample", "use_scale")
+        theirs = eager.NonLocal(module.inplanes, **{name: options[name] for name in names})
+        return lambda a: called(theirs)({name.replace(".conv.", "."): value for name, value in a.items()})
+
+    def call(a: Arguments) -> Tensor:
+        arguments = dict.fromkeys(GOOD["global_context"])
+        for name, value in a.items():
+            layer, _, parameter = name.rpartition(".")
+            arguments[LAYERS[layer][parameter == "bias"] if layer else name] = value
+        arguments |= {
+            name: options.get(name, default) for name, default in (("eps", 1e-5), ("gate_alpha", 0), ("gate_beta", 0))
+        }
+        norm = options.get("norm", False) if isinstance(module, GlobalContextBlock) else False
+        kinds = {"silu": options.get("activation") == "silu", "hard_sigmoid": options.get("gate") == "hard_sigmoid"}
+        return block({**arguments, "norm": norm, **kinds})
+
+    return call
+
+
+def run_module(call: Callable[[Arguments], Tensor], a: Arguments) -> list[Tensor]:
+    """The output and the gradients of x and of every parameter from a gradient of ones."""
+    leaves = {name: value.detach().requires_grad_() for name, value in a.items()}
+    out = call(leaves)
+    grads = dict(zip(leaves, torch.autograd.grad(out.sum(dtype=torch.float64), list(leaves.values())), strict=True))
+    if "conv_mask.bias" in grads:  # it cancels: its gradient is zero whatever the rest is
+        grads["conv_mask.bias"] = torch.zeros_like(grads["conv_mask.bias"])
+    return [out.detach(), *grads.values()]
+
+
+def valid(kind: type[nn.Module], module: nn.Module, x: Drawn) -> bool:
+    spatial = x.sizes[2:]
+    if kind is not NonLocalBlock:
+        return 0 not in spatial
+    pooled = spatial if len(spatial) < 3 else spatial[1:]
+    return 0 not in spatial and len(spatial) <= 3 and not (module.sub_sample and min(pooled) < 2)
+
+
+@pytest.mark.parametrize("kind", MODULES)
+@given(data=st.data())
+@examples(60)
+def test_modules(backend, kind, data):
+    options = {name: data.draw(st.sampled_from(values)) for name, values in MODULES[kind].items()}
+    module = eager.randomise(kind(**options), data.draw(st.integers(0, 99)))
+    x = data.draw(feature_maps(options["inplanes"]))
+    if kind is NonLocalBlock:  # torch's attention has its own ways with infinities
+        x = x._replace(std=min(x.std, 30.0), special=tuple(value for value in x.special if abs(value) < 1))
+    if data.draw(st.booleans()):
+        module = module.to(x.dtype)
+    module = module.to(backend.device)
+    arguments = {"x": x.make(backend.to), **dict(module.named_parameters())}
+    found = outcome(lambda: tuple(run_module(called(module), arguments)))
+    if not refused(found, NAMES, sound=valid(kind, module, x)):
+        # The matrix products of the non-local block are torch's, in the dtype of its parameters; the last sum is in that of x.
+        acc = max((next(module.parameters()).dtype, x.dtype), key=lambda dtype: torch.finfo(dtype).eps)
+        blocks = (truth(module, options), truth(module, options, formulas.DIFFERENTIATED_BY_THE_KERNELS["global_context"]))
+        formula, model = (functools.partial(run_module, block) for block in blocks)
+        compare(found, formula, arguments, model, acc if kind is NonLocalBlock else None)
+
+
+@pytest.mark.parametrize("kind", MODULES)
+@given(data=st.data())
+@examples(60)
+def test_modules_with_anything(backend, kind, data):
+    """One argument of the constructor is anything, or the input is."""
+    options = {name: data.draw(st.sampled_from(values)) for name, values in MODULES[kind].items()}
+    name = data.draw(st.sampled_from(("x", *options)))
+    if name != "x":
+        options[name] = data.draw(fuzzing.WITH_A_TRUTH_VALUE if name in FLAGS else fuzzing.NO_TENSOR).make()
+    x = data.draw(fuzzing.ANYTHING if name == "x" else feature_maps(6)).make(backend.to)
+    found = outcome(lambda: kind(**options).to(backend.device)(x))
+    if not refused(found, (*NAMES, *options), sound=False):
+        assert found[0].shape == x.shape
+        assert found[0].dtype == x.dtype
+
+
+# ---- what it has found -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_the_non_local_block_takes_floats_alone(dtype):
+    """It once computed in float32 and cut the result down to the dtype of x."""
+    with pytest.raises(RuntimeError, match="x must be float16, bfloat16, float32 or float64"):
+        NonLocalBlock(6)(torch.ones(2, 6, 3, 3, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "message"),
+    [
+        ((2, 6, 0, 3), {}, "x must have at least one position"),
+        ((2, 6, 1, 1), {"sub_sample": True}, "x must have at least 2 positions wherever sub_sample pools them"),
+        ((2, 6, 3, 1), {"sub_sample": True}, "x must have at least 2 positions wherever sub_sample pools them"),
+        ((2, 6, 3, 3), {"device": "meta"}, r"x must be on the device of the parameters \(meta\), got cpu"),
+    ],
+)
+def test_the_non_local_block_names_x(sizes, options, message):
+    with pytest.raises(RuntimeError, match=message):
+        NonLocalBlock(6, **options)(torch.ones(sizes))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (GlobalContextBlock, {"ratio": float("inf")}, "ratio must be a number, and not a huge one, got inf"),  # OverflowError
+        (SqueezeExcitation, {"ratio": "1"}, "ratio must be a number"),
+        (GlobalContextBlock, {"inplanes": "6", "ratio": 1.0}, "inplanes must be a whole number, got '6'"),
+        (SimplifiedNonLocalBlock, {"inplanes": 6.0}, "inplanes must be a whole number, got 6.0"),
+        (SimplifiedNonLocalBlock, {"inplanes": True}, "inplanes must be a whole number, got True"),
+        (NonLocalBlock, {"inplanes": -1}, "inplanes must be at least 1, got -1"),
+        (NonLocalBlock, {"reduction": 0.5}, "reduction must be a whole number, got 0.5"),
+        (GlobalContextBlock, {"ratio": 1.0, "fusion_types": None}, "fusion_types must be one or more of"),
+        (GlobalContextBlock, {"ratio": 1.0, "fusion_types": [[]]}, "fusion_types must be one or more of"),
+        (SqueezeExcitation, {"gate": np.ones(2)}, "gate must be one of"),
+    ],
+)
+def test_constructors_name_what_is_wrong(kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**{"inplanes": 6, **options})
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_an_input_that_is_no_tensor(kind):
+    with pytest.raises(TypeError, match=r"^x must be a Tensor, got list$"):
+        kind(**{name: values[0] for name, values in MODULES[kind].items()})([1.0])
