@@ -69,16 +69,19 @@ inline void add_rows(const scalar_t* x, int64_t stride, int64_t rows, const acc_
   });
 }
 
-// y_i += sum_r a_r x_ri over `count` elements of R rows.
-template <int R, typename scalar_t>
-inline void add_long_rows(const scalar_t* x, int64_t stride, const acc_t<scalar_t>* a, int64_t count, acc_t<scalar_t>* y) {
+// The same in one chain of additions, a few rows at a time: for rows that are long, or few.
+template <typename scalar_t>
+inline void add_rows_in_order(const scalar_t* x, int64_t stride, int64_t rows, const acc_t<scalar_t>* a, int64_t count,
+                              acc_t<scalar_t>* y) {
   using acc = acc_t<scalar_t>;
-  Vec<acc> factor[R];
-  for (int r = 0; r < R; r++) factor[r] = broadcast(a[r]);
-  for_each_vector<acc>(count, [&](int64_t i, auto lanes) {
-    Vec<acc> sum = load(y + i, lanes);
-    for (int r = 0; r < R; r++) sum += factor[r] * load(x + r * stride + i, lanes);
-    store(y + i, sum, lanes);
+  for_each_rows<kRowsAtOnce>(0, rows, [&](int64_t first, auto some) {
+    Vec<acc> factor[some.value];
+    for (int r = 0; r < some; r++) factor[r] = broadcast(a[first + r]);
+    for_each_vector<acc>(count, [&](int64_t i, auto lanes) {
+      Vec<acc> sum = load(y + i, lanes);
+      for (int r = 0; r < some; r++) sum += factor[r] * load(x + (first + r) * stride + i, lanes);
+      store(y + i, sum, lanes);
+    });
   });
 }
 
@@ -91,9 +94,7 @@ void position_dots(Block<const scalar_t> x, const acc_t<scalar_t>* w, acc_t<scal
     });
   } else {
     std::memset(dots, 0, x.positions * sizeof *dots);
-    for_each_rows<kRowsAtOnce>(0, x.channels, [&](int64_t c, auto rows) {
-      add_long_rows<rows>(x.data + c * x.channel_stride, x.channel_stride, w + c, x.positions, dots);
-    });
+    add_rows_in_order(x.data, x.channel_stride, x.channels, w, x.positions, dots);
   }
 }
 
@@ -233,8 +234,9 @@ void pool_gradient(Block<const scalar_t> grad, Block<const scalar_t> x, const ac
                    const acc_t<scalar_t>* dl, const PoolGradient<acc_t<scalar_t>>& sample, Block<scalar_t> grad_x,
                    acc_t<scalar_t>* grad_weight) {
   if (!grad_x.data) {
-    if (grad_weight) channel_dots(x, dl, grad_weight);
-    return;
+    if (!grad_weight) return;
+    if (!x.channels_last) return channel_dots(x, dl, grad_weight);
+    return add_rows_in_order(x.data, x.position_stride, x.positions, dl, x.channels, grad_weight);  // as grad_positions does
   }
   if (x.channels_last) {
     with_flags(
