@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import gcnet_ext
-from gcnet_ext import reference
+from gcnet_ext import Transform, reference
 
 SHAPES = ((2, 16, 9, 9), (1, 64, 28, 28), (2, 300, 5, 7), (1, 2048, 7, 7))
 
@@ -24,10 +24,14 @@ def main() -> None:
                 block = block.to("cuda", dtype)
                 out = block(x)
                 out.backward(torch.randn_like(out))
-                mask_weight, mask_bias, scale, shift, eps = block._fused_arguments()
-                expected = reference.global_context(x, mask_weight, mask_bias, scale, shift, eps=eps)
+                mask = block.conv_mask.weight, block.conv_mask.bias
+                branches = [
+                    Transform(conv.weight, conv.bias, norm.weight, norm.bias, last.weight, last.bias)
+                    for conv, norm, _, last in (block.channel_mul_conv, block.channel_add_conv)
+                ]
+                expected = reference.global_context(x, *mask, *branches)
                 worst = max(worst, ((out - expected).norm() / expected.norm()).item())
-                pooled = gcnet_ext.attention_pool(x, mask_weight, mask_bias)
+                pooled = gcnet_ext.attention_pool(x, *mask)
                 gcnet_ext.channel_fuse(x, pooled, pooled).sum().backward()
     torch.cuda.synchronize()
     print(f"largest relative error {worst:.1e}")

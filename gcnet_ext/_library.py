@@ -22,6 +22,7 @@ from . import _checks, _flops, reference
 HOW_TO_BUILD = "build them with `pip install --no-build-isolation .` in a checkout (see Install in README.md)"
 
 _kernel_devices: frozenset[str] = frozenset()
+_operators: dict[str, Callable[..., Any]] = {}
 _warned: set[str] = set()
 
 
@@ -244,7 +245,7 @@ def _global_context_backward_shapes(grad, x, mask_weight, *rest):
 def below_autograd(name: str, args: tuple) -> tuple[Tensor, ...] | Tensor:
     """The kernel itself, without a second look at the autograd key."""
     with torch._C._AutoDispatchBelowAutograd():
-        return getattr(torch.ops.gcnet_ext, name).default(*args)
+        return _operators[name](*args)
 
 
 def _through_reference(function: Callable[..., Tensor], inputs: tuple, needs: tuple[bool, ...], grad: Tensor) -> tuple:
@@ -261,7 +262,7 @@ def _reference_context(x: Tensor, weight: Tensor | None, bias: Tensor | None) ->
     return reference.attention_pool(x, weight, bias).to(_acc(x))
 
 
-def _reference_block(x, mask_weight, mask_bias, *rest) -> Tensor:
+def reference_block(x, mask_weight, mask_bias, *rest) -> Tensor:
     """global_context with the arguments of the operator."""
     scale, shift = (reference.Transform(*rest[i : i + 6]) if rest[i] is not None else None for i in (0, 6))
     norm, eps, silu, hard_sigmoid, gate_alpha, gate_beta = rest[12:]
@@ -328,7 +329,7 @@ class _GlobalContext(torch.autograd.Function):
         parameters, side = rest[:12], rest[12:]
         if torch.is_grad_enabled():
             inputs = (x, mask_weight, mask_bias, *parameters, *ctx.options)
-            return _through_reference(_reference_block, inputs, needs, grad)
+            return _through_reference(reference_block, inputs, needs, grad)
         wanted = needs[0], needs[1], any(needs[3:9]), any(needs[9:15])
         args = grad, x, mask_weight, *parameters, *ctx.options, *side, *wanted
         grads = below_autograd("global_context_backward", args)
@@ -419,6 +420,7 @@ def _register() -> frozenset[str]:
         ("global_context_backward", _global_context_backward_shapes),
     ):
         torch.library.register_fake(f"gcnet_ext::{name}", shapes)
+        _operators[name] = getattr(torch.ops.gcnet_ext, name).default
         for key in _REFUSED:
             _implementations.impl(name, lambda *args, name=name: _refuse(name, args), key)
     for name in _FUNCTIONS:

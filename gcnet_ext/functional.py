@@ -11,6 +11,8 @@ anything else is made contiguous once, and the output has the memory format of x
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from . import _checks, _library, reference
@@ -135,20 +137,19 @@ def global_context(
     _checks.choices("global_context", activation, gate)
     _checks.transform("global_context", "scale", scale)
     _checks.transform("global_context", "shift", shift)
+    weights = (mask_weight, mask_bias, *(scale or NO_TRANSFORM), *(shift or NO_TRANSFORM))
+    options = (norm, eps, activation == "silu", gate == "hard_sigmoid", gate_alpha, gate_beta)
+    return fused(x, weights, options, inplace=inplace)
+
+
+def fused(x: Tensor, weights: Sequence[Tensor | None], options: Sequence[bool | float], *, inplace: bool) -> Tensor:
+    """`global_context` with the arguments of the operator as they are: 2 + 6 + 6 weights, and 6 options."""
     if _library.has_kernels(x):
-        args = (
-            x, mask_weight, mask_bias, *(scale or NO_TRANSFORM), *(shift or NO_TRANSFORM),
-            norm, eps, activation == "silu", gate == "hard_sigmoid", gate_alpha, gate_beta,
-        )  # fmt: skip
         if not inplace:
-            return _library.call("global_context", *args)[0]
-        _library.call_in_place("global_context_", *args)
+            return _library.call("global_context", x, *weights, *options)[0]
+        _library.call_in_place("global_context_", x, *weights, *options)
         return x
     if inplace:
-        weights = (*(scale or NO_TRANSFORM), *(shift or NO_TRANSFORM))
-        _checks.no_gradient("global_context_", (x, mask_weight, mask_bias, *weights))
-    out = reference.global_context(
-        x, mask_weight, mask_bias, scale, shift,
-        norm=norm, eps=eps, activation=activation, gate=gate, gate_alpha=gate_alpha, gate_beta=gate_beta,
-    )  # fmt: skip
+        _checks.no_gradient("global_context_", (x, *weights))
+    out = _library.reference_block(x, *weights, *options)
     return x.copy_(out) if inplace else out

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import grid
 import pytest
 import torch
@@ -127,9 +130,15 @@ CHANGES = {
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("layout", grid.LAYOUTS)
-def test_changed(backend, change, layout):
-    """The same change to our block and to the block in eager float64, which calls its modules one by one."""
+@pytest.mark.parametrize("used", [False, True], ids=["new", "used"])
+def test_changed(backend, change, layout, used):
+    """The same change to our block and to the block in eager float64, which calls its modules one by one.
+
+    A block that was used before remembers what its submodules were.
+    """
     block, truth = pair(backend)
+    if used:
+        block(Random(0, backend.to).feature_map((2, 16, 6, 5), torch.float32))
     for module in (block, truth):
         torch.manual_seed(0)  # for the parameters and vectors that the change draws
         change(module.float())
@@ -253,3 +262,43 @@ def test_weights_shared_between_blocks(backend):
     alone(x).backward(Random(9, backend.to).feature_map(tuple(x.shape), x.dtype))
     parts = first.channel_add_conv[0].weight.grad + second.channel_add_conv[0].weight.grad
     assert torch.allclose(total, parts, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda block: pickle.loads(pickle.dumps(block))], ids=["deepcopy", "pickle"])
+def test_a_copy_of_a_used_block_is_its_own(backend, copied):
+    block, _ = pair(backend)
+    x = Random(1, backend.to).feature_map((2, 16, 5, 5), torch.float32)
+    before = block(x)
+    other = copied(block)
+    assert torch.equal(other(x), before)
+    with torch.no_grad():
+        other.channel_mul_conv[3].bias.add_(1)
+    other.conv_mask.register_forward_hook(lambda module, inputs, output: output * 2)
+    assert not torch.allclose(other(x), before)
+    assert torch.equal(block(x), before)
+
+
+def test_a_replica_of_a_used_block_has_its_own_parameters(backend):
+    """As DataParallel makes them: a block of the same fields, into which other submodules are put."""
+    block, truth = pair(backend)
+    other = copy.deepcopy(block)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    truth.load_state_dict(other.state_dict())
+    x = Random(1, backend.to).feature_map((2, 16, 5, 5), torch.float32)
+    block(x)
+    replica = block._replicate_for_data_parallel()
+    for name, module in other.named_children():
+        replica._modules[name] = module
+    grid.assert_close(replica(x), truth(x.cpu().double()).detach(), torch.float32)
+
+
+def test_another_gate_in_a_used_block(backend):
+    block, _ = pair(backend)
+    x = Random(1, backend.to).feature_map((2, 16, 5, 5), torch.float32)
+    block(x)
+    other = GlobalContextBlock(16, 0.25, fusion_types=block.fusion_types, gate="hard_sigmoid").to(backend.device)
+    other.load_state_dict(block.state_dict())
+    block.gate = other.gate
+    assert torch.equal(block(x), other(x))

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Iterable
-from typing import Any, NamedTuple, TypeGuard, TypeVar
+from typing import NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .. import _checks, reference
-from ..functional import Transform
 from ..reference import accumulation_dtype
 
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
 GATES = ("sigmoid", "hard_sigmoid")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # fields of a module
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -29,26 +29,8 @@ class Gate(NamedTuple):
     alpha: float = 1 / 6
     beta: float = 0.5
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """The keyword arguments of `functional.global_context`."""
-        return {"gate": self.kind, "gate_alpha": self.alpha, "gate_beta": self.beta}
-
     def __call__(self, t: Tensor) -> Tensor:
         return reference.apply_gate(t, *self)
-
-
-class FusedBranch(NamedTuple):
-    """A branch as the fused operator takes it."""
-
-    weights: Transform
-    norm: bool
-    eps: float
-    activation: str
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return {"norm": self.norm, "eps": self.eps, "activation": self.activation}
 
 
 def check_choice(name: str, value: object, valid: Iterable[object]) -> None:
@@ -100,7 +82,7 @@ def check_channels(x: Tensor, inplanes: int) -> None:
         TypeError: x is no tensor.
     """
     _checks.is_tensor(x)
-    if x.dim() > 1 and x.shape[1] != inplanes:
+    if x.dim() > 1 and x.size(1) != inplanes:  # x.shape would be made anew
         raise RuntimeError(f"x must have {inplanes} channels (inplanes), got shape {list(x.shape)}")
 
 
@@ -110,10 +92,7 @@ def is_plain(module: nn.Module, kind: type[Module]) -> TypeGuard[Module]:
     return (
         (type(module) is kind or (isinstance(module, kind) and type(module).forward is kind.forward))
         and "forward" not in own
-        and not own["_forward_hooks"]
-        and not own["_forward_pre_hooks"]
-        and not own["_backward_hooks"]
-        and not own["_backward_pre_hooks"]
+        and not any(own[name] for name in HOOKS)
     )
 
 
@@ -127,35 +106,6 @@ def is_pointwise(module: nn.Module) -> TypeGuard[nn.Conv2d]:
         and module.padding == (0, 0)
         and module.groups == 1
     )
-
-
-def parameter(module: nn.Module, name: str) -> Any:
-    """A tensor or None. Past nn.Module's look-up: of 20 attributes, it costs as much as a small kernel."""
-    found = module._parameters.get(name)
-    return getattr(module, name) if found is None else found  # a parametrized weight is a property
-
-
-def fused_branch(first: nn.Module, norm: nn.Module | None, activation: nn.Module, last: nn.Module) -> FusedBranch | None:
-    """The branch ``last(activation(norm(first(context))))``; None if one of the layers is not the plain one."""
-    kind = "relu" if is_plain(activation, nn.ReLU) else "silu" if is_plain(activation, nn.SiLU) else None
-    if kind is None or not is_pointwise(first) or not is_pointwise(last):
-        return None
-    norm_weight = norm_bias = None
-    normalises, eps = False, 1e-5
-    if norm is not None and not is_plain(norm, nn.Identity):
-        if not is_plain(norm, nn.LayerNorm) or norm.normalized_shape != (first.out_channels, 1, 1):
-            return None
-        normalises, eps = True, norm.eps
-        norm_weight, norm_bias = parameter(norm, "weight"), parameter(norm, "bias")
-    weights = Transform(
-        parameter(first, "weight"),
-        parameter(first, "bias"),
-        norm_weight,
-        norm_bias,
-        parameter(last, "weight"),
-        parameter(last, "bias"),
-    )
-    return FusedBranch(weights, normalises, eps, kind)
 
 
 def in_dtype_of(module: nn.Module, tensor: Tensor) -> Tensor:

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from .. import _split, functional
 from . import _layers, _state_dict
-from ._layers import ACTIVATIONS, GATES, FusedBranch, Gate
+from ._fused import Branch, FusedBlock, Layers, layers, two_layers
+from ._layers import ACTIVATIONS, GATES, Gate
 
 POOLING_TYPES = ("att", "avg")
 FUSION_TYPES = ("channel_add", "channel_mul")
 
 
-class GlobalContextBlock(nn.Module):
+class GlobalContextBlock(FusedBlock):
     """The Global Context block of GCNet on compiled kernels: context modelling, transform and fusion.
 
     ``context = attention pooling of x``; ``out = x * sigmoid(mul(context)) + add(context)``, either branch optional, each
@@ -131,19 +132,9 @@ class GlobalContextBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _layers.check_channels(x, self.inplanes)
-        fused = self._fused_arguments() if self.process_group is None else None
+        fused = self._fused(x) if self.process_group is None else None
         if fused is not None:
-            mask_weight, mask_bias, scale, shift = fused
-            return functional.global_context(
-                x,
-                mask_weight,
-                mask_bias,
-                None if scale is None else scale.weights,
-                None if shift is None else shift.weights,
-                **(scale or shift).options,
-                **self.gate.options,
-                inplace=self.inplace,
-            )
+            return fused
         context = self._context(x)
         mul, add = self.channel_mul_conv, self.channel_add_conv
         scale = None if mul is None else self.gate(_layers.call_on_context(mul, context))
@@ -161,21 +152,12 @@ class GlobalContextBlock(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.inplanes}, ratio={self.ratio}, pooling_type={self.pooling_type!r}, fusion_types={self.fusion_types!r}"
 
-    def _fused_arguments(self) -> tuple[Tensor | None, Tensor | None, Any, Any] | None:
-        """Mask weight and bias, scale and shift, each a FusedBranch or None; None when a submodule is not the plain layer."""
-        # From the dictionary: nn.Module's look-up of many attributes costs as much as a small kernel.
-        mask, add, mul = map(self._modules.get, ("conv_mask", "channel_add_conv", "channel_mul_conv"))
-        if mask is not None and not _layers.is_pointwise(mask):
+    def _plain_layers(self) -> Layers | None:
+        mask, add, mul = self.conv_mask, self.channel_add_conv, self.channel_mul_conv
+        scale, shift = (None if branch is None else _branch(branch) for branch in (mul, add))
+        if (scale is None and mul is not None) or (shift is None and add is not None):
             return None
-        shift = None if add is None else _fused(add)
-        scale = None if mul is None else _fused(mul)
-        if (add is not None and shift is None) or (mul is not None and scale is None):
-            return None
-        if shift is not None and scale is not None and shift[1:] != scale[1:]:
-            return None
-        if mask is None:
-            return None, None, scale, shift
-        return _layers.parameter(mask, "weight"), _layers.parameter(mask, "bias"), scale, shift
+        return None if mask is not None and not _layers.is_pointwise(mask) else layers(mask, scale, shift, self.gate)
 
     def _context(self, x: Tensor) -> Tensor:
         if self.process_group is not None:
@@ -191,8 +173,8 @@ class GlobalContextBlock(nn.Module):
         return _layers.weighted_sum(x, _layers.called_attention(self.conv_mask, x)).to(x.dtype)
 
 
-def _fused(branch: Any) -> FusedBranch | None:
-    """The branch as the fused operator takes it: conv, LayerNorm over all it gets or nothing, activation, conv; else None."""
+def _branch(branch: Any) -> Branch | None:
+    """conv, LayerNorm over all it gets or nothing, activation, conv; else None."""
     if not _layers.is_plain(branch, nn.Sequential) or len(branch._modules) != 4:
         return None
-    return _layers.fused_branch(*branch._modules.values())
+    return two_layers(*branch._modules.values())

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from ..functional import Transform
 from . import _layers
+from ._fused import FusedBlock, Layers, layers, one_layer
 
 
-class SimplifiedNonLocalBlock(nn.Module):
+class SimplifiedNonLocalBlock(FusedBlock):
     """The simplified non-local block on compiled kernels: ``out = x + W sum_p softmax_p(conv_mask(x)) x_p``.
 
     Source: Y. Cao et al., "GCNet", 2019, https://arxiv.org/abs/1904.11492, equation 3 and figure 4b: one query-independent
@@ -63,23 +63,29 @@ class SimplifiedNonLocalBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _layers.check_channels(x, self.inplanes)
-        mask, out = self.conv_mask, self.conv_out
-        pointwise = _layers.is_pointwise(mask), _layers.is_pointwise(out)
-        if all(pointwise):
-            shift = Transform(_layers.parameter(out, "weight"), _layers.parameter(out, "bias"))
-            weight, bias = _layers.parameter(mask, "weight"), _layers.parameter(mask, "bias")
-            return functional.global_context(x, weight, bias, shift=shift, inplace=self.inplace)
-        if pointwise[0]:
+        fused = self._fused(x)
+        if fused is not None:
+            return fused
+        mask = self.conv_mask
+        if _layers.is_pointwise(mask):
             context = functional.attention_pool(x, mask.weight, mask.bias)
         else:
             context = _layers.weighted_sum(x, _layers.called_attention(mask, x))
-        return functional.channel_fuse(x, None, _layers.call_on_context(out, context), inplace=self.inplace)
+        return functional.channel_fuse(x, None, _layers.call_on_context(self.conv_out, context), inplace=self.inplace)
 
     def attention_map(self, x: Tensor) -> Tensor:
         """Where the block looks: the softmax over positions, ``[N, *spatial]``, for pictures. Not differentiable."""
         if _layers.is_pointwise(self.conv_mask):
             return functional.attention_map(x, self.conv_mask.weight, self.conv_mask.bias)
         return _layers.called_attention(self.conv_mask, x).detach().reshape(x.shape[:1] + x.shape[2:])
+
+    def _plain_layers(self) -> Layers | None:
+        shift = one_layer(self.conv_out)
+        return (
+            None
+            if shift is None or not _layers.is_pointwise(self.conv_mask)
+            else layers(self.conv_mask, None, shift, self.gate)
+        )
 
     def extra_repr(self) -> str:
         return f"{self.inplanes}"

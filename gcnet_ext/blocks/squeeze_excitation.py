@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from .. import functional
 from . import _layers, _state_dict
+from ._fused import FusedBlock, Layers, layers, two_layers
 from ._layers import ACTIVATIONS, GATES, Gate
 
 
-class SqueezeExcitation(nn.Module):
+class SqueezeExcitation(FusedBlock):
     """The squeeze-excitation block on compiled kernels: ``out = x * gate(fc2(activation(fc1(mean of x))))``.
 
     Source: J. Hu, L. Shen, G. Sun, "Squeeze-and-Excitation Networks", 2018, https://arxiv.org/abs/1709.01507, equations 2 to 4.
@@ -75,11 +76,15 @@ class SqueezeExcitation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _layers.check_channels(x, self.inplanes)
-        fused = _layers.fused_branch(self.fc1, None, self.activation, self.fc2)
+        fused = self._fused(x)
         if fused is not None:
-            return functional.global_context(x, scale=fused.weights, **fused.options, **self.gate.options, inplace=self.inplace)
+            return fused
         hidden = self.activation(_layers.call_on_context(self.fc1, functional.attention_pool(x)))
         return functional.channel_fuse(x, self.gate(_layers.call_on_context(self.fc2, hidden)), inplace=self.inplace)
+
+    def _plain_layers(self) -> Layers | None:
+        scale = two_layers(self.fc1, None, self.activation, self.fc2)
+        return None if scale is None else layers(None, scale, None, self.gate)
 
     def extra_repr(self) -> str:
         return f"{self.inplanes}, planes={self.planes}, gate={self.gate.kind!r}"
