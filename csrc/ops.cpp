@@ -33,6 +33,15 @@ STABLE_TORCH_LIBRARY(gcnet_ext, m) {
       "shift_b2, "
       "bool norm, float eps, bool silu, bool hard_sigmoid, float gate_alpha, float gate_beta) "
       "-> (Tensor out, Tensor context, Tensor attention, Tensor hidden, Tensor gate_values)");
+  // The same, for where nothing is differentiated: out alone.
+  m.def(
+      "global_context_inference(Tensor x, Tensor? mask_weight, Tensor? mask_bias, "
+      "Tensor? scale_w1, Tensor? scale_b1, Tensor? scale_norm_weight, Tensor? scale_norm_bias, Tensor? scale_w2, Tensor? "
+      "scale_b2, "
+      "Tensor? shift_w1, Tensor? shift_b1, Tensor? shift_norm_weight, Tensor? shift_norm_bias, Tensor? shift_w2, Tensor? "
+      "shift_b2, "
+      "bool norm, float eps, bool silu, bool hard_sigmoid, float gate_alpha, float gate_beta) "
+      "-> Tensor");
   m.def(
       "global_context_(Tensor(a!) x, Tensor? mask_weight, Tensor? mask_bias, "
       "Tensor? scale_w1, Tensor? scale_b1, Tensor? scale_norm_weight, Tensor? scale_norm_bias, Tensor? scale_w2, Tensor? "

@@ -60,7 +60,7 @@ def register() -> None:
     def channel_fuse(*_: Any, **__: Any) -> int:
         return 0
 
-    @register_flop_formula([ops.global_context, ops.global_context_])
+    @register_flop_formula([ops.global_context, ops.global_context_inference, ops.global_context_])
     def global_context(x: Shape, mask_weight: Shape | None, _mask_bias: Shape | None, *rest: Any, **_: Any) -> int:
         return _pool(x, mask_weight) + _branch(x, rest[0], rest[4]) + _branch(x, rest[6], rest[10])
 

@@ -207,6 +207,14 @@ def _global_context_shapes(x, mask_weight, mask_bias, *rest):
     )
 
 
+def _global_context_inference_shapes(x, mask_weight, mask_bias, *rest):
+    op = "global_context"
+    _checks.feature_map(op, x)
+    _checks.mask(op, "mask_", mask_weight, mask_bias, x)
+    _checks.branches(op, rest[:6], rest[6:12], x)
+    return _empty_like_map(x)
+
+
 def _global_context_in_place_shapes(x, mask_weight, mask_bias, *rest):
     _checks.feature_map("global_context_", x)
     _checks.mask("global_context_", "mask_", mask_weight, mask_bias, x)
@@ -360,6 +368,13 @@ def call(name: str, *args: Any) -> Any:
     return _differentiable(name, args)
 
 
+def global_context(*args: Any) -> Tensor:
+    """The output of that operator alone. Where nothing needs a gradient, nothing is kept for one."""
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+        return call("global_context", *args)[0]
+    return below_autograd("global_context_inference", args)
+
+
 def _without_gradient(name: str, args: tuple) -> None:
     """An operator that overwrites x: autograd would need what was there."""
     _checks.no_gradient(name, args)
@@ -416,6 +431,7 @@ def _register() -> frozenset[str]:
         ("channel_fuse_", _channel_fuse_in_place_shapes),
         ("channel_fuse_backward", _channel_fuse_backward_shapes),
         ("global_context", _global_context_shapes),
+        ("global_context_inference", _global_context_inference_shapes),
         ("global_context_", _global_context_in_place_shapes),
         ("global_context_backward", _global_context_backward_shapes),
     ):
@@ -425,6 +441,7 @@ def _register() -> frozenset[str]:
             _implementations.impl(name, lambda *args, name=name: _refuse(name, args), key)
     for name in _FUNCTIONS:
         _register_autograd(name)
+    _implementations.impl("global_context_inference", global_context, "Autograd")
     for name in ("channel_fuse_", "global_context_"):
         _implementations.impl(name, lambda *args, name=name: _without_gradient(name, args), "Autograd")
     _flops.register()

@@ -146,7 +146,7 @@ def fused(x: Tensor, weights: Sequence[Tensor | None], options: Sequence[bool | 
     """`global_context` with the arguments of the operator as they are: 2 + 6 + 6 weights, and 6 options."""
     if _library.has_kernels(x):
         if not inplace:
-            return _library.call("global_context", x, *weights, *options)[0]
+            return _library.global_context(x, *weights, *options)
         _library.call_in_place("global_context_", x, *weights, *options)
         return x
     if inplace:

@@ -32,6 +32,7 @@ OPS = (
     "channel_fuse_",
     "channel_fuse_backward",
     "global_context",
+    "global_context_inference",
     "global_context_",
     "global_context_backward",
 )
@@ -40,7 +41,7 @@ OPS = (
 class Backend:
     """What the tests of an op call. A backend that computes in another way overrides `ops`, the functions and `to`.
 
-    The functions are differentiable and have the signatures of gcnet_ext; `ops` holds the six raw operators with the signatures
+    The functions are differentiable and have the signatures of gcnet_ext; `ops` holds the raw operators with the signatures
     of csrc/ops.cpp. `to` moves a dense tensor to where the backend computes; views are taken after that, so strides survive.
     """
 

@@ -193,6 +193,7 @@ OPS = {
     "channel_fuse_": channel_fuse,
     "channel_fuse_backward": channel_fuse_backward,
     "global_context": global_context,
+    "global_context_inference": lambda a: global_context(a)[:1],
     "global_context_": lambda a: global_context(a)[:1],
     "global_context_backward": global_context_backward,
 }

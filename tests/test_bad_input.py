@@ -59,6 +59,7 @@ GOOD = {
         "need_shift": True,
     },
     "global_context": {**X, "mask_weight": t(C), "mask_bias": t(1), **WEIGHTS, **OPTIONS},
+    "global_context_inference": {**X, "mask_weight": t(C), "mask_bias": t(1), **WEIGHTS, **OPTIONS},
     "global_context_": {**X, "mask_weight": t(C), "mask_bias": t(1), **WEIGHTS, **OPTIONS},
     "global_context_backward": {
         "grad": t(N, C, 4, 5),
@@ -74,7 +75,7 @@ GOOD = {
     },
 }
 FORWARD = ("attention_pool", "channel_fuse", "global_context")
-POOLED = ("attention_pool", "attention_pool_backward", "global_context", "global_context_", "global_context_backward")
+POOLED = ("attention_pool", "attention_pool_backward", *(op for op in GOOD if op.startswith("global_context")))
 
 
 def feature_map_cases():
@@ -165,7 +166,7 @@ def gradient_cases():
 
 
 CASES = [
-    pytest.param(op, change, f"gcnet_ext::{op}: {message}", id=f"{op}-{message}")
+    pytest.param(op, change, f"gcnet_ext::{op.removesuffix('_inference')}: {message}", id=f"{op}-{message}")
     for cases in (feature_map_cases, parameter_cases, missing_cases, gradient_cases)
     for op, change, message in cases()
 ]

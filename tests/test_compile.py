@@ -230,6 +230,7 @@ def test_opcheck_global_context(kernels, backend, case):
     inputs = case.inputs(backend.to)
     x = inputs[0]
     opcheck("global_context", *leaves(inputs), *OPTIONS)
+    opcheck("global_context_inference", *leaves(inputs), *OPTIONS)
     _, *sides = backend.ops.global_context(*inputs, *OPTIONS)
     weights = (*inputs[1:2], *inputs[3:])
     for needs in ((True, True, True, True), (True, False, False, False), (False, True, True, False)):

@@ -336,6 +336,7 @@ def test_raw(backend, case):
     inputs = case.inputs(backend.to)
     x, acc = inputs[0], grid.accumulation(inputs[0])
     out, context, attention, hidden, gate = ops.global_context(*inputs, *DEFAULTS)
+    assert torch.equal(out, ops.global_context_inference(*inputs, *DEFAULTS))
     assert torch.equal(out, grid.flat(backend.global_context)(*inputs))
     doubles = [None if tensor is None else tensor.cpu().double() for tensor in inputs]
     want_context = reference.attention_pool(*doubles[:3])

@@ -28,17 +28,12 @@ struct Saved {
   Tensor context, attention, hidden, gate;
 };
 
-// x and out are native; out may be x.
-Saved forward_into(const Tensor& x, const OptionalTensor& mask_weight, const OptionalTensor& mask_bias,
-                   const BranchTensors& scale_tensors, const BranchTensors& shift_tensors, const TransformOptions& options,
-                   const Tensor& out) {
+// x and out are native; out may be x. Nothing is kept without `saved`.
+void forward_into(const Tensor& x, const OptionalTensor& mask_weight, const OptionalTensor& mask_bias,
+                  const BranchTensors& scale_tensors, const BranchTensors& shift_tensors, const TransformOptions& options,
+                  const Tensor& out, const Saved* saved) {
   const int64_t samples = x.size(0), channels = x.size(1), scale_units = hidden_units(scale_tensors);
   const int64_t units = scale_units + hidden_units(shift_tensors);
-  const ScalarType dtype = accumulation_dtype(x);
-  const Tensor context = empty(x, {samples, channels}, dtype);
-  const Tensor attention = empty(x, {samples, mask_weight ? positions(x) : 0}, dtype);
-  const Tensor hidden = empty(x, {samples, units}, dtype);
-  const Tensor gate = empty(x, {samples, scale_tensors[0] ? channels : 0}, dtype);
 
   dispatch(x.scalar_type(), [&](auto kind) {
     using scalar_t = decltype(kind);
@@ -46,22 +41,34 @@ Saved forward_into(const Tensor& x, const OptionalTensor& mask_weight, const Opt
     const auto weight = to_acc<acc>(mask_weight), bias = to_acc<acc>(mask_bias);
     auto scale = branch_of<acc>(scale_tensors, options, x), shift = branch_of<acc>(shift_tensors, options, x);
     const auto map = read_map<scalar_t>(x);
-    acc *ctx = mutable_data<acc>(context), *h = mutable_data<acc>(hidden), *s = mutable_data<acc>(gate);
     const Buffer<acc> t_shift(shift ? new acc[samples * channels] : nullptr);
+    const Buffer<acc> own(saved ? nullptr : new acc[samples * (2 * channels + positions(x) + units)]);
+    acc* ctx = saved ? mutable_data<acc>(saved->context) : own.get();
+    acc* s = saved ? mutable_data<acc>(saved->gate) : ctx + samples * channels;
+    acc* m = saved ? mutable_data<acc>(saved->attention) : s + samples * channels;
+    acc* h = saved ? mutable_data<acc>(saved->hidden) : m + samples * positions(x);
 
     const int64_t sample_bytes = channels * positions(x) * sizeof(scalar_t);
     const GroupPlan group = plan_groups(samples, sample_bytes, weight_bytes(scale, shift));
     for_each_group(group, samples, x.numel(), [&](int64_t first, int64_t count) {
-      pool_samples(map, pointer(weight), bias.empty() ? acc(0) : bias[0], first, count, ctx, mutable_data<acc>(attention));
-      if (scale) {
-        scale->forward(ctx, first, count, h, units, s);
-        apply_gate(options, s + first * channels, count * channels);
+      pool_samples(map, pointer(weight), bias.empty() ? acc(0) : bias[0], first, count, ctx, m);
+      const auto branch = [&](int64_t i) {
+        if (i == 0) {
+          scale->forward(ctx, first, count, h, units, s);
+          apply_gate(options, s + first * channels, count * channels);
+        } else {
+          shift->forward(ctx, first, count, h + scale_units, units, t_shift.get());
+        }
+      };
+      if (scale && shift && count == 1 && !scale->row_parallel()) {  // neither has work for two threads
+        parallel_for(2, 2 * channels * units, branch);
+      } else {
+        if (scale) branch(0);
+        if (shift) branch(1);
       }
-      if (shift) shift->forward(ctx, first, count, h + scale_units, units, t_shift.get());
       fuse_samples(map, scale ? s : nullptr, t_shift.get(), first, count, write_map<scalar_t>(out));
     });
   });
-  return {context, attention, hidden, gate};
 }
 
 void check_arguments(const char* op, const Tensor& x, const OptionalTensor& mask_weight, const OptionalTensor& mask_bias,
@@ -82,9 +89,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_context(
   const BranchTensors shift{shift_w1, shift_b1, shift_norm_weight, shift_norm_bias, shift_w2, shift_b2};
   check_arguments("global_context", x, mask_weight, mask_bias, scale, shift);
   const TransformOptions options(norm, eps, silu, hard_sigmoid, gate_alpha, gate_beta);
+  const int64_t samples = x.size(0), channels = x.size(1);
+  const ScalarType dtype = accumulation_dtype(x);
   const Tensor out = empty_like_map(x);
-  const auto [context, attention, hidden, gate] = forward_into(native(x), mask_weight, mask_bias, scale, shift, options, out);
-  return {out, context, attention, hidden, gate};
+  const Saved saved{empty(x, {samples, channels}, dtype), empty(x, {samples, mask_weight ? positions(x) : 0}, dtype),
+                    empty(x, {samples, hidden_units(scale) + hidden_units(shift)}, dtype),
+                    empty(x, {samples, scale_w1 ? channels : 0}, dtype)};
+  forward_into(native(x), mask_weight, mask_bias, scale, shift, options, out, &saved);
+  return {out, saved.context, saved.attention, saved.hidden, saved.gate};
+}
+
+Tensor global_context_inference(const Tensor& x, const OptionalTensor& mask_weight, const OptionalTensor& mask_bias,  //
+                                const OptionalTensor& scale_w1, const OptionalTensor& scale_b1,
+                                const OptionalTensor& scale_norm_weight, const OptionalTensor& scale_norm_bias,
+                                const OptionalTensor& scale_w2, const OptionalTensor& scale_b2, const OptionalTensor& shift_w1,
+                                const OptionalTensor& shift_b1, const OptionalTensor& shift_norm_weight,
+                                const OptionalTensor& shift_norm_bias, const OptionalTensor& shift_w2,
+                                const OptionalTensor& shift_b2,  //
+                                bool norm, double eps, bool silu, bool hard_sigmoid, double gate_alpha, double gate_beta) {
+  const BranchTensors scale{scale_w1, scale_b1, scale_norm_weight, scale_norm_bias, scale_w2, scale_b2};
+  const BranchTensors shift{shift_w1, shift_b1, shift_norm_weight, shift_norm_bias, shift_w2, shift_b2};
+  check_arguments("global_context", x, mask_weight, mask_bias, scale, shift);
+  const TransformOptions options(norm, eps, silu, hard_sigmoid, gate_alpha, gate_beta);
+  const Tensor out = empty_like_map(x);
+  forward_into(native(x), mask_weight, mask_bias, scale, shift, options, out, nullptr);
+  return out;
 }
 
 void global_context_(const Tensor& x, const OptionalTensor& mask_weight, const OptionalTensor& mask_bias,  //
@@ -99,7 +128,7 @@ void global_context_(const Tensor& x, const OptionalTensor& mask_weight, const O
   check::in_place("global_context_", x);
   const TransformOptions options(norm, eps, silu, hard_sigmoid, gate_alpha, gate_beta);
   const Tensor map = native(x);
-  forward_into(map, mask_weight, mask_bias, scale, shift, options, map);
+  forward_into(map, mask_weight, mask_bias, scale, shift, options, map, nullptr);
   write_back(map, x);
 }
 
@@ -190,6 +219,7 @@ Gradients global_context_backward(const Tensor& grad_in, const Tensor& x_in, con
 
 STABLE_TORCH_LIBRARY_IMPL(gcnet_ext, CPU, m) {
   m.impl("global_context", TORCH_BOX(&gcnet_ext::cpu::global_context));
+  m.impl("global_context_inference", TORCH_BOX(&gcnet_ext::cpu::global_context_inference));
   m.impl("global_context_", TORCH_BOX(&gcnet_ext::cpu::global_context_));
   m.impl("global_context_backward", TORCH_BOX(&gcnet_ext::cpu::global_context_backward));
 }

@@ -30,6 +30,9 @@ class Branch {
   // Bytes of w1 and w2: what one application of the branch reads.
   int64_t weight_bytes() const { return weight_bytes_; }
 
+  // Whether the threads share the rows of the weights; otherwise a sample's transform is one thread's work.
+  bool row_parallel() const { return weight_bytes_ > kBatchedBytes; }
+
   // t of samples first <= n < first + count; hidden [N, hidden_stride] gets w1 ctx + b1.
   void forward(const acc* context, int64_t first, int64_t count, acc* hidden, int64_t hidden_stride, acc* t);
 
@@ -41,7 +44,6 @@ class Branch {
   void parameter_gradients(const acc* grad_t, const acc* context, const std::array<Tensor, 6>& gradients) const;
 
  private:
-  bool row_parallel() const { return weight_bytes_ > kBatchedBytes; }
   void linear(const Tensor& weight, const acc* x, int64_t x_stride, const std::vector<acc>& bias, int64_t rows, int64_t columns,
               int64_t count, acc* y, int64_t y_stride) const;
   void linear_backward_input(const Tensor& weight, const acc* grad_y, int64_t rows, int64_t columns, int64_t count,

@@ -105,6 +105,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_context_op(
   return {out, context, attention, hidden, gate};
 }
 
+Tensor global_context_inference_op(const Tensor& x, const OptionalTensor& mask_weight, const OptionalTensor& mask_bias,  //
+                                   const OptionalTensor& scale_w1, const OptionalTensor& scale_b1,
+                                   const OptionalTensor& scale_norm_weight, const OptionalTensor& scale_norm_bias,
+                                   const OptionalTensor& scale_w2, const OptionalTensor& scale_b2,
+                                   const OptionalTensor& shift_w1, const OptionalTensor& shift_b1,
+                                   const OptionalTensor& shift_norm_weight, const OptionalTensor& shift_norm_bias,
+                                   const OptionalTensor& shift_w2, const OptionalTensor& shift_b2,  //
+                                   bool norm, double eps, bool silu, bool hard_sigmoid, double gate_alpha, double gate_beta) {
+  const BranchTensors scale{scale_w1, scale_b1, scale_norm_weight, scale_norm_bias, scale_w2, scale_b2};
+  const BranchTensors shift{shift_w1, shift_b1, shift_norm_weight, shift_norm_bias, shift_w2, shift_b2};
+  check_arguments("global_context", x, mask_weight, mask_bias, scale, shift);
+  const Options options{norm, eps, silu, hard_sigmoid, gate_alpha, gate_beta};
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const Tensor out = empty_like_map(x);
+  forward_into(native(x), mask_weight, mask_bias, scale, shift, options, out);
+  return out;
+}
+
 void global_context_inplace_op(const Tensor& x, const OptionalTensor& mask_weight, const OptionalTensor& mask_bias,  //
                                const OptionalTensor& scale_w1, const OptionalTensor& scale_b1,
                                const OptionalTensor& scale_norm_weight, const OptionalTensor& scale_norm_bias,
@@ -190,6 +208,7 @@ Gradients global_context_backward_op(const Tensor& grad_in, const Tensor& x_in, 
 
 STABLE_TORCH_LIBRARY_IMPL(gcnet_ext, CUDA, m) {
   m.impl("global_context", TORCH_BOX(&gcnet_ext::cuda::global_context_op));
+  m.impl("global_context_inference", TORCH_BOX(&gcnet_ext::cuda::global_context_inference_op));
   m.impl("global_context_", TORCH_BOX(&gcnet_ext::cuda::global_context_inplace_op));
   m.impl("global_context_backward", TORCH_BOX(&gcnet_ext::cuda::global_context_backward_op));
 }

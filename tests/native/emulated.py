@@ -32,6 +32,7 @@ OPS = (
     "channel_fuse_",
     "channel_fuse_backward",
     "global_context",
+    "global_context_inference",
     "global_context_",
     "global_context_backward",
 )
