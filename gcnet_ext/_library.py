@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import _checks, _flops, reference
 
@@ -79,12 +80,12 @@ def has_kernels(x: Tensor) -> bool:
     _checks.is_tensor(x)
     if torch._C._are_functorch_transforms_active():
         return False
-    if (torch.compiler.is_compiling() or torch._C._is_tracing()) and torch.onnx.is_in_onnx_export():
+    if (is_compiling() or torch._C._is_tracing()) and torch.onnx.is_in_onnx_export():
         return False
     device = "cpu" if x.is_cpu else x.device.type  # a torch.device and its name cost 20 us when they are not in a cache
     if device in _kernel_devices:
         return True
-    if device in ("cpu", "cuda") and not torch.compiler.is_compiling() and device not in _warned:
+    if device in ("cpu", "cuda") and not is_compiling() and device not in _warned:
         _warned.add(device)
         warnings.warn(f"gcnet_ext uses plain PyTorch on {device}: {why_no_kernels(device)}", RuntimeWarning, stacklevel=4)
     return False
@@ -250,7 +251,7 @@ def _global_context_backward_shapes(grad, x, mask_weight, *rest):
 # gradient is zero, and a zero, not None, so that DistributedDataParallel does not take it for an unused parameter.
 
 
-def below_autograd(name: str, args: tuple) -> tuple[Tensor, ...] | Tensor:
+def below_autograd(name: str, args: tuple) -> Any:
     """The kernel itself, without a second look at the autograd key."""
     with torch._C._AutoDispatchBelowAutograd():
         return _operators[name](*args)
@@ -354,7 +355,7 @@ class _GlobalContext(torch.autograd.Function):
 _FUNCTIONS = {"attention_pool": _AttentionPool, "channel_fuse": _ChannelFuse, "global_context": _GlobalContext}
 
 
-def _differentiable(name: str, args: tuple) -> tuple[Tensor, ...] | Tensor:
+def _differentiable(name: str, args: tuple) -> Any:
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
         return _FUNCTIONS[name].apply(*args)
     return below_autograd(name, args)
@@ -363,14 +364,14 @@ def _differentiable(name: str, args: tuple) -> tuple[Tensor, ...] | Tensor:
 def call(name: str, *args: Any) -> Any:
     """The operator. A graph that is being captured gets it as one node; otherwise it starts where the dispatcher would lead to,
     without converting every argument to C++ and back on the way."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return getattr(torch.ops.gcnet_ext, name).default(*args)
     return _differentiable(name, args)
 
 
 def global_context(*args: Any) -> Tensor:
     """The output of that operator alone. Where nothing needs a gradient, nothing is kept for one."""
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+    if is_compiling() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
         return call("global_context", *args)[0]
     return below_autograd("global_context_inference", args)
 
@@ -391,7 +392,7 @@ def _without_gradient(name: str, args: tuple) -> None:
 
 def call_in_place(name: str, *args: Any) -> None:
     """The operator with a trailing underscore, with the same short cut."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         getattr(torch.ops.gcnet_ext, name).default(*args)
     else:
         _without_gradient(name, args)

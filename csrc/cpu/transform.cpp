@@ -9,6 +9,8 @@ namespace {
 
 constexpr int64_t kRowsPerItem = 16;      // rows of W that one item of work multiplies
 constexpr int64_t kColumnsPerItem = 64;   // columns of W, where the sum runs over its rows
+constexpr int64_t kGatesPerItem = 2048;   // sigmoids, a whole number of vectors
+constexpr int64_t kGateCost = 4;          // of one, in elements of a sum
 constexpr int64_t kRowsPerPartial = 256;  // rows of W that go into one partial sum
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -237,7 +239,11 @@ void Branch<acc>::parameter_gradients(const acc* grad_t, const acc* context, con
 
 template <typename acc>
 void apply_gate(const TransformOptions& options, acc* t, int64_t count) {
-  if (!options.hard_sigmoid) return vector_kernels<acc>().sigmoid(t, count);
+  if (!options.hard_sigmoid) {
+    const auto sigmoid = vector_kernels<acc>().sigmoid;
+    return parallel_for(ceil_div(count, kGatesPerItem), count * kGateCost,
+                        [&](int64_t i) { sigmoid(t + i * kGatesPerItem, std::min(kGatesPerItem, count - i * kGatesPerItem)); });
+  }
   const acc alpha = static_cast<acc>(options.gate_alpha), beta = static_cast<acc>(options.gate_beta);
   for (int64_t i = 0; i < count; i++) {
     const acc line = alpha * t[i] + beta;

@@ -6,13 +6,12 @@ looked at once, and what a user may have changed since then is compared in a few
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import repeat
 from operator import contains, getitem
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from .. import functional
 from ._layers import HOOKS, Gate, is_plain, is_pointwise
@@ -139,22 +138,19 @@ class FusedBlock(nn.Module):
         """The layers, if all of them are the plain ones."""
         raise NotImplementedError
 
-    def _fused_arguments(self) -> tuple[Sequence[Tensor | None], Layers | _Seen] | None:
-        compiling = torch.compiler.is_compiling()  # a graph that is being captured looks at everything, once
-        seen = None if compiling else self._seen
-        if seen is not None:
-            parameters = seen.parameters(self)
-            if parameters is not None:
-                return parameters, seen
-        found = self._plain_layers()
-        if not compiling:
-            self._seen = None if found is None else _Seen(self, found)
-        return None if found is None else ([parameter(*source) for source in found.parameters], found)
-
     def _fused(self, x: Tensor) -> Tensor | None:
         """The output, or None if a submodule is not the plain layer."""
-        found = self._fused_arguments()
-        return None if found is None else functional.fused(x, found[0], found[1].options, inplace=self.inplace)
+        seen = self._seen
+        if seen is not None and not is_compiling():
+            parameters = seen.parameters(self)
+            if parameters is not None:
+                return functional.fused(x, parameters, seen.options, inplace=self.inplace)
+        found = self._plain_layers()
+        if not is_compiling():  # a graph that is being captured looks at everything, once
+            self._seen = None if found is None else _Seen(self, found)
+        if found is None:
+            return None
+        return functional.fused(x, [parameter(*source) for source in found.parameters], found.options, inplace=self.inplace)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_seen"}
