@@ -37,6 +37,10 @@ class Layers(NamedTuple):
     parameters: tuple[Source, ...]  # weight and bias of the mask, then those of the scale and of the shift
     options: tuple[bool, float, bool, bool, float, float]  # norm, eps, silu, hard_sigmoid, gate_alpha, gate_beta
 
+    def computed(self) -> bool:
+        """Whether something computes one of the weights, in every call anew."""
+        return any(module is not None and name not in module._parameters for module, name in self.parameters)
+
 
 def _weight_and_bias(layer: nn.Module | None) -> tuple[Source, Source]:
     return (layer, "weight"), (layer, "bias")
@@ -123,7 +127,7 @@ class _Seen:
             return None
         try:
             return list(map(getitem, self.tables, self.names))
-        except KeyError:  # a weight that something else computes now
+        except KeyError:  # a weight that something computes now
             return None
 
 
@@ -147,7 +151,7 @@ class FusedBlock(nn.Module):
                 return functional.fused(x, parameters, seen.options, inplace=self.inplace)
         found = self._plain_layers()
         if not is_compiling():  # a graph that is being captured looks at everything, once
-            self._seen = None if found is None else _Seen(self, found)
+            self._seen = None if found is None or found.computed() else _Seen(self, found)
         if found is None:
             return None
         return functional.fused(x, [parameter(*source) for source in found.parameters], found.options, inplace=self.inplace)
