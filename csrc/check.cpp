@@ -79,8 +79,9 @@ void branch(const char* op, const char* prefix, const BranchTensors& params, con
   const auto& [w1, b1, norm_weight, norm_bias, w2, b2] = params;
   const int64_t channels = x.size(1);
   const auto missing = [&](size_t i, size_t needed) {
+    if (!params[i]) return;
     const std::string name = std::string(prefix) + names[needed];
-    if (params[i]) fail(op, std::string(prefix) + names[i] + " must come with a " + name + ", got " + name + " None");
+    fail(op, std::string(prefix) + names[i] + " must come with a " + name + ", got " + name + " None");
   };
   if (!w1) {
     for (size_t i = 1; i < names.size(); i++) missing(i, /*w1*/ 0);
@@ -164,9 +165,9 @@ void parameter(const char* op, Name name, const OptionalTensor& tensor, const Te
 void mask(const char* op, const char* prefix, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& x) {
   const Name weight_name{prefix, "weight"}, bias_name{prefix, "bias"};
   if (!weight) {
+    if (!bias) return;
     const std::string needed = weight_name;
-    if (bias) fail(op, std::string(bias_name) + " must come with a " + needed + ", got " + needed + " None");
-    return;
+    fail(op, std::string(bias_name) + " must come with a " + needed + ", got " + needed + " None");
   }
   const int64_t channels = x.size(1);
   const bool leading = channels != 1 && weight->dim() > 1 && weight->size(0) == 1;

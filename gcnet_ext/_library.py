@@ -208,12 +208,8 @@ def _global_context_shapes(x, mask_weight, mask_bias, *rest):
     )
 
 
-def _global_context_inference_shapes(x, mask_weight, mask_bias, *rest):
-    op = "global_context"
-    _checks.feature_map(op, x)
-    _checks.mask(op, "mask_", mask_weight, mask_bias, x)
-    _checks.branches(op, rest[:6], rest[6:12], x)
-    return _empty_like_map(x)
+def _global_context_inference_shapes(*args):
+    return _global_context_shapes(*args)[0]
 
 
 def _global_context_in_place_shapes(x, mask_weight, mask_bias, *rest):
@@ -273,7 +269,8 @@ def _reference_context(x: Tensor, weight: Tensor | None, bias: Tensor | None) ->
 
 def reference_block(x, mask_weight, mask_bias, *rest) -> Tensor:
     """global_context with the arguments of the operator."""
-    scale, shift = (reference.Transform(*rest[i : i + 6]) if rest[i] is not None else None for i in (0, 6))
+    branches = (rest[i : i + 6] for i in (0, 6))
+    scale, shift = (reference.Transform(*branch) if any(w is not None for w in branch) else None for branch in branches)
     norm, eps, silu, hard_sigmoid, gate_alpha, gate_beta = rest[12:]
     activation, gate = "silu" if silu else "relu", "hard_sigmoid" if hard_sigmoid else "sigmoid"
     return reference.global_context(
@@ -370,7 +367,7 @@ def call(name: str, *args: Any) -> Any:
 
 
 def global_context(*args: Any) -> Tensor:
-    """The output of that operator alone. Where nothing needs a gradient, nothing is kept for one."""
+    """The output of that operator alone. Where nothing needs a gradient, nothing is kept for one (but in a captured graph)."""
     if is_compiling() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
         return call("global_context", *args)[0]
     return below_autograd("global_context_inference", args)
@@ -420,7 +417,7 @@ _REFUSED = (
 
 def _refuse(name: str, args: tuple) -> None:
     schema = getattr(torch.ops.gcnet_ext, name).default._schema
-    _checks.strided(name, [argument.name for argument in schema.arguments], args)
+    _checks.strided(name.removesuffix("_inference"), [argument.name for argument in schema.arguments], args)
 
 
 def _register() -> frozenset[str]:

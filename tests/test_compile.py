@@ -180,6 +180,18 @@ def test_fallback_compiles_as_well(monkeypatch):
     assert torch.allclose(got, grid.flat(gcnet_ext.reference.global_context)(*inputs), rtol=1e-5, atol=1e-5)
 
 
+def test_a_call_in_between_compiles_nothing_anew(kernels, cpu):
+    """What a block remembers of its submodules after an eager call is nothing that a graph depends on."""
+    block = GlobalContextBlock(8, 0.5)
+    compiled = torch.compile(block, fullgraph=True)
+    x = Random(0).feature_map((2, 8, 5, 6), torch.float32)
+    with torch.no_grad():
+        want = compiled(x)
+        assert torch.allclose(block(x), want)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            assert torch.equal(compiled(x), want)
+
+
 # ---- opcheck -----------------------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gcnet_ext
-from gcnet_ext import GlobalContextBlock, _library
+from gcnet_ext import GlobalContextBlock, _library, reference
 
 FUNCTIONS = {
     "attention_pool": lambda x: gcnet_ext.attention_pool(x, x[0].flatten(1)[:, 0]),
@@ -105,6 +105,14 @@ def test_fallback_equals_the_kernels(kernels, monkeypatch, cpu):
     assert torch.allclose(with_kernels.out, without.out, rtol=1e-5, atol=1e-5)
     for name, ours, theirs in zip(grid.GLOBAL_CONTEXT_INPUTS, with_kernels.grads, without.grads, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3), name
+
+
+def test_fallback_refuses_what_the_kernels_refuse(no_kernels, monkeypatch):
+    """A branch without its first weight is a mistake, not a branch that is missing."""
+    monkeypatch.setattr(_library, "_warned", {"cpu"})
+    branch = reference.Transform(torch.ones(6, 6))
+    with pytest.raises(RuntimeError, match="scale_b1 must come with a scale_w1, got scale_w1 None"):
+        gcnet_ext.global_context(torch.ones(2, 6, 4), scale=reference.Transform(None, torch.ones(6)), shift=branch)
 
 
 def test_other_devices_fall_back_without_a_word(no_kernels):

@@ -24,6 +24,11 @@ from gcnet_ext import Transform, reference
 FUNCTIONS = ("attention_pool", "channel_fuse", "global_context")
 
 
+def test_every_operator_has_its_formula():
+    """Else it would not be drawn for."""
+    assert set(formulas.OPS) == set(fuzzing.GOOD)
+
+
 # ---- the operators -----------------------------------------------------------------------------------------------------------
 
 
@@ -253,7 +258,7 @@ def test_none_where_a_tensor_must_be(cpu, kernels, op, device):
     """C++ gets an undefined tensor."""
     good = {name: value.to(device) if torch.is_tensor(value) else value for name, value in fuzzing.GOOD[op].items()}
     for name in ("x", "grad", "grad_context", "context", "attention", "hidden", "gate_values"):
-        if name in good and len(good) > 1:
+        if name in good and sum(map(torch.is_tensor, good.values())) > 1:
             found = outcome(lambda name=name: getattr(cpu.ops, op)(*{**good, name: None}.values()))
             assert str(found) == f"gcnet_ext::{op.removesuffix('_inference')}: {name} must be a tensor, got None"
 
@@ -286,5 +291,8 @@ def test_tensors_that_are_not_strided(cpu, kernels, layout):
     for op in ("channel_fuse", "channel_fuse_"):
         found = outcome(lambda op=op: getattr(cpu.ops, op)(torch.ones(2, 3, 4), other, None))
         assert str(found).startswith(f"gcnet_ext::{op}: scale must be a strided tensor, got a ")
+    for leaf in (torch.ones(2, 3, 4), torch.ones(2, 3, 4, requires_grad=True)):
+        found = outcome(lambda leaf=leaf: cpu.global_context(leaf, shift=Transform(other)))
+        assert str(found).startswith("gcnet_ext::global_context: shift_w1 must be a strided tensor, got a ")
     with pytest.raises(RuntimeError, match=r"grad must be a strided tensor, got a "):
         cpu.ops.channel_fuse_backward(other, torch.ones(2, 3, 4), None, None, True, True, True)

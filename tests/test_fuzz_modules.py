@@ -1,4 +1,7 @@
-"""The blocks, with anything as argument of the constructor or as input: the reference's result, or an error that names it."""
+"""The blocks on inputs of any strides and values: the reference's result, from a new block and from one that was used before.
+
+And with anything as argument of the constructor or as input: an output like the input, or an error that names the argument.
+"""
 
 from __future__ import annotations
 
@@ -112,6 +115,11 @@ def run_module(call: Callable[[Arguments], Tensor], a: Arguments) -> list[Tensor
     return [out.detach(), *grads.values()]
 
 
+def bits(tensor: Tensor) -> Tensor:
+    """NaN equals NaN."""
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
 def valid(kind: type[nn.Module], module: nn.Module, x: Drawn) -> bool:
     spatial = x.sizes[2:]
     if kind is not NonLocalBlock:
@@ -134,7 +142,11 @@ def test_modules(backend, kind, data):
     module = module.to(backend.device)
     arguments = {"x": x.make(backend.to), **dict(module.named_parameters())}
     found = outcome(lambda: tuple(run_module(called(module), arguments)))
+    again = outcome(lambda: tuple(run_module(called(module), arguments)))
+    if isinstance(found, Exception):
+        assert str(again) == str(found)
     if not refused(found, NAMES, sound=valid(kind, module, x)):
+        assert all(torch.equal(*map(bits, pair)) for pair in zip(found, again, strict=True))
         # The matrix products of the non-local block are torch's, in the dtype of its parameters; the last sum is in that of x.
         acc = max((next(module.parameters()).dtype, x.dtype), key=lambda dtype: torch.finfo(dtype).eps)
         blocks = (truth(module, options), truth(module, options, formulas.DIFFERENTIATED_BY_THE_KERNELS["global_context"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import OrderedDict
 
 import grid
 import pytest
@@ -273,8 +274,10 @@ def test_a_copy_of_a_used_block_is_its_own(backend, copied):
     assert torch.equal(other(x), before)
     with torch.no_grad():
         other.channel_mul_conv[3].bias.add_(1)
+    changed = other(x)
+    assert not torch.allclose(changed, before)
     other.conv_mask.register_forward_hook(lambda module, inputs, output: output * 2)
-    assert not torch.allclose(other(x), before)
+    assert not torch.allclose(other(x), changed)
     assert torch.equal(block(x), before)
 
 
@@ -302,3 +305,41 @@ def test_another_gate_in_a_used_block(backend):
     other.load_state_dict(block.state_dict())
     block.gate = other.gate
     assert torch.equal(block(x), other(x))
+
+
+def test_hooks_that_were_thrown_away_by_hand(backend):
+    """As everybody removes hooks whose handles are lost: with another dictionary. A hook in that one is called, too."""
+    block, _ = pair(backend)
+    x = Random(1, backend.to).feature_map((2, 16, 5, 5), torch.float32)
+    before = block(x)
+    for module in block.modules():
+        module._forward_hooks = OrderedDict()
+    assert torch.equal(block(x), before)
+    block.conv_mask.register_forward_hook(lambda module, inputs, output: output * 2)
+    assert not torch.allclose(block(x), before)
+
+
+def test_a_branch_that_was_longer_for_a_while(backend):
+    """nn.Sequential.pop makes another dictionary of its layers."""
+    block, truth = pair(backend)
+    x = Random(1, backend.to).feature_map((2, 16, 6, 5), torch.float32)
+    before = block(x)
+    for branch in (block.channel_mul_conv, truth.channel_mul_conv):
+        branch.append(nn.Identity())
+        branch.pop(-1)
+    assert torch.equal(block(x), before)
+    for branch in (block.channel_mul_conv, truth.channel_mul_conv):
+        torch.manual_seed(0)
+        branch[3] = nn.Conv2d(4, 16, 1)
+    truth.load_state_dict(block.state_dict())
+    check(block.to(backend.device), truth.double(), x)
+
+
+def test_a_mask_with_a_stride(backend):
+    """Settings of a layer that change in place: a mask of every second position is no mask of x, and the block says so."""
+    block, _ = pair(backend)
+    x = Random(1, backend.to).feature_map((2, 16, 6, 6), torch.float32)
+    block(x)
+    block.conv_mask.stride = (2, 2)
+    with pytest.raises(RuntimeError):
+        block(x)

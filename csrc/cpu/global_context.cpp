@@ -42,11 +42,12 @@ void forward_into(const Tensor& x, const OptionalTensor& mask_weight, const Opti
     auto scale = branch_of<acc>(scale_tensors, options, x), shift = branch_of<acc>(shift_tensors, options, x);
     const auto map = read_map<scalar_t>(x);
     const Buffer<acc> t_shift(shift ? new acc[samples * channels] : nullptr);
-    const Buffer<acc> own(saved ? nullptr : new acc[samples * (2 * channels + positions(x) + units)]);
+    const int64_t gates = scale ? channels : 0, attended = mask_weight ? positions(x) : 0;
+    const Buffer<acc> own(saved ? nullptr : new acc[samples * (channels + gates + attended + units)]);
     acc* ctx = saved ? mutable_data<acc>(saved->context) : own.get();
     acc* s = saved ? mutable_data<acc>(saved->gate) : ctx + samples * channels;
-    acc* m = saved ? mutable_data<acc>(saved->attention) : s + samples * channels;
-    acc* h = saved ? mutable_data<acc>(saved->hidden) : m + samples * positions(x);
+    acc* m = saved ? mutable_data<acc>(saved->attention) : s + samples * gates;
+    acc* h = saved ? mutable_data<acc>(saved->hidden) : m + samples * attended;
 
     const int64_t sample_bytes = channels * positions(x) * sizeof(scalar_t);
     const GroupPlan group = plan_groups(samples, sample_bytes, weight_bytes(scale, shift));
@@ -60,7 +61,7 @@ void forward_into(const Tensor& x, const OptionalTensor& mask_weight, const Opti
           shift->forward(ctx, first, count, h + scale_units, units, t_shift.get());
         }
       };
-      if (scale && shift && count == 1 && !scale->row_parallel()) {  // neither has work for two threads
+      if (scale && shift && count == 1 && !scale->row_parallel() && !shift->row_parallel()) {  // each is one thread's work
         parallel_for(2, 2 * channels * units, branch);
       } else {
         if (scale) branch(0);

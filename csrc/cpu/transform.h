@@ -26,7 +26,6 @@ class Branch {
  public:
   Branch(const BranchTensors& tensors, const TransformOptions& options, int64_t samples, int64_t channels);
 
-  int64_t hidden_units() const { return units_; }
   // Bytes of w1 and w2: what one application of the branch reads.
   int64_t weight_bytes() const { return weight_bytes_; }
 

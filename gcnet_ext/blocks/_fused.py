@@ -1,13 +1,14 @@
 """The fused operator for a block, as long as its submodules are the plain layers.
 
-Ten submodules lie all over memory: to look at every field of them in every call costs as much as a small kernel. So they are
-looked at once, and what a user may have changed since then is compared in a few loops that run in C.
+Ten submodules lie all over memory: to ask each of them in every call whether it is plain costs as much as a small kernel. So
+they are asked once, and what made them plain is compared in a few loops that run in C. (Not compared is what a class defines: a
+class that is patched after a block was used is not noticed.)
 """
 
 from __future__ import annotations
 
 from itertools import repeat
-from operator import contains, getitem
+from operator import contains, getitem, itemgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -20,14 +21,20 @@ Source = tuple[nn.Module | None, str]
 NOTHING: Source = (None, "weight")
 
 
+class Between(NamedTuple):
+    """What stands between the two layers of a branch; the same in both branches."""
+
+    norm: bool = False
+    eps: float = 1e-5
+    silu: bool = False
+
+
 class Branch(NamedTuple):
     """The layers of a branch, all of them plain, and what the operator takes from them."""
 
     modules: tuple[nn.Module, ...]
     parameters: tuple[Source, ...]  # w1, b1, norm_weight, norm_bias, w2, b2
-    norm: bool = False
-    eps: float = 1e-5
-    activation: str = "relu"
+    between: Between = Between()
 
 
 class Layers(NamedTuple):
@@ -48,8 +55,8 @@ def _weight_and_bias(layer: nn.Module | None) -> tuple[Source, Source]:
 
 def two_layers(first: nn.Module, norm: nn.Module | None, activation: nn.Module, last: nn.Module) -> Branch | None:
     """The branch ``last(activation(norm(first(context))))``; None if one of the layers is not the plain one."""
-    kind = "relu" if is_plain(activation, nn.ReLU) else "silu" if is_plain(activation, nn.SiLU) else None
-    if kind is None or not is_pointwise(first) or not is_pointwise(last):
+    silu = is_plain(activation, nn.SiLU)
+    if not (silu or is_plain(activation, nn.ReLU)) or not is_pointwise(first) or not is_pointwise(last):
         return None
     normalised: nn.LayerNorm | None = None
     if norm is not None and not is_plain(norm, nn.Identity):
@@ -59,9 +66,7 @@ def two_layers(first: nn.Module, norm: nn.Module | None, activation: nn.Module, 
     return Branch(
         tuple(module for module in (first, norm, activation, last) if module is not None),
         (*_weight_and_bias(first), *_weight_and_bias(normalised), *_weight_and_bias(last)),
-        normalised is not None,
-        1e-5 if normalised is None else normalised.eps,
-        kind,
+        Between(silu=silu) if normalised is None else Between(True, normalised.eps, silu),
     )
 
 
@@ -71,16 +76,17 @@ def one_layer(layer: nn.Module) -> Branch | None:
 
 
 def layers(mask: nn.Module | None, scale: Branch | None, shift: Branch | None, gate: Gate) -> Layers | None:
-    """Those of a block with this mask, which must be plain, and with at least one branch; None if the branches do not match."""
+    """Those of a block with this mask, which must be plain, and these branches; None if the two do not match."""
     given = [branch for branch in (scale, shift) if branch is not None]
-    if any(branch[2:] != given[0][2:] for branch in given):
+    between = given[0].between if given else Between()
+    if any(branch.between != between for branch in given):
         return None
     modules = tuple(module for branch in given for module in branch.modules)
     parameters = (source for branch in (scale, shift) for source in (branch.parameters if branch else [NOTHING] * 6))
     return Layers(
         modules if mask is None else (mask, *modules),
         (*_weight_and_bias(mask), *parameters),
-        (given[0].norm, given[0].eps, given[0].activation == "silu", gate.kind == "hard_sigmoid", gate.alpha, gate.beta),
+        (*between, gate.kind == "hard_sigmoid", gate.alpha, gate.beta),
     )
 
 
@@ -92,41 +98,68 @@ def parameter(module: nn.Module | None, name: str) -> Any:
     return getattr(module, name) if found is None else found  # a parametrized weight is a property
 
 
+# What makes a convolution or a LayerNorm the layer that it is.
+SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Conv2d: ("kernel_size", "stride", "padding", "groups"),
+    nn.LayerNorm: ("eps", "normalized_shape"),
+}
+
+
+_modules_of, _parameters_of = itemgetter("_modules"), itemgetter("_parameters")
+
+
 class _Seen:
-    """What was seen of a block's layers, and where to look again."""
+    """What was seen of a block's layers, and where to look again: in the fields of the modules, by name.
+
+    A field is looked up anew each time, because it may hold another dictionary than before.
+    """
 
     def __init__(self, block: FusedBlock, found: Layers) -> None:
         self.options = found.options
         self.gate = block.gate
-        self.children = block._modules
+        self.block = block.__dict__
         modules = [*block._modules.values(), *found.modules]
-        watched = list({id(module): module for module in modules if module is not None}.values())
-        self.watched = watched
-        self.kinds = list(map(type, watched))
-        self.fields = [module.__dict__ for module in watched]
-        self.hooks = [fields[name] for fields in self.fields for name in HOOKS]
-        self.containers = [self.children, *(module._modules for module in watched if module._modules)]
-        self.contents = list(map(list, map(dict.values, self.containers)))
-        self.norms = [module.__dict__ for module in watched if isinstance(module, nn.LayerNorm)]
-        self.eps = [fields["eps"] for fields in self.norms]
-        nothing: dict[str, Any] = {"weight": None, "bias": None}
-        self.tables = [nothing if module is None else module._parameters for module, _ in found.parameters]
-        self.names = [name for _, name in found.parameters]
+        self.modules = list({id(module): module for module in modules if module is not None}.values())
+        self.kinds = list(map(type, self.modules))
+        self.fields = [module.__dict__ for module in self.modules]
+        self.hooked = [fields for fields in self.fields for _ in HOOKS]
+        self.hooks = list(HOOKS) * len(self.modules)
+        self.parents = [self.block, *(module.__dict__ for module in self.modules if module._modules)]
+        self.children = self._children()
+        settings = [
+            (module.__dict__, name)
+            for module in self.modules
+            for kind, names in SETTINGS.items()
+            if isinstance(module, kind)
+            for name in names
+        ]
+        self.set = [fields for fields, _ in settings]
+        self.names = [name for _, name in settings]
+        self.settings = self._settings()
+        nothing = {"_parameters": {"weight": None, "bias": None}}
+        self.owners = [nothing if module is None else module.__dict__ for module, _ in found.parameters]
+        self.parameter_names = [name for _, name in found.parameters]
+
+    def _children(self) -> list[Any]:
+        return list(map(list, map(dict.items, map(_modules_of, self.parents))))
+
+    def _settings(self) -> list[Any]:
+        return list(map(getitem, self.set, self.names))
 
     def parameters(self, block: FusedBlock) -> list[Tensor | None] | None:
         """Of the layers, if they are what they were."""
         if (
-            self.children is not block._modules  # block is a replica of the one that was looked at
+            self.block is not block.__dict__  # block is a replica of the one that was looked at
             or self.gate is not block.gate
-            or list(map(list, map(dict.values, self.containers))) != self.contents
-            or list(map(type, self.watched)) != self.kinds
-            or any(self.hooks)
+            or self._children() != self.children
+            or list(map(type, self.modules)) != self.kinds
+            or any(map(getitem, self.hooked, self.hooks))
             or any(map(contains, self.fields, repeat("forward")))
-            or list(map(getitem, self.norms, repeat("eps"))) != self.eps
+            or self._settings() != self.settings
         ):
             return None
         try:
-            return list(map(getitem, self.tables, self.names))
+            return list(map(getitem, map(_parameters_of, self.owners), self.parameter_names))
         except KeyError:  # a weight that something computes now
             return None
 
@@ -144,14 +177,17 @@ class FusedBlock(nn.Module):
 
     def _fused(self, x: Tensor) -> Tensor | None:
         """The output, or None if a submodule is not the plain layer."""
-        seen = self._seen
-        if seen is not None and not is_compiling():
-            parameters = seen.parameters(self)
-            if parameters is not None:
+        if is_compiling():  # a graph that is being captured looks at everything, once, and at nothing that it would guard
+            found = self._plain_layers()
+        else:
+            seen = self._seen
+            parameters = None if seen is None else seen.parameters(self)
+            if seen is not None and parameters is not None:
                 return functional.fused(x, parameters, seen.options, inplace=self.inplace)
-        found = self._plain_layers()
-        if not is_compiling():  # a graph that is being captured looks at everything, once
-            self._seen = None if found is None or found.computed() else _Seen(self, found)
+            found = self._plain_layers()
+            new = None if found is None or found.computed() else _Seen(self, found)
+            if new is not seen:
+                self._seen = new
         if found is None:
             return None
         return functional.fused(x, [parameter(*source) for source in found.parameters], found.options, inplace=self.inplace)
