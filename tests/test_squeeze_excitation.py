@@ -83,7 +83,7 @@ def test_one_operator(backend):
     block, x = pair(backend, 16, 4)[0], Random(1, backend.to).feature_map((2, 16, 5, 5), torch.float32)
     with torch.no_grad(), Count():
         block(x)
-    assert calls == [torch.ops.gcnet_ext.global_context.default]
+    assert calls == [torch.ops.gcnet_ext.global_context_inference.default]
 
 
 @pytest.mark.parametrize("change", ["hook", "activation", "convolution"])
