@@ -368,8 +368,10 @@ def call(name: str, *args: Any) -> Any:
 
 def global_context(*args: Any) -> Tensor:
     """The output of that operator alone. Where nothing needs a gradient, nothing is kept for one (but in a captured graph)."""
-    if is_compiling() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
-        return call("global_context", *args)[0]
+    if is_compiling():
+        return torch.ops.gcnet_ext.global_context.default(*args)[0]
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        return _GlobalContext.apply(*args)[0]
     return below_autograd("global_context_inference", args)
 
 
