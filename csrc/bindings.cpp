@@ -8,6 +8,7 @@
 #include "cpu/capability.h"
 #include "plan_cpu.h"
 #include "plan_cuda.h"
+#include "unchanged.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -33,7 +34,7 @@ py::dict build_info() {
 }
 
 py::dict plan_cpu(int64_t channels, int64_t positions, int64_t element_size, bool channels_last) {
-  const auto pool = gcnet_ext::plan_cpu_pool(channels, positions, element_size, channels_last);
+  const auto pool = gcnet_ext::plan_cpu_pool(channels, positions, element_size, channels_last, /*backward=*/false);
   const auto sweep = gcnet_ext::plan_cpu_sweep(channels, positions, element_size, channels_last);
   return py::dict("tile"_a = pool.tile, "split"_a = pool.split, "splits"_a = pool.splits, "sweep_channels"_a = sweep.channels,
                   "sweep_positions"_a = sweep.positions, "sweep_channel_blocks"_a = sweep.channel_blocks,
@@ -65,6 +66,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_capability", &gcnet_ext::cpu::capability, "The vector instructions in use: 'default', 'avx2' or 'avx512'.");
   m.def("usable_capabilities", &gcnet_ext::cpu::usable_capabilities,
         "The capabilities that this processor can run, best first.");
+  m.def("unchanged", &gcnet_ext::unchanged, "Fields of objects, if those and others are what they were; else None.", "kinds"_a,
+        "fields"_a, "sizes"_a, "wanted"_a);
   m.def("plan", &plan, "How the kernels of a device cut the attention pool of a sample of [C, P] elements.", "device"_a,
         "channels"_a, "positions"_a, "element_size"_a = 4, "channels_last"_a = false, "aligned"_a = true);
 }

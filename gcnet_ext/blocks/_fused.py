@@ -1,22 +1,22 @@
 """The fused operator for a block, as long as its submodules are the plain layers.
 
 Ten submodules lie all over memory: to ask each of them in every call whether it is plain costs as much as a small kernel. So
-they are asked once, and what made them plain is compared in a few loops that run in C. (Not compared is what a class defines: a
-class that is patched after a block was used is not noticed.)
+they are asked once, and whether what made them plain is still there is one call of `_C.unchanged`. (Not compared is what a
+class defines: a class that is patched after a block was used is not noticed.)
 """
 
 from __future__ import annotations
 
-from itertools import repeat
-from operator import contains, getitem, itemgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from .. import functional
-from ._layers import HOOKS, Gate, is_plain, is_pointwise
+from .._library import compiled
+from ._layers import HOOKS, Gate, check_channels, is_plain, is_pointwise
 
+unchanged: Any = getattr(compiled, "unchanged", None)
 Source = tuple[nn.Module | None, str]
 NOTHING: Source = (None, "weight")
 
@@ -105,69 +105,48 @@ SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
 }
 
 
-_modules_of, _parameters_of = itemgetter("_modules"), itemgetter("_parameters")
-
-
 class _Seen:
-    """What was seen of a block's layers, and where to look again: in the fields of the modules, by name.
-
-    A field is looked up anew each time, because it may hold another dictionary than before.
-    """
+    """What was seen of a block's layers, as arguments of `_C.unchanged`."""
 
     def __init__(self, block: FusedBlock, found: Layers) -> None:
         self.options = found.options
-        self.gate = block.gate
         self.block = block.__dict__
-        modules = [*block._modules.values(), *found.modules]
-        self.modules = list({id(module): module for module in modules if module is not None}.values())
-        self.kinds = list(map(type, self.modules))
-        self.fields = [module.__dict__ for module in self.modules]
-        self.hooked = [fields for fields in self.fields for _ in HOOKS]
-        self.hooks = list(HOOKS) * len(self.modules)
-        self.parents = [self.block, *(module.__dict__ for module in self.modules if module._modules)]
-        self.children = self._children()
-        settings = [
-            (module.__dict__, name)
-            for module in self.modules
-            for kind, names in SETTINGS.items()
-            if isinstance(module, kind)
-            for name in names
-        ]
-        self.set = [fields for fields, _ in settings]
-        self.names = [name for _, name in settings]
-        self.settings = self._settings()
-        nothing = {"_parameters": {"weight": None, "bias": None}}
-        self.owners = [nothing if module is None else module.__dict__ for module, _ in found.parameters]
-        self.parameter_names = [name for _, name in found.parameters]
-
-    def _children(self) -> list[Any]:
-        return list(map(list, map(dict.items, map(_modules_of, self.parents))))
-
-    def _settings(self) -> list[Any]:
-        return list(map(getitem, self.set, self.names))
+        kinds: list[Any] = []
+        fields: list[Any] = []
+        sizes: list[Any] = []
+        for name in ("gate", "process_group"):
+            fields += self.block, name, self.block.get(name)
+        modules = [module for module in (*block._modules.values(), *found.modules) if module is not None]
+        for module in dict.fromkeys(modules):
+            own = module.__dict__
+            kinds += module, type(module)
+            settings = (name for kind, names in SETTINGS.items() if isinstance(module, kind) for name in names)
+            for name in ("forward", "_parameters", *HOOKS, *settings):
+                fields += own, name, own.get(name)
+            for name in HOOKS:
+                sizes += own[name], 0
+        for parent in (block, *(module for module in modules if module._modules)):
+            fields += parent.__dict__, "_modules", parent._modules
+            sizes += parent._modules, len(parent._modules)
+            for name, child in parent._modules.items():
+                fields += parent._modules, name, child
+        wanted: list[Any] = []
+        for owner, name in found.parameters:
+            wanted += {name: None} if owner is None else owner._parameters, name
+        self.arguments = tuple(kinds), tuple(fields), tuple(sizes), tuple(wanted)
 
     def parameters(self, block: FusedBlock) -> list[Tensor | None] | None:
         """Of the layers, if they are what they were."""
-        if (
-            self.block is not block.__dict__  # block is a replica of the one that was looked at
-            or self.gate is not block.gate
-            or self._children() != self.children
-            or list(map(type, self.modules)) != self.kinds
-            or any(map(getitem, self.hooked, self.hooks))
-            or any(map(contains, self.fields, repeat("forward")))
-            or self._settings() != self.settings
-        ):
+        if self.block is not block.__dict__:  # block is a replica of the one that was looked at
             return None
-        try:
-            return list(map(getitem, map(_parameters_of, self.owners), self.parameter_names))
-        except KeyError:  # a weight that something computes now
-            return None
+        return unchanged(*self.arguments)
 
 
 class FusedBlock(nn.Module):
-    """A block that one operator computes."""
+    """A block that one operator computes, as long as its submodules are the plain layers."""
 
     gate = Gate()
+    inplanes: int
     inplace: bool
     _seen: _Seen | None = None
 
@@ -175,21 +154,25 @@ class FusedBlock(nn.Module):
         """The layers, if all of them are the plain ones."""
         raise NotImplementedError
 
-    def _fused(self, x: Tensor) -> Tensor | None:
-        """The output, or None if a submodule is not the plain layer."""
-        if is_compiling():  # a graph that is being captured looks at everything, once, and at nothing that it would guard
-            found = self._plain_layers()
-        else:
-            seen = self._seen
-            parameters = None if seen is None else seen.parameters(self)
-            if seen is not None and parameters is not None:
+    def _with_called_layers(self, x: Tensor) -> Tensor:
+        """The output, by calling the submodules."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = None if is_compiling() else self._seen
+        parameters = None if seen is None else seen.parameters(self)
+        if seen is not None and parameters is not None:
+            try:
                 return functional.fused(x, parameters, seen.options, inplace=self.inplace)
-            found = self._plain_layers()
-            new = None if found is None or found.computed() else _Seen(self, found)
-            if new is not seen:
-                self._seen = new
+            except RuntimeError:
+                check_channels(x, self.inplanes)  # says more than the operator can
+                raise
+        check_channels(x, self.inplanes)
+        found = self._plain_layers()
+        if not is_compiling():  # a graph that is being captured looks at everything, once, and at nothing that it would guard
+            self._seen = None if unchanged is None or found is None or found.computed() else _Seen(self, found)
         if found is None:
-            return None
+            return self._with_called_layers(x)
         return functional.fused(x, [parameter(*source) for source in found.parameters], found.options, inplace=self.inplace)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -130,17 +130,6 @@ class GlobalContextBlock(FusedBlock):
                 nn.init.zeros_(branch[3].weight)
                 nn.init.zeros_(branch[3].bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        _layers.check_channels(x, self.inplanes)
-        fused = self._fused(x) if self.process_group is None else None
-        if fused is not None:
-            return fused
-        context = self._context(x)
-        mul, add = self.channel_mul_conv, self.channel_add_conv
-        scale = None if mul is None else self.gate(_layers.call_on_context(mul, context))
-        shift = None if add is None else _layers.call_on_context(add, context)
-        return functional.channel_fuse(x, scale, shift, inplace=self.inplace)
-
     def attention_map(self, x: Tensor) -> Tensor:
         """Where the block looks: the softmax over positions, ``[N, *spatial]``, for pictures. Not differentiable."""
         if self.conv_mask is None:
@@ -153,11 +142,20 @@ class GlobalContextBlock(FusedBlock):
         return f"{self.inplanes}, ratio={self.ratio}, pooling_type={self.pooling_type!r}, fusion_types={self.fusion_types!r}"
 
     def _plain_layers(self) -> Layers | None:
+        if self.process_group is not None:
+            return None
         mask, add, mul = self.conv_mask, self.channel_add_conv, self.channel_mul_conv
         scale, shift = (None if branch is None else _branch(branch) for branch in (mul, add))
         if (scale is None and mul is not None) or (shift is None and add is not None):
             return None
         return None if mask is not None and not _layers.is_pointwise(mask) else layers(mask, scale, shift, self.gate)
+
+    def _with_called_layers(self, x: Tensor) -> Tensor:
+        context = self._context(x)
+        mul, add = self.channel_mul_conv, self.channel_add_conv
+        scale = None if mul is None else self.gate(_layers.call_on_context(mul, context))
+        shift = None if add is None else _layers.call_on_context(add, context)
+        return functional.channel_fuse(x, scale, shift, inplace=self.inplace)
 
     def _context(self, x: Tensor) -> Tensor:
         if self.process_group is not None:

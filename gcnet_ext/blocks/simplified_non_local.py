@@ -61,23 +61,14 @@ class SimplifiedNonLocalBlock(FusedBlock):
         for tensor in (self.conv_mask.bias, self.conv_out.weight, self.conv_out.bias):
             nn.init.zeros_(tensor)
 
-    def forward(self, x: Tensor) -> Tensor:
-        _layers.check_channels(x, self.inplanes)
-        fused = self._fused(x)
-        if fused is not None:
-            return fused
-        mask = self.conv_mask
-        if _layers.is_pointwise(mask):
-            context = functional.attention_pool(x, mask.weight, mask.bias)
-        else:
-            context = _layers.weighted_sum(x, _layers.called_attention(mask, x))
-        return functional.channel_fuse(x, None, _layers.call_on_context(self.conv_out, context), inplace=self.inplace)
-
     def attention_map(self, x: Tensor) -> Tensor:
         """Where the block looks: the softmax over positions, ``[N, *spatial]``, for pictures. Not differentiable."""
         if _layers.is_pointwise(self.conv_mask):
             return functional.attention_map(x, self.conv_mask.weight, self.conv_mask.bias)
         return _layers.called_attention(self.conv_mask, x).detach().reshape(x.shape[:1] + x.shape[2:])
+
+    def extra_repr(self) -> str:
+        return f"{self.inplanes}"
 
     def _plain_layers(self) -> Layers | None:
         shift = one_layer(self.conv_out)
@@ -87,5 +78,10 @@ class SimplifiedNonLocalBlock(FusedBlock):
             else layers(self.conv_mask, None, shift, self.gate)
         )
 
-    def extra_repr(self) -> str:
-        return f"{self.inplanes}"
+    def _with_called_layers(self, x: Tensor) -> Tensor:
+        mask = self.conv_mask
+        if _layers.is_pointwise(mask):
+            context = functional.attention_pool(x, mask.weight, mask.bias)
+        else:
+            context = _layers.weighted_sum(x, _layers.called_attention(mask, x))
+        return functional.channel_fuse(x, None, _layers.call_on_context(self.conv_out, context), inplace=self.inplace)

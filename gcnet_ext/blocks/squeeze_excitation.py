@@ -74,17 +74,13 @@ class SqueezeExcitation(FusedBlock):
         self.fc2 = nn.Conv2d(self.planes, inplanes, 1, bias=bias, **factory)
         self.register_load_state_dict_pre_hook(partial(_state_dict.accept, _state_dict.SQUEEZE_EXCITATION))
 
-    def forward(self, x: Tensor) -> Tensor:
-        _layers.check_channels(x, self.inplanes)
-        fused = self._fused(x)
-        if fused is not None:
-            return fused
-        hidden = self.activation(_layers.call_on_context(self.fc1, functional.attention_pool(x)))
-        return functional.channel_fuse(x, self.gate(_layers.call_on_context(self.fc2, hidden)), inplace=self.inplace)
+    def extra_repr(self) -> str:
+        return f"{self.inplanes}, planes={self.planes}, gate={self.gate.kind!r}"
 
     def _plain_layers(self) -> Layers | None:
         scale = two_layers(self.fc1, None, self.activation, self.fc2)
         return None if scale is None else layers(None, scale, None, self.gate)
 
-    def extra_repr(self) -> str:
-        return f"{self.inplanes}, planes={self.planes}, gate={self.gate.kind!r}"
+    def _with_called_layers(self, x: Tensor) -> Tensor:
+        hidden = self.activation(_layers.call_on_context(self.fc1, functional.attention_pool(x)))
+        return functional.channel_fuse(x, self.gate(_layers.call_on_context(self.fc2, hidden)), inplace=self.inplace)
