@@ -12,25 +12,26 @@ constexpr int64_t kMaxSplits = 64;         // partial results of a sample: 64 C 
 constexpr int64_t kSweepBytes = 128 << 10;
 constexpr int64_t kSmallSample = 4 << 20;       // bytes of a sample that is cut by channels: it is read twice, from a cache
 constexpr int64_t kWide = 512;                  // channels; with more, tiles are short pieces of rows far apart, and a larger
-constexpr int64_t kMaxByChannels = 20 << 20;    // sample is cut by channels, too
+constexpr int64_t kMaxByChannels = 12 << 20;    // sample is cut by channels, too
+constexpr int64_t kMaxBackward = 20 << 20;      // the same in the backward pass, where the pieces are written as well
 constexpr int64_t kMaxRow = 16384;              // positions whose logits stay in a cache while the rows go by
 constexpr int64_t kMaxParts = 16;               // of such a sample: P elements each
 constexpr int64_t kRowBlock = 4;                // rows that the kernels take at once
 constexpr int64_t kMaxAloneWeights = 64 << 10;  // bytes of the transform that one thread reads for every sample
-constexpr int64_t kWeightsShare = 4;            // where threads share it, a group outweighs it so many times
+constexpr int64_t kWeightsShare = 8;            // where threads share it, a group outweighs it so many times
 constexpr int64_t kMaxIdle = 8;                 // at most one in so many threads may have nothing to do in the last round
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-bool by_channels(int64_t channels, int64_t positions, int64_t element_size, bool channels_last) {
+bool by_channels(int64_t channels, int64_t positions, int64_t element_size, bool channels_last, bool backward) {
   const int64_t bytes = channels * positions * element_size;
   if (channels_last || positions > kMaxRow) return false;
-  return bytes <= kSmallSample || (channels > kWide && bytes <= kMaxByChannels);
+  return bytes <= kSmallSample || (channels > kWide && bytes <= (backward ? kMaxBackward : kMaxByChannels));
 }
 }  // namespace
 
-PoolPlan plan_cpu_pool(int64_t channels, int64_t positions, int64_t element_size, bool channels_last) {
-  if (by_channels(channels, positions, element_size, channels_last)) return {true, positions, positions, 1};
+PoolPlan plan_cpu_pool(int64_t channels, int64_t positions, int64_t element_size, bool channels_last, bool backward) {
+  if (by_channels(channels, positions, element_size, channels_last, backward)) return {true, positions, positions, 1};
   const int64_t fitting = kTileBytes / (channels * element_size) / kMinTile * kMinTile;
   const int64_t tile = std::clamp(fitting, kMinTile, kMaxTile);
   const int64_t tiles = std::max<int64_t>(1, ceil_div(positions, tile));
@@ -48,7 +49,7 @@ SweepPlan plan_cpu_sweep(int64_t channels, int64_t positions, int64_t element_si
     const int64_t parts = std::clamp<int64_t>(ceil_div(positions, elements), 1, kMaxSplits);
     plan.positions = ceil_div(positions, parts);
     plan.channels = elements / std::max<int64_t>(1, positions);
-    if (by_channels(channels, positions, element_size, channels_last)) {
+    if (by_channels(channels, positions, element_size, channels_last, /*backward=*/true)) {
       plan.channels = ceil_div(std::max(plan.channels, ceil_div(channels, kMaxParts)), kRowBlock) * kRowBlock;
     }
   }

@@ -1,8 +1,6 @@
 // Attention pooling of samples of a feature map, and its backward pass, as the whole block uses them too.
 #pragma once
 
-#include <memory>
-
 #include "../plan_cpu.h"
 #include "tensors.h"
 
@@ -18,11 +16,11 @@ void pool_samples(const Map<const scalar_t>& x, const acc_t<scalar_t>* weight, a
 template <typename acc>
 struct WeightGradient {
   int64_t parts = 0, channels = 0;
-  std::unique_ptr<acc[]> partial;
+  Buffer<acc> partial;
 
   WeightGradient() = default;
   WeightGradient(int64_t samples, int64_t splits, int64_t channels)
-      : parts(samples * splits), channels(channels), partial(new acc[samples * splits * channels]()) {}
+      : parts(samples * splits), channels(channels), partial(zeros<acc>(samples * splits * channels)) {}
   acc* part(int64_t i) const { return partial ? partial.get() + i * channels : nullptr; }
   // The sum of all parts, in their order.
   std::vector<acc> total() const;

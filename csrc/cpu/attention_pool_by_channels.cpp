@@ -17,7 +17,7 @@ Buffer<acc_t<scalar_t>> partial_dots(const Map<const scalar_t>& x, const SweepPl
   using acc = acc_t<scalar_t>;
   const auto position_dots = map_kernels<scalar_t>().position_dots;
   const int64_t positions = x.layout.positions;
-  Buffer<acc> parts(new acc[count * plan.channel_blocks * positions]);
+  auto parts = buffer<acc>(count * plan.channel_blocks * positions);
   const auto dots = [&](const SweepItem& item) {
     position_dots(block_of(x, item), w + item.sample * w_stride + item.c0, parts.get() + item.i * positions);
   };
@@ -68,7 +68,7 @@ void pool_backward_by_channels(const Map<const scalar_t>& grad, const Map<const 
   const SweepPlan plan = sweep_plan(x);
   const int64_t parts_size = plan.channel_blocks * positions;
   const auto parts = partial_dots(x, plan, given.grad_context, channels, first, count);
-  const Buffer<acc> dl(new acc[count * positions]);
+  const auto dl = buffer<acc>(count * positions);
   const auto logit_gradient = vector_kernels<acc>().logit_gradient;
   parallel_for(count, count * parts_size, [&](int64_t i) {
     const int64_t row = (first + i) * channels;

@@ -24,7 +24,7 @@ void sum_samples(const Map<const scalar_t>& a, const Map<const scalar_t>& b, int
   const auto sums = map_kernels<scalar_t>().channel_sums;
   const int64_t blocks = plan.position_blocks;
   // One partial sum per block of positions, then added in their order.
-  const Buffer<acc> partial(new acc[2 * count * blocks * channels]);
+  const auto partial = buffer<acc>(2 * count * blocks * channels);
   for_each_block(plan, a.layout, first, count, [&](const SweepItem& item) {
     acc* part = partial.get() + 2 * ((item.sample - first) * blocks + item.position_block) * channels + item.c0;
     std::fill_n(part, item.channels, acc(0));

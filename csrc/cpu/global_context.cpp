@@ -23,27 +23,33 @@ int64_t weight_bytes(const std::optional<Branch<acc>>& scale, const std::optiona
   return (scale ? scale->weight_bytes() : 0) + (shift ? shift->weight_bytes() : 0);
 }
 
+// What a call is given beside x. The tensors are handles, in memory here and there: who has read them lets go of them, which
+// takes several times as long when x has gone through the caches.
+struct Parameters {
+  OptionalTensor mask_weight, mask_bias;
+  BranchTensors scale, shift;
+};
+
 // What the backward pass gets of the forward pass.
 struct Saved {
   Tensor context, attention, hidden, gate;
 };
 
 // x and out are native; out may be x. Nothing is kept without `saved`.
-void forward_into(const Tensor& x, const OptionalTensor& mask_weight, const OptionalTensor& mask_bias,
-                  const BranchTensors& scale_tensors, const BranchTensors& shift_tensors, const TransformOptions& options,
-                  const Tensor& out, const Saved* saved) {
-  const int64_t samples = x.size(0), channels = x.size(1), scale_units = hidden_units(scale_tensors);
-  const int64_t units = scale_units + hidden_units(shift_tensors);
+void forward_into(const Tensor& x, Parameters given, const TransformOptions& options, const Tensor& out, const Saved* saved) {
+  const int64_t samples = x.size(0), channels = x.size(1), attended = given.mask_weight ? positions(x) : 0;
+  const int64_t scale_units = hidden_units(given.scale), units = scale_units + hidden_units(given.shift);
 
   dispatch(x.scalar_type(), [&](auto kind) {
     using scalar_t = decltype(kind);
     using acc = acc_t<scalar_t>;
-    const auto weight = to_acc<acc>(mask_weight), bias = to_acc<acc>(mask_bias);
-    auto scale = branch_of<acc>(scale_tensors, options, x), shift = branch_of<acc>(shift_tensors, options, x);
+    const auto weight = to_acc<acc>(given.mask_weight), bias = to_acc<acc>(given.mask_bias);
+    auto scale = branch_of<acc>(given.scale, options, x), shift = branch_of<acc>(given.shift, options, x);
+    given = {};
     const auto map = read_map<scalar_t>(x);
-    const Buffer<acc> t_shift(shift ? new acc[samples * channels] : nullptr);
-    const int64_t gates = scale ? channels : 0, attended = mask_weight ? positions(x) : 0;
-    const Buffer<acc> own(saved ? nullptr : new acc[samples * (channels + gates + attended + units)]);
+    const auto t_shift = shift ? buffer<acc>(samples * channels) : nullptr;
+    const int64_t gates = scale ? channels : 0;
+    const auto own = saved ? nullptr : buffer<acc>(samples * (channels + gates + attended + units));
     acc* ctx = saved ? mutable_data<acc>(saved->context) : own.get();
     acc* s = saved ? mutable_data<acc>(saved->gate) : ctx + samples * channels;
     acc* m = saved ? mutable_data<acc>(saved->attention) : s + samples * gates;
@@ -79,58 +85,53 @@ void check_arguments(const char* op, const Tensor& x, const OptionalTensor& mask
   check::branches(op, scale, shift, x);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_context(
-    const Tensor& x, const OptionalTensor& mask_weight, const OptionalTensor& mask_bias,  //
-    const OptionalTensor& scale_w1, const OptionalTensor& scale_b1, const OptionalTensor& scale_norm_weight,
-    const OptionalTensor& scale_norm_bias, const OptionalTensor& scale_w2, const OptionalTensor& scale_b2,
-    const OptionalTensor& shift_w1, const OptionalTensor& shift_b1, const OptionalTensor& shift_norm_weight,
-    const OptionalTensor& shift_norm_bias, const OptionalTensor& shift_w2, const OptionalTensor& shift_b2,  //
-    bool norm, double eps, bool silu, bool hard_sigmoid, double gate_alpha, double gate_beta) {
-  const BranchTensors scale{scale_w1, scale_b1, scale_norm_weight, scale_norm_bias, scale_w2, scale_b2};
-  const BranchTensors shift{shift_w1, shift_b1, shift_norm_weight, shift_norm_bias, shift_w2, shift_b2};
-  check_arguments("global_context", x, mask_weight, mask_bias, scale, shift);
-  const TransformOptions options(norm, eps, silu, hard_sigmoid, gate_alpha, gate_beta);
+void check_parameters(const char* op, const Tensor& x, const Parameters& given) {
+  check_arguments(op, x, given.mask_weight, given.mask_bias, given.scale, given.shift);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_context(const Tensor& x, Parameters given,
+                                                                  const TransformOptions& options) {
+  check_parameters("global_context", x, given);
   const int64_t samples = x.size(0), channels = x.size(1);
   const ScalarType dtype = accumulation_dtype(x);
   const Tensor out = empty_like_map(x);
-  const Saved saved{empty(x, {samples, channels}, dtype), empty(x, {samples, mask_weight ? positions(x) : 0}, dtype),
-                    empty(x, {samples, hidden_units(scale) + hidden_units(shift)}, dtype),
-                    empty(x, {samples, scale_w1 ? channels : 0}, dtype)};
-  forward_into(native(x), mask_weight, mask_bias, scale, shift, options, out, &saved);
+  const Saved saved{empty(x, {samples, channels}, dtype), empty(x, {samples, given.mask_weight ? positions(x) : 0}, dtype),
+                    empty(x, {samples, hidden_units(given.scale) + hidden_units(given.shift)}, dtype),
+                    empty(x, {samples, given.scale[0] ? channels : 0}, dtype)};
+  forward_into(native(x), std::move(given), options, out, &saved);
   return {out, saved.context, saved.attention, saved.hidden, saved.gate};
 }
 
-Tensor global_context_inference(const Tensor& x, const OptionalTensor& mask_weight, const OptionalTensor& mask_bias,  //
-                                const OptionalTensor& scale_w1, const OptionalTensor& scale_b1,
-                                const OptionalTensor& scale_norm_weight, const OptionalTensor& scale_norm_bias,
-                                const OptionalTensor& scale_w2, const OptionalTensor& scale_b2, const OptionalTensor& shift_w1,
-                                const OptionalTensor& shift_b1, const OptionalTensor& shift_norm_weight,
-                                const OptionalTensor& shift_norm_bias, const OptionalTensor& shift_w2,
-                                const OptionalTensor& shift_b2,  //
-                                bool norm, double eps, bool silu, bool hard_sigmoid, double gate_alpha, double gate_beta) {
-  const BranchTensors scale{scale_w1, scale_b1, scale_norm_weight, scale_norm_bias, scale_w2, scale_b2};
-  const BranchTensors shift{shift_w1, shift_b1, shift_norm_weight, shift_norm_bias, shift_w2, shift_b2};
-  check_arguments("global_context", x, mask_weight, mask_bias, scale, shift);
-  const TransformOptions options(norm, eps, silu, hard_sigmoid, gate_alpha, gate_beta);
+Tensor global_context_inference(const Tensor& x, Parameters given, const TransformOptions& options) {
+  check_parameters("global_context", x, given);
   const Tensor out = empty_like_map(x);
-  forward_into(native(x), mask_weight, mask_bias, scale, shift, options, out, nullptr);
+  forward_into(native(x), std::move(given), options, out, nullptr);
   return out;
 }
 
-void global_context_(const Tensor& x, const OptionalTensor& mask_weight, const OptionalTensor& mask_bias,  //
-                     const OptionalTensor& scale_w1, const OptionalTensor& scale_b1, const OptionalTensor& scale_norm_weight,
-                     const OptionalTensor& scale_norm_bias, const OptionalTensor& scale_w2, const OptionalTensor& scale_b2,
-                     const OptionalTensor& shift_w1, const OptionalTensor& shift_b1, const OptionalTensor& shift_norm_weight,
-                     const OptionalTensor& shift_norm_bias, const OptionalTensor& shift_w2, const OptionalTensor& shift_b2,  //
-                     bool norm, double eps, bool silu, bool hard_sigmoid, double gate_alpha, double gate_beta) {
-  const BranchTensors scale{scale_w1, scale_b1, scale_norm_weight, scale_norm_bias, scale_w2, scale_b2};
-  const BranchTensors shift{shift_w1, shift_b1, shift_norm_weight, shift_norm_bias, shift_w2, shift_b2};
-  check_arguments("global_context_", x, mask_weight, mask_bias, scale, shift);
+void global_context_(const Tensor& x, Parameters given, const TransformOptions& options) {
+  check_parameters("global_context_", x, given);
   check::in_place("global_context_", x);
-  const TransformOptions options(norm, eps, silu, hard_sigmoid, gate_alpha, gate_beta);
   const Tensor map = native(x);
-  forward_into(map, mask_weight, mask_bias, scale, shift, options, map, nullptr);
+  forward_into(map, std::move(given), options, map, nullptr);
   write_back(map, x);
+}
+
+// A forward operator with the arguments of its schema. TORCH_BOX hands over references to values of its own.
+template <auto body>
+auto unpacked(const Tensor& x, OptionalTensor& mask_weight, OptionalTensor& mask_bias, OptionalTensor& scale_w1,
+              OptionalTensor& scale_b1, OptionalTensor& scale_norm_weight, OptionalTensor& scale_norm_bias,
+              OptionalTensor& scale_w2, OptionalTensor& scale_b2, OptionalTensor& shift_w1, OptionalTensor& shift_b1,
+              OptionalTensor& shift_norm_weight, OptionalTensor& shift_norm_bias, OptionalTensor& shift_w2,
+              OptionalTensor& shift_b2,  //
+              bool norm, double eps, bool silu, bool hard_sigmoid, double gate_alpha, double gate_beta) {
+  Parameters given{std::move(mask_weight),
+                   std::move(mask_bias),
+                   {std::move(scale_w1), std::move(scale_b1), std::move(scale_norm_weight), std::move(scale_norm_bias),
+                    std::move(scale_w2), std::move(scale_b2)},
+                   {std::move(shift_w1), std::move(shift_b1), std::move(shift_norm_weight), std::move(shift_norm_bias),
+                    std::move(shift_w2), std::move(shift_b2)}};
+  return body(x, std::move(given), TransformOptions(norm, eps, silu, hard_sigmoid, gate_alpha, gate_beta));
 }
 
 using Gradients =
@@ -182,12 +183,12 @@ Gradients global_context_backward(const Tensor& grad_in, const Tensor& x_in, con
     if (scale) scale->prepare_backward();
     if (shift) shift->prepare_backward();
 
-    const PoolPlan plan = plan_cpu_pool(channels, positions(x), sizeof(scalar_t), map.layout.channels_last);
+    const PoolPlan plan = plan_cpu_pool(channels, positions(x), sizeof(scalar_t), map.layout.channels_last, /*backward=*/true);
     const auto grad_weight =
         need_mask && mask_weight ? WeightGradient<acc>(samples, plan.splits, channels) : WeightGradient<acc>();
-    const Buffer<acc> grad_t_scale(scale ? new acc[samples * channels] : nullptr),
-        grad_t_shift(shift ? new acc[samples * channels] : nullptr);
-    const Buffer<acc> grad_context(new acc[samples * channels]());
+    const auto grad_t_scale = scale ? buffer<acc>(samples * channels) : nullptr;
+    const auto grad_t_shift = shift ? buffer<acc>(samples * channels) : nullptr;
+    const auto grad_context = zeros<acc>(samples * channels);
     const PoolGradients<acc> given{grad_context.get(), ctx, data<acc>(attention), pointer(weight), s};
 
     const int64_t sample_bytes = 2 * channels * positions(x) * sizeof(scalar_t);
@@ -219,8 +220,8 @@ Gradients global_context_backward(const Tensor& grad_in, const Tensor& x_in, con
 }  // namespace gcnet_ext::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(gcnet_ext, CPU, m) {
-  m.impl("global_context", TORCH_BOX(&gcnet_ext::cpu::global_context));
-  m.impl("global_context_inference", TORCH_BOX(&gcnet_ext::cpu::global_context_inference));
-  m.impl("global_context_", TORCH_BOX(&gcnet_ext::cpu::global_context_));
+  m.impl("global_context", TORCH_BOX(&gcnet_ext::cpu::unpacked<&gcnet_ext::cpu::global_context>));
+  m.impl("global_context_inference", TORCH_BOX(&gcnet_ext::cpu::unpacked<&gcnet_ext::cpu::global_context_inference>));
+  m.impl("global_context_", TORCH_BOX(&gcnet_ext::cpu::unpacked<&gcnet_ext::cpu::global_context_>));
   m.impl("global_context_backward", TORCH_BOX(&gcnet_ext::cpu::global_context_backward));
 }

@@ -76,6 +76,8 @@ struct VectorKernels {
   void (*logit_gradient)(const acc* parts, int64_t parts_count, int64_t count, const acc* attention, acc context_dot, acc* dl);
   // dctx . ctx, added in the order in which attention_pool_backward of that layout adds dctx . x_p.
   acc (*context_dot)(const acc* grad_context, const acc* context, int64_t channels, bool channels_last);
+  // Mean and (biased) variance.
+  void (*moments)(const acc* values, int64_t count, acc* mean, acc* variance);
   // t -> sigmoid(t), in place.
   void (*sigmoid)(acc* t, int64_t count);
 };

@@ -1,7 +1,9 @@
 // From tensors to the plain pointers that the kernels take.
 #pragma once
 
+#include <algorithm>
 #include <memory>
+#include <new>
 #include <stdexcept>
 #include <vector>
 
@@ -10,6 +12,8 @@
 #include "kernels.h"
 
 namespace gcnet_ext::cpu {
+
+constexpr std::align_val_t kAlignment{64};
 
 template <typename scalar_t>
 constexpr ScalarType kDtype = std::is_same_v<scalar_t, double>  ? ScalarType::Double
@@ -29,8 +33,22 @@ auto dispatch(ScalarType dtype, const Body& body) {
   }
 }
 
+// Uninitialised memory that starts where a cache line does: a vector across two of them is two accesses.
+struct FreeAligned {
+  void operator()(void* memory) const { ::operator delete[](memory, kAlignment); }
+};
 template <typename acc>
-using Buffer = std::unique_ptr<acc[]>;
+using Buffer = std::unique_ptr<acc[], FreeAligned>;
+template <typename acc>
+Buffer<acc> buffer(int64_t count) {
+  return Buffer<acc>(static_cast<acc*>(::operator new[](count * sizeof(acc), kAlignment)));
+}
+template <typename acc>
+Buffer<acc> zeros(int64_t count) {
+  Buffer<acc> values = buffer<acc>(count);
+  std::fill_n(values.get(), count, acc(0));
+  return values;
+}
 
 template <typename scalar_t>
 const scalar_t* data(const Tensor& tensor) {

@@ -63,7 +63,7 @@ Branch<acc>::Branch(const BranchTensors& tensors, const TransformOptions& option
   for (const auto* weight : {&w1_, &w2_}) {
     if (*weight) weight_bytes_ += (*weight)->numel() * static_cast<int64_t>((*weight)->element_size());
   }
-  if (two_layers_) activated_.reset(new acc[samples * units_]);
+  if (two_layers_) activated_ = buffer<acc>(samples * units_);
 }
 
 template <typename acc>
@@ -86,7 +86,7 @@ void Branch<acc>::linear_backward_input(const Tensor& weight, const acc* grad_y,
     const auto kernel = matrix_kernels<acc, std::remove_cvref_t<decltype(*w)>>().linear_backward_input;
     if (!row_parallel()) return kernel(grad_y, rows, count, w, columns, 0, rows, 0, columns, grad_x, columns);
     const int64_t partials = ceil_div(rows, kRowsPerPartial), slices = ceil_div(columns, kColumnsPerItem);
-    const Buffer<acc> partial(new acc[partials * count * columns]);
+    const auto partial = buffer<acc>(partials * count * columns);
     parallel_for(partials * slices, count * rows * columns, [&](int64_t i) {
       const int64_t m0 = i / slices * kRowsPerPartial, k0 = i % slices * kColumnsPerItem;
       kernel(grad_y, rows, count, w, columns, m0, std::min(rows, m0 + kRowsPerPartial), k0,
@@ -119,18 +119,20 @@ void Branch<acc>::linear_backward_weight(const acc* grad_y, int64_t rows, const 
   if (widened) from_acc(data<acc>(target), gradient);
 }
 
+// What the norm subtracts from the units of one sample, and what it then multiplies them by.
+template <typename acc>
+std::pair<acc, acc> Branch<acc>::normalisation(const acc* hidden) const {
+  if (!options_.norm) return {acc(0), acc(1)};
+  acc mean, variance;
+  vector_kernels<acc>().moments(hidden, units_, &mean, &variance);
+  return {mean, acc(1) / std::sqrt(variance + acc(options_.eps))};
+}
+
 // z = norm(hidden), activated = act(z), for one sample.
 template <typename acc>
 void Branch<acc>::activate(const acc* hidden, int64_t sample) {
   acc* activated = activated_.get() + sample * units_;
-  acc mean = 0, inverse_std = 1;
-  if (options_.norm) {
-    acc variance = 0;
-    for (int64_t j = 0; j < units_; j++) mean += hidden[j];
-    mean /= acc(units_);
-    for (int64_t j = 0; j < units_; j++) variance += (hidden[j] - mean) * (hidden[j] - mean);
-    inverse_std = acc(1) / std::sqrt(variance / acc(units_) + acc(options_.eps));
-  }
+  const auto [mean, inverse_std] = normalisation(hidden);
   for (int64_t j = 0; j < units_; j++) {
     const acc normalised = (hidden[j] - mean) * inverse_std;
     if (normalised_) normalised_[sample * units_ + j] = normalised;
@@ -148,13 +150,8 @@ void Branch<acc>::activate_backward(const acc* grad_activated, const acc* hidden
   const acc* normalised = normalised_.get() + sample * units_;
   acc* grad_normalised = grad_normalised_.get() + sample * units_;  // first dz, the gradient of the affine output
   acc* grad_hidden = grad_hidden_.get() + sample * units_;
-  acc mean = 0, variance = 0, sum = 0, dot = 0;
-  if (options_.norm) {
-    for (int64_t j = 0; j < units_; j++) mean += hidden[j];
-    mean /= acc(units_);
-    for (int64_t j = 0; j < units_; j++) variance += (hidden[j] - mean) * (hidden[j] - mean);
-  }
-  const acc inverse_std = options_.norm ? acc(1) / std::sqrt(variance / acc(units_) + acc(options_.eps)) : acc(1);
+  const acc inverse_std = normalisation(hidden).second;
+  acc sum = 0, dot = 0;
   for (int64_t j = 0; j < units_; j++) {
     acc z = normalised[j];
     if (options_.norm && !norm_weight_.empty()) z *= norm_weight_[j];
@@ -190,7 +187,7 @@ void Branch<acc>::forward(const acc* context, int64_t first, int64_t count, acc*
 template <typename acc>
 void Branch<acc>::prepare_backward() {
   if (!two_layers_) return;
-  for (auto* buffer : {&grad_hidden_, &grad_normalised_, &normalised_}) buffer->reset(new acc[samples_ * units_]);
+  for (auto* values : {&grad_hidden_, &grad_normalised_, &normalised_}) *values = buffer<acc>(samples_ * units_);
 }
 
 template <typename acc>
@@ -199,7 +196,7 @@ void Branch<acc>::backward(const acc* grad_t, const acc* hidden, int64_t hidden_
   const auto samples = [&](int64_t begin, int64_t n) {
     const acc* grad_first = grad_t + begin * channels_;  // the gradient of w1 ctx + b1
     if (two_layers_) {
-      const Buffer<acc> grad_activated(new acc[n * units_]);
+      const auto grad_activated = buffer<acc>(n * units_);
       linear_backward_input(*w2_, grad_first, channels_, units_, n, grad_activated.get());
       for (int64_t i = 0; i < n; i++) {
         const acc* h = hidden + (begin + i) * hidden_stride;
@@ -208,7 +205,7 @@ void Branch<acc>::backward(const acc* grad_t, const acc* hidden, int64_t hidden_
       }
       grad_first = grad_hidden_.get() + begin * units_;
     }
-    const Buffer<acc> grad_input(new acc[n * channels_]);
+    const auto grad_input = buffer<acc>(n * channels_);
     linear_backward_input(*w1_, grad_first, units_, channels_, n, grad_input.get());
     for (int64_t i = 0; i < n * channels_; i++) grad_context[begin * channels_ + i] += grad_input[i];
   };

@@ -13,7 +13,8 @@ constexpr MapKernels<scalar_t> kMap{attention_pool<scalar_t>, attention_pool_bac
                                     channel_dots<scalar_t>,   pool_gradient<scalar_t>,           channel_fuse<scalar_t>,
                                     channel_sums<scalar_t>};
 template <typename acc>
-constexpr VectorKernels<acc> kVector{softmax<acc>, softmax_of_sum<acc>, logit_gradient<acc>, context_dot<acc>, sigmoid<acc>};
+constexpr VectorKernels<acc> kVector{softmax<acc>,     softmax_of_sum<acc>, logit_gradient<acc>,
+                                     context_dot<acc>, moments<acc>,        sigmoid<acc>};
 template <typename acc, typename weight_t>
 constexpr MatrixKernels<acc, weight_t> kMatrix{linear<acc, weight_t>, linear_backward_input<acc, weight_t>,
                                                linear_backward_weight<acc, weight_t>};

@@ -21,7 +21,8 @@ void linear(const acc* x, int64_t x_stride, int64_t samples, const weight_t* wei
     const int64_t count = std::min(kColumnsAtOnce, columns - k0);
     for_each_rows<kRowBlock>(m0, m1, [&](int64_t m, auto rows) {
       for_each_rows<kSampleBlock>(0, samples, [&](int64_t n, auto block) {
-        Vec<acc> sums[block.value][rows.value] = {};
+        Vec<acc> sums[block.value][rows.value];
+        clear(sums);
         for_each_vector<acc>(count, [&](int64_t k, auto lanes) {
           Vec<acc> xk[block.value];
           for (int j = 0; j < block; j++) xk[j] = load(x + (n + j) * x_stride + k0 + k, lanes);
@@ -32,11 +33,11 @@ void linear(const acc* x, int64_t x_stride, int64_t samples, const weight_t* wei
             for (int j = 0; j < block; j++) sums[j][i] += w * xk[j];
           }
         });
+        alignas(kVectorBytes) acc totals[block.value][rows.value];
+        sum_all(sums, totals);
         for (int j = 0; j < block; j++) {
           acc* yn = y + (n + j) * y_stride + m;
-          acc totals[rows.value];
-          sum_each(sums[j], totals);
-          for (int i = 0; i < rows; i++) yn[i] = totals[i] + (k0 > 0 ? yn[i] : bias ? bias[m + i] : acc(0));
+          for (int i = 0; i < rows; i++) yn[i] = totals[j][i] + (k0 > 0 ? yn[i] : bias ? bias[m + i] : acc(0));
         }
       });
     });
@@ -86,6 +87,23 @@ void linear_backward_weight(const acc* grad_y, int64_t y_stride, const acc* x, i
       for (int i = 0; i < rows; i++) store(grad_weight + (m + i) * columns + k, sums[i], lanes);
     });
   });
+}
+
+template <typename acc>
+void moments(const acc* values, int64_t count, acc* mean, acc* variance) {
+  Vec<acc> sums{}, squares{};
+  for_each_vector<acc>(count, [&](int64_t i, auto lanes) { sums += load(values + i, lanes); });
+  *mean = sum(sums) / acc(count);
+  acc rest = 0;
+  for_each_vector<acc>(count, [&](int64_t i, auto lanes) {
+    if constexpr (std::is_same_v<decltype(lanes), int64_t>) {  // a partial vector would count its unused lanes
+      for (int64_t j = i; j < i + lanes; j++) rest += (values[j] - *mean) * (values[j] - *mean);
+    } else {
+      const Vec<acc> difference = load(values + i, lanes) - *mean;
+      squares += difference * difference;
+    }
+  });
+  *variance = (sum(squares) + rest) / acc(count);
 }
 
 template <typename acc>

@@ -227,6 +227,13 @@ void fuzz_vectors(Source& from, const VectorKernels<acc>& kernels) {
   require(!finite || std::abs(total - 1) < 1e-4, "softmax_of_sum");
   kernels.logit_gradient(values.data(), parts, P, attention.data(), acc(1), dl.data());
   kernels.context_dot(values.data(), values.data(), P, from.flag());
+  acc mean, variance;
+  kernels.moments(t.data(), P, &mean, &variance);
+  double sum = 0, size = 0, squares = 0;
+  for (const acc value : t) sum += value, size += std::abs(double(value));
+  for (const acc value : t) squares += (value - sum / P) * (value - sum / P);
+  same<acc>(mean, sum / P, size / P, P, "mean");
+  same<acc>(variance, squares / P, squares / P + size / P * size / P, P, "variance");
   const auto before = t;
   kernels.sigmoid(t.data(), P);
   for (int64_t i = 0; i < P; i++) {
@@ -239,7 +246,7 @@ void fuzz_plans(Source& from) {
   const auto size = [&] { return 1 + (from.upto(60000) << from.upto(12)); };
   const int64_t C = size(), P = size(), bytes = int64_t{1} << (1 + from.upto(2));
   const bool channels_last = from.flag();
-  const PoolPlan pool = plan_cpu_pool(C, P, bytes, channels_last);
+  const PoolPlan pool = plan_cpu_pool(C, P, bytes, channels_last, /*backward=*/from.flag());
   require(pool.splits >= 1 && (pool.splits - 1) * pool.split < P && P <= pool.splits * pool.split, "splits cover P");
   require(pool.tile >= 1 && pool.split % pool.tile == 0 && (pool.by_channels || pool.tile <= 4096), "tiles cover a split");
   const SweepPlan sweep = plan_cpu_sweep(C, P, bytes, channels_last);
