@@ -17,6 +17,7 @@ constexpr int64_t kMaxBackward = 20 << 20;      // the same in the backward pass
 constexpr int64_t kMaxRow = 16384;              // positions whose logits stay in a cache while the rows go by
 constexpr int64_t kMaxParts = 16;               // of such a sample: P elements each
 constexpr int64_t kRowBlock = 4;                // rows that the kernels take at once
+constexpr int64_t kShare = 1 << 20;             // bytes of x that a core still has in a cache when they are read again
 constexpr int64_t kMaxAloneWeights = 64 << 10;  // bytes of the transform that one thread reads for every sample
 constexpr int64_t kWeightsShare = 8;            // where threads share it, a group outweighs it so many times
 constexpr int64_t kMaxIdle = 8;                 // at most one in so many threads may have nothing to do in the last round
@@ -60,12 +61,11 @@ SweepPlan plan_cpu_sweep(int64_t channels, int64_t positions, int64_t element_si
   return plan;
 }
 
-GroupPlan plan_cpu_group(int64_t samples, int64_t sample_bytes, int64_t weight_bytes, int64_t threads, int64_t cache_bytes) {
-  const int64_t share = cache_bytes / 2;
+GroupPlan plan_cpu_group(int64_t samples, int64_t sample_bytes, int64_t weight_bytes, int64_t threads) {
   const int64_t rounds = ceil_div(samples, threads), idle = rounds * threads - samples;
   const bool busy = idle * kMaxIdle <= rounds * threads;
-  if (busy && sample_bytes <= share && weight_bytes <= std::max(kMaxAloneWeights, sample_bytes / 8)) return {1, true};
-  const int64_t bytes = std::max(threads * share, kWeightsShare * weight_bytes);
+  if (busy && sample_bytes <= kShare && weight_bytes <= std::max(kMaxAloneWeights, sample_bytes / 8)) return {1, true};
+  const int64_t bytes = std::max(threads * kShare, kWeightsShare * weight_bytes);
   return {std::clamp<int64_t>(bytes / std::max<int64_t>(1, sample_bytes), 1, std::max<int64_t>(1, samples)), false};
 }
 

@@ -27,14 +27,14 @@ PoolPlan plan_cpu_pool(int64_t channels, int64_t positions, int64_t element_size
 SweepPlan plan_cpu_sweep(int64_t channels, int64_t positions, int64_t element_size, bool channels_last);
 
 // How many samples go through all steps of the block before the next ones start: few enough for every thread to find its part
-// of x in its second-level cache (of cache_bytes) when it is read again, and enough to outweigh the weights of the transform,
-// which are read once per group. `alone`: every thread takes samples of its own, one at a time. The only plan that may look at
-// the threads and the cache: it decides when and where a sample is worked on, not how.
+// of x in a cache when it is read again, and enough to outweigh the weights of the transform, which are read once per group.
+// `alone`: every thread takes samples of its own, one at a time. The only plan that may look at the threads: it decides when
+// and where a sample is worked on, not how.
 struct GroupPlan {
   int64_t samples;
   bool alone;
 };
 
-GroupPlan plan_cpu_group(int64_t samples, int64_t sample_bytes, int64_t weight_bytes, int64_t threads, int64_t cache_bytes);
+GroupPlan plan_cpu_group(int64_t samples, int64_t sample_bytes, int64_t weight_bytes, int64_t threads);
 
 }  // namespace gcnet_ext

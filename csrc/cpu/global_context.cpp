@@ -3,7 +3,7 @@
 //   forward    ctx = attention pool of x;  t = transform(ctx) per branch;  out = x*gate(t_scale) + t_shift
 //   backward   ga = sum_p g, gs = sum_p g*x;  dctx through the branches;  dx = g*gate + the gradient through the pool
 //
-// The samples are worked on in groups that stay in the second-level caches between the steps, so that x comes from memory once.
+// The samples are worked on in groups that stay in the caches between the steps, so that x comes from memory once.
 #include "attention_pool.h"
 #include "channel_fuse.h"
 #include "parallel.h"

@@ -1,8 +1,6 @@
 // Parallel loops, and how samples are grouped.
 #pragma once
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstdint>
 
@@ -12,15 +10,6 @@
 namespace gcnet_ext::cpu {
 
 constexpr int64_t kSerialElements = 16384;  // below, waking a thread costs more than it saves
-
-// Bytes of the second-level cache of one core.
-inline int64_t second_level_cache() {
-  static const int64_t bytes = [] {
-    const long found = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    return found > 0 ? int64_t{found} : int64_t{1 << 20};  // some processors do not tell
-  }();
-  return bytes;
-}
 
 enum class Order { forwards, backwards };
 
@@ -44,7 +33,7 @@ void parallel_for(int64_t count, int64_t elements, const Body& body, Order order
 
 // The groups in which samples of so many bytes go through all steps, between which so many bytes of weights are read.
 inline GroupPlan plan_groups(int64_t samples, int64_t sample_bytes, int64_t weight_bytes) {
-  return plan_cpu_group(samples, sample_bytes, weight_bytes, torch_threads(), second_level_cache());
+  return plan_cpu_group(samples, sample_bytes, weight_bytes, torch_threads());
 }
 
 // body(first, count) for groups of samples. Either the threads share the work on one group after the other, or each thread

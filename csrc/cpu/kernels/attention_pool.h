@@ -29,6 +29,27 @@ inline void dot_rows(const scalar_t* x, int64_t stride, const acc_t<scalar_t>* w
   sum_each(sums, dots);
 }
 
+// The same, one row behind the other, as they lie in memory: where they come from there, it is fetched well ahead.
+template <int R, typename scalar_t>
+inline void dot_rows_in_turn(const scalar_t* x, int64_t stride, const acc_t<scalar_t>* w, int64_t count,
+                             acc_t<scalar_t>* dots) {
+  using acc = acc_t<scalar_t>;
+  constexpr int kChains = 4;  // of additions side by side, in one row
+  constexpr int64_t lanes = kLanes<acc>;
+  Vec<acc> totals[R];
+  for (int r = 0; r < R; r++, x += stride) {
+    Vec<acc> sums[1][kChains];
+    clear(sums);
+    int64_t i = 0;
+    for (; i + kChains * lanes <= count; i += kChains * lanes) {
+      for (int k = 0; k < kChains; k++) sums[0][k] += load(w + i + k * lanes) * load(x + i + k * lanes);
+    }
+    for_each_vector<acc>(count - i, [&](int64_t j, auto some) { sums[0][0] += load(w + i + j, some) * load(x + i + j, some); });
+    totals[r] = (sums[0][0] + sums[0][1]) + (sums[0][2] + sums[0][3]);
+  }
+  sum_each(totals, dots);
+}
+
 // y_i += sum_r a_r x_ri over all rows, for V vectors of elements, of which the last has `last` lanes: their sums stay in
 // registers while the rows go by.
 template <int V, typename scalar_t, typename Lanes>
@@ -74,15 +95,21 @@ template <typename scalar_t>
 inline void add_rows_in_order(const scalar_t* x, int64_t stride, int64_t rows, const acc_t<scalar_t>* a, int64_t count,
                               acc_t<scalar_t>* y) {
   using acc = acc_t<scalar_t>;
-  for_each_rows<kRowsAtOnce>(0, rows, [&](int64_t first, auto some) {
-    Vec<acc> factor[some.value];
-    for (int r = 0; r < some; r++) factor[r] = broadcast(a[first + r]);
-    for_each_vector<acc>(count, [&](int64_t i, auto lanes) {
-      Vec<acc> sum = load(y + i, lanes);
-      for (int r = 0; r < some; r++) sum += factor[r] * load(x + (first + r) * stride + i, lanes);
-      store(y + i, sum, lanes);
+  const auto add = [&](auto apart) {
+    for_each_rows<kRowsAtOnce>(0, rows, [&](int64_t first, auto some) {
+      Vec<acc> factor[some.value];
+      for (int r = 0; r < some; r++) factor[r] = broadcast(a[first + r]);
+      for_each_vector<acc>(count, [&](int64_t i, auto lanes) {
+        Vec<acc> sum = load(y + i, lanes);
+        for (int r = 0; r < some; r++) {
+          if constexpr (apart) __builtin_prefetch(x + (first + r + kRowsAhead) * stride + i);
+          sum += factor[r] * load(x + (first + r) * stride + i, lanes);
+        }
+        store(y + i, sum, lanes);
+      });
     });
-  });
+  };
+  with_flags(add, count < stride);
 }
 
 // dots[p] = sum_c w_c x_cp for every position of the block. The order of the additions depends on C alone.
@@ -90,7 +117,7 @@ template <typename scalar_t>
 void position_dots(Block<const scalar_t> x, const acc_t<scalar_t>* w, acc_t<scalar_t>* dots) {
   if (x.channels_last) {
     for_each_rows<4>(0, x.positions, [&](int64_t p, auto rows) {
-      dot_rows<rows>(x.data + p * x.position_stride, x.position_stride, w, x.channels, dots + p);
+      dot_rows_in_turn<rows>(x.data + p * x.position_stride, x.position_stride, w, x.channels, dots + p);
     });
   } else {
     std::memset(dots, 0, x.positions * sizeof *dots);
@@ -204,20 +231,6 @@ inline void grad_positions(const scalar_t* g, int64_t g_stride, const scalar_t* 
     }
     if constexpr (has_weight_grad) store(dw + c, total, lanes);
   });
-}
-
-// Calls body with an integral_constant<bool> for every flag: a loop is compiled for each combination.
-template <typename Body>
-inline void with_flags(const Body& body) {
-  body();
-}
-template <typename Body, typename... Flags>
-inline void with_flags(const Body& body, bool flag, Flags... flags) {
-  if (flag) {
-    with_flags([&](auto... rest) { body(std::true_type{}, rest...); }, flags...);
-  } else {
-    with_flags([&](auto... rest) { body(std::false_type{}, rest...); }, flags...);
-  }
 }
 
 // dctx . ctx in the very order in which position_dots adds: where the softmax is saturated, ctx is one x_p, and u_p - dctx .

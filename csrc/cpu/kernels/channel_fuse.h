@@ -25,17 +25,15 @@ void channel_fuse(Block<const scalar_t> x, const acc_t<scalar_t>* scale, const a
     }
     return;
   }
-  for_each_rows<4>(0, x.positions, [&](int64_t p, auto rows) {  // positions that share one load of scale and shift
+  for (int64_t p = 0; p < x.positions; p++) {
     const scalar_t* in = x.data + p * x.position_stride;
     scalar_t* row = out.data + p * out.position_stride;
     for_each_vector<acc>(x.channels, [&](int64_t c, auto lanes) {
       const Vec<acc> s = scale ? load(scale + c, lanes) : broadcast(acc(1)), t = shift ? load(shift + c, lanes) : Vec<acc>{};
-      for (int r = 0; r < rows; r++) {
-        __builtin_prefetch(row + (r + rows) * out.position_stride + c, 1);
-        store(row + r * out.position_stride + c, load(in + r * x.position_stride + c, lanes) * s + t, lanes);
-      }
+      __builtin_prefetch(row + c + kWriteAhead<scalar_t>, 1);
+      store(row + c, load(in + c, lanes) * s + t, lanes);
     });
-  });
+  }
 }
 
 // sum_a += a, sum_ab += a*b for one vector of channels or positions; what is not asked for is not loaded.

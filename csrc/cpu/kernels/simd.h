@@ -134,11 +134,33 @@ inline void with_constant(int64_t value, const Body& body) {
   body(std::integral_constant<int, most>{});
 }
 
+// Calls body with an integral_constant<bool> for every flag: a loop is compiled for each combination.
+template <typename Body>
+inline void with_flags(const Body& body) {
+  body();
+}
+template <typename Body, typename... Flags>
+inline void with_flags(const Body& body, bool flag, Flags... flags) {
+  if (flag) {
+    with_flags([&](auto... rest) { body(std::true_type{}, rest...); }, flags...);
+  } else {
+    with_flags([&](auto... rest) { body(std::false_type{}, rest...); }, flags...);
+  }
+}
+
 // Calls body(first_row, integral_constant<R>) with R rows at a time, the rest one by one.
 template <int R, typename Body>
 inline void for_each_rows(int64_t begin, int64_t end, const Body& body) {
   for (; begin + R <= end; begin += R) body(begin, std::integral_constant<int, R>{});
   for (; begin < end; begin++) body(begin, std::integral_constant<int, 1>{});
+}
+
+// The same, with the rest together.
+template <int R, typename Body>
+inline void for_each_batch(int64_t count, const Body& body) {
+  for (int64_t first = 0; first < count; first += R) {
+    with_constant<R>(std::min<int64_t>(R, count - first), [&](auto rows) { body(first, rows); });
+  }
 }
 
 }  // namespace gcnet_ext::cpu::GCNET_CAPABILITY

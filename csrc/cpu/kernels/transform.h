@@ -9,7 +9,7 @@
 namespace gcnet_ext::cpu::GCNET_CAPABILITY {
 
 constexpr int kRowBlock = 4;                              // rows of W that share one load of x
-constexpr int kSampleBlock = kVectorBytes == 64 ? 4 : 2;  // samples that share one load of W; what the registers hold
+constexpr int kSampleBlock = kVectorBytes == 64 ? 4 : 3;  // samples that share one load of W; what the registers hold
 constexpr int kColumnBlock = kVectorBytes == 64 ? 4 : 2;  // vectors along K
 constexpr int64_t kColumnsAtOnce = 512;                   // of W and x, which stay in the first-level cache meanwhile
 constexpr int64_t kWeightRowsAhead = 16;                  // a column block of W is short rows far apart: ask for them early
@@ -20,7 +20,7 @@ void linear(const acc* x, int64_t x_stride, int64_t samples, const weight_t* wei
   for (int64_t k0 = 0; k0 < columns; k0 += kColumnsAtOnce) {
     const int64_t count = std::min(kColumnsAtOnce, columns - k0);
     for_each_rows<kRowBlock>(m0, m1, [&](int64_t m, auto rows) {
-      for_each_rows<kSampleBlock>(0, samples, [&](int64_t n, auto block) {
+      for_each_batch<kSampleBlock>(samples, [&](int64_t n, auto block) {
         Vec<acc> sums[block.value][rows.value];
         clear(sums);
         for_each_vector<acc>(count, [&](int64_t k, auto lanes) {

@@ -253,8 +253,7 @@ void fuzz_plans(Source& from) {
   require((sweep.channel_blocks - 1) * sweep.channels < C && C <= sweep.channel_blocks * sweep.channels, "blocks cover C");
   require((sweep.position_blocks - 1) * sweep.positions < P && P <= sweep.position_blocks * sweep.positions, "blocks cover P");
   require(!pool.by_channels || sweep.position_blocks == 1, "cut by channels means whole rows");
-  const GroupPlan group =
-      plan_cpu_group(size(), C * bytes, from.upto(60000) << 8, 1 + from.upto(128), 1 << (10 + from.upto(12)));
+  const GroupPlan group = plan_cpu_group(size(), C * bytes, from.upto(60000) << 8, 1 + from.upto(128));
   require(group.samples >= 1, "a group has a sample");
 }
 
