@@ -6,6 +6,11 @@
 
 namespace gcnet_ext::cpu {
 
+template <typename scalar_t>
+PoolPlan pool_plan(const Map<const scalar_t>& x, bool backward) {
+  return plan_cpu_pool(x.layout.channels, x.layout.positions, sizeof(scalar_t), x.layout.channels_last, backward);
+}
+
 // context[n, c] = sum_p m_p x_cp with attention[n, p] = m = softmax(w . x_p + b) for samples first <= n < first + count.
 // A null weight means average pooling: m = 1/P, and attention is not written.
 template <typename scalar_t>

@@ -78,20 +78,15 @@ void forward_into(const Tensor& x, Parameters given, const TransformOptions& opt
   });
 }
 
-void check_arguments(const char* op, const Tensor& x, const OptionalTensor& mask_weight, const OptionalTensor& mask_bias,
-                     const BranchTensors& scale, const BranchTensors& shift) {
+void check_arguments(const char* op, const Tensor& x, const Parameters& given) {
   check::feature_map(op, x);
-  check::mask(op, "mask_", mask_weight, mask_bias, x);
-  check::branches(op, scale, shift, x);
-}
-
-void check_parameters(const char* op, const Tensor& x, const Parameters& given) {
-  check_arguments(op, x, given.mask_weight, given.mask_bias, given.scale, given.shift);
+  check::mask(op, "mask_", given.mask_weight, given.mask_bias, x);
+  check::branches(op, given.scale, given.shift, x);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_context(const Tensor& x, Parameters given,
                                                                   const TransformOptions& options) {
-  check_parameters("global_context", x, given);
+  check_arguments("global_context", x, given);
   const int64_t samples = x.size(0), channels = x.size(1);
   const ScalarType dtype = accumulation_dtype(x);
   const Tensor out = empty_like_map(x);
@@ -103,14 +98,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_context(const Tensor& 
 }
 
 Tensor global_context_inference(const Tensor& x, Parameters given, const TransformOptions& options) {
-  check_parameters("global_context", x, given);
+  check_arguments("global_context", x, given);
   const Tensor out = empty_like_map(x);
   forward_into(native(x), std::move(given), options, out, nullptr);
   return out;
 }
 
 void global_context_(const Tensor& x, Parameters given, const TransformOptions& options) {
-  check_parameters("global_context_", x, given);
+  check_arguments("global_context_", x, given);
   check::in_place("global_context_", x);
   const Tensor map = native(x);
   forward_into(map, std::move(given), options, map, nullptr);
@@ -150,12 +145,14 @@ Gradients global_context_backward(const Tensor& grad_in, const Tensor& x_in, con
                                   const Tensor& gate_in,  //
                                   bool need_x, bool need_mask, bool need_scale, bool need_shift) {
   const char* op = "global_context_backward";
-  const BranchTensors scale_tensors{scale_w1, scale_b1, scale_norm_weight, scale_norm_bias, scale_w2, scale_b2};
-  const BranchTensors shift_tensors{shift_w1, shift_b1, shift_norm_weight, shift_norm_bias, shift_w2, shift_b2};
-  check_arguments(op, x_in, mask_weight, std::nullopt, scale_tensors, shift_tensors);
+  const Parameters parameters{mask_weight,
+                              /*mask_bias=*/std::nullopt,
+                              {scale_w1, scale_b1, scale_norm_weight, scale_norm_bias, scale_w2, scale_b2},
+                              {shift_w1, shift_b1, shift_norm_weight, shift_norm_bias, shift_w2, shift_b2}};
+  check_arguments(op, x_in, parameters);
   check::gradient(op, grad_in, x_in);
-  const int64_t samples = x_in.size(0), channels = x_in.size(1), scale_units = hidden_units(scale_tensors);
-  const int64_t units = scale_units + hidden_units(shift_tensors);
+  const int64_t samples = x_in.size(0), channels = x_in.size(1), scale_units = hidden_units(parameters.scale);
+  const int64_t units = scale_units + hidden_units(parameters.shift);
   check::side(op, "context", context_in, x_in, {samples, channels});
   check::side(op, "attention", attention_in, x_in, {samples, mask_weight ? positions(x_in) : 0});
   check::side(op, "hidden", hidden_in, x_in, {samples, units});
@@ -168,22 +165,22 @@ Gradients global_context_backward(const Tensor& grad_in, const Tensor& x_in, con
   const Tensor grad_mask = gradient_of(need_mask, mask_weight, x_in);
   std::array<Tensor, 6> grad_scale, grad_shift;
   for (size_t i = 0; i < grad_scale.size(); i++) {
-    grad_scale[i] = gradient_of(need_scale, scale_tensors[i], x_in);
-    grad_shift[i] = gradient_of(need_shift, shift_tensors[i], x_in);
+    grad_scale[i] = gradient_of(need_scale, parameters.scale[i], x_in);
+    grad_shift[i] = gradient_of(need_shift, parameters.shift[i], x_in);
   }
 
   dispatch(x.scalar_type(), [&](auto kind) {
     using scalar_t = decltype(kind);
     using acc = acc_t<scalar_t>;
     const auto weight = to_acc<acc>(mask_weight);
-    auto scale = branch_of<acc>(scale_tensors, options, x), shift = branch_of<acc>(shift_tensors, options, x);
+    auto scale = branch_of<acc>(parameters.scale, options, x), shift = branch_of<acc>(parameters.shift, options, x);
     const auto map = read_map<scalar_t>(x), grad_map = read_map<scalar_t>(grad);
     const auto grad_x_map = write_map_if<scalar_t>(need_x, grad_x);
     const acc *ctx = data<acc>(context), *h = data<acc>(hidden), *s = scale ? data<acc>(gate) : nullptr;
     if (scale) scale->prepare_backward();
     if (shift) shift->prepare_backward();
 
-    const PoolPlan plan = plan_cpu_pool(channels, positions(x), sizeof(scalar_t), map.layout.channels_last, /*backward=*/true);
+    const PoolPlan plan = pool_plan(map, /*backward=*/true);
     const auto grad_weight =
         need_mask && mask_weight ? WeightGradient<acc>(samples, plan.splits, channels) : WeightGradient<acc>();
     const auto grad_t_scale = scale ? buffer<acc>(samples * channels) : nullptr;

@@ -119,20 +119,16 @@ void Branch<acc>::linear_backward_weight(const acc* grad_y, int64_t rows, const 
   if (widened) from_acc(data<acc>(target), gradient);
 }
 
-// What the norm subtracts from the units of one sample, and what it then multiplies them by.
+// z = norm(hidden), activated = act(z), for one sample. Returns what the norm multiplies by.
 template <typename acc>
-std::pair<acc, acc> Branch<acc>::normalisation(const acc* hidden) const {
-  if (!options_.norm) return {acc(0), acc(1)};
-  acc mean, variance;
-  vector_kernels<acc>().moments(hidden, units_, &mean, &variance);
-  return {mean, acc(1) / std::sqrt(variance + acc(options_.eps))};
-}
-
-// z = norm(hidden), activated = act(z), for one sample.
-template <typename acc>
-void Branch<acc>::activate(const acc* hidden, int64_t sample) {
+acc Branch<acc>::activate(const acc* hidden, int64_t sample) {
   acc* activated = activated_.get() + sample * units_;
-  const auto [mean, inverse_std] = normalisation(hidden);
+  acc mean = 0, inverse_std = 1;
+  if (options_.norm) {
+    acc variance;
+    vector_kernels<acc>().moments(hidden, units_, &mean, &variance);
+    inverse_std = acc(1) / std::sqrt(variance + acc(options_.eps));
+  }
   for (int64_t j = 0; j < units_; j++) {
     const acc normalised = (hidden[j] - mean) * inverse_std;
     if (normalised_) normalised_[sample * units_ + j] = normalised;
@@ -142,15 +138,15 @@ void Branch<acc>::activate(const acc* hidden, int64_t sample) {
     // A NaN stays one: relu(z) is z < 0 ? 0 : z.
     activated[j] = options_.silu ? z / (acc(1) + std::exp(-z)) : (z < acc(0) ? acc(0) : z);
   }
+  return inverse_std;
 }
 
-// grad_hidden from grad_activated for one sample; normalised_ and activated_ are those of activate().
+// grad_hidden from grad_activated for one sample; normalised_ and inverse_std are those of activate().
 template <typename acc>
-void Branch<acc>::activate_backward(const acc* grad_activated, const acc* hidden, int64_t sample) {
+void Branch<acc>::activate_backward(const acc* grad_activated, acc inverse_std, int64_t sample) {
   const acc* normalised = normalised_.get() + sample * units_;
   acc* grad_normalised = grad_normalised_.get() + sample * units_;  // first dz, the gradient of the affine output
   acc* grad_hidden = grad_hidden_.get() + sample * units_;
-  const acc inverse_std = normalisation(hidden).second;
   acc sum = 0, dot = 0;
   for (int64_t j = 0; j < units_; j++) {
     acc z = normalised[j];
@@ -199,9 +195,8 @@ void Branch<acc>::backward(const acc* grad_t, const acc* hidden, int64_t hidden_
       const auto grad_activated = buffer<acc>(n * units_);
       linear_backward_input(*w2_, grad_first, channels_, units_, n, grad_activated.get());
       for (int64_t i = 0; i < n; i++) {
-        const acc* h = hidden + (begin + i) * hidden_stride;
-        activate(h, begin + i);
-        activate_backward(grad_activated.get() + i * units_, h, begin + i);
+        const acc inverse_std = activate(hidden + (begin + i) * hidden_stride, begin + i);
+        activate_backward(grad_activated.get() + i * units_, inverse_std, begin + i);
       }
       grad_first = grad_hidden_.get() + begin * units_;
     }

@@ -48,9 +48,8 @@ class Branch {
   void linear_backward_input(const Tensor& weight, const acc* grad_y, int64_t rows, int64_t columns, int64_t count,
                              acc* grad_x) const;
   void linear_backward_weight(const acc* grad_y, int64_t rows, const acc* x, int64_t columns, const Tensor& gradient) const;
-  std::pair<acc, acc> normalisation(const acc* hidden) const;
-  void activate(const acc* hidden, int64_t sample);
-  void activate_backward(const acc* grad_activated, const acc* hidden, int64_t sample);
+  acc activate(const acc* hidden, int64_t sample);
+  void activate_backward(const acc* grad_activated, acc inverse_std, int64_t sample);
 
   // Up to here a sample's transform is one thread's work; above, the weights are read once for many samples, row by row.
   static constexpr int64_t kBatchedBytes = 256 << 10;

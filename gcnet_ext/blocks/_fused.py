@@ -116,8 +116,8 @@ class _Seen:
         sizes: list[Any] = []
         for name in ("gate", "process_group"):
             fields += self.block, name, self.block.get(name)
-        modules = [module for module in (*block._modules.values(), *found.modules) if module is not None]
-        for module in dict.fromkeys(modules):
+        modules = dict.fromkeys(module for module in (*block._modules.values(), *found.modules) if module is not None)
+        for module in modules:
             own = module.__dict__
             kinds += module, type(module)
             settings = (name for kind, names in SETTINGS.items() if isinstance(module, kind) for name in names)
