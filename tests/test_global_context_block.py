@@ -50,7 +50,9 @@ def check(block: nn.Module, truth: nn.Module, x: torch.Tensor, sums: float = 150
         # is zero, and so is its natural scale.
         vanishes = "conv_mask" in name and (name.endswith("bias") or constant)
         largest = float(grad.abs().max()) if vanishes else 0.0
-        grid.assert_close(gradient, expected[name], acc, name, sums=sums, largest=largest)
+        # Of the mask's own bias the truth has only its rounding errors, which differ from one processor to the next.
+        want = torch.zeros_like(expected[name]) if name == "conv_mask.bias" else expected[name]
+        grid.assert_close(gradient, want, acc, name, sums=sums, largest=largest)
 
 
 def gradcheck_module(module: nn.Module, x: torch.Tensor) -> bool:
