@@ -1,11 +1,11 @@
 """Everything that a machine with a GPU is needed for, in under nine minutes and without a network: `make gpu-check`.
 
-    python bench/gpu_check.py [--out DIR] [--dry-run]
+    python bench/gpu_check.py [--out DIR] [--seconds 530] [--built] [--commit NAME] [--dry-run]
 
-Builds the package for this GPU, runs the tests on it, times the block, and runs a small set under compute-sanitizer. Writes
-gpu_check.json and gpu_check.txt to DIR (the environment variable OUT, or bench/results/gpu). Every step has its time limit; one
-that fails does not keep the later ones from running. --dry-run needs no GPU: it builds and tests nothing, times two tiny
-shapes on the CPU, and writes a report that says so.
+Builds the package for this GPU (unless it is --built), runs the tests on it, times the block and its kernels, and runs a small
+set under compute-sanitizer. Writes gpu_check.json and gpu_check.txt to DIR (the environment variable OUT, or
+bench/results/gpu). Every step has its time limit; one that fails does not keep the later ones from running. --dry-run needs
+no GPU: it builds and tests nothing, times two tiny shapes on the CPU, and writes a report that says so.
 
 Needed: torch >= 2.11 with CUDA, nvcc, ninja, pybind11, pytest and hypothesis.
 """
@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 530  # seconds in all
+TIMINGS = 0.3  # of them, for the timings
 KEPT_LINES = 60  # of the output of a step
 FORWARD_TARGET, BACKWARD_TARGET, LARGE = 1.7, 3.0, 50e6  # multiples of a device copy, for tensors above LARGE bytes
 
@@ -42,7 +43,7 @@ class Step(NamedTuple):
     missing: str = ""
 
 
-def environment() -> dict[str, Any]:
+def environment(commit: str | None) -> dict[str, Any]:
     """What the figures depend on."""
     import torch
 
@@ -51,7 +52,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
         "nvcc": output([shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc", "--version"]).splitlines()[-2:],
-        "commit": output(["git", "-C", str(ROOT), "describe", "--always", "--dirty"]),
+        "commit": commit or output(["git", "-C", str(ROOT), "describe", "--always", "--dirty"]),
         "gpus": [],
     }
     for index in range(torch.cuda.device_count()):
@@ -78,32 +79,38 @@ def output(command: list[str]) -> str:
         return ""
 
 
-def plan(capability: str, timing: Path, dry: bool) -> list[Step]:
-    """The steps, in order."""
+def plan(capability: str, folder: Path, dry: bool, seconds: float = BUDGET, built: bool = False) -> list[Step]:
+    """The steps, in order; what they measure goes to timings.json and kernels.json in the folder."""
     python = sys.executable
-    workers = ["-n", "4"] if importlib.util.find_spec("xdist") else []
+    workers = ["-n", str(max(1, (os.cpu_count() or 1) - 2))] if importlib.util.find_spec("xdist") else []
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     no_sanitizer = "" if Path(sanitizer).exists() else "compute-sanitizer is not installed"
     small_set = [python, str(ROOT / "bench" / "gpu_small_set.py")]
-    time_it = [python, str(ROOT / "bench" / "gpu_timing.py"), "--json", str(timing)]
+    time_it = [python, str(ROOT / "bench" / "gpu_timing.py"), "--json", str(folder / "timings.json")]
+    kernels = [python, str(ROOT / "bench" / "gpu_kernels.py"), "--json", str(folder / "kernels.json"), "--seconds", "30"]
     if dry:
         only_timing = "dry run"
         return [
             *(Step(name, [], 0, missing=only_timing) for name in ("build", "tests")),
+            Step("kernels", [], 0, missing=only_timing),
             Step("timings", [*time_it, "--seconds", "60", "--dry-run"], 120),
             *(Step(name, [], 0, missing=only_timing) for name in ("memcheck", "racecheck")),
         ]
     build_for = (("TORCH_CUDA_ARCH_LIST", capability), ("GCNET_EXT_CUDA", "1"))
+    here = (("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])),)
+    one_thread = (*here, ("OMP_NUM_THREADS", "1"))  # in each of the workers
+    timing_seconds = TIMINGS * seconds
     install = [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
     selection = ["-m", "not slow", "-k", "cuda and not emulated"]
     tests = [python, "-m", "pytest", "-q", *selection, "-p", "no:cacheprovider", *workers, "tests"]
     checked = [sanitizer, "--error-exitcode", "1", "--launch-timeout", "60"]
     return [
-        Step("build", install, 200, build_for),
-        Step("tests", tests, 150),
-        Step("timings", [*time_it, "--seconds", "140"], 180),
-        Step("memcheck", [*checked, "--tool", "memcheck", *small_set], 90, missing=no_sanitizer),
-        Step("racecheck", [*checked, "--tool", "racecheck", *small_set], 90, missing=no_sanitizer),
+        Step("build", install, 200, build_for, missing="--built" if built else ""),
+        Step("tests", tests, 170, one_thread),
+        Step("kernels", kernels, 60, here),
+        Step("timings", [*time_it, "--seconds", f"{timing_seconds:.0f}"], timing_seconds + 20, here),
+        Step("memcheck", [*checked, "--tool", "memcheck", *small_set], 90, here, no_sanitizer),
+        Step("racecheck", [*checked, "--tool", "racecheck", *small_set], 90, here, no_sanitizer),
     ]
 
 
@@ -168,6 +175,18 @@ def table(timings: dict[str, Any], direction: str, way: str) -> list[str]:
     return [*lines, ""]
 
 
+def kernel_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """What a call is made of, by the profiler."""
+    lines = ["kernels, cold, without the gaps between them: microseconds"] if rows else []
+    for row in rows:
+        for direction in ("forward", "backward"):
+            each = {name.split("<")[0]: f["launches"] * f["microseconds"] for name, f in row[direction].items()}
+            parts = " + ".join(f"{name} {microseconds:.1f}" for name, microseconds in each.items())
+            copies = sum(each.values()) / row["copy"]
+            lines.append(f"{row['row']:40}{direction:9}{sum(each.values()):8.1f} ={copies:6.2f} copies: {parts}")
+    return [*lines, ""]
+
+
 def errors_in(figures: dict[str, Any]) -> list[str]:
     """What went wrong with a candidate: all of it, or one way of calling it."""
     found = [text for key, text in figures.items() if key.endswith("error")]
@@ -187,8 +206,8 @@ def report(results: dict[str, Any]) -> str:
         if step["output"] and (step["status"] != "passed" or step["name"] == "tests"):
             lines += ["", f"last lines of {step['name']}:", *(f"  {line}" for line in step["output"])]
     timings = results["timings"]
+    lines += ["", *kernel_lines(results["kernels"])]
     if timings:
-        lines.append("")
         for way in ("graph_cold", "graph_hot", "stream_cold", "stream_hot"):
             for direction in ("forward", "backward"):
                 lines += table(timings, direction, way)
@@ -202,21 +221,22 @@ def report(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def check(dry: bool, progress: Callable[[str], None]) -> dict[str, Any]:
+def check(dry: bool, seconds: float, built: bool, commit: str | None, progress: Callable[[str], None]) -> dict[str, Any]:
     """Runs all steps and collects what they found."""
     start = time.monotonic()
-    found = environment()
+    found = environment(commit)
     if not found["gpus"] and not dry:
         raise SystemExit("gpu_check: torch sees no GPU here; --dry-run exercises this script without one.")
-    steps, timings = [], None
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "timings.json"
-        for step in plan(found["gpus"][0]["capability"] if found["gpus"] else "", file, dry):
-            steps.append(run_step(step, BUDGET - (time.monotonic() - start)))
+    steps, measured = [], {"timings": None, "kernels": []}
+    capability = found["gpus"][0]["capability"] if found["gpus"] else ""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for step in plan(capability, folder, dry, seconds, built):
+            steps.append(run_step(step, seconds - (time.monotonic() - start)))
             progress(f"{step.name}: {steps[-1]['status']} {steps[-1]['why']}, {steps[-1]['seconds']:.1f} s")
-        if file.exists():
-            timings = json.loads(file.read_text())
-    return {"dry_run": dry, "environment": found, "seconds": time.monotonic() - start, "steps": steps, "timings": timings}
+        for path in folder.glob("*.json"):
+            measured[path.stem] = json.loads(path.read_text())
+    return {"dry_run": dry, "environment": found, "seconds": time.monotonic() - start, "steps": steps, **measured}
 
 
 def main() -> int:
@@ -225,9 +245,18 @@ def main() -> int:
     parser.add_argument(
         "--dry-run", action="store_true", help="without a GPU: times tiny shapes on the CPU, writes the reports"
     )
+    parser.add_argument("--seconds", type=float, default=BUDGET, help="what all of it may take")
+    parser.add_argument("--commit", help="what is measured, where git does not know")
+    parser.add_argument("--built", action="store_true", help="the package is built already, where this Python finds it")
     arguments = parser.parse_args()
     out = arguments.out or Path(os.environ.get("OUT") or ROOT / "bench" / "results" / "gpu")
-    results = check(arguments.dry_run, lambda text: print(f"gpu_check: {text}", flush=True))
+    results = check(
+        arguments.dry_run,
+        arguments.seconds,
+        arguments.built,
+        arguments.commit,
+        lambda text: print(f"gpu_check: {text}", flush=True),
+    )
     out.mkdir(parents=True, exist_ok=True)
     (out / "gpu_check.json").write_text(json.dumps(results, indent=1))
     (out / "gpu_check.txt").write_text(report(results))

@@ -13,9 +13,9 @@ int64_t alignment(const CudaMap& map) {
   return bytes % 16 == 0 ? 16 : bytes % 8 == 0 ? 8 : map.element_size;
 }
 
-void cut(CudaPoolPlan& plan, int64_t positions) {
+void cut(CudaPoolPlan& plan, int64_t positions, int64_t least_tiles) {
   const int64_t tiles = ceil_div(positions, plan.tile_positions);
-  plan.tiles_per_split = ceil_div(tiles, std::min(tiles, kCudaMaxSplits));
+  plan.tiles_per_split = std::max(std::min(least_tiles, tiles), ceil_div(tiles, std::min(tiles, kCudaMaxSplits)));
   plan.splits = ceil_div(tiles, plan.tiles_per_split);
 }
 
@@ -49,6 +49,7 @@ int cuda_vector(const CudaMap& map) {
 CudaPoolPlan plan_cuda_pool(const CudaMap& map) {
   CudaPoolPlan plan{CudaPoolPath::streamed, 1, -1, kCudaStreamedThreads, kCudaStreamedPositions, 0, 0};
   const int vector = cuda_vector(map);
+  int64_t least_tiles = 1;
   if (map.element_size == 8) {
     // float64 is for checking gradients: one path is enough.
   } else if (map.channels_last) {
@@ -60,19 +61,35 @@ CudaPoolPlan plan_cuda_pool(const CudaMap& map) {
       plan.vector = vector;
       plan.threads = static_cast<int>(groups * warps * 32);
       plan.tile_positions = groups * kCudaPositionsPerWarp;
+      constexpr int64_t kLeastBytes = 64 << 10;  // that a block reads, so that its own start and end are worth it
+      least_tiles = ceil_div(kLeastBytes, plan.tile_positions * map.channels * map.element_size);
     }
   } else {
     if (vector * map.element_size == 16) fit(kCudaRowTiles, vector, map.channels, plan);
     if (vector * map.element_size == 8) fit(kCudaHalfRowTiles, vector, map.channels, plan);
     fit(kCudaScalarRowTiles, 1, map.channels, plan);
   }
-  cut(plan, map.positions);
+  cut(plan, map.positions, least_tiles);
   return plan;
 }
 
+int64_t plan_cuda_pieces(int64_t samples, int64_t pieces, int64_t slots) {
+  constexpr int64_t kStartAndEnd = 3, kPiece = 2;  // of a block: what they take in proportion
+  int64_t best = 1, least = INT64_MAX;
+  for (int64_t blocks = 1; blocks <= std::min(pieces, slots); blocks++) {  // of a sample
+    const int64_t each = ceil_div(pieces, blocks), waves = ceil_div(samples * ceil_div(pieces, each), slots);
+    const int64_t time = waves * (kStartAndEnd + each * kPiece);
+    if (time < least) {
+      best = each;
+      least = time;
+    }
+  }
+  return best;
+}
+
 bool plan_cuda_tail(int64_t channels, int64_t units, int64_t weight_bytes, int64_t accumulation_size) {
-  constexpr int64_t kMostBytes = 256 << 10;  // one block reads them from the second-level cache in about 3 microseconds
-  constexpr int64_t kScratch = 1024 + 64;    // values, padding included
+  constexpr int64_t kMostBytes = 64 << 10;  // what one block reads in less time than two more launches take
+  constexpr int64_t kScratch = 1024 + 64;   // values, padding included
   return weight_bytes <= kMostBytes &&
          (3 * channels + 2 * units + kScratch) * accumulation_size <= static_cast<int64_t>(kCudaSharedBytes);
 }
@@ -87,8 +104,13 @@ CudaPositionGrid plan_cuda_positions(const CudaMap& map, int vector, int64_t mos
 }
 
 int plan_cuda_row_lanes(const CudaMap& map, int vector) {
+  constexpr int64_t kLeastThreads = 1 << 14, kMostRounds = 5;
+  const int64_t accesses = ceil_div(map.positions, vector);
+  const auto enough = [&](int64_t lanes) {
+    return map.channels * lanes >= kLeastThreads && accesses <= kMostRounds * kCudaSweepUnroll * lanes;
+  };
   int lanes = 1;
-  while (lanes < kCudaSweepThreads && lanes * 2 * kCudaSweepUnroll * vector <= map.positions) lanes *= 2;
+  while (lanes < kCudaSweepThreads && lanes < accesses && !enough(lanes)) lanes *= 2;
   return lanes;
 }
 

@@ -1,6 +1,7 @@
 // How the CUDA kernels cut their work. Pure functions of one sample's shape, the dtype, the layout and the alignment: never of
-// the batch or of the GPU, so that a sample gives the same bits in any batch and on any GPU of the same architecture. No torch,
-// no CUDA: visible from Python as gcnet_ext._C.plan(...).
+// the batch or of the GPU, so that a sample gives the same bits in any batch and on any GPU of the same architecture. Only how
+// much of it a block does, one piece after the other (plan_cuda_pieces), goes by them. No torch, no CUDA: visible from Python
+// as gcnet_ext._C.plan(...).
 #pragma once
 
 #include <array>
@@ -24,10 +25,10 @@ struct CudaRowTile {
 // Accesses of 16 bytes: segments of 256, 256, 128, 128 and 64 bytes.
 inline constexpr std::array<CudaRowTile, 5> kCudaRowTiles{
     {{64, 256, 16, 4}, {256, 256, 16, 16}, {512, 256, 8, 16}, {1024, 512, 8, 16}, {2048, 512, 4, 16}}};
-// Accesses of 8 bytes, of float16 and bfloat16: segments of 128 bytes.
-inline constexpr std::array<CudaRowTile, 2> kCudaHalfRowTiles{{{512, 256, 16, 32}, {1024, 512, 16, 32}}};
+// Accesses of 8 bytes, of float16 and bfloat16: segments of 128, 128 and 64 bytes.
+inline constexpr std::array<CudaRowTile, 3> kCudaHalfRowTiles{{{512, 256, 16, 32}, {1024, 512, 16, 32}, {2048, 512, 8, 32}}};
 // Accesses of one element.
-inline constexpr std::array<CudaRowTile, 2> kCudaScalarRowTiles{{{256, 256, 32, 32}, {1024, 512, 32, 64}}};
+inline constexpr std::array<CudaRowTile, 3> kCudaScalarRowTiles{{{256, 256, 32, 32}, {1024, 512, 32, 64}, {2048, 512, 16, 64}}};
 
 // Who reads a feature map that is needed twice, for the logits and for the weighted sum.
 enum class CudaPoolPath {
@@ -42,9 +43,12 @@ struct CudaPoolPlan {
   int tile;                         // index into the tiles with such accesses
   int threads;                      // of a block
   int64_t tile_positions;           // positions that a block works on at a time
-  int64_t tiles_per_split, splits;  // a block works on tiles_per_split tiles; a sample has so many blocks
+  int64_t tiles_per_split, splits;  // a block works on tiles_per_split tiles at most; a sample has so many blocks
 };
 CudaPoolPlan plan_cuda_pool(const CudaMap& map);
+
+// How many of the pieces of a sample a block should do so that all are done soonest, where `slots` blocks run at a time.
+int64_t plan_cuda_pieces(int64_t samples, int64_t pieces, int64_t slots);
 
 // Elements of the widest access: of 16 bytes, of 8 in NCHW if they are float16 or bfloat16, otherwise one.
 int cuda_vector(const CudaMap& map);
@@ -65,7 +69,8 @@ struct CudaPositionGrid {
 };
 CudaPositionGrid plan_cuda_positions(const CudaMap& map, int vector, int64_t most_splits);
 
-// The sums over the positions of an NCHW map: lanes per row, a power of two up to the threads of a block.
+// The sums over the positions of an NCHW map: lanes per row, a power of two up to the threads of a block. Few, so that each
+// has enough to do, but enough to keep the GPU busy with one sample.
 int plan_cuda_row_lanes(const CudaMap& map, int vector);
 
 // More splits keep more processors busy on one sample; each costs a row of partial sums that the last block has to merge alone.

@@ -79,7 +79,8 @@ def load(arguments: argparse.Namespace) -> tuple[Dataset, nn.Module]:
 def batches(data: Dataset, arguments: argparse.Namespace, epoch: int, skip: int, device: torch.device) -> Iterator[tuple]:
     """This process's part of every whole batch of the epoch, from batch `skip` on."""
     size = arguments.batch * dist.get_world_size()
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(arguments.seed + epoch))
+    count = min(len(data), arguments.images or len(data))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(arguments.seed + epoch))
     first = dist.get_rank() * arguments.batch
     own = [part[first : first + arguments.batch].tolist() for part in order.split(size) if len(part) == size][skip:]
     for images, labels in DataLoader(data, batch_sampler=own, num_workers=arguments.workers):
@@ -168,6 +169,7 @@ def set_synchronised(model: nn.Module, synchronised: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="a folder with a folder of images per class; the demo's digits without")
+    parser.add_argument("--images", type=int, help="only so many, the first")
     parser.add_argument("--strategy", choices=("ddp", "fsdp"), default="ddp")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch", type=int, default=50, help="images per process")

@@ -40,7 +40,7 @@ def test_dry_run_writes_both_reports(tmp_path):
     results = json.loads((tmp_path / "gpu_check.json").read_text())
     assert results["dry_run"]
     assert results["timings"]["dry_run"]
-    assert [step["name"] for step in results["steps"]] == ["build", "tests", "timings", "memcheck", "racecheck"]
+    assert [step["name"] for step in results["steps"]] == ["build", "tests", "kernels", "timings", "memcheck", "racecheck"]
     for row in results["timings"]["rows"]:
         assert set(row["candidates"]) == {"ours", "eager", "compiled rewrite", "compiled eager"}
         for figures in row["candidates"].values():
@@ -65,10 +65,11 @@ def test_unknown_argument():
 
 
 def test_steps_on_a_gpu_fit_into_nine_minutes(gpu_check, tmp_path):
-    steps = gpu_check.plan("9.0", tmp_path / "timings.json", False)
-    assert [step.name for step in steps] == ["build", "tests", "timings", "memcheck", "racecheck"]
+    steps = gpu_check.plan("9.0", tmp_path, False)
+    assert [step.name for step in steps] == ["build", "tests", "kernels", "timings", "memcheck", "racecheck"]
     assert dict(steps[0].environment) == {"TORCH_CUDA_ARCH_LIST": "9.0", "GCNET_EXT_CUDA": "1"}
     assert gpu_check.BUDGET < 9 * 60
+    assert gpu_check.plan("9.0", tmp_path, False, built=True)[0].missing == "--built"
 
 
 def test_a_step_is_stopped_at_its_limit(gpu_check):
@@ -103,9 +104,11 @@ def test_report_of_a_gpu(gpu_check):
         "64x256x56x56 float16 NCHW: backward takes 4.00 copies, the target is 3.0",
     ]
     failed = {"name": "tests", "status": "failed with code 1", "why": "", "seconds": 5.0, "output": ["1 failed"]}
-    text = gpu_check.report(
-        {"dry_run": False, "environment": {"torch": "x"}, "seconds": 9.0, "steps": [failed], "timings": timings}
-    )
+    launches = {"pool<Half>": {"launches": 1.0, "microseconds": 50.0}, "layer<Half>": {"launches": 2.0, "microseconds": 5.0}}
+    kernels = [{"row": "64x256x56x56 float16 NCHW", "copy": 50.0, "forward": launches, "backward": {}}]
+    found = {"dry_run": False, "environment": {"torch": "x"}, "seconds": 9.0, "steps": [failed]}
+    text = gpu_check.report({**found, "timings": timings, "kernels": kernels})
+    assert "60.0 =  1.20 copies: pool 50.0 + layer 10.0" in text
     assert "targets missed:" in text
     assert "failed with code 1" in text
     assert "64x256x56x56 float16 NCHW, eager: broke" in text

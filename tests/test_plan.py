@@ -25,7 +25,8 @@ CUDA = [
     ((1024, 196, 2, False), ("rows", 4, 512, 64, 1, 4)),  # rows of 392 bytes: accesses of 8
     ((1024, 98, 2, False), ("rows", 1, 512, 32, 1, 4)),  # rows of 196 bytes: accesses of one element
     ((2048, 64, 4, False), ("rows", 4, 512, 16, 1, 4)),
-    ((2048, 49, 4, False), ("streamed", 1, 256, 32, 1, 2)),  # too many channels for a tile of single elements
+    ((2048, 49, 4, False), ("rows", 1, 512, 16, 1, 4)),
+    ((2048, 196, 2, False), ("rows", 4, 512, 32, 1, 7)),
     ((2048, 49, 4, True), ("positions", 4, 512, 8, 1, 7)),
     ((1024, 4200, 4, False), ("rows", 4, 512, 32, 3, 44)),
     ((512, 16800, 4, True), ("positions", 4, 256, 16, 17, 62)),

@@ -21,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gcnet_ext import GlobalContextBlock
 
-STEPS = 5  # of an epoch: 4000 images in batches of 800
+IMAGES = 800
+STEPS = 5  # of an epoch
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +32,14 @@ def needed():
 
 
 def command(processes: int, *options: str) -> list[str]:
-    script = [str(ROOT / "examples" / "train.py"), "--batch", str(4000 // STEPS // processes), *options]
+    script = [
+        str(ROOT / "examples" / "train.py"),
+        "--images",
+        str(IMAGES),
+        "--batch",
+        str(IMAGES // STEPS // processes),
+        *options,
+    ]
     if processes == 1:
         return [sys.executable, *script]
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port())]

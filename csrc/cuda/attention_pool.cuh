@@ -2,10 +2,11 @@
 //
 //   logit_p = w . x_p + b      m = softmax_p(logit)      context_c = sum_p m_p x_cp
 //
-// The positions of a sample are cut into splits, one block each, and a split into tiles. A block goes through its tiles once,
-// with a running softmax: `weighted`_c = sum_p exp(logit_p - maximum) x_cp of the tiles so far, multiplied with
-// exp(old - new maximum) when a tile raises the maximum. The last block of a sample to finish merges the splits in their order,
-// turns the logits into the attention, and goes on with the transform where its weights are small.
+// The positions of a sample are cut into tiles, which are dealt to the splits in turn, so that blocks that run together read
+// neighbouring memory. A block has one split and goes through its tiles once, with a running softmax: `weighted`_c =
+// sum_p exp(logit_p - maximum) x_cp of the tiles so far, multiplied with exp(old - new maximum) when a tile raises the maximum.
+// The last block of a sample to finish merges the splits in their order, turns the logits into the attention, and goes on with
+// the transform where its weights are small.
 #pragma once
 
 #include "../plan_cuda.h"
@@ -21,29 +22,29 @@ struct PoolParams {
   Extent extent;
   Parameter<T> weight, bias;  // w [C], b [1]
   A* context;                 // [N, C]
-  A* attention;               // [N, P]; holds the logits until the sample is merged
+  A* attention;               // [N, P]; holds the logits until the sample is merged; null: not wanted
   A* partial;                 // [N, splits, C + 2]: weighted, maximum and sum of every split
   unsigned* arrived;          // [N] zeros: the splits that are done
-  int64_t first_sample, tiles_per_split;
+  int64_t first_sample;
   unsigned splits;
   TransformParams<T> transform;  // done by the last block where transform.in_tail
 };
 
-// The part of the work that a block has.
+// The part of the work that a block has: the tiles that begin at begin, begin + step, ... below end.
 template <typename T>
 struct PoolSplit {
-  int64_t sample, begin, end;  // positions begin <= p < end
+  int64_t sample, begin, end, step;
   acc_t<T>* partial;
   acc_t<T>* logits;
 
   __device__ PoolSplit(const PoolParams<T>& params, int tile_positions) {
     const unsigned split = blockIdx.x % params.splits;
-    const int64_t count = params.tiles_per_split * tile_positions, positions = params.extent.positions;
     sample = params.first_sample + blockIdx.x / params.splits;
-    begin = split * count;
-    end = begin + count < positions ? begin + count : positions;
+    begin = static_cast<int64_t>(split) * tile_positions;
+    end = params.extent.positions;
+    step = static_cast<int64_t>(params.splits) * tile_positions;
     partial = params.partial + (sample * params.splits + split) * (params.extent.channels + 2);
-    logits = params.attention + sample * positions;
+    logits = params.attention ? params.attention + sample * end : nullptr;
   }
 };
 
@@ -58,28 +59,42 @@ __device__ void finish_split(const PoolParams<T>& params, const PoolSplit<T>& sp
 
   const int64_t channels = params.extent.channels, row = channels + 2;
   const A* partial = params.partial + split.sample * params.splits * row;
-  const int lane = threadIdx.x % kWarp;
+  constexpr int kPerLane = kCudaMaxSplits / kWarp;  // splits, the same in every warp
+  A maxima[kPerLane], sums[kPerLane];
+#pragma unroll
+  for (int i = 0; i < kPerLane; i++) {
+    const unsigned s = threadIdx.x % kWarp + i * kWarp;
+    maxima[i] = s < params.splits ? load_fresh(partial + s * row + channels) : lowest<A>();
+    sums[i] = s < params.splits ? load_fresh(partial + s * row + channels + 1) : A(0);
+  }
   A maximum = lowest<A>(), sum = A(0);
-  for (unsigned s = lane; s < params.splits; s += kWarp) maximum = larger(maximum, load_fresh(partial + s * row + channels));
-  maximum = warp_max(maximum);
-  const A reference = softmax_reference(maximum);
-  for (unsigned s = lane; s < params.splits; s += kWarp) {
-    sum += load_fresh(partial + s * row + channels + 1) * exponential(load_fresh(partial + s * row + channels) - reference);
+#pragma unroll
+  for (int i = 0; i < kPerLane; i++) maximum = larger(maximum, maxima[i]);
+  const A reference = softmax_reference(warp_max(maximum));
+#pragma unroll
+  for (int i = 0; i < kPerLane; i++) {
+    maxima[i] = exponential(maxima[i] - reference);
+    sum += sums[i] * maxima[i];
   }
   const A inverse = A(1) / warp_sum(sum);
-  for (unsigned s = threadIdx.x; s < params.splits; s += blockDim.x) {
-    factor[s] = exponential(load_fresh(partial + s * row + channels) - reference) * inverse;
+  if (threadIdx.x < kWarp) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; i++) {
+      if (const unsigned s = threadIdx.x + i * kWarp; s < params.splits) factor[s] = maxima[i] * inverse;
+    }
   }
   __syncthreads();
   for (int64_t c = threadIdx.x; c < channels; c += blockDim.x) {
     A total = A(0);
-#pragma unroll 8
-    for (unsigned s = 0; s < params.splits; s++) total += load_fresh(partial + s * row + c) * factor[s];
+    load_ahead<16>(
+        0, params.splits, 1, [&](int64_t s) { return load_fresh(partial + s * row + c); },
+        [&](int64_t s, A weighted) { total += weighted * factor[s]; });
     params.context[split.sample * channels + c] = total;
   }
-#pragma unroll 4
-  for (int64_t p = threadIdx.x; p < params.extent.positions; p += blockDim.x) {
-    split.logits[p] = exponential(load_fresh(split.logits + p) - reference) * inverse;
+  if (split.logits) {
+    load_ahead<8>(
+        threadIdx.x, params.extent.positions, blockDim.x, [&](int64_t p) { return load_fresh(split.logits + p); },
+        [&](int64_t p, A logit) { split.logits[p] = exponential(logit - reference) * inverse; });
   }
   if (params.transform.in_tail) {
     __syncthreads();
@@ -100,17 +115,23 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks) attention_pool_
   const int channels = static_cast<int>(params.extent.channels), lane = threadIdx.x % kWarp;
   const PoolSplit<T> split(params, Shape::positions);
   const T* x = params.x.at(split.sample, 0, 0);
+  RowTile<T, Shape> tile;
+  const auto prefetch_tile = [&](int64_t first) {
+    if (first >= split.end) return;
+    tile.prefetch_rows(x + first, params.x.channel_stride, channels, first + tile.position() < split.end);
+  };
+  prefetch_tile(split.begin);
   const A bias = params.bias.at_or(0, A(0));
   for (int c = threadIdx.x; c < Shape::channels; c += Shape::threads) weight[c] = c < channels ? params.weight.at(c) : A(0);
   __syncthreads();
 
-  RowTile<T, Shape> tile;
   OnlineSoftmax<A> softmax;
   A weighted[Shape::groups];
 #pragma unroll
   for (int g = 0; g < Shape::groups; g++) weighted[g] = A(0);
-  for (int64_t first = split.begin; first < split.end; first += Shape::positions) {
+  for (int64_t first = split.begin; first < split.end; first += split.step) {
     tile.load_rows(x + first, params.x.channel_stride, channels, first + tile.position() < split.end);
+    prefetch_tile(first + split.step);
     tile.sum_over_channels(weight, sums);
     __syncthreads();
     if (const int p = threadIdx.x; p < Shape::positions) {
@@ -119,7 +140,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks) attention_pool_
       for (int w = 0; w < Shape::warps; w++) logit += sums[w * Shape::positions + p];
       const bool inside = first + p < split.end;
       logits[p] = inside ? logit : lowest<A>();
-      if (inside) split.logits[first + p] = logit;
+      if (inside && split.logits) split.logits[first + p] = logit;
     }
     __syncthreads();
 
@@ -168,15 +189,12 @@ __global__ void __launch_bounds__(512, 1) attention_pool_positions(PoolParams<T>
   const int64_t channel = static_cast<int64_t>(warp % warps * kWarp + lane) * V;
   const T* x = params.x.at(split.sample, channel, 0);
   const A bias = params.bias.at_or(0, A(0));
-  A weight[V], weighted[V];
-#pragma unroll
-  for (int j = 0; j < V; j++) {
-    weight[j] = channel < channels ? params.weight.at(channel + j) : A(0);
-    weighted[j] = A(0);
-  }
-  OnlineSoftmax<A> softmax;
+  A weight[V] = {};
+  if (channel < channels) params.weight.get(channel, weight);
   int turn = 0;
-  for (int64_t tile = split.begin; tile < split.end; tile += groups * kPositions) {
+  A weighted[V] = {};
+  OnlineSoftmax<A> softmax;
+  for (int64_t tile = split.begin; tile < split.end; tile += split.step) {
     const int64_t first = tile + group * kPositions;
     Vector<T, V> values[kPositions];
 #pragma unroll
@@ -204,7 +222,7 @@ __global__ void __launch_bounds__(512, 1) attention_pool_positions(PoolParams<T>
     }
     const int64_t position = first + share.first;
     logit = position < split.end ? logit + bias : lowest<A>();
-    if (warp % warps == 0 && share.owner && position < split.end) split.logits[position] = logit;
+    if (split.logits && warp % warps == 0 && share.owner && position < split.end) split.logits[position] = logit;
 
     constexpr int kLowest = kWarp / kPositions;  // lanes that differ in lower bits have the same position
     const A factor = softmax.raise(max_over_lanes(logit, kLowest, kWarp / 2));
@@ -261,9 +279,9 @@ __global__ void __launch_bounds__(kCudaStreamedThreads, 2) attention_pool_stream
   const PoolSplit<T> split(params, kWarp);
   const Map<const T> x{params.x.at(split.sample, 0, 0), 0, params.x.channel_stride, params.x.position_stride};
   const A bias = params.bias.at_or(0, A(0));
-  OnlineSoftmax<A> softmax;
   int turn = 0;
-  for (int64_t first = split.begin; first < split.end; first += kWarp, turn ^= 1) {
+  OnlineSoftmax<A> softmax;
+  for (int64_t first = split.begin; first < split.end; first += split.step, turn ^= 1) {
     const bool inside = first + lane < split.end;
     A* of_tile = sums + turn * kWarps * kWarp;
     A logit = A(0);
@@ -296,7 +314,7 @@ __global__ void __launch_bounds__(kCudaStreamedThreads, 2) attention_pool_stream
       for (int w = 0; w < kWarps; w++) logit += of_tile[w * kWarp + lane];
     }
     logit = inside ? logit + bias : lowest<A>();
-    if (warp == 0 && inside) split.logits[first + lane] = logit;
+    if (split.logits && warp == 0 && inside) split.logits[first + lane] = logit;
     const A factor = softmax.raise(warp_max(logit)), exponent = exponential(logit - softmax.reference());
     softmax.sum += warp_sum(exponent);
 

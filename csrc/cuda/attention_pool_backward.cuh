@@ -25,28 +25,28 @@ struct PoolBackwardParams {
   const A* context = nullptr;       // [N, C]
   const A* attention = nullptr;     // m [N, P]
   A* partial = nullptr;             // [N, splits, C] of dw; null: not wanted
-  int64_t first_sample = 0, tiles_per_split = 0;
+  int64_t first_sample = 0;
   unsigned splits = 0;
 };
 
-// The part of the work that a block has.
+// The part of the work that a block has: the tiles that begin at begin, begin + step, ... below end.
 template <typename T>
 struct PoolBackwardSplit {
   using A = acc_t<T>;
-  int64_t sample, begin, end;  // positions begin <= p < end
+  int64_t sample, begin, end, step;
   const A *scale, *grad_context, *attention;
   A* partial;
 
   __device__ PoolBackwardSplit(const PoolBackwardParams<T>& params, int tile_positions) {
     const unsigned split = blockIdx.x % params.splits;
-    const int64_t count = params.tiles_per_split * tile_positions, positions = params.extent.positions;
     sample = params.first_sample + blockIdx.x / params.splits;
-    begin = split * count;
-    end = begin + count < positions ? begin + count : positions;
+    begin = static_cast<int64_t>(split) * tile_positions;
+    end = params.extent.positions;
+    step = static_cast<int64_t>(params.splits) * tile_positions;
     const int64_t row = sample * params.extent.channels;
     scale = params.scale ? params.scale + row : nullptr;
     grad_context = params.grad_context + row;
-    attention = params.attention + sample * positions;
+    attention = params.attention + sample * end;
     partial = params.partial ? params.partial + (sample * params.splits + split) * params.extent.channels : nullptr;
   }
 };
@@ -86,6 +86,7 @@ template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::threads, Shape::blocks) attention_pool_backward_rows(PoolBackwardParams<T> params) {
   using A = acc_t<T>;
   constexpr int V = Shape::vector;
+  constexpr int kTogether = std::min(Shape::rows, 8);  // accesses of g under way: no load moves up past a store
   SharedMemory shared;
   A* weight = shared.take<A>(Shape::channels);
   A* grad_context = shared.take<A>(Shape::channels);
@@ -99,6 +100,13 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks) attention_pool_
   const T* x = params.x.at(split.sample, 0, 0);
   // What is not there or not wanted has no channels: a bound that is checked anyway, and no branch.
   const int grad_channels = params.grad.data ? channels : 0, grad_x_channels = params.grad_x.data ? channels : 0;
+  RowTile<T, Shape> tile;
+  const auto prefetch_tile = [&](const Map<const T>& map, int64_t first) {
+    if (!map.data || first >= split.end) return;
+    const bool inside = first + tile.position() < split.end;
+    tile.prefetch_rows(map.at(split.sample, 0, first), map.channel_stride, channels, inside);
+  };
+  prefetch_tile(params.x, split.begin);
   for (int c = threadIdx.x; c < Shape::channels; c += Shape::threads) {
     weight[c] = c < channels ? params.weight.at(c) : A(0);
     grad_context[c] = c < channels ? split.grad_context[c] : A(0);
@@ -106,13 +114,13 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks) attention_pool_
   }
   const A dot = context_dot(params, split.sample, dots);
 
-  RowTile<T, Shape> tile;
   A grad_weight[Shape::groups];
 #pragma unroll
   for (int g = 0; g < Shape::groups; g++) grad_weight[g] = A(0);
-  for (int64_t first = split.begin; first < split.end; first += Shape::positions) {
+  for (int64_t first = split.begin; first < split.end; first += split.step) {
     const bool inside = first + tile.position() < split.end;
     tile.load_rows(x + first, params.x.channel_stride, channels, inside);
+    prefetch_tile(params.grad, first);
     tile.sum_over_channels(grad_context, sums);
     __syncthreads();
     if (const int p = threadIdx.x; p < Shape::positions) {
@@ -138,18 +146,27 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks) attention_pool_
     int64_t from = params.grad.offset(split.sample, tile.channel(0), first + tile.position());
     int64_t to = params.grad_x.offset(split.sample, tile.channel(0), first + tile.position());
 #pragma unroll
-    for (int i = 0; i < Shape::rows; i++) {
-      const int c = tile.channel(i);
-      const ChannelFactors<A> of_channel{scale[c], grad_context[c], weight[c]};
-      const bool has_grad = inside & (c < grad_channels), wanted = inside & (c < grad_x_channels);
-      Vector<T, V> values = {};
-      if (has_grad) values = load_vector<V>(params.grad.data + from);
+    for (int i0 = 0; i0 < Shape::rows; i0 += kTogether) {
+      Vector<T, V> values[kTogether];
 #pragma unroll
-      for (int j = 0; j < V; j++) values.data[j] = static_cast<T>(of_channel.grad_x(widen(values.data[j]), at[j]));
-      if (wanted) store_vector(params.grad_x.data + to, values);
-      from += Shape::step * params.grad.channel_stride;
-      to += Shape::step * params.grad_x.channel_stride;
+      for (int i = 0; i < kTogether; i++, from += Shape::step * params.grad.channel_stride) {
+        const bool has_grad = inside & (tile.channel(i0 + i) < grad_channels);
+        values[i] = {};
+        if (has_grad) values[i] = load_vector<V>(params.grad.data + from);
+      }
+#pragma unroll
+      for (int i = 0; i < kTogether; i++) hide_from_optimizer(values[i]);  // or each is used before the next is loaded
+#pragma unroll
+      for (int i = 0; i < kTogether; i++, to += Shape::step * params.grad_x.channel_stride) {
+        const int c = tile.channel(i0 + i);
+        const ChannelFactors<A> of_channel{scale[c], grad_context[c], weight[c]};
+        const bool wanted = inside & (c < grad_x_channels);
+#pragma unroll
+        for (int j = 0; j < V; j++) values[i].data[j] = static_cast<T>(of_channel.grad_x(widen(values[i].data[j]), at[j]));
+        if (wanted) store_vector(params.grad_x.data + to, values[i]);
+      }
     }
+    prefetch_tile(params.x, first + split.step);
   }
   if (!split.partial) return;
 #pragma unroll
@@ -165,7 +182,8 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks) attention_pool_
 template <typename T, int V>
 __global__ void __launch_bounds__(512, 1) attention_pool_backward_positions(PoolBackwardParams<T> params, int warps) {
   using A = acc_t<T>;
-  constexpr int kPositions = kCudaPositionsPerWarp;
+  constexpr int kPositions = kCudaPositionsPerWarp, kTogether = kPositions / 2;  // accesses of g under way
+  constexpr int kLowest = kWarp / kPositions;  // lanes that differ in lower bits have the same position
   const int64_t channels = params.extent.channels;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, all_warps = blockDim.x / kWarp;
   const int group = warp / warps, groups = all_warps / warps;
@@ -179,15 +197,15 @@ __global__ void __launch_bounds__(512, 1) attention_pool_backward_positions(Pool
   const bool has_channels = channel < channels;
   const A dot = context_dot(params, split.sample, dots);
   ChannelFactors<A> factors[V];
-  A grad_weight[V];
+  A weight[V] = {}, grad_weight[V] = {};
+  if (has_channels) params.weight.get(channel, weight);
 #pragma unroll
   for (int j = 0; j < V; j++) {
     factors[j] = {has_channels && split.scale ? split.scale[channel + j] : A(1),
-                  has_channels ? split.grad_context[channel + j] : A(0), has_channels ? params.weight.at(channel + j) : A(0)};
-    grad_weight[j] = A(0);
+                  has_channels ? split.grad_context[channel + j] : A(0), weight[j]};
   }
   int turn = 0;
-  for (int64_t tile = split.begin; tile < split.end; tile += groups * kPositions) {
+  for (int64_t tile = split.begin; tile < split.end; tile += split.step) {
     const int64_t first = tile + group * kPositions;
     Vector<T, V> values[kPositions];
 #pragma unroll
@@ -219,17 +237,30 @@ __global__ void __launch_bounds__(512, 1) attention_pool_backward_positions(Pool
     for (int i = 0; i < kPositions; i++) hide_from_optimizer(values[i]);
 #pragma unroll
     for (int i = 0; i < kPositions; i++) {
-      constexpr int kLowest = kWarp / kPositions;  // lanes that differ in lower bits have the same position
-      const PositionFactors<A> at{__shfl_sync(kAllLanes, attention, i * kLowest),
-                                  __shfl_sync(kAllLanes, grad_logit, i * kLowest)};
+      const A of_position = __shfl_sync(kAllLanes, grad_logit, i * kLowest);
 #pragma unroll
-      for (int j = 0; j < V; j++) grad_weight[j] += at.grad_logit * widen(values[i].data[j]);
-      if (!(params.grad_x.data && has_channels && first + i < split.end)) continue;
-      Vector<T, V> result = {};
-      if (params.grad.data) result = load_vector<V>(params.grad.at(split.sample, channel, first + i));
+      for (int j = 0; j < V; j++) grad_weight[j] += of_position * widen(values[i].data[j]);
+    }
+    const bool has_grad = has_channels && params.grad.data, wanted = has_channels && params.grad_x.data;
+#pragma unroll 1
+    for (int i0 = 0; i0 < kPositions; i0 += kTogether) {
+      Vector<T, V> result[kTogether];
 #pragma unroll
-      for (int j = 0; j < V; j++) result.data[j] = static_cast<T>(factors[j].grad_x(widen(result.data[j]), at));
-      store_vector(params.grad_x.at(split.sample, channel, first + i), result);
+      for (int i = 0; i < kTogether; i++) {
+        const int64_t p = first + i0 + i;
+        result[i] = {};
+        if (has_grad && p < split.end) result[i] = load_vector<V>(params.grad.at(split.sample, channel, p));
+      }
+#pragma unroll
+      for (int i = 0; i < kTogether; i++) {
+        const int64_t p = first + i0 + i;
+        const PositionFactors<A> at{__shfl_sync(kAllLanes, attention, (i0 + i) * kLowest),
+                                    __shfl_sync(kAllLanes, grad_logit, (i0 + i) * kLowest)};
+        hide_from_optimizer(result[i]);  // or each is used before the next is loaded
+#pragma unroll
+        for (int j = 0; j < V; j++) result[i].data[j] = static_cast<T>(factors[j].grad_x(widen(result[i].data[j]), at));
+        if (wanted && p < split.end) store_vector(params.grad_x.at(split.sample, channel, p), result[i]);
+      }
     }
   }
   if (!split.partial) return;
@@ -267,7 +298,7 @@ __global__ void __launch_bounds__(kCudaStreamedThreads, 2) attention_pool_backwa
     store(params.grad_x.at(split.sample, c, p), static_cast<T>(of_channel.grad_x(grad, at)));
   };
   int turn = 0;
-  for (int64_t first = split.begin; first < split.end; first += kWarp, turn ^= 1) {
+  for (int64_t first = split.begin; first < split.end; first += split.step, turn ^= 1) {
     const bool inside = first + lane < split.end;
     A* of_tile = sums + turn * kWarps * kWarp;
     A u = A(0);

@@ -47,11 +47,10 @@ struct PositionWarps {
         groups(all_warps / warps) {}
 };
 
-// Everything but first_sample, tiles_per_split and splits of the params is the caller's; arrived is zero.
+// Everything but first_sample and splits of the params is the caller's; arrived is zero.
 template <typename T>
 void launch_attention_pool(PoolParams<T> params, const CudaPoolPlan& plan, cudaStream_t stream) {
   using A = acc_t<T>;
-  params.tiles_per_split = plan.tiles_per_split;
   params.splits = static_cast<unsigned>(plan.splits);
   const size_t tail = tail_shared_bytes(params);
   const auto launch_blocks = [&](auto kernel, size_t own, auto... arguments) {
@@ -79,11 +78,10 @@ void launch_attention_pool(PoolParams<T> params, const CudaPoolPlan& plan, cudaS
   launch_blocks(attention_pool_streamed<T>, shared_bytes<A>(2 * kCudaStreamedThreads));
 }
 
-// Everything but first_sample, tiles_per_split and splits of the params is the caller's.
+// Everything but first_sample and splits of the params is the caller's.
 template <typename T>
 void launch_attention_pool_backward(PoolBackwardParams<T> params, const CudaPoolPlan& plan, cudaStream_t stream) {
   using A = acc_t<T>;
-  params.tiles_per_split = plan.tiles_per_split;
   params.splits = static_cast<unsigned>(plan.splits);
   const auto launch_blocks = [&](auto kernel, size_t shared, auto... arguments) {
     for_sample_ranges(params, params.splits, [&](const PoolBackwardParams<T>& range, dim3 grid) {

@@ -113,9 +113,15 @@ __global__ void __launch_bounds__(kCudaSweepThreads, 3) fuse_positions(FuseParam
   if (row >= grid.rows || channel >= C) return;
   const int64_t begin = split * grid.split_positions, end = begin + grid.split_positions < P ? begin + grid.split_positions : P;
 
+  using A = acc_t<T>;
+  A scale[V], shift[V];
+#pragma unroll
+  for (int j = 0; j < V; j++) scale[j] = A(1), shift[j] = -A(0);
+  if (params.scale.given()) params.scale.get(sample * C + channel, scale);
+  if (params.shift.given()) params.shift.get(sample * C + channel, shift);
   typename FuseParams<T>::Factors factors[V];
 #pragma unroll
-  for (int j = 0; j < V; j++) factors[j] = params.factors(sample * C + channel + j);
+  for (int j = 0; j < V; j++) factors[j] = {scale[j], params.shift.given() ? shift[j] * params.shift_factor : shift[j]};
   for (int64_t first = begin + row; first < end; first += kCudaSweepUnroll * grid.rows) {
     Vector<T, V> values[kCudaSweepUnroll];
 #pragma unroll

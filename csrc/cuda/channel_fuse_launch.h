@@ -63,6 +63,7 @@ void launch_channel_sums(SumsParams<T> params, Workspace& workspace, cudaStream_
   if (merges && !params.arrived) params.arrived = workspace.zeros(extent.samples, stream);
   const CudaMap map = common_map<T>(extent, params.a, params.b, params.fused);
   const int vector = cuda_vector(map);
+  const auto with_products = [&](const auto& body) { params.b.data ? body(std::true_type{}) : body(std::false_type{}); };
   if (extent.channels_last) {
     const CudaPositionGrid grid = plan_cuda_positions(map, vector, kCudaMaxSplits);
     params.blocks_per_sample = static_cast<unsigned>(grid.splits * grid.channel_blocks);
@@ -70,8 +71,10 @@ void launch_channel_sums(SumsParams<T> params, Workspace& workspace, cudaStream_
     const size_t own = shared_bytes<unsigned>(1) + shared_bytes<A>(2 * static_cast<int64_t>(grid.rows) * grid.lanes * vector);
     const size_t shared = std::max(own, after_sums_shared_bytes(params));
     for_sample_ranges(params, params.blocks_per_sample, [&](const SumsParams<T>& range, dim3 blocks) {
-      launch(vector == 1 ? sums_positions<T, 1> : sums_positions<T, kWidest<T>>, blocks, dim3(kCudaSweepThreads), shared,
-             stream, range, grid);
+      with_products([&](auto products) {
+        launch(vector == 1 ? sums_positions<T, 1, products> : sums_positions<T, kWidest<T>, products>, blocks,
+               dim3(kCudaSweepThreads), shared, stream, range, grid);
+      });
     });
     return;
   }
@@ -80,8 +83,11 @@ void launch_channel_sums(SumsParams<T> params, Workspace& workspace, cudaStream_
   const size_t own = shared_bytes<unsigned>(1) + shared_bytes<A>(2 * kCudaSweepThreads / kWarp);
   const size_t shared = std::max(own, after_sums_shared_bytes(params));
   for_sample_ranges(params, params.blocks_per_sample, [&](const SumsParams<T>& range, dim3 blocks) {
-    with_vector<T>(vector,
-                   [&](auto v) { launch(sums_rows<T, v>, blocks, dim3(kCudaSweepThreads), shared, stream, range, lanes); });
+    with_products([&](auto products) {
+      with_vector<T>(vector, [&](auto v) {
+        launch(sums_rows<T, v, products>, blocks, dim3(kCudaSweepThreads), shared, stream, range, lanes);
+      });
+    });
   });
 }
 

@@ -41,22 +41,36 @@ struct SumsParams {
   }
 };
 
-// One access of a and, where they are wanted, b and fused.
-template <typename T, int V>
-struct SumsAccess {
-  Vector<T, V> a, b;
+// Some accesses of a and, where they are wanted, b. All are under way together: a branch between two of them, such as whether b
+// is there, would have the first wait.
+template <typename T, int V, bool kProducts>
+struct SumsAccesses {
+  Vector<T, V> a[kCudaSweepUnroll], b[kCudaSweepUnroll];
 
-  __device__ void fetch(const T* from_a, const T* from_b) {
-    a = load_vector<V>(from_a);
-    if (from_b) b = load_vector<V>(from_b);
-  }
-  __device__ void put_fused(T* to, const acc_t<T> (&scale)[V]) const {
-    Vector<T, V> product;
+  // Every `hop` positions one, while there are some left.
+  __device__ void fetch(const T* from_a, int64_t stride_a, const T* from_b, int64_t stride_b, int64_t hop, int64_t left) {
 #pragma unroll
-    for (int j = 0; j < V; j++) product.data[j] = static_cast<T>(widen(a.data[j]) * scale[j]);
-    store_vector(to, product);
+    for (int u = 0; u < kCudaSweepUnroll; u++) {
+      a[u] = {};
+      if (u * hop < left) a[u] = load_vector<V>(from_a + u * hop * stride_a);
+    }
+    if constexpr (kProducts) {
+#pragma unroll
+      for (int u = 0; u < kCudaSweepUnroll; u++) {
+        b[u] = {};
+        if (u * hop < left) b[u] = load_vector<V>(from_b + u * hop * stride_b);
+      }
+    }
   }
 };
+
+template <typename T, int V, typename Scale>
+__device__ __forceinline__ void put_fused(T* to, const Vector<T, V>& a, const Scale& scale_of) {
+  Vector<T, V> product;
+#pragma unroll
+  for (int j = 0; j < V; j++) product.data[j] = static_cast<T>(widen(a.data[j]) * scale_of(j));
+  store_vector(to, product);
+}
 
 // By the last block of a sample.
 template <typename T>
@@ -72,7 +86,7 @@ __device__ void finish_sums(const SumsParams<T>& params, int64_t sample) {
 
 // ---- NCHW: some lanes per row, a power of two -------------------------------------------------------------------------------
 
-template <typename T, int V>
+template <typename T, int V, bool kProducts>
 __global__ void __launch_bounds__(kCudaSweepThreads, 2) sums_rows(SumsParams<T> params, int lanes) {
   using A = acc_t<T>;
   const int64_t C = params.extent.channels, P = params.extent.positions;
@@ -81,30 +95,24 @@ __global__ void __launch_bounds__(kCudaSweepThreads, 2) sums_rows(SumsParams<T> 
   const int64_t channel = static_cast<int64_t>(blockIdx.x % params.blocks_per_sample) * rows + threadIdx.x / lanes;
   const bool inside = channel < C;
   const T* a = params.a.at(sample, inside ? channel : 0, 0);
-  const T* b = params.b.data ? params.b.at(sample, inside ? channel : 0, 0) : nullptr;
+  const T* b = kProducts ? params.b.at(sample, inside ? channel : 0, 0) : nullptr;
   T* fused = params.fused.data ? params.fused.at(sample, inside ? channel : 0, 0) : nullptr;
-  A scale[V];
-#pragma unroll
-  for (int j = 0; j < V; j++) scale[j] = inside && fused ? params.scale.at_or(sample * C + channel, A(1)) : A(1);
+  const A scale = inside && fused ? params.scale.at_or(sample * C + channel, A(1)) : A(1);
 
   A sum_a = A(0), sum_ab = A(0);
   const int64_t end = inside ? P : 0, hop = static_cast<int64_t>(lanes) * V;
   for (int64_t first = part * V; first < end; first += kCudaSweepUnroll * hop) {
-    SumsAccess<T, V> values[kCudaSweepUnroll] = {};
-#pragma unroll
-    for (int u = 0; u < kCudaSweepUnroll; u++) {
-      const int64_t p = first + u * hop;
-      if (p < end) values[u].fetch(a + p, b ? b + p : nullptr);
-    }
+    SumsAccesses<T, V, kProducts> values;
+    values.fetch(a + first, 1, kProducts ? b + first : nullptr, 1, hop, end - first);
 #pragma unroll
     for (int u = 0; u < kCudaSweepUnroll; u++) {
 #pragma unroll
       for (int j = 0; j < V; j++) {
-        sum_a += widen(values[u].a.data[j]);
-        sum_ab += widen(values[u].a.data[j]) * widen(values[u].b.data[j]);
+        sum_a += widen(values.a[u].data[j]);
+        if constexpr (kProducts) sum_ab += widen(values.a[u].data[j]) * widen(values.b[u].data[j]);
       }
       const int64_t p = first + u * hop;
-      if (fused && p < end) values[u].put_fused(fused + p, scale);
+      if (fused && p < end) put_fused(fused + p, values.a[u], [&](int) { return scale; });
     }
   }
 
@@ -132,7 +140,7 @@ __global__ void __launch_bounds__(kCudaSweepThreads, 2) sums_rows(SumsParams<T> 
 
 // ---- channels_last: a thread has V channels and goes through positions ------------------------------------------------------
 
-template <typename T, int V>
+template <typename T, int V, bool kProducts>
 __global__ void __launch_bounds__(kCudaSweepThreads, 2) sums_positions(SumsParams<T> params, CudaPositionGrid grid) {
   using A = acc_t<T>;
   const int64_t C = params.extent.channels, P = params.extent.positions;
@@ -146,25 +154,25 @@ __global__ void __launch_bounds__(kCudaSweepThreads, 2) sums_positions(SumsParam
   A scale[V], sum_a[V], sum_ab[V];
 #pragma unroll
   for (int j = 0; j < V; j++) {
-    scale[j] = inside && params.fused.data ? params.scale.at_or(sample * C + channel + j, A(1)) : A(1);
+    scale[j] = A(1);
     sum_a[j] = sum_ab[j] = A(0);
   }
+  if (inside && params.fused.data && params.scale.given()) params.scale.get(sample * C + channel, scale);
   for (int64_t first = begin + row; inside && first < end; first += kCudaSweepUnroll * grid.rows) {
-    SumsAccess<T, V> values[kCudaSweepUnroll] = {};
-#pragma unroll
-    for (int u = 0; u < kCudaSweepUnroll; u++) {
-      const int64_t p = first + u * grid.rows;
-      if (p < end) values[u].fetch(params.a.at(sample, channel, p), params.b.data ? params.b.at(sample, channel, p) : nullptr);
-    }
+    SumsAccesses<T, V, kProducts> values;
+    values.fetch(params.a.at(sample, channel, first), params.a.position_stride,
+                 kProducts ? params.b.at(sample, channel, first) : nullptr, params.b.position_stride, grid.rows, end - first);
 #pragma unroll
     for (int u = 0; u < kCudaSweepUnroll; u++) {
 #pragma unroll
       for (int j = 0; j < V; j++) {
-        sum_a[j] += widen(values[u].a.data[j]);
-        sum_ab[j] += widen(values[u].a.data[j]) * widen(values[u].b.data[j]);
+        sum_a[j] += widen(values.a[u].data[j]);
+        if constexpr (kProducts) sum_ab[j] += widen(values.a[u].data[j]) * widen(values.b[u].data[j]);
       }
       const int64_t p = first + u * grid.rows;
-      if (params.fused.data && p < end) values[u].put_fused(params.fused.at(sample, channel, p), scale);
+      if (params.fused.data && p < end) {
+        put_fused(params.fused.at(sample, channel, p), values.a[u], [&](int j) { return scale[j]; });
+      }
     }
   }
 
@@ -191,11 +199,13 @@ __global__ void __launch_bounds__(kCudaSweepThreads, 2) sums_positions(SumsParam
   const A* partial = params.partial + sample * grid.splits * 2 * C;
   for (int64_t c = threadIdx.x; c < C; c += kCudaSweepThreads) {
     A total_a = A(0), total_ab = A(0);
-#pragma unroll 4
-    for (int64_t s = 0; s < grid.splits; s++) {
-      total_a += load_fresh(partial + s * 2 * C + c);
-      total_ab += load_fresh(partial + (s * 2 + 1) * C + c);
-    }
+    load_ahead<8>(
+        0, grid.splits, 1,
+        [&](int64_t s) { return Vector<A, 2>{load_fresh(partial + s * 2 * C + c), load_fresh(partial + (s * 2 + 1) * C + c)}; },
+        [&](int64_t, const Vector<A, 2>& sums) {
+          total_a += sums.data[0];
+          total_ab += sums.data[1];
+        });
     params.put(sample, c, total_a, total_ab);
   }
   finish_sums(params, sample);

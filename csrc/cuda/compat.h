@@ -38,6 +38,15 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
     throw std::runtime_error(std::string("gcnet_ext: CUDA launch failed: ") + cudaGetErrorString(error));
 }
 
+// Of the current device.
+inline int multiprocessors() {
+  int device = 0, count = 1;
+  const cudaError_t found = cudaGetDevice(&device);
+  const cudaError_t error = found ? found : cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) throw std::runtime_error(std::string("gcnet_ext: no CUDA device: ") + cudaGetErrorString(error));
+  return count;
+}
+
 inline void zero_async(void* start, size_t bytes, cudaStream_t stream) {
   const cudaError_t error = cudaMemsetAsync(start, 0, bytes, stream);
   if (error != cudaSuccess)
@@ -88,6 +97,12 @@ __device__ __forceinline__ T load(const T* from) {
   return *from;
 }
 
+// Asks the second-level cache for what will be loaded later.
+template <class T>
+__device__ __forceinline__ void prefetch(const T* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+}
+
 template <class T>
 __device__ __forceinline__ void store(T* to, T value) {
   *to = value;
@@ -136,6 +151,8 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
   emulation::run(grid, block, shared_bytes, [&] { kernel(arguments...); });
 }
 
+inline int multiprocessors() { return 1; }
+
 inline void zero_async(void* start, size_t bytes, cudaStream_t) { std::memset(start, 0, bytes); }
 
 template <int V, class T>
@@ -149,6 +166,9 @@ void store_vector(T* to, const Vector<T, V>& value) {
   emulation::note_store(to, sizeof(T) * V);
   *reinterpret_cast<Vector<T, V>*>(to) = value;
 }
+
+template <class T>
+void prefetch(const T*) {}
 
 template <class T>
 T load(const T* from) {

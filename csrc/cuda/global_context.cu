@@ -58,16 +58,18 @@ struct Saved {
   Tensor context, attention, hidden, gate;
 };
 
-// x and out are native; out may be x.
+// x and out are native; out may be x. The attention is left out where nobody wants what is saved.
 Saved forward_into(const Tensor& x, const OptionalTensor& mask_weight_in, const OptionalTensor& mask_bias_in,
-                   const BranchTensors& scale_in, const BranchTensors& shift_in, const Options& options, const Tensor& out) {
+                   const BranchTensors& scale_in, const BranchTensors& shift_in, const Options& options, const Tensor& out,
+                   bool saves) {
   Call call(x);
   const OptionalTensor mask_weight = cuda::dense(mask_weight_in), mask_bias = cuda::dense(mask_bias_in);
   const BranchTensors scale = dense(scale_in), shift = dense(shift_in);
   const int64_t samples = x.size(0), channels = x.size(1);
   const ScalarType dtype = accumulation_dtype(x);
   const Tensor context = empty(x, {samples, channels}, dtype);
-  const Tensor attention = empty(x, {samples, mask_weight ? positions(x) : 0}, dtype);
+  const bool attends = mask_weight && saves;
+  const Tensor attention = empty(x, {samples, attends ? positions(x) : 0}, dtype);
   const Tensor hidden = empty(x, {samples, hidden_units(scale) + hidden_units(shift)}, dtype);
   const Tensor gate = empty(x, {samples, scale[0] ? channels : 0}, dtype);
   dispatch(x.scalar_type(), [&](auto kind) {
@@ -75,7 +77,7 @@ Saved forward_into(const Tensor& x, const OptionalTensor& mask_weight_in, const 
     const auto& [norm, eps, silu, hard_sigmoid, gate_alpha, gate_beta] = options;
     const auto transform = transform_of<T>(scale, shift, x, norm, eps, silu, hard_sigmoid, gate_alpha, gate_beta, hidden, gate);
     global_context<T>({map_of<const T>(x), map_of<T>(out), extent_of(x), parameter<T>(mask_weight), parameter<T>(mask_bias),
-                       acc_data<T>(context), acc_data<T>(attention), transform},
+                       acc_data<T>(context), attends ? acc_data<T>(attention) : nullptr, transform},
                       call, call.stream());
   });
   return {context, attention, hidden, gate};
@@ -101,7 +103,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_context_op(
   const Options options{norm, eps, silu, hard_sigmoid, gate_alpha, gate_beta};
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Tensor out = empty_like_map(x);
-  const auto [context, attention, hidden, gate] = forward_into(native(x), mask_weight, mask_bias, scale, shift, options, out);
+  const auto [context, attention, hidden, gate] =
+      forward_into(native(x), mask_weight, mask_bias, scale, shift, options, out, true);
   return {out, context, attention, hidden, gate};
 }
 
@@ -119,7 +122,7 @@ Tensor global_context_inference_op(const Tensor& x, const OptionalTensor& mask_w
   const Options options{norm, eps, silu, hard_sigmoid, gate_alpha, gate_beta};
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Tensor out = empty_like_map(x);
-  forward_into(native(x), mask_weight, mask_bias, scale, shift, options, out);
+  forward_into(native(x), mask_weight, mask_bias, scale, shift, options, out, false);
   return out;
 }
 
@@ -138,7 +141,7 @@ void global_context_inplace_op(const Tensor& x, const OptionalTensor& mask_weigh
   const Options options{norm, eps, silu, hard_sigmoid, gate_alpha, gate_beta};
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Tensor map = native_dense(x);
-  forward_into(map, mask_weight, mask_bias, scale, shift, options, map);
+  forward_into(map, mask_weight, mask_bias, scale, shift, options, map, false);
   write_back(map, x);
 }
 

@@ -194,11 +194,8 @@ void global_context(const GlobalContext<T>& call, Workspace& workspace, cudaStre
   transform.in_tail = transform_in_tail(transform);
   transform.samples = extent.samples;
   if (transform.branch[kShift].units) transform.shift = workspace.take<A>(extent.samples * extent.channels);
-  unsigned* const arrived = workspace.zeros(extent.samples + batch_counters(extent.samples), stream);
-  if (!transform.in_tail) {
-    transform.activated = workspace.take<A>(extent.samples * transform.units);
-    transform.arrived = arrived + extent.samples;
-  }
+  const bool merges = call.mask_weight.data || transform.in_tail;
+  unsigned* const arrived = merges ? workspace.zeros(extent.samples, stream) : nullptr;
   pool_context<T>({call.x, extent, call.mask_weight, call.mask_bias, call.context, call.attention}, transform, arrived,
                   workspace, stream);
   if (!transform.in_tail) launch_transform(transform, stream);
@@ -280,7 +277,8 @@ void global_context_backward(const GlobalContextBackward<T>& call, Workspace& wo
   transform.forward.samples = samples;
   transform.forward.in_tail = transform_in_tail(call.transform);
   const int64_t units = call.transform.units;
-  A* next = workspace.take<A>(samples * ((1 + has_scale + has_shift) * channels + 5 * units));
+  const int64_t chunks = batch_chunks(channels);
+  A* next = workspace.take<A>(samples * ((1 + has_scale + has_shift) * channels + (4 + chunks) * units));
   const auto take = [&](int64_t width) { return std::exchange(next, next + samples * width); };
   A* const grad_t_scale = has_scale ? take(channels) : nullptr;
   A* const grad_t_shift = has_shift ? take(channels) : nullptr;
@@ -292,7 +290,7 @@ void global_context_backward(const GlobalContextBackward<T>& call, Workspace& wo
   transform.grad_hidden = take(units);
   transform.grad_z = take(units);
   transform.grad_norm_weight = take(units);
-  transform.grad_activated = take(units);
+  transform.grad_activated = take(chunks * units);
   unsigned* const arrived = workspace.zeros(samples + batch_counters(samples), stream);
   transform.arrived = arrived + samples;
 

@@ -5,6 +5,24 @@
 
 namespace gcnet_ext::cuda {
 
+// use(i, load(i)) for i = first, first + step, ... below end, in this order and with kTogether loads under way at a time: what
+// a loop that uses each value before it loads the next waits for in between, a block that works alone cannot hide.
+template <int kTogether, typename Load, typename Use>
+__device__ __forceinline__ void load_ahead(int64_t first, int64_t end, int64_t step, const Load& load, const Use& use) {
+  for (int64_t i = first; i < end; i += kTogether * step) {
+    decltype(load(i)) values[kTogether];
+#pragma unroll
+    for (int u = 0; u < kTogether; u++) {
+      values[u] = {};
+      if (i + u * step < end) values[u] = load(i + u * step);
+    }
+#pragma unroll
+    for (int u = 0; u < kTogether; u++) {
+      if (i + u * step < end) use(i + u * step, values[u]);
+    }
+  }
+}
+
 // Over the lanes that differ in the bits first, 2*first, ... last of their number. Every lane gets the result.
 template <typename A>
 __device__ __forceinline__ A sum_over_lanes(A value, int first, int last) {

@@ -49,6 +49,16 @@ class RowTile {
     }
   }
 
+  // Asks the second-level cache for a tile that is loaded later. Not worth it for single elements.
+  __device__ void prefetch_rows(const T* tile_start, int64_t channel_stride, int channels, bool inside) const {
+    if constexpr (V == 1) return;
+    const T* from = tile_start + channel_ * channel_stride + position();
+#pragma unroll
+    for (int i = 0; i < Shape::rows; i++, from += Shape::step * channel_stride) {
+      if (inside & (channel(i) < channels)) prefetch(from);
+    }
+  }
+
   // Keeps the tile in its narrow form from here on.
   __device__ void hide() {
 #pragma unroll

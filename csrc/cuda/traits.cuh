@@ -79,6 +79,23 @@ struct Parameter {
                   : static_cast<acc_t<T>>(load(static_cast<const T*>(data) + i));
   }
   __device__ acc_t<T> at_or(int64_t i, acc_t<T> otherwise) const { return given() ? at(i) : otherwise; }
+
+  // values[j] = number i + j; all are loaded before the first is looked at.
+  template <int V>
+  __device__ void get(int64_t i, acc_t<T> (&values)[V]) const {
+    const auto from = [&](const auto* start) {
+      std::remove_cv_t<std::remove_pointer_t<decltype(start)>> loaded[V];
+#pragma unroll
+      for (int j = 0; j < V; j++) loaded[j] = load(start + i + j);
+#pragma unroll
+      for (int j = 0; j < V; j++) values[j] = static_cast<acc_t<T>>(loaded[j]);
+    };
+    if (single) {
+      from(static_cast<const float*>(data));
+    } else {
+      from(static_cast<const T*>(data));
+    }
+  }
 };
 
 // The same to be written: the gradient of a parameter, in the dtype of the parameter.

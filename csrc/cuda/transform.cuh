@@ -27,14 +27,12 @@ struct TransformParams {
   int64_t channels = 0, units = 0;  // units: of both branches
   bool norm = false, silu = false, hard_sigmoid = false;
   A eps = 0, gate_alpha = 0, gate_beta = 0;
-  const A* context = nullptr;   // [N, C]
-  A* hidden = nullptr;          // [N, units]
-  A* gate = nullptr;            // [N, C]
-  A* shift = nullptr;           // [N, C]
-  bool in_tail = false;         // the block that completes a sample's context transforms it; otherwise transform_batched.cuh,
-  int64_t samples = 0;          // with N,
-  A* activated = nullptr;       // [N, units],
-  unsigned* arrived = nullptr;  // and a zero for every tile of samples
+  const A* context = nullptr;  // [N, C]
+  A* hidden = nullptr;         // [N, units]
+  A* gate = nullptr;           // [N, C]
+  A* shift = nullptr;          // [N, C]
+  bool in_tail = false;        // the block that completes a sample's context transforms it; otherwise transform_batched.cuh
+  int64_t samples = 0;         // N, for the latter
 
   // t of a channel, as the fusion wants it.
   __device__ void put(int branch, int64_t sample, int64_t channel, A t) const {
@@ -52,6 +50,16 @@ struct TransformParams {
   }
 };
 
+// Calls body with the values of a matrix in their own type.
+template <typename T, typename Body>
+__device__ __forceinline__ void with_values(const Parameter<T>& matrix, const Body& body) {
+  if (matrix.single) {
+    body(static_cast<const float*>(matrix.data));
+  } else {
+    body(static_cast<const T*>(matrix.data));
+  }
+}
+
 // Columns of a matrix that one access takes, where its rows allow it.
 constexpr int kMatrixVector = 4;
 
@@ -60,42 +68,70 @@ __device__ __forceinline__ bool vector_rows(const W* matrix, int64_t columns) {
   return columns % kMatrixVector == 0 && reinterpret_cast<uintptr_t>(matrix) % (kMatrixVector * sizeof(W)) == 0;
 }
 
-// The part of row . input that belongs to lane `part` of `lanes`.
-template <typename A, typename W>
-__device__ __forceinline__ A partial_dot(const W* matrix, int64_t row, int64_t columns, const A* input, int part, int lanes) {
-  const W* values = matrix + row * columns;
-  A sum = A(0);
-  if (vector_rows(matrix, columns)) {
-#pragma unroll 4
-    for (int64_t k = part * kMatrixVector; k < columns; k += lanes * kMatrixVector) {
-      const Vector<W, kMatrixVector> four = load_vector<kMatrixVector>(values + k);
+// Rows that a lane works on together, and accesses of each that are under way together.
+constexpr int kAffineRows = 4;
+template <typename W>
+constexpr int kAffineSteps = sizeof(W) == 2   ? 4
+                             : sizeof(W) == 4 ? 2
+                                              : 1;
+
+// sum[i] += the part of row (first_row + i*hop) . input that belongs to lane `part` of `lanes`.
+template <int V, typename A, typename W>
+__device__ __forceinline__ void partial_dots(const W* matrix, int64_t first_row, int64_t hop, int64_t rows, int64_t columns,
+                                             const A* input, int part, int lanes, A (&sum)[kAffineRows]) {
+  constexpr int kSteps = kAffineSteps<W>;
+  for (int64_t first = part * V; first < columns; first += kSteps * lanes * V) {
+    Vector<W, V> values[kSteps][kAffineRows];
 #pragma unroll
-      for (int i = 0; i < kMatrixVector; i++) sum += static_cast<A>(four.data[i]) * input[k + i];
+    for (int step = 0; step < kSteps; step++) {
+      const int64_t k = first + step * lanes * V;
+#pragma unroll
+      for (int i = 0; i < kAffineRows; i++) {
+        const int64_t row = first_row + i * hop;
+        values[step][i] = {};
+        if (k < columns && row < rows) values[step][i] = load_vector<V>(matrix + row * columns + k);
+      }
     }
-  } else {
-#pragma unroll 4
-    for (int64_t k = part; k < columns; k += lanes) sum += static_cast<A>(load(values + k)) * input[k];
+#pragma unroll
+    for (int step = 0; step < kSteps; step++) {
+      const int64_t k = first + step * lanes * V;
+      if (k >= columns) break;
+#pragma unroll
+      for (int j = 0; j < V; j++) {
+#pragma unroll
+        for (int i = 0; i < kAffineRows; i++) sum[i] += static_cast<A>(values[step][i].data[j]) * input[k + j];
+      }
+    }
   }
-  return sum;
 }
 
-// put(row, sum_k matrix[row, k] input_k + bias_row) for all rows, by the whole block, with a few lanes per row.
+// put(row, sum_k matrix[row, k] input_k + bias_row) for all rows, by the whole block: as few lanes per row as let it go through
+// the rows in one go.
 template <typename T, typename Put>
 __device__ __forceinline__ void affine_by_block(const Parameter<T>& matrix, const Parameter<T>& bias, int64_t rows,
                                                 int64_t columns, const acc_t<T>* input, const Put& put) {
   using A = acc_t<T>;
-  int lanes = 1;
-  while (lanes < kWarp && lanes * kMatrixVector < columns) lanes *= 2;
-  const int part = threadIdx.x % lanes, rows_at_once = blockDim.x / lanes;
-  for (int64_t first = 0; first < rows; first += rows_at_once) {
-    const int64_t row = first + threadIdx.x / lanes;
-    A sum = A(0);
-    if (row < rows) {
-      sum = matrix.single ? partial_dot(static_cast<const float*>(matrix.data), row, columns, input, part, lanes)
-                          : partial_dot(static_cast<const T*>(matrix.data), row, columns, input, part, lanes);
+  const int threads = blockDim.x;
+  int lanes = kWarp;
+  while (lanes > 1 && (threads / lanes * kAffineRows < rows || lanes / 2 * kMatrixVector >= columns)) lanes /= 2;
+  const int part = threadIdx.x % lanes, groups = threads / lanes;
+  for (int64_t start = 0; start < rows; start += groups * kAffineRows) {
+    const int64_t first_row = start + threadIdx.x / lanes;
+    A sum[kAffineRows] = {};
+    const auto add = [&](const auto* values) {
+      if (vector_rows(values, columns)) {
+        partial_dots<kMatrixVector>(values, first_row, groups, rows, columns, input, part, lanes, sum);
+      } else {
+        partial_dots<1>(values, first_row, groups, rows, columns, input, part, lanes, sum);
+      }
+    };
+    with_values(matrix, add);
+#pragma unroll
+    for (int i = 0; i < kAffineRows; i++) {
+      const int64_t row = first_row + i * groups;
+      sum[i] = sum_over_lanes(sum[i], 1, lanes / 2);
+      if (row < rows && part == 0) put(row, sum[i] + bias.at_or(row, A(0)));
     }
-    sum = sum_over_lanes(sum, 1, lanes / 2);
-    if (row < rows && part == 0) put(row, sum + bias.at_or(row, A(0)));
   }
 }
 
@@ -137,14 +173,21 @@ __device__ __forceinline__ A activation(bool silu, A z) {
   return silu ? z / (A(1) + exponential(-z)) : (z < A(0) ? A(0) : z);
 }
 
-// activated = act(norm(hidden)) of one sample and branch, by one warp.
+// act(norm(hidden)) of one unit.
+template <typename T>
+__device__ __forceinline__ acc_t<T> activate(const TransformParams<T>& params, const BranchParams<T>& branch, int64_t unit,
+                                             acc_t<T> hidden, const NormStatistics<acc_t<T>>& statistics) {
+  const acc_t<T> normalised = (hidden - statistics.mean) * statistics.inverse_std;
+  return activation(params.silu, norm_affine(params, branch, unit, normalised));
+}
+
+// The same of all units of one sample and branch, by one warp.
 template <typename T, typename Load>
 __device__ __forceinline__ void activate_by_warp(const TransformParams<T>& params, const BranchParams<T>& branch,
                                                  const Load& hidden, acc_t<T>* activated) {
   const auto statistics = statistics_by_warp(params, branch.units, hidden);
   for (int64_t j = threadIdx.x % kWarp; j < branch.units; j += kWarp) {
-    const acc_t<T> normalised = (hidden(j) - statistics.mean) * statistics.inverse_std;
-    activated[j] = activation(params.silu, norm_affine(params, branch, j, normalised));
+    activated[j] = activate(params, branch, j, hidden(j), statistics);
   }
 }
 
@@ -162,8 +205,10 @@ __device__ void transform_sample(const TransformParams<T>& params, int64_t sampl
   A* context = shared.take<A>(params.channels);
   A* hidden = shared.take<A>(params.units);
   A* activated = shared.take<A>(params.units);
-  for (int64_t c = threadIdx.x; c < params.channels; c += blockDim.x)
-    context[c] = load_fresh(params.context + sample * params.channels + c);
+  load_ahead<4>(
+      threadIdx.x, params.channels, blockDim.x,
+      [&](int64_t c) { return load_fresh(params.context + sample * params.channels + c); },
+      [&](int64_t c, A value) { context[c] = value; });
   __syncthreads();
 #pragma unroll 1
   for (int layer = 0; layer < 2; layer++) {

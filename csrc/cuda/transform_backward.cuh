@@ -23,8 +23,8 @@ struct TransformGradParams {
   A* grad_hidden = nullptr;
   A* grad_z = nullptr;
   A* grad_norm_weight = nullptr;  // grad_z normalised, of every sample
-  A* grad_activated = nullptr;    // for transform_batched.cuh, with forward.samples and a zero for every tile of samples
-  unsigned* arrived = nullptr;
+  A* grad_activated = nullptr;    // [N, batch_chunks(C), units], for transform_batched.cuh,
+  unsigned* arrived = nullptr;    // with a zero for every tile of samples
 };
 
 // grad gate'(t) from the gate itself. Where it is flat nothing passes, not even a NaN.
@@ -91,12 +91,12 @@ __device__ __forceinline__ void transposed_columns(const W* matrix, int64_t rows
 #pragma unroll
     for (int j = 0; j < V; j++) sum[j] = A(0);
     if (column < columns) {
-#pragma unroll 4
-      for (int64_t r = group; r < rows; r += groups) {
-        const Vector<W, V> values = load_vector<V>(matrix + r * columns + column);
+      load_ahead<8>(
+          group, rows, groups, [&](int64_t r) { return load_vector<V>(matrix + r * columns + column); },
+          [&](int64_t r, const Vector<W, V>& values) {
 #pragma unroll
-        for (int j = 0; j < V; j++) sum[j] += static_cast<A>(values.data[j]) * input[r];
-      }
+            for (int j = 0; j < V; j++) sum[j] += static_cast<A>(values.data[j]) * input[r];
+          });
     }
 #pragma unroll
     for (int j = 0; j < V; j++) scratch[(group * lanes + part) * V + j] = sum[j];
@@ -121,11 +121,7 @@ __device__ __forceinline__ void transposed_by_block(const Parameter<T>& matrix, 
       transposed_columns<T, W, 1>(values, rows, columns, input, scratch, put);
     }
   };
-  if (matrix.single) {
-    as(static_cast<const float*>(matrix.data));
-  } else {
-    as(static_cast<const T*>(matrix.data));
-  }
+  with_values(matrix, as);
 }
 
 // Shared memory of transform_backward_sample.

@@ -12,20 +12,15 @@ template <typename T>
 constexpr int kBatchBlocks = sizeof(acc_t<T>) == sizeof(float) ? 2 : 1;  // on a multiprocessor: enough registers for no spills
 constexpr int kBatchSamples = 8;
 constexpr int kBatchRows = 2;             // of a matrix, per warp
-constexpr int kBatchStage = 256;          // terms of a sum that are staged in shared memory at a time
 constexpr int kBatchColumns = 2 * kWarp;  // of a transposed matrix, per block
+constexpr int kBatchChunk = 128;          // rows of a transposed matrix, per block
+// Terms of a sum that are staged in shared memory at a time, 16 KB of kBatchSamples samples.
+template <typename A>
+constexpr int kBatchStage = 2048 / static_cast<int>(sizeof(A));
 
 constexpr int64_t batch_tiles(int64_t count, int64_t tile) { return (count + tile - 1) / tile; }
-
-// Calls body with the values of a matrix in their own type.
-template <typename T, typename Body>
-__device__ __forceinline__ void with_values(const Parameter<T>& matrix, const Body& body) {
-  if (matrix.single) {
-    body(static_cast<const float*>(matrix.data));
-  } else {
-    body(static_cast<const T*>(matrix.data));
-  }
-}
+// The pieces that a sum over the channels is cut into, so that there are enough blocks even for one tile of samples.
+constexpr int64_t batch_chunks(int64_t channels) { return batch_tiles(channels, kBatchChunk); }
 
 // The work of a block: a tile of samples, and a tile of the rows or columns of one of the branches.
 struct BatchTile {
@@ -42,118 +37,159 @@ struct BatchTile {
   }
 };
 
-// staged[s][i] = from[(first_sample + s)*stride + first + i], and zeros where there is nothing.
-template <typename A>
-__device__ __forceinline__ void stage_samples(const A* from, int64_t stride, int64_t first_sample, int64_t samples,
-                                              int64_t first, int64_t end, A* staged) {
-  for (int i = threadIdx.x; i < kBatchSamples * kBatchStage; i += kBatchThreads) {
-    const int64_t sample = first_sample + i / kBatchStage, term = first + i % kBatchStage;
-    staged[i] = sample < samples && term < end ? from[sample * stride + term] : A(0);
+// staged[s][i] = from(sample first_sample + s, term first + i) for i < width, and zeros where there is nothing.
+template <typename A, typename Load>
+__device__ __forceinline__ void stage_samples(int64_t first_sample, int64_t samples, int64_t first, int64_t end, int width,
+                                              const Load& from, A* staged) {
+  for (int i = threadIdx.x; i < width; i += kBatchThreads) {
+    A values[kBatchSamples];
+#pragma unroll
+    for (int s = 0; s < kBatchSamples; s++) {
+      values[s] = A(0);
+      if (first_sample + s < samples && first + i < end) values[s] = from(s, first + i);
+    }
+#pragma unroll
+    for (int s = 0; s < kBatchSamples; s++) staged[s * kBatchStage<A> + i] = values[s];
   }
 }
 
-// Four neighbours of a row, zeros past its end.
-template <typename A, typename W>
-__device__ __forceinline__ void load_four(const W* row, int64_t k, int64_t columns, bool whole, A (&four)[kMatrixVector]) {
-  Vector<W, kMatrixVector> values = {};
-  if (whole) {
-    if (k < columns) values = load_vector<kMatrixVector>(row + k);
-  } else {
+// A warp's rows of a matrix, as many columns as are staged, in registers: loaded before anything has to be waited for.
+template <typename W, int kStage>
+struct BatchRows {
+  static constexpr int V = kMatrixVector, kSteps = kStage / (kWarp * V);
+  Vector<W, V> values[kBatchRows][kSteps];
+
+  __device__ void fetch(const W* matrix, int64_t first_row, int64_t rows, int64_t columns, int64_t first) {
 #pragma unroll
-    for (int i = 0; i < kMatrixVector; i++) {
-      if (k + i < columns) values.data[i] = load(row + k + i);
+    for (int r = 0; r < kBatchRows; r++) {
+#pragma unroll
+      for (int step = 0; step < kSteps; step++) {
+        const int64_t k = first + (step * kWarp + threadIdx.x % kWarp) * V;
+        values[r][step] = {};
+        if (first_row + r < rows && k < columns) values[r][step] = load_vector<V>(matrix + (first_row + r) * columns + k);
+      }
     }
   }
+
+  // sum[r][s] += the products with the staged samples.
+  template <typename A>
+  __device__ void multiply(const A* staged, int width, A (&sum)[kBatchRows * kBatchSamples]) const {
 #pragma unroll
-  for (int i = 0; i < kMatrixVector; i++) four[i] = static_cast<A>(values.data[i]);
-}
+    for (int step = 0; step < kSteps; step++) {
+      const int k = (step * kWarp + threadIdx.x % kWarp) * V;
+      if (k >= width) break;
+#pragma unroll
+      for (int s = 0; s < kBatchSamples; s++) {
+        const auto input = *reinterpret_cast<const Vector<A, V>*>(staged + s * kStage + k);
+#pragma unroll
+        for (int r = 0; r < kBatchRows; r++) {
+#pragma unroll
+          for (int j = 0; j < V; j++) {
+            sum[r * kBatchSamples + s] += static_cast<A>(values[r][step].data[j]) * input.data[j];
+          }
+        }
+      }
+    }
+  }
+};
 
 template <typename T>
 size_t layer_shared_bytes() {
-  return shared_bytes<unsigned>(1) + shared_bytes<acc_t<T>>(kBatchSamples * kBatchStage);
+  using A = acc_t<T>;
+  return shared_bytes<NormStatistics<A>>(kBatchSamples) + shared_bytes<A>(kBatchSamples * kBatchStage<A>);
 }
 
-// Layer 0 is w1 with the norm and activation behind it, layer 1 is w2. A warp has kBatchRows rows.
+// Layer 0 is w1, layer 1 is w2 with the norm and activation before it. A warp has kBatchRows rows at a time, `turns` times.
 template <typename T>
 __global__ void __launch_bounds__(kBatchThreads, kBatchBlocks<T>)
-    transform_layer(TransformParams<T> params, int layer, int64_t tiles_of_scale, int64_t tiles_of_shift) {
+    transform_layer(TransformParams<T> params, int layer, int64_t turns, int64_t tiles_of_scale, int64_t tiles_of_shift) {
   using A = acc_t<T>;
+  constexpr int kStage = kBatchStage<A>;
   SharedMemory shared;
-  unsigned* word = shared.take<unsigned>(1);
-  A* staged = shared.take<A>(kBatchSamples * kBatchStage);
+  auto* statistics = shared.take<NormStatistics<A>>(kBatchSamples);
+  A* staged = shared.take<A>(kBatchSamples * kStage);
   const BatchTile tile(tiles_of_scale, tiles_of_shift);
   const BranchParams<T>& branch = params.branch[tile.branch];
   const Parameter<T>& matrix = layer == 0 ? branch.w1 : branch.w2;
   const Parameter<T>& bias = layer == 0 ? branch.b1 : branch.b2;
-  const A* input = layer == 0 ? params.context : params.activated + branch.first_unit;
   const int64_t rows = layer == 0 ? branch.units : params.channels, columns = layer == 0 ? params.channels : branch.units;
-  const int64_t stride = layer == 0 ? params.channels : params.units;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t first_row = (tile.first * kBatchWarps + warp) * kBatchRows;
+  const auto hidden_of = [&](int s) { return params.hidden + (tile.first_sample + s) * params.units + branch.first_unit; };
+  if (layer == 1 && params.norm) {
+    for (int s = warp; s < kBatchSamples && tile.first_sample + s < params.samples; s += kBatchWarps) {
+      const A* hidden = hidden_of(s);
+      const auto of_sample = statistics_by_warp(params, branch.units, [&](int64_t j) { return hidden[j]; });
+      if (lane == 0) statistics[s] = of_sample;
+    }
+  }
+  const auto input = [&](int s, int64_t k) {
+    if (layer == 0) return params.context[(tile.first_sample + s) * params.channels + k];
+    return activate(params, branch, k, hidden_of(s)[k], params.norm ? statistics[s] : NormStatistics<A>{});
+  };
 
-  A sum[kBatchRows * kBatchSamples];
+  for (int64_t turn = 0; turn < turns; turn++) {
+    const int64_t first_row = ((tile.first * turns + turn) * kBatchWarps + warp) * kBatchRows;
+    A sum[kBatchRows * kBatchSamples];
 #pragma unroll
-  for (int i = 0; i < kBatchRows * kBatchSamples; i++) sum[i] = A(0);
-  for (int64_t first = 0; first < columns; first += kBatchStage) {
-    stage_samples(input, stride, tile.first_sample, params.samples, first, columns, staged);
-    __syncthreads();
-    with_values(matrix, [&](const auto* values) {
-      const bool whole = vector_rows(values, columns);
-      for (int k = lane * kMatrixVector; k < kBatchStage; k += kWarp * kMatrixVector) {
+    for (int i = 0; i < kBatchRows * kBatchSamples; i++) sum[i] = A(0);
+    for (int64_t first = 0; first < columns; first += kStage) {
+      const bool staged_before = turn > 0 && columns <= kStage;
+      const int64_t left = columns - first;
+      const int width = left < kStage ? static_cast<int>(left + kMatrixVector - 1) / kMatrixVector * kMatrixVector : kStage;
+      with_values(matrix, [&](const auto* values) {
+        using W = std::remove_cv_t<std::remove_pointer_t<decltype(values)>>;
+        BatchRows<W, kStage> of_warp;
+        const bool vectors = vector_rows(values, columns);
+        if (vectors) of_warp.fetch(values, first_row, rows, columns, first);
+        if (!staged_before) {
+          __syncthreads();  // what is there has been used
+          stage_samples(tile.first_sample, params.samples, first, columns, width, input, staged);
+          __syncthreads();
+        }
+        if (vectors) return of_warp.multiply(staged, width, sum);
+        for (int k = lane; k < width && first + k < columns; k += kWarp) {
 #pragma unroll
-        for (int r = 0; r < kBatchRows; r++) {
-          if (first_row + r >= rows) break;
-          A four[kMatrixVector];
-          load_four(values + (first_row + r) * columns, first + k, columns, whole, four);
+          for (int r = 0; r < kBatchRows; r++) {
+            const A value = first_row + r < rows ? static_cast<A>(load(values + (first_row + r) * columns + first + k)) : A(0);
 #pragma unroll
-          for (int s = 0; s < kBatchSamples; s++) {
-#pragma unroll
-            for (int i = 0; i < kMatrixVector; i++) sum[r * kBatchSamples + s] += four[i] * staged[s * kBatchStage + k + i];
+            for (int s = 0; s < kBatchSamples; s++) sum[r * kBatchSamples + s] += value * staged[s * kStage + k];
           }
         }
-      }
-    });
-    __syncthreads();
-  }
-  const Share share = transposed_sum<kBatchRows * kBatchSamples, 1, kWarp / 2>(sum, lane);
-  const int64_t row = first_row + share.first / kBatchSamples, sample = tile.first_sample + share.first % kBatchSamples;
-  if (share.owner && row < rows && sample < params.samples) {
+      });
+    }
+    const Share share = transposed_sum<kBatchRows * kBatchSamples, 1, kWarp / 2>(sum, lane);
+    const int64_t row = first_row + share.first / kBatchSamples, sample = tile.first_sample + share.first % kBatchSamples;
+    if (!share.owner || row >= rows || sample >= params.samples) continue;
     const A value = sum[0] + bias.at_or(row, A(0));
     if (layer == 0) params.hidden[sample * params.units + branch.first_unit + row] = value;
     if (layer == 1 || !branch.w2.given()) params.put(tile.branch, sample, row, value);
-  }
-  if (layer == 1 || !last_to_arrive(params.arrived + tile.first_sample / kBatchSamples, tile.tiles, word)) return;
-  for (int i = warp; i < kBatchSamples * kBranches; i += kBatchWarps) {
-    const int64_t of_warp = tile.first_sample + i / kBranches;
-    const BranchParams<T>& its_branch = params.branch[i % kBranches];
-    if (of_warp >= params.samples || !its_branch.w2.given()) continue;
-    const int64_t first = of_warp * params.units + its_branch.first_unit;
-    activate_by_warp(
-        params, its_branch, [&](int64_t j) { return load_fresh(params.hidden + first + j); }, params.activated + first);
   }
 }
 
 template <typename T>
 size_t backward_layer_shared_bytes() {
   using A = acc_t<T>;
-  return shared_bytes<unsigned>(1) +
-         std::max(shared_bytes<A>(kBatchSamples * kBatchStage), shared_bytes<A>(kBatchWarps * kBatchSamples * kBatchColumns));
+  return shared_bytes<unsigned>(1) + std::max(shared_bytes<A>(kBatchSamples * kBatchStage<A>),
+                                              shared_bytes<A>(kBatchWarps * kBatchSamples * kBatchColumns));
 }
 
-// Layer 1 is the transpose of w2 with the activation and norm behind it, layer 0 the transpose of w1, both branches added up. A
-// lane has two columns; the warps share the rows.
+// Layer 1 is the transpose of w2 with the activation and norm behind it; a block has a chunk of the channels, and the last one
+// adds up what the others left. Layer 0 is the transpose of w1, both branches added up. A lane has two columns; the warps share
+// the rows.
 template <typename T>
 __global__ void __launch_bounds__(kBatchThreads, kBatchBlocks<T>)
     transform_backward_layer(TransformGradParams<T> params, int layer, int64_t tiles_of_scale, int64_t tiles_of_shift) {
   using A = acc_t<T>;
+  constexpr int kStage = kBatchStage<A>, kRowsTogether = 8;
   const TransformParams<T>& forward = params.forward;
   SharedMemory shared;
   unsigned* word = shared.take<unsigned>(1);
-  A* staged = shared.take<A>(kBatchSamples * kBatchStage);
+  A* staged = shared.take<A>(kBatchSamples * kStage);
   A* of_warps = staged;  // [warps][samples][columns], when the sums are done
   const BatchTile tile(tiles_of_scale, tiles_of_shift);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t first_column = tile.first * kBatchColumns,
+  const int64_t chunks = batch_chunks(forward.channels), chunk = layer == 0 ? 0 : tile.first % chunks;
+  const int64_t first_column = (layer == 0 ? tile.first : tile.first / chunks) * kBatchColumns,
                 columns = layer == 0 ? forward.channels : forward.branch[tile.branch].units;
   A sum[kBatchSamples][2];
 #pragma unroll
@@ -164,23 +200,35 @@ __global__ void __launch_bounds__(kBatchThreads, kBatchBlocks<T>)
     if (branch.units == 0 || (layer == 1 && b != tile.branch)) continue;
     const bool from_t = layer == 1 || !branch.w2.given();
     const A* input = from_t ? params.grad_t[b] : params.grad_hidden + branch.first_unit;
-    const int64_t stride = from_t ? forward.channels : forward.units, rows = layer == 0 ? branch.units : forward.channels;
-    for (int64_t first = 0; first < rows; first += kBatchStage) {
-      stage_samples(input, stride, tile.first_sample, forward.samples, first, rows, staged);
+    const int64_t stride = from_t ? forward.channels : forward.units, all_rows = layer == 0 ? branch.units : forward.channels;
+    const int64_t begin = chunk * kBatchChunk, end_of_chunk = begin + kBatchChunk;
+    const int64_t rows = layer == 1 && end_of_chunk < all_rows ? end_of_chunk : all_rows;
+    const auto from = [&](int s, int64_t row) { return input[(tile.first_sample + s) * stride + row]; };
+    for (int64_t first = begin; first < rows; first += kStage) {
+      const int64_t left = rows - first;
+      const int width = left < kStage ? static_cast<int>(left) : kStage;
+      stage_samples(tile.first_sample, forward.samples, first, rows, width, from, staged);
       __syncthreads();
       with_values(layer == 0 ? branch.w1 : branch.w2, [&](const auto* values) {
-#pragma unroll 4
-        for (int r = warp; r < kBatchStage; r += kBatchWarps) {
-          if (first + r >= rows) break;
-          const auto* row = values + (first + r) * columns;
+        using W = std::remove_cv_t<std::remove_pointer_t<decltype(values)>>;
+        load_ahead<kRowsTogether>(
+            warp, width, kBatchWarps,
+            [&](int64_t r) {
+              Vector<W, 2> pair = {};
 #pragma unroll
-          for (int i = 0; i < 2; i++) {
-            const int64_t column = first_column + lane + i * kWarp;
-            const A value = column < columns ? static_cast<A>(load(row + column)) : A(0);
+              for (int i = 0; i < 2; i++) {
+                const int64_t column = first_column + lane + i * kWarp;
+                if (column < columns) pair.data[i] = load(values + (first + r) * columns + column);
+              }
+              return pair;
+            },
+            [&](int64_t r, const Vector<W, 2>& pair) {
 #pragma unroll
-            for (int s = 0; s < kBatchSamples; s++) sum[s][i] += value * staged[s * kBatchStage + r];
-          }
-        }
+              for (int s = 0; s < kBatchSamples; s++) {
+#pragma unroll
+                for (int i = 0; i < 2; i++) sum[s][i] += static_cast<A>(pair.data[i]) * staged[s * kStage + r];
+              }
+            });
       });
       __syncthreads();
     }
@@ -191,6 +239,9 @@ __global__ void __launch_bounds__(kBatchThreads, kBatchBlocks<T>)
     for (int i = 0; i < 2; i++) of_warps[(warp * kBatchSamples + s) * kBatchColumns + lane + i * kWarp] = sum[s][i];
   }
   __syncthreads();
+  const auto grad_activated = [&](int64_t sample, int64_t of_chunk) {
+    return params.grad_activated + (sample * chunks + of_chunk) * forward.units;
+  };
   for (int i = threadIdx.x; i < kBatchSamples * kBatchColumns; i += kBatchThreads) {
     const int64_t sample = tile.first_sample + i / kBatchColumns, column = first_column + i % kBatchColumns;
     A total = A(0);
@@ -200,7 +251,7 @@ __global__ void __launch_bounds__(kBatchThreads, kBatchBlocks<T>)
     if (layer == 0) {
       params.grad_context[sample * forward.channels + column] = total * params.grad_context_factor;
     } else {
-      params.grad_activated[sample * forward.units + forward.branch[tile.branch].first_unit + column] = total;
+      grad_activated(sample, chunk)[forward.branch[tile.branch].first_unit + column] = total;
     }
   }
   if (layer == 0 || !last_to_arrive(params.arrived + tile.first_sample / kBatchSamples, tile.tiles, word)) return;
@@ -208,10 +259,15 @@ __global__ void __launch_bounds__(kBatchThreads, kBatchBlocks<T>)
     const int64_t sample = tile.first_sample + i / kBranches;
     const BranchParams<T>& branch = forward.branch[i % kBranches];
     if (sample >= forward.samples || !branch.w2.given()) continue;
-    const int64_t first = sample * forward.units + branch.first_unit;
-    activate_backward_by_warp(
-        params, sample, branch, [&](int64_t j) { return forward.hidden[first + j]; },
-        [&](int64_t j) { return load_fresh(params.grad_activated + first + j); }, [](int64_t, A) {});
+    const A* hidden = forward.hidden + sample * forward.units + branch.first_unit;
+    const auto sum_of_chunks = [&](int64_t j) {
+      A total = A(0);
+      load_ahead<16>(
+          0, chunks, 1, [&](int64_t of_chunk) { return load_fresh(grad_activated(sample, of_chunk) + branch.first_unit + j); },
+          [&](int64_t, A part) { total += part; });
+      return total;
+    };
+    activate_backward_by_warp(params, sample, branch, [&](int64_t j) { return hidden[j]; }, sum_of_chunks, [](int64_t, A) {});
   }
 }
 
