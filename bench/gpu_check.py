@@ -137,7 +137,8 @@ def run_step(step: Step, left: float) -> dict[str, Any]:
         status, text = f"stopped after {limit:.0f} s", expired.stdout or b""
     except OSError as error:
         status, text = f"failed: {error}", b""
-    lines = text.decode(errors="replace").splitlines()[-KEPT_LINES:]
+    kept = text.decode(errors="replace").replace(str(ROOT), ".").replace(sys.prefix, "(prefix)")  # no folder of this machine
+    lines = kept.splitlines()[-KEPT_LINES:]
     return {"name": step.name, "status": status, "why": "", "seconds": time.monotonic() - start, "output": lines}
 
 

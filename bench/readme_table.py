@@ -15,7 +15,9 @@ import global_context
 
 ROOT = Path(__file__).resolve().parent.parent
 README, RESULTS = ROOT / "README.md", ROOT / "bench" / "results" / "cpu.json"
+GPU_RESULTS = ROOT / "bench" / "results" / "h200" / "gpu_check.json"
 BEGIN, END = "<!-- measured: written by bench/readme_table.py -->", "<!-- end of measured -->"
+GPU_BEGIN, GPU_END = "<!-- measured on a GPU: written by bench/readme_table.py -->", "<!-- end of measured on a GPU -->"
 CANDIDATES = ("ours", "eager", "compile", "rewrite")
 
 
@@ -84,16 +86,43 @@ def text(results: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def replaced(readme: str, results: dict[str, Any]) -> str:
-    before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{text(results)}\n\n{END}{rest.split(END)[1]}"
+def gpu_text(results: dict[str, Any]) -> str:
+    """The same of a GPU: multiples of a device copy of x, in replayed CUDA graphs, with x not in the cache."""
+    found, way = results["environment"], "graph_cold"
+    cells = []
+    for row in results["timings"]["rows"]:
+        ours, rewrite = (row["candidates"].get(name) for name in ("ours", "compiled rewrite"))
+        if not rewrite:
+            continue
+        figures = [each[direction][way] / row["copy"][way] for direction in ("forward", "backward") for each in (ours, rewrite)]
+        cells.append([row["row"], f"{row['copy'][way]:.1f}", *(f"{figure:.2f}" for figure in figures)])
+    directions = ("forward: ours", "forward: rewrite", "backward: ours", "backward: rewrite")
+    return "\n\n".join(
+        [
+            f"On one {found['gpus'][0]['name']}, torch {found['torch']}, commit {found['commit']}; by `make gpu-check`, "
+            "committed as [bench/results/h200](bench/results/h200/gpu_check.txt). Medians, in multiples of a device copy of x; "
+            "replayed CUDA graphs, the second-level cache overwritten before every call; both fusions, ratio 1/16; `rewrite` "
+            "as above.",
+            _table(["x", "copy, us", *directions], cells),
+        ]
+    )
+
+
+def _between(readme: str, begin: str, end: str, content: str) -> str:
+    before, rest = readme.split(begin)
+    return f"{before}{begin}\n\n{content}\n\n{end}{rest.split(end)[1]}"
+
+
+def replaced(readme: str, results: dict[str, Any], gpu_results: dict[str, Any]) -> str:
+    return _between(_between(readme, BEGIN, END, text(results)), GPU_BEGIN, GPU_END, gpu_text(gpu_results))
 
 
 def main() -> int:
-    readme, wanted = README.read_text(), replaced(README.read_text(), json.loads(RESULTS.read_text()))
+    readme = README.read_text()
+    wanted = replaced(readme, json.loads(RESULTS.read_text()), json.loads(GPU_RESULTS.read_text()))
     if "--check" in sys.argv:
         if readme != wanted:
-            print("README.md is not what bench/results/cpu.json says: run python bench/readme_table.py")
+            print("README.md is not what bench/results says: run python bench/readme_table.py")
         return int(readme != wanted)
     README.write_text(wanted)
     return 0

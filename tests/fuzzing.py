@@ -25,7 +25,7 @@ WRONG_DTYPES = (torch.int64, torch.uint8, torch.bool, torch.complex64, torch.com
 SPECIAL = (math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-41, -3e-6, 6e4, 3e38, -3e38)
 LAYOUTS = {
     "sparse": lambda tensor: tensor.to_sparse(),
-    "mkldnn": lambda tensor: tensor.to_mkldnn(),
+    "mkldnn": lambda tensor: tensor.to_sparse() if tensor.is_cuda else tensor.to_mkldnn(),
     "quantized": lambda tensor: torch.quantize_per_tensor(tensor.nan_to_num(), 0.1, 0, torch.qint8),
 }
 

@@ -155,7 +155,12 @@ def test_readme_check_notices_another_figure():
     results = json.loads(table.RESULTS.read_text())
     ours = next(row for row in results["block"] if row["candidate"] == "ours" and row["x"] == "8x256x56x56")
     ours["clones"] *= 2
-    assert table.replaced(table.README.read_text(), results) != table.README.read_text()
+    gpu_results = json.loads(table.GPU_RESULTS.read_text())
+    assert table.replaced(table.README.read_text(), results, gpu_results) != table.README.read_text()
+    results = json.loads(table.RESULTS.read_text())
+    assert table.replaced(table.README.read_text(), results, gpu_results) == table.README.read_text()
+    gpu_results["timings"]["rows"][0]["candidates"]["ours"]["forward"]["graph_cold"] *= 2
+    assert table.replaced(table.README.read_text(), results, gpu_results) != table.README.read_text()
 
 
 # ---- profiling ---------------------------------------------------------------------------------------------------------------

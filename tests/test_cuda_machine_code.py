@@ -115,7 +115,8 @@ def test_accesses_are_as_wide_as_planned(instructions):
             )
             assert loads >= wanted.count, f"{kernel} on {arch}: {loads} loads of {wanted.bits} bits, not {wanted.count}"
             if kernel.startswith(("fuse_", "attention_pool_backward", "sums_")):
-                assert stores >= wanted.count, f"{kernel} on {arch}: {stores} stores of {wanted.bits} bits, not {wanted.count}"
+                turns = 2 if kernel.startswith("attention_pool_backward_positions") else 1  # of the loop that stores
+                assert stores * turns >= wanted.count, f"{kernel} on {arch}: {stores} stores of {wanted.bits} bits"
             checked += 1
     assert checked >= 20 * len(instructions)
 

@@ -210,6 +210,7 @@ void test_global_context(bool small) {
   test<float>({{2, 260, 70, true}, {5, 6}});
   test<float>({{2, 300, 40, false}, {33, 5}, false});
   test<float>({{9, 270, 4, false}, {50, 80}});  // too many weights for one block
+  test<float>({{40, 10, 2, false}, {5, 6}});    // more samples than parameter_gradients.cuh stages at a time
   test<double>({{1, 20, 70, false}, {5, 6}});
   test<double>({{1, 20, 70, true}, {5, 6}});
 }
