@@ -25,7 +25,7 @@ from torch.distributed.checkpoint import state_dict as distributed_state
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from tqdm import tqdm
 
 from gcnet_ext import GlobalContextBlock, demo, insert_blocks
@@ -79,8 +79,7 @@ def load(arguments: argparse.Namespace) -> tuple[Dataset, nn.Module]:
 def batches(data: Dataset, arguments: argparse.Namespace, epoch: int, skip: int, device: torch.device) -> Iterator[tuple]:
     """This process's part of every whole batch of the epoch, from batch `skip` on."""
     size = arguments.batch * dist.get_world_size()
-    count = min(len(data), arguments.images or len(data))
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(arguments.seed + epoch))
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(arguments.seed + epoch))
     first = dist.get_rank() * arguments.batch
     own = [part[first : first + arguments.batch].tolist() for part in order.split(size) if len(part) == size][skip:]
     for images, labels in DataLoader(data, batch_sampler=own, num_workers=arguments.workers):
@@ -193,6 +192,8 @@ def main() -> None:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     data, model = load(arguments)
+    if arguments.images:
+        data = Subset(data, range(arguments.images))
     model.to(device)
     if arguments.strategy == "ddp":
         model = DistributedDataParallel(model, device_ids=[local] if device.type == "cuda" else None)
