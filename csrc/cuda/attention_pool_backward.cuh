@@ -86,7 +86,12 @@ template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::threads, Shape::blocks) attention_pool_backward_rows(PoolBackwardParams<T> params) {
   using A = acc_t<T>;
   constexpr int V = Shape::vector;
-  constexpr int kTogether = std::min(Shape::rows, 8);  // accesses of g under way: no load moves up past a store
+  // Accesses of g under way: no load moves up past a store. From sm_100 on the compiler finds no registers for more than four.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  constexpr int kTogether = std::min(Shape::rows, 4);
+#else
+  constexpr int kTogether = std::min(Shape::rows, 8);
+#endif
   SharedMemory shared;
   A* weight = shared.take<A>(Shape::channels);
   A* grad_context = shared.take<A>(Shape::channels);
