@@ -193,7 +193,7 @@ def main() -> None:
 
     data, model = load(arguments)
     if arguments.images:
-        data = Subset(data, range(arguments.images))
+        data = Subset(data, range(min(arguments.images, len(data))))
     model.to(device)
     if arguments.strategy == "ddp":
         model = DistributedDataParallel(model, device_ids=[local] if device.type == "cuda" else None)
