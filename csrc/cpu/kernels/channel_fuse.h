@@ -10,30 +10,40 @@ namespace gcnet_ext::cpu::GCNET_CAPABILITY {
 template <typename scalar_t>
 constexpr int64_t kWriteAhead = 2048 / sizeof(scalar_t);
 
+// row = in*scale + shift for `count` elements of a row; scale(i, lanes) and shift(i, lanes) are the vectors for element i on.
+template <typename scalar_t, typename Scale, typename Shift>
+inline void fuse_row(const scalar_t* in, int64_t count, const Scale& scale, const Shift& shift, scalar_t* row) {
+  using acc = acc_t<scalar_t>;
+  constexpr std::integral_constant<int64_t, kLanes<acc>> all;
+  const auto fused = [&](int64_t i, auto lanes) { return load(in + i, lanes) * scale(i, lanes) + shift(i, lanes); };
+  int64_t i = 0;
+  for (; i + 2 * all <= count; i += 2 * all) {
+    __builtin_prefetch(row + i + kWriteAhead<scalar_t>, 1);
+    store_two(row + i, fused(i, all), fused(i + all, all));
+  }
+  for_each_vector<acc>(count - i, [&](int64_t j, auto lanes) { store(row + i + j, fused(i + j, lanes), lanes); });
+}
+
 template <typename scalar_t>
 void channel_fuse(Block<const scalar_t> x, const acc_t<scalar_t>* scale, const acc_t<scalar_t>* shift, Block<scalar_t> out) {
   using acc = acc_t<scalar_t>;
   if (!x.channels_last) {
     for (int64_t c = 0; c < x.channels; c++) {
       const Vec<acc> s = broadcast(scale ? scale[c] : acc(1)), t = broadcast(shift ? shift[c] : acc(0));
-      const scalar_t* in = x.data + c * x.channel_stride;
-      scalar_t* row = out.data + c * out.channel_stride;
-      for_each_vector<acc>(x.positions, [&](int64_t p, auto lanes) {
-        __builtin_prefetch(row + p + kWriteAhead<scalar_t>, 1);
-        store(row + p, load(in + p, lanes) * s + t, lanes);
-      });
+      fuse_row(
+          x.data + c * x.channel_stride, x.positions, [&](auto...) { return s; }, [&](auto...) { return t; },
+          out.data + c * out.channel_stride);
     }
     return;
   }
-  for (int64_t p = 0; p < x.positions; p++) {
-    const scalar_t* in = x.data + p * x.position_stride;
-    scalar_t* row = out.data + p * out.position_stride;
-    for_each_vector<acc>(x.channels, [&](int64_t c, auto lanes) {
-      const Vec<acc> s = scale ? load(scale + c, lanes) : broadcast(acc(1)), t = shift ? load(shift + c, lanes) : Vec<acc>{};
-      __builtin_prefetch(row + c + kWriteAhead<scalar_t>, 1);
-      store(row + c, load(in + c, lanes) * s + t, lanes);
-    });
-  }
+  const auto fuse = [&](auto scaled, auto shifted) {
+    const auto s = [&](int64_t c, auto lanes) { return scaled ? load(scale + c, lanes) : broadcast(acc(1)); };
+    const auto t = [&](int64_t c, auto lanes) { return shifted ? load(shift + c, lanes) : Vec<acc>{}; };
+    for (int64_t p = 0; p < x.positions; p++) {
+      fuse_row(x.data + p * x.position_stride, x.channels, s, t, out.data + p * out.position_stride);
+    }
+  };
+  with_flags(fuse, scale, shift);
 }
 
 // sum_a += a, sum_ab += a*b for one vector of channels or positions; what is not asked for is not loaded.

@@ -1,6 +1,6 @@
 // Vectors of acc (float or double) of the capability's width, from the compiler's vector extension: operators come with it, and
-// the same source compiles to SSE, AVX2, AVX-512 or NEON. What the extension lacks (half loads, masks, sums across lanes) is in
-// simd_<capability>.h, which is included before this file and defines GCNET_CAPABILITY and kVectorBytes.
+// the same source compiles to SSE, AVX2, AVX-512 or NEON. What the extension lacks (16-bit loads, masks, sums across lanes) is
+// in simd_<capability>.h, which is included before this file and defines GCNET_CAPABILITY and kVectorBytes.
 #pragma once
 
 #include <algorithm>
@@ -48,26 +48,25 @@ inline Vec<double> exp(Vec<double> x) {
   return x;
 }
 
-// bfloat16 is the upper half of a float.
-inline Vec<float> load(const BFloat16* p) {
-  typedef uint16_t ShortVec __attribute__((vector_size(kVectorBytes / 2)));
-  typedef uint32_t WordVec __attribute__((vector_size(kVectorBytes)));
-  ShortVec bits;
-  std::memcpy(&bits, p, sizeof bits);
-  return reinterpret_cast<Vec<float>>(__builtin_convertvector(bits, WordVec) << 16);
+// bfloat16 is the upper half of a float. (The compiler's own conversions of vectors take twice the instructions of widen and
+// narrow.)
+inline Vec<float> load(const BFloat16* p) { return reinterpret_cast<Vec<float>>(widen(p) << 16); }
+
+inline Words bfloat16_words(Vec<float> value) {
+  const Words bits = reinterpret_cast<Words>(value);
+  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  return value != value ? Words{} + 0x7fc0u : rounded;
+}
+inline void store(BFloat16* p, Vec<float> value) { narrow(p, bfloat16_words(value)); }
+
+// Two vectors, one behind the other.
+template <typename scalar_t>
+inline void store_two(scalar_t* p, Vec<acc_t<scalar_t>> first, Vec<acc_t<scalar_t>> second) {
+  store(p, first);
+  store(p + kLanes<acc_t<scalar_t>>, second);
 }
 
-inline void store(BFloat16* p, Vec<float> value) {
-  typedef uint16_t ShortVec __attribute__((vector_size(kVectorBytes / 2)));
-  typedef uint32_t WordVec __attribute__((vector_size(kVectorBytes)));
-  const WordVec bits = reinterpret_cast<WordVec>(value);
-  WordVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
-  rounded = value != value ? WordVec{} + 0x7fc0u : rounded;
-  const ShortVec narrow = __builtin_convertvector(rounded, ShortVec);
-  std::memcpy(p, &narrow, sizeof narrow);
-}
-
-// The first `count` lanes from memory, zeros in the others; and back. By way of a buffer, where the capability has no masks.
+// The first `count` lanes from memory, zeros in the others; and back. By way of a buffer, unless the capability knows better.
 template <typename scalar_t>
 inline auto load_first(const scalar_t* p, int64_t count) {
   alignas(kVectorBytes) scalar_t buffer[kLanes<acc_t<scalar_t>>] = {};

@@ -30,6 +30,14 @@ inline void store(Half* p, Vec<float> value) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
 }
 
+typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+inline Words widen(const BFloat16* p) {
+  return reinterpret_cast<Words>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
+inline void narrow(BFloat16* p, Words words) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(words)));
+}
+
 inline __mmask16 first(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
 inline Vec<float> load_first(const float* p, int64_t count) { return _mm512_maskz_loadu_ps(first(count), p); }
 inline Vec<double> load_first(const double* p, int64_t count) { return _mm512_maskz_loadu_pd(first(count), p); }

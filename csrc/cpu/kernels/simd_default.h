@@ -38,6 +38,18 @@ inline void store(Half* p, Vec<float> value) {
   for (int i = 0; i < kLanes<float>; i++) p[i] = Half(value[i]);
 }
 
+typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t HalfWords __attribute__((vector_size(kVectorBytes / 2)));
+inline Words widen(const BFloat16* p) {
+  HalfWords bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return __builtin_convertvector(bits, Words);
+}
+inline void narrow(BFloat16* p, Words words) {
+  const HalfWords bits = __builtin_convertvector(words, HalfWords);
+  std::memcpy(p, &bits, sizeof bits);
+}
+
 inline float sum(Vec<float> v) { return (v[0] + v[1]) + (v[2] + v[3]); }
 inline double sum(Vec<double> v) { return v[0] + v[1]; }
 
