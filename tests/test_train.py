@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gcnet_ext import GlobalContextBlock
 
-IMAGES = 800
+IMAGES = 240
 STEPS = 5  # of an epoch
 
 
