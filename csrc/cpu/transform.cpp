@@ -53,7 +53,6 @@ Branch<acc>::Branch(const BranchTensors& tensors, const TransformOptions& option
       channels_(channels),
       units_(gcnet_ext::hidden_units(tensors)),
       two_layers_(tensors[4]),
-      weights_(0),
       weight_bytes_(0),
       w1_(dense_weight<acc>(tensors[0])),
       w2_(dense_weight<acc>(tensors[4])),
@@ -62,9 +61,7 @@ Branch<acc>::Branch(const BranchTensors& tensors, const TransformOptions& option
       norm_bias_(to_acc<acc>(tensors[3])),
       b2_(to_acc<acc>(tensors[5])) {
   for (const auto* weight : {&w1_, &w2_}) {
-    if (!*weight) continue;
-    weights_ += (*weight)->numel();
-    weight_bytes_ += (*weight)->numel() * static_cast<int64_t>((*weight)->element_size());
+    if (*weight) weight_bytes_ += (*weight)->numel() * static_cast<int64_t>((*weight)->element_size());
   }
   if (two_layers_) activated_ = buffer<acc>(samples * units_);
 }

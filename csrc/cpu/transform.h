@@ -30,7 +30,7 @@ class Branch {
   int64_t weight_bytes() const { return weight_bytes_; }
 
   // Whether the threads share the rows of the weights; otherwise a sample's transform is one thread's work.
-  bool row_parallel() const { return weights_ > kBatchedWeights; }
+  bool row_parallel() const { return (two_layers_ ? 2 : 1) * channels_ * units_ > kBatchedWeights; }
 
   // t of samples first <= n < first + count; hidden [N, hidden_stride] gets w1 ctx + b1.
   void forward(const acc* context, int64_t first, int64_t count, acc* hidden, int64_t hidden_stride, acc* t);
@@ -52,12 +52,13 @@ class Branch {
   void activate_backward(const acc* grad_activated, acc inverse_std, int64_t sample);
 
   // Up to here a sample's transform is one thread's work; above, the weights are read once for many samples, row by row.
+  // (Their number, not their bytes: what this saves is loads and conversions.)
   static constexpr int64_t kBatchedWeights = 64 << 10;
 
   TransformOptions options_;
   int64_t samples_, channels_, units_;
   bool two_layers_;
-  int64_t weights_, weight_bytes_;  // how many w1 and w2 have, and their size
+  int64_t weight_bytes_;
   OptionalTensor w1_, w2_;
   std::vector<acc> b1_, norm_weight_, norm_bias_, b2_;
   Buffer<acc> activated_;                                   // [N, H], act(norm(hidden))

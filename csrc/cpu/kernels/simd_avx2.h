@@ -87,14 +87,16 @@ inline Vec<float> load_first(const BFloat16* p, int64_t count) {
   return reinterpret_cast<Vec<float>>(widen(load_first_bits(p, count)) << 16);
 }
 inline void store_first(Half* p, Vec<float> value, int64_t count) { store_first_bits(p, to_half(value), count); }
-inline Words bfloat16_words(Vec<float> value);                             // simd.h
-inline void store_two(BFloat16* p, Vec<float> first, Vec<float> second) {  // packus interleaves the halves of its arguments
+inline Words bfloat16_words(Vec<float> value);  // simd.h
+inline void store_first(BFloat16* p, Vec<float> value, int64_t count) {
+  store_first_bits(p, narrow(bfloat16_words(value)), count);
+}
+
+// packus interleaves the halves of its arguments.
+inline void store_two(BFloat16* p, Vec<float> first, Vec<float> second) {
   const __m256i packed =
       _mm256_packus_epi32(reinterpret_cast<__m256i>(bfloat16_words(first)), reinterpret_cast<__m256i>(bfloat16_words(second)));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
-}
-inline void store_first(BFloat16* p, Vec<float> value, int64_t count) {
-  store_first_bits(p, narrow(bfloat16_words(value)), count);
 }
 
 inline __m256 fold(Vec<float> v) { return v; }
