@@ -34,7 +34,7 @@ py::dict build_info() {
 }
 
 py::dict plan_cpu(int64_t channels, int64_t positions, int64_t element_size, bool channels_last) {
-  const auto pool = gcnet_ext::plan_cpu_pool(channels, positions, element_size, channels_last, /*backward=*/false);
+  const auto pool = gcnet_ext::plan_cpu_pool(channels, positions, element_size, channels_last);
   const auto sweep = gcnet_ext::plan_cpu_sweep(channels, positions, element_size, channels_last);
   return py::dict("tile"_a = pool.tile, "split"_a = pool.split, "splits"_a = pool.splits, "sweep_channels"_a = sweep.channels,
                   "sweep_positions"_a = sweep.positions, "sweep_channel_blocks"_a = sweep.channel_blocks,

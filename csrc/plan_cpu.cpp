@@ -10,29 +10,29 @@ constexpr int64_t kMinTile = 64;           // positions: four vectors of 16 floa
 constexpr int64_t kMaxTile = 4096;         // what the kernels have scratch space for
 constexpr int64_t kMaxSplits = 64;         // partial results of a sample: 64 C elements at most
 constexpr int64_t kSweepBytes = 128 << 10;
-constexpr int64_t kSmallSample = 4 << 20;       // bytes of a sample that is cut by channels: it is read twice, from a cache
+constexpr int64_t kSmallSample = 1 << 20;       // bytes of a sample that is cut by channels: it is read twice, from a cache
 constexpr int64_t kWide = 512;                  // channels; with more, tiles are short pieces of rows far apart, and a larger
-constexpr int64_t kMaxByChannels = 12 << 20;    // sample is cut by channels, too
-constexpr int64_t kMaxBackward = 20 << 20;      // the same in the backward pass, where the pieces are written as well
+constexpr int64_t kMaxByChannels = 20 << 20;    // sample is cut by channels, too
 constexpr int64_t kMaxRow = 16384;              // positions whose logits stay in a cache while the rows go by
 constexpr int64_t kMaxParts = 16;               // of such a sample: P elements each
 constexpr int64_t kRowBlock = 4;                // rows that the kernels take at once
 constexpr int64_t kShare = 1 << 20;             // bytes of x that a core still has in a cache when they are read again
+constexpr int64_t kShared = 16 << 20;           // the same of the cache that the cores have in common
 constexpr int64_t kMaxAloneWeights = 64 << 10;  // bytes of the transform that one thread reads for every sample
 constexpr int64_t kWeightsShare = 8;            // where threads share it, a group outweighs it so many times
 constexpr int64_t kMaxIdle = 8;                 // at most one in so many threads may have nothing to do in the last round
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-bool by_channels(int64_t channels, int64_t positions, int64_t element_size, bool channels_last, bool backward) {
+bool by_channels(int64_t channels, int64_t positions, int64_t element_size, bool channels_last) {
   const int64_t bytes = channels * positions * element_size;
   if (channels_last || positions > kMaxRow) return false;
-  return bytes <= kSmallSample || (channels > kWide && bytes <= (backward ? kMaxBackward : kMaxByChannels));
+  return bytes <= kSmallSample || (channels > kWide && bytes <= kMaxByChannels);
 }
 }  // namespace
 
-PoolPlan plan_cpu_pool(int64_t channels, int64_t positions, int64_t element_size, bool channels_last, bool backward) {
-  if (by_channels(channels, positions, element_size, channels_last, backward)) return {true, positions, positions, 1};
+PoolPlan plan_cpu_pool(int64_t channels, int64_t positions, int64_t element_size, bool channels_last) {
+  if (by_channels(channels, positions, element_size, channels_last)) return {true, positions, positions, 1};
   const int64_t fitting = kTileBytes / (channels * element_size) / kMinTile * kMinTile;
   const int64_t tile = std::clamp(fitting, kMinTile, kMaxTile);
   const int64_t tiles = std::max<int64_t>(1, ceil_div(positions, tile));
@@ -50,7 +50,7 @@ SweepPlan plan_cpu_sweep(int64_t channels, int64_t positions, int64_t element_si
     const int64_t parts = std::clamp<int64_t>(ceil_div(positions, elements), 1, kMaxSplits);
     plan.positions = ceil_div(positions, parts);
     plan.channels = elements / std::max<int64_t>(1, positions);
-    if (by_channels(channels, positions, element_size, channels_last, /*backward=*/true)) {
+    if (by_channels(channels, positions, element_size, channels_last)) {
       plan.channels = ceil_div(std::max(plan.channels, ceil_div(channels, kMaxParts)), kRowBlock) * kRowBlock;
     }
   }
@@ -64,7 +64,8 @@ SweepPlan plan_cpu_sweep(int64_t channels, int64_t positions, int64_t element_si
 GroupPlan plan_cpu_group(int64_t samples, int64_t sample_bytes, int64_t weight_bytes, int64_t threads) {
   const int64_t rounds = ceil_div(samples, threads), idle = rounds * threads - samples;
   const bool busy = idle * kMaxIdle <= rounds * threads;
-  if (busy && sample_bytes <= kShare && weight_bytes <= std::max(kMaxAloneWeights, sample_bytes / 8)) return {1, true};
+  const bool cached = sample_bytes <= std::max(kShare, kShared / threads);
+  if (busy && cached && weight_bytes <= std::max(kMaxAloneWeights, sample_bytes / 4)) return {1, true};
   const int64_t bytes = std::max(threads * kShare, kWeightsShare * weight_bytes);
   return {std::clamp<int64_t>(bytes / std::max<int64_t>(1, sample_bytes), 1, std::max<int64_t>(1, samples)), false};
 }

@@ -9,7 +9,7 @@ namespace gcnet_ext {
 // The attention pool of one sample on the CPU.
 //
 // by_channels: a small or wide sample in NCHW is cut into the blocks of its sweep, whole rows one behind the other; every block
-// adds to the logits, and then takes the weighted sums of its own channels. (Up to which size depends on the direction.)
+// adds to the logits, and then takes the weighted sums of its own channels.
 // Otherwise its P positions are cut into `splits` parts of `split` positions; each part is walked in tiles of `tile` positions,
 // which stay in the second-level cache between the logits and the weighted sum.
 struct PoolPlan {
@@ -23,7 +23,7 @@ struct SweepPlan {
   int64_t channel_blocks, position_blocks;  // how many there are
 };
 
-PoolPlan plan_cpu_pool(int64_t channels, int64_t positions, int64_t element_size, bool channels_last, bool backward);
+PoolPlan plan_cpu_pool(int64_t channels, int64_t positions, int64_t element_size, bool channels_last);
 SweepPlan plan_cpu_sweep(int64_t channels, int64_t positions, int64_t element_size, bool channels_last);
 
 // How many samples go through all steps of the block before the next ones start: few enough for every thread to find its part

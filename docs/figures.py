@@ -50,7 +50,7 @@ class Cut(NamedTuple):
 
 MOST_SHOWN, SHOWN = 25, 12
 SAMPLES = (  # title, C, P, channels_last
-    ("NCHW, small: 256 x 56x56", 256, 56 * 56, False),
+    ("NCHW, small: 256 x 28x28", 256, 28 * 28, False),
     ("NCHW, large: 512 x 100x168", 512, 100 * 168, False),
     ("channels_last: 256 x 56x56", 256, 56 * 56, True),
 )
@@ -188,7 +188,7 @@ def walk(passes: Iterable[Pass], blocks: int, block_bytes: int) -> Iterator[Acce
 
 
 def draw_order(path: Path) -> None:
-    channels, positions = 256, 56 * 56
+    channels, positions = 1024, 28 * 28
     cut = plan(channels, positions)
     blocks, block_bytes = cut["sweep_channel_blocks"] // 2, cut["sweep_channels"] * positions * BYTES
     figure, grid = plt.subplots(2, 2, figsize=(11, 5), layout="constrained", sharey=True)
@@ -215,7 +215,7 @@ def draw_order(path: Path) -> None:
     for axes in grid[1]:
         axes.set_xlabel("time: one block after the other", fontsize=9)
     figure.suptitle(
-        "One of two threads on a sample of 256 x 56x56 in NCHW, float32. A model of its second-level cache of 2 MiB,\n"
+        "One of two threads on a sample of 1024 x 28x28 in NCHW, float32. A model of its second-level cache of 2 MiB,\n"
         "empty at first; orange: the share of what the step reads (x, in the backward pass also g) that is not in it.",
         fontsize=9,
     )

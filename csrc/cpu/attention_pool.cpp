@@ -24,7 +24,7 @@ void pool_samples(const Map<const scalar_t>& x, const acc_t<scalar_t>* weight, a
     return;
   }
   constexpr acc lowest = -std::numeric_limits<acc>::infinity();
-  const PoolPlan plan = pool_plan(x, /*backward=*/false);
+  const PoolPlan plan = pool_plan(x);
   if (plan.by_channels) {  // x is read twice: as many samples at a time as stay in the caches
     const int64_t sample_bytes = channels * positions * sizeof(scalar_t);
     return for_each_group(plan_groups(count, sample_bytes, 0), count, elements, [&](int64_t n, int64_t some) {
@@ -88,7 +88,7 @@ void pool_backward_samples(const Map<const scalar_t>& grad, const Map<const scal
                            const Map<scalar_t>& grad_x, const WeightGradient<acc_t<scalar_t>>& grad_weight) {
   using acc = acc_t<scalar_t>;
   const int64_t channels = x.layout.channels, positions = x.layout.positions;
-  const PoolPlan plan = pool_plan(x, /*backward=*/true);
+  const PoolPlan plan = pool_plan(x);
   if (plan.by_channels) return pool_backward_by_channels(grad, x, given, first, count, grad_x, grad_weight);
   const auto pool_backward = map_kernels<scalar_t>().attention_pool_backward;
   const auto split = [&](int64_t i) {
@@ -185,7 +185,7 @@ std::tuple<Tensor, Tensor> attention_pool_backward(const Tensor& grad_context_in
     using acc = acc_t<scalar_t>;
     const auto w = to_acc<acc>(weight);
     const auto map = read_map<scalar_t>(x);
-    const PoolPlan plan = pool_plan(map, /*backward=*/true);
+    const PoolPlan plan = pool_plan(map);
     const auto partial = need_weight ? WeightGradient<acc>(x.size(0), plan.splits, x.size(1)) : WeightGradient<acc>();
     const PoolGradients<acc> given{data<acc>(grad_context), data<acc>(context), data<acc>(attention), w.data(), nullptr};
     const auto grad_x_map = write_map_if<scalar_t>(need_x, grad_x);

@@ -7,8 +7,8 @@
 namespace gcnet_ext::cpu {
 
 template <typename scalar_t>
-PoolPlan pool_plan(const Map<const scalar_t>& x, bool backward) {
-  return plan_cpu_pool(x.layout.channels, x.layout.positions, sizeof(scalar_t), x.layout.channels_last, backward);
+PoolPlan pool_plan(const Map<const scalar_t>& x) {
+  return plan_cpu_pool(x.layout.channels, x.layout.positions, sizeof(scalar_t), x.layout.channels_last);
 }
 
 // context[n, c] = sum_p m_p x_cp with attention[n, p] = m = softmax(w . x_p + b) for samples first <= n < first + count.

@@ -180,7 +180,7 @@ Gradients global_context_backward(const Tensor& grad_in, const Tensor& x_in, con
     if (scale) scale->prepare_backward();
     if (shift) shift->prepare_backward();
 
-    const PoolPlan plan = pool_plan(map, /*backward=*/true);
+    const PoolPlan plan = pool_plan(map);
     const auto grad_weight =
         need_mask && mask_weight ? WeightGradient<acc>(samples, plan.splits, channels) : WeightGradient<acc>();
     const auto grad_t_scale = scale ? buffer<acc>(samples * channels) : nullptr;

@@ -246,7 +246,7 @@ void fuzz_plans(Source& from) {
   const auto size = [&] { return 1 + (from.upto(60000) << from.upto(12)); };
   const int64_t C = size(), P = size(), bytes = int64_t{1} << (1 + from.upto(2));
   const bool channels_last = from.flag();
-  const PoolPlan pool = plan_cpu_pool(C, P, bytes, channels_last, /*backward=*/from.flag());
+  const PoolPlan pool = plan_cpu_pool(C, P, bytes, channels_last);
   require(pool.splits >= 1 && (pool.splits - 1) * pool.split < P && P <= pool.splits * pool.split, "splits cover P");
   require(pool.tile >= 1 && pool.split % pool.tile == 0 && (pool.by_channels || pool.tile <= 4096), "tiles cover a split");
   const SweepPlan sweep = plan_cpu_sweep(C, P, bytes, channels_last);
