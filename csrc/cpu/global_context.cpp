@@ -61,10 +61,9 @@ void forward_into(const Tensor& x, Parameters given, const TransformOptions& opt
       pool_samples(map, pointer(weight), bias.empty() ? acc(0) : bias[0], first, count, ctx, m);
       const auto branch = [&](int64_t i) {
         if (i == 0) {
-          scale->forward(ctx, first, count, h, units, s);
-          apply_gate(options, s + first * channels, count * channels);
+          scale->forward(ctx, first, count, h, units, /*gated=*/true, s);
         } else {
-          shift->forward(ctx, first, count, h + scale_units, units, t_shift.get());
+          shift->forward(ctx, first, count, h + scale_units, units, /*gated=*/false, t_shift.get());
         }
       };
       if (scale && shift && count == 1 && !scale->row_parallel() && !shift->row_parallel()) {  // each is one thread's work

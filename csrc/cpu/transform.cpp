@@ -9,8 +9,6 @@ namespace {
 
 constexpr int64_t kRowsPerItem = 16;      // rows of W that one item of work multiplies
 constexpr int64_t kColumnsPerItem = 64;   // columns of W, where the sum runs over its rows
-constexpr int64_t kGatesPerItem = 2048;   // sigmoids, a whole number of vectors
-constexpr int64_t kGateCost = 4;          // of one, in elements of a sum
 constexpr int64_t kRowsPerPartial = 256;  // rows of W that go into one partial sum
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -36,6 +34,17 @@ OptionalTensor dense_weight(const OptionalTensor& weight) {
     return torch::stable::to(dense(*weight), ScalarType::Double);
   }
   return dense(*weight);
+}
+
+// t -> gate(t), in place.
+template <typename acc>
+void apply_gate(const TransformOptions& options, acc* t, int64_t count) {
+  if (!options.hard_sigmoid) return vector_kernels<acc>().sigmoid(t, count);
+  const acc alpha = static_cast<acc>(options.gate_alpha), beta = static_cast<acc>(options.gate_beta);
+  for (int64_t i = 0; i < count; i++) {
+    const acc line = alpha * t[i] + beta;
+    t[i] = line < acc(0) ? acc(0) : line > acc(1) ? acc(1) : line;
+  }
 }
 
 template <typename acc>
@@ -68,14 +77,16 @@ Branch<acc>::Branch(const BranchTensors& tensors, const TransformOptions& option
 
 template <typename acc>
 void Branch<acc>::linear(const Tensor& weight, const acc* x, int64_t x_stride, const std::vector<acc>& bias, int64_t rows,
-                         int64_t columns, int64_t count, acc* y, int64_t y_stride) const {
+                         int64_t columns, int64_t count, bool gated, acc* y, int64_t y_stride) const {
   with_weight<acc>(weight, [&](const auto* w) {
     const auto kernel = matrix_kernels<acc, std::remove_cvref_t<decltype(*w)>>().linear;
-    if (!row_parallel()) return kernel(x, x_stride, count, w, columns, pointer(bias), 0, rows, y, y_stride);
-    parallel_for(ceil_div(rows, kRowsPerItem), count * rows * columns, [&](int64_t i) {
-      const int64_t m0 = i * kRowsPerItem;
-      kernel(x, x_stride, count, w, columns, pointer(bias), m0, std::min(rows, m0 + kRowsPerItem), y, y_stride);
-    });
+    const auto some_rows = [&](int64_t m0, int64_t m1) {
+      kernel(x, x_stride, count, w, columns, pointer(bias), m0, m1, y, y_stride);
+      for (int64_t n = 0; gated && n < count; n++) apply_gate(options_, y + n * y_stride + m0, m1 - m0);
+    };
+    if (!row_parallel()) return some_rows(0, rows);
+    parallel_for(ceil_div(rows, kRowsPerItem), count * rows * columns,
+                 [&](int64_t i) { some_rows(i * kRowsPerItem, std::min(rows, (i + 1) * kRowsPerItem)); });
   });
 }
 
@@ -165,16 +176,20 @@ void Branch<acc>::activate_backward(const acc* grad_activated, acc inverse_std, 
 }
 
 template <typename acc>
-void Branch<acc>::forward(const acc* context, int64_t first, int64_t count, acc* hidden, int64_t hidden_stride, acc* t) {
+void Branch<acc>::forward(const acc* context, int64_t first, int64_t count, acc* hidden, int64_t hidden_stride, bool gated,
+                          acc* t) {
   const auto samples = [&](int64_t begin, int64_t n) {
     acc* h = hidden + begin * hidden_stride;
-    linear(*w1_, context + begin * channels_, channels_, b1_, units_, channels_, n, h, hidden_stride);
+    linear(*w1_, context + begin * channels_, channels_, b1_, units_, channels_, n, /*gated=*/false, h, hidden_stride);
     if (!two_layers_) {
-      for (int64_t i = 0; i < n; i++) std::copy_n(h + i * hidden_stride, channels_, t + (begin + i) * channels_);
+      for (int64_t i = begin; i < begin + n; i++) {
+        std::copy_n(hidden + i * hidden_stride, channels_, t + i * channels_);
+        if (gated) apply_gate(options_, t + i * channels_, channels_);
+      }
       return;
     }
     for (int64_t i = 0; i < n; i++) activate(h + i * hidden_stride, begin + i);
-    linear(*w2_, activated_.get() + begin * units_, units_, b2_, channels_, units_, n, t + begin * channels_, channels_);
+    linear(*w2_, activated_.get() + begin * units_, units_, b2_, channels_, units_, n, gated, t + begin * channels_, channels_);
   };
   if (row_parallel()) return samples(first, count);
   parallel_for(count, count * channels_ * units_, [&](int64_t i) { samples(first + i, 1); });
@@ -230,20 +245,6 @@ void Branch<acc>::parameter_gradients(const acc* grad_t, const acc* context, con
 }
 
 template <typename acc>
-void apply_gate(const TransformOptions& options, acc* t, int64_t count) {
-  if (!options.hard_sigmoid) {
-    const auto sigmoid = vector_kernels<acc>().sigmoid;
-    return parallel_for(ceil_div(count, kGatesPerItem), count * kGateCost,
-                        [&](int64_t i) { sigmoid(t + i * kGatesPerItem, std::min(kGatesPerItem, count - i * kGatesPerItem)); });
-  }
-  const acc alpha = static_cast<acc>(options.gate_alpha), beta = static_cast<acc>(options.gate_beta);
-  for (int64_t i = 0; i < count; i++) {
-    const acc line = alpha * t[i] + beta;
-    t[i] = line < acc(0) ? acc(0) : line > acc(1) ? acc(1) : line;
-  }
-}
-
-template <typename acc>
 void apply_gate_backward(const TransformOptions& options, const acc* gate, acc* grad, int64_t count) {
   const acc alpha = static_cast<acc>(options.gate_alpha);
   for (int64_t i = 0; i < count; i++) {
@@ -257,8 +258,6 @@ void apply_gate_backward(const TransformOptions& options, const acc* gate, acc* 
 
 template class Branch<double>;
 template class Branch<float>;
-template void apply_gate(const TransformOptions&, double*, int64_t);
-template void apply_gate(const TransformOptions&, float*, int64_t);
 template void apply_gate_backward(const TransformOptions&, const double*, double*, int64_t);
 template void apply_gate_backward(const TransformOptions&, const float*, float*, int64_t);
 

@@ -32,8 +32,8 @@ class Branch {
   // Whether the threads share the rows of the weights; otherwise a sample's transform is one thread's work.
   bool row_parallel() const { return (two_layers_ ? 2 : 1) * channels_ * units_ > kBatchedWeights; }
 
-  // t of samples first <= n < first + count; hidden [N, hidden_stride] gets w1 ctx + b1.
-  void forward(const acc* context, int64_t first, int64_t count, acc* hidden, int64_t hidden_stride, acc* t);
+  // t of samples first <= n < first + count, or gate(t) if `gated`; hidden [N, hidden_stride] gets w1 ctx + b1.
+  void forward(const acc* context, int64_t first, int64_t count, acc* hidden, int64_t hidden_stride, bool gated, acc* t);
 
   // Before backward() is called, by any thread.
   void prepare_backward();
@@ -44,7 +44,7 @@ class Branch {
 
  private:
   void linear(const Tensor& weight, const acc* x, int64_t x_stride, const std::vector<acc>& bias, int64_t rows, int64_t columns,
-              int64_t count, acc* y, int64_t y_stride) const;
+              int64_t count, bool gated, acc* y, int64_t y_stride) const;
   void linear_backward_input(const Tensor& weight, const acc* grad_y, int64_t rows, int64_t columns, int64_t count,
                              acc* grad_x) const;
   void linear_backward_weight(const acc* grad_y, int64_t rows, const acc* x, int64_t columns, const Tensor& gradient) const;
@@ -65,9 +65,6 @@ class Branch {
   Buffer<acc> grad_hidden_, grad_normalised_, normalised_;  // [N, H]
 };
 
-// t -> gate(t), in place.
-template <typename acc>
-void apply_gate(const TransformOptions& options, acc* t, int64_t count);
 // grad -> grad * gate'(t), in place, from gate(t).
 template <typename acc>
 void apply_gate_backward(const TransformOptions& options, const acc* gate, acc* grad, int64_t count);

@@ -11,9 +11,10 @@
 
 namespace gcnet_ext::cpu::GCNET_CAPABILITY {
 
-constexpr int64_t kMaxTile = 4096;   // positions of one block
-constexpr int64_t kRowsPerSum = 32;  // of a sum over rows: a chain of all of them would round as often
-constexpr int kRowsAtOnce = 4;       // that share a load and a store of what they are added to
+constexpr int64_t kMaxTile = 4096;                   // positions of one block
+constexpr int64_t kRowsPerSum = 32;                  // of a sum over rows: a chain of all of them would round as often
+constexpr int kStrip = kVectorBytes == 64 ? 16 : 8;  // vectors of a sum over rows: what the registers hold
+constexpr int kRowsAtOnce = 4;                       // that share a load and a store of what they are added to
 // Rows far apart, and lines that are written, come late: ask for them so many rows ahead.
 constexpr int64_t kRowsAhead = 8;
 
@@ -21,9 +22,11 @@ constexpr int64_t kRowsAhead = 8;
 template <int R, typename scalar_t>
 inline void dot_rows(const scalar_t* x, int64_t stride, const acc_t<scalar_t>* w, int64_t count, acc_t<scalar_t>* dots) {
   using acc = acc_t<scalar_t>;
-  Vec<acc> sums[R] = {};
+  Vec<acc> sums[R];
+  clear(sums);
   for_each_vector<acc>(count, [&](int64_t i, auto lanes) {
     const Vec<acc> wi = load(w + i, lanes);
+#pragma GCC unroll 4  // early enough for the sums to stay in registers
     for (int r = 0; r < R; r++) sums[r] += wi * load(x + r * stride + i, lanes);
   });
   sum_each(sums, dots);
@@ -38,14 +41,14 @@ inline void dot_rows_in_turn(const scalar_t* x, int64_t stride, const acc_t<scal
   constexpr int64_t lanes = kLanes<acc>;
   Vec<acc> totals[R];
   for (int r = 0; r < R; r++, x += stride) {
-    Vec<acc> sums[1][kChains];
+    Vec<acc> sums[kChains];
     clear(sums);
     int64_t i = 0;
     for (; i + kChains * lanes <= count; i += kChains * lanes) {
-      for (int k = 0; k < kChains; k++) sums[0][k] += load(w + i + k * lanes) * load(x + i + k * lanes);
+      for (int k = 0; k < kChains; k++) sums[k] += load(w + i + k * lanes) * load(x + i + k * lanes);
     }
-    for_each_vector<acc>(count - i, [&](int64_t j, auto some) { sums[0][0] += load(w + i + j, some) * load(x + i + j, some); });
-    totals[r] = (sums[0][0] + sums[0][1]) + (sums[0][2] + sums[0][3]);
+    for_each_vector<acc>(count - i, [&](int64_t j, auto some) { sums[0] += load(w + i + j, some) * load(x + i + j, some); });
+    totals[r] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   }
   sum_each(totals, dots);
 }
@@ -72,7 +75,6 @@ inline void add_rows_strip(const scalar_t* x, int64_t stride, int64_t rows, cons
 template <typename scalar_t>
 inline void add_rows(const scalar_t* x, int64_t stride, int64_t rows, const acc_t<scalar_t>* a, int64_t count,
                      acc_t<scalar_t>* y) {
-  constexpr int kStrip = 8;  // vectors: as many additions are under way at once
   constexpr int64_t lanes = kLanes<acc_t<scalar_t>>;
   constexpr std::integral_constant<int64_t, lanes> all;
   int64_t i = 0;
@@ -119,8 +121,12 @@ void position_dots(Block<const scalar_t> x, const acc_t<scalar_t>* w, acc_t<scal
     for_each_rows<4>(0, x.positions, [&](int64_t p, auto rows) {
       dot_rows_in_turn<rows>(x.data + p * x.position_stride, x.position_stride, w, x.channels, dots + p);
     });
+    return;
+  }
+  std::memset(dots, 0, x.positions * sizeof *dots);
+  if (x.positions <= kStrip * kLanes<acc_t<scalar_t>>) {  // one strip is one chain, too
+    add_rows(x.data, x.channel_stride, x.channels, w, x.positions, dots);
   } else {
-    std::memset(dots, 0, x.positions * sizeof *dots);
     add_rows_in_order(x.data, x.channel_stride, x.channels, w, x.positions, dots);
   }
 }
@@ -142,17 +148,32 @@ void channel_dots(Block<const scalar_t> x, const acc_t<scalar_t>* a, acc_t<scala
   }
 }
 
+// values[i] += addend; returns the largest of them, -inf for none and for NaN.
+template <typename acc>
+inline acc add_and_max(acc* values, int64_t count, acc addend) {
+  constexpr acc lowest = -std::numeric_limits<acc>::infinity();
+  Vec<acc> largest = broadcast(lowest);
+  acc rest = lowest;
+  for_each_vector<acc>(count, [&](int64_t i, auto lanes) {
+    const Vec<acc> value = load(values + i, lanes) + addend;
+    store(values + i, value, lanes);
+    if constexpr (std::is_same_v<decltype(lanes), int64_t>) {  // a partial vector must not count its unused lanes
+      for (int64_t j = i; j < i + lanes; j++) rest = values[j] > rest ? values[j] : rest;
+    } else {
+      largest = max<acc>(value, largest);
+    }
+  });
+  for (int lane = 0; lane < kLanes<acc>; lane++) rest = largest[lane] > rest ? largest[lane] : rest;
+  return rest;
+}
+
 template <typename scalar_t>
 void attention_pool(Block<const scalar_t> x, const acc_t<scalar_t>* weight, acc_t<scalar_t> bias, acc_t<scalar_t>* logits,
                     SoftmaxSum<acc_t<scalar_t>>& state) {
   using acc = acc_t<scalar_t>;
   constexpr acc lowest = -std::numeric_limits<acc>::infinity();
   position_dots(x, weight, logits);
-  acc tile_max = lowest;
-  for (int64_t p = 0; p < x.positions; p++) {
-    logits[p] += bias;
-    tile_max = logits[p] > tile_max ? logits[p] : tile_max;
-  }
+  const acc tile_max = add_and_max(logits, x.positions, bias);
   const acc new_max = tile_max > state.max ? tile_max : state.max;
   const acc reference = new_max == lowest ? acc(0) : new_max;  // all logits -inf: every weight is exp(-inf) = 0
   if (new_max != state.max) {
@@ -309,19 +330,17 @@ void softmax(acc* logits, int64_t count, acc max, acc sum) {
 
 template <typename acc>
 void softmax_of_sum(const acc* parts, int64_t parts_count, int64_t count, acc bias, acc* attention) {
-  acc max = -std::numeric_limits<acc>::infinity(), sum = 0;
-  for_each_vector<acc>(count, [&](int64_t p, auto lanes) {
-    store(attention + p, sum_of_parts(parts, parts_count, count, p, lanes) + bias, lanes);
-  });
-  for (int64_t p = 0; p < count; p++) max = attention[p] > max ? attention[p] : max;
+  for_each_vector<acc>(
+      count, [&](int64_t p, auto lanes) { store(attention + p, sum_of_parts(parts, parts_count, count, p, lanes), lanes); });
+  const acc max = add_and_max(attention, count, bias);
   const acc reference = max == -std::numeric_limits<acc>::infinity() ? acc(0) : max;
   Vec<acc> sums{};
   for_each_vector<acc>(count, [&](int64_t p, auto lanes) {
     store(attention + p, exp(load(attention + p, lanes) - reference), lanes);
     sums += load(attention + p, lanes);  // loaded again: a partial vector must not count its unused lanes
   });
-  sum = cpu::GCNET_CAPABILITY::sum(sums);
-  for (int64_t p = 0; p < count; p++) attention[p] /= sum;
+  const acc total = sum(sums);
+  for (int64_t p = 0; p < count; p++) attention[p] /= total;
 }
 
 }  // namespace gcnet_ext::cpu::GCNET_CAPABILITY

@@ -86,15 +86,10 @@ inline void sum_each(const Vec<acc> (&v)[R], acc* sums) {
   for (size_t r = 0; r < R; r++) sums[r] = sum(v[r]);
 }
 
-template <typename acc, size_t J, size_t R>
-inline void sum_all(const Vec<acc> (&v)[J][R], acc (&sums)[J][R]) {
-  for (size_t j = 0; j < J; j++) sum_each(v[j], sums[j]);
-}
-
 // v = 0, one by one: of `= {}` the compiler makes a memset, which takes longer than a small block of products.
-template <typename vector_t, size_t J, size_t R>
-inline void clear(vector_t (&v)[J][R]) {
-  [&]<size_t... i>(std::index_sequence<i...>) { ((v[i / R][i % R] = vector_t{}), ...); }(std::make_index_sequence<J * R>{});
+template <typename vector_t, size_t R>
+inline void clear(vector_t (&v)[R]) {
+  [&]<size_t... i>(std::index_sequence<i...>) { ((v[i] = vector_t{}), ...); }(std::make_index_sequence<R>{});
 }
 
 // Calls body(i, lanes) for every vector of a row of `count` elements; lanes is a constant for all but the last, partial one.

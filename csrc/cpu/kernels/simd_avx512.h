@@ -52,17 +52,17 @@ inline void store_first(float* p, Vec<float> value, int64_t count) { _mm512_mask
 inline void store_first(double* p, Vec<double> value, int64_t count) { _mm512_mask_storeu_pd(p, first(count), value); }
 
 // Sixteen sums at once, added as sum() adds: lanes 8 apart, then 1, 2 and 4 apart.
-inline void sum_all(const Vec<float> (&v)[4][4], float (&sums)[4][4]) {
+inline void sum_each(const Vec<float> (&v)[16], float* sums) {
   const auto add_halves = [](__m512 a, __m512 b) {
     return _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xee);
   };
   const auto add_pairs = [](__m512 a, __m512 b) { return _mm512_shuffle_ps(a, b, 0x88) + _mm512_shuffle_ps(a, b, 0xdd); };
-  const auto two_rows = [&](const Vec<float>(&a)[4], const Vec<float>(&b)[4]) {
-    return add_pairs(add_pairs(add_halves(a[0], b[0]), add_halves(a[1], b[1])),
-                     add_pairs(add_halves(a[2], b[2]), add_halves(a[3], b[3])));
+  const auto eight = [&](const Vec<float>* a) {
+    return add_pairs(add_pairs(add_halves(a[0], a[4]), add_halves(a[1], a[5])),
+                     add_pairs(add_halves(a[2], a[6]), add_halves(a[3], a[7])));
   };
-  const __m512 first = two_rows(v[0], v[1]), last = two_rows(v[2], v[3]);
-  _mm512_storeu_ps(&sums[0][0], _mm512_shuffle_f32x4(first, last, 0x88) + _mm512_shuffle_f32x4(first, last, 0xdd));
+  const __m512 first = eight(v), last = eight(v + 8);
+  _mm512_storeu_ps(sums, _mm512_shuffle_f32x4(first, last, 0x88) + _mm512_shuffle_f32x4(first, last, 0xdd));
 }
 
 inline __m256 fold(Vec<float> v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }

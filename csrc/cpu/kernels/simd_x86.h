@@ -1,15 +1,21 @@
 // Sums across lanes, from 32 bytes on: simd_avx2.h and simd_avx512.h fold their vectors to that first.
 //
-// One sum and four sums at once add in the same order, so that a result does not depend on how many are taken together.
+// One sum and several at once add in the same order, so that a result does not depend on how many are taken together.
 #pragma once
 
 #include <immintrin.h>
 
 namespace gcnet_ext::cpu::GCNET_CAPABILITY {
 
-inline void sum_each(const Vec<float> (&v)[4], float* sums) {
+inline void sum_four(const Vec<float>* v, float* sums) {
   const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(fold(v[0]), fold(v[1])), _mm256_hadd_ps(fold(v[2]), fold(v[3])));
   _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+}
+
+template <size_t R>
+  requires(R % 4 == 0)
+inline void sum_each(const Vec<float> (&v)[R], float* sums) {
+  [&]<size_t... i>(std::index_sequence<i...>) { (sum_four(v + 4 * i, sums + 4 * i), ...); }(std::make_index_sequence<R / 4>{});
 }
 
 inline float sum(Vec<float> v) {

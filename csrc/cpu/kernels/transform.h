@@ -8,36 +8,54 @@
 
 namespace gcnet_ext::cpu::GCNET_CAPABILITY {
 
-constexpr int kRowBlock = 4;                              // rows of W that share one load of x
-constexpr int kSampleBlock = kVectorBytes == 64 ? 4 : 3;  // samples that share one load of W; what the registers hold
+constexpr int kRowBlock = 4;                              // rows of W that are worked on together
+constexpr int kSampleBlock = kVectorBytes == 64 ? 8 : 3;  // samples that share one load of W
+constexpr int kSums = kVectorBytes == 64 ? 16 : 12;       // of a row and a sample, side by side: what the registers hold
 constexpr int kColumnBlock = kVectorBytes == 64 ? 4 : 2;  // vectors along K
 constexpr int64_t kColumnsAtOnce = 512;                   // of W and x, which stay in the first-level cache meanwhile
-constexpr int64_t kWeightRowsAhead = 16;                  // a column block of W is short rows far apart: ask for them early
+constexpr int64_t kWeightsAhead = 2048;                   // W may come from memory: ask for it so many elements early
+constexpr int64_t kWeightRowsAhead = 16;                  // a column block of W is short rows far apart: so many rows early
+
+// y[n, m] = start + sum_k W[m, k] x[n, k] for J samples, I rows and `count` columns; start is y[n, m] for those that go on with
+// a sum, otherwise bias[m]. (Not inlined: several in one function run out of registers.)
+template <int J, int I, typename acc, typename weight_t>
+[[gnu::noinline]] void linear_block(const acc* x, int64_t x_stride, const weight_t* weight, int64_t columns, int64_t count,
+                                    int64_t ahead, const acc* bias, bool go_on, acc* y, int64_t y_stride) {
+  Vec<acc> sums[J * I];
+  clear(sums);
+  for_each_vector<acc>(count, [&](int64_t k, auto lanes) {
+    Vec<acc> xk[J];
+#pragma GCC unroll kSampleBlock  // early enough for the sums to stay in registers
+    for (int j = 0; j < J; j++) xk[j] = load(x + j * x_stride + k, lanes);
+#pragma GCC unroll kRowBlock
+    for (int i = 0; i < I; i++) {
+      const weight_t* wi = weight + i * columns + k;
+      __builtin_prefetch(wi + ahead);
+      const Vec<acc> w = load(wi, lanes);
+#pragma GCC unroll kSampleBlock
+      for (int j = 0; j < J; j++) sums[j * I + i] += w * xk[j];
+    }
+  });
+  alignas(kVectorBytes) acc totals[J * I];
+  sum_each(sums, totals);
+  for (int j = 0; j < J; j++) {
+    acc* yj = y + j * y_stride;
+    for (int i = 0; i < I; i++) yj[i] = totals[j * I + i] + (go_on ? yj[i] : bias ? bias[i] : acc(0));
+  }
+}
 
 template <typename acc, typename weight_t>
 void linear(const acc* x, int64_t x_stride, int64_t samples, const weight_t* weight, int64_t columns, const acc* bias,
             int64_t m0, int64_t m1, acc* y, int64_t y_stride) {
   for (int64_t k0 = 0; k0 < columns; k0 += kColumnsAtOnce) {
     const int64_t count = std::min(kColumnsAtOnce, columns - k0);
+    const int64_t ahead = std::max<int64_t>(kRowBlock, kWeightsAhead / count) * columns;
     for_each_rows<kRowBlock>(m0, m1, [&](int64_t m, auto rows) {
       for_each_batch<kSampleBlock>(samples, [&](int64_t n, auto block) {
-        Vec<acc> sums[block.value][rows.value];
-        clear(sums);
-        for_each_vector<acc>(count, [&](int64_t k, auto lanes) {
-          Vec<acc> xk[block.value];
-          for (int j = 0; j < block; j++) xk[j] = load(x + (n + j) * x_stride + k0 + k, lanes);
-          for (int i = 0; i < rows; i++) {
-            const weight_t* wi = weight + (m + i) * columns + k0 + k;
-            if (n == 0) __builtin_prefetch(wi + rows * columns);
-            const Vec<acc> w = load(wi, lanes);
-            for (int j = 0; j < block; j++) sums[j][i] += w * xk[j];
-          }
-        });
-        alignas(kVectorBytes) acc totals[block.value][rows.value];
-        sum_all(sums, totals);
-        for (int j = 0; j < block; j++) {
-          acc* yn = y + (n + j) * y_stride + m;
-          for (int i = 0; i < rows; i++) yn[i] = totals[j][i] + (k0 > 0 ? yn[i] : bias ? bias[m + i] : acc(0));
+        constexpr int some = rows * block > kSums ? 2 : rows;
+        for (int64_t i = m; i < m + rows; i += some) {
+          linear_block<block, some>(x + n * x_stride + k0, x_stride, weight + i * columns + k0, columns, count, ahead,
+                                    bias ? bias + i : nullptr, /*go_on=*/k0 > 0, y + n * y_stride + i, y_stride);
         }
       });
     });
