@@ -12,7 +12,7 @@ from . import _library
 from ._version import __version__
 
 CAPABILITY_VARIABLE = "GCNET_EXT_CPU_CAPABILITY"
-CAPABILITIES = ("default", "avx2", "avx512")  # the best is last
+CAPABILITIES = ("default", "avx2", "avx512", "avx512_bf16")  # the best is last
 _INDENT = 14
 
 

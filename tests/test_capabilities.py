@@ -11,7 +11,7 @@ from conftest import ROOT
 
 from gcnet_ext import _library
 
-CAPABILITIES = ("default", "avx2", "avx512")
+CAPABILITIES = ("default", "avx2", "avx512", "avx512_bf16")
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -35,6 +35,7 @@ def test_usable_capabilities():
         "avx2": {"avx2", "fma", "f16c"},
         "avx512": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
     }
+    needed["avx512_bf16"] = needed["avx512"] | {"avx512_bf16"}
     assert set(usable()) == {name for name in _library.compiled.build_info()["capabilities"] if needed[name] <= flags}
     assert "default" in usable()
 

@@ -114,6 +114,7 @@ struct Kernels {
 const Kernels* kernels_default();
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
+const Kernels* kernels_avx512_bf16();
 
 // Those of the capability in use, picked at the first call.
 const Kernels& kernels();

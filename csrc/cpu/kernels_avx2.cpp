@@ -1,6 +1,8 @@
 // The loops for processors with AVX2, FMA and F16C.
 #include "kernels.h"
 
+#define GCNET_CAPABILITY capability_avx2
+
 #if defined(__x86_64__)
 
 // Standard headers come before the target is raised: their inline functions are shared with the rest of the program.

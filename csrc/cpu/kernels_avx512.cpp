@@ -1,6 +1,8 @@
 // The loops for processors with AVX-512 (F, BW, DQ, VL) and FMA.
 #include "kernels.h"
 
+#define GCNET_CAPABILITY capability_avx512
+
 #if defined(__x86_64__)
 
 // Standard headers come before the target is raised: their inline functions are shared with the rest of the program.
@@ -23,6 +25,10 @@
 #include "kernels/table.h"
 
 namespace gcnet_ext::cpu {
+namespace capability_avx512 {
+inline __m256i to_bfloat16(Vec<float> value) { return _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(bfloat16_words(value))); }
+}  // namespace capability_avx512
+
 const Kernels* kernels_avx512() { return &capability_avx512::kTable; }
 }  // namespace gcnet_ext::cpu
 

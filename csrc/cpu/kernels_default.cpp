@@ -1,4 +1,6 @@
 // The loops for any processor.
+#define GCNET_CAPABILITY capability_default
+
 #include "kernels/simd_default.h"
 #include "kernels/table.h"
 

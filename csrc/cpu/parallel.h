@@ -13,22 +13,27 @@ constexpr int64_t kSerialElements = 16384;  // below, waking a thread costs more
 
 enum class Order { forwards, backwards };
 
-// body(i) for 0 <= i < count, on as many threads as torch has, each with a row of neighbours. The items and what each of them
-// computes depend on the shape alone, so the result does not depend on who computes them. `elements` is the size of the whole
-// loop's work. A loop that goes backwards starts with what the loop before it has left in the caches. Inside another parallel
-// region the loop is serial.
+// body(begin, end) for parts of 0 <= i < count, on as many threads as torch has, one part each. What is computed for an i must
+// not depend on its part. `elements` is the size of the whole loop's work. Inside another parallel region the loop is serial.
+template <typename Body>
+void parallel_ranges(int64_t count, int64_t elements, const Body& body) {
+  const int64_t threads = std::min(count, torch_threads());
+  if (threads <= 1 || elements < kSerialElements || in_team()) return body(0, count);
+  run_team(threads, [&](int64_t rank, int64_t team) { body(count * rank / team, count * (rank + 1) / team); });
+}
+
+// body(i) for 0 <= i < count, each thread with a row of neighbours. The items and what each of them computes depend on the
+// shape alone, so the result does not depend on who computes them. A loop that goes backwards starts with what the loop before
+// it has left in the caches.
 template <typename Body>
 void parallel_for(int64_t count, int64_t elements, const Body& body, Order order = Order::forwards) {
-  const auto range = [&](int64_t begin, int64_t end) {
+  parallel_ranges(count, elements, [&](int64_t begin, int64_t end) {
     if (order == Order::forwards) {
       for (int64_t i = begin; i < end; i++) body(i);
     } else {
       for (int64_t i = end; i-- > begin;) body(i);
     }
-  };
-  const int64_t threads = std::min(count, torch_threads());
-  if (threads <= 1 || elements < kSerialElements || in_team()) return range(0, count);
-  run_team(threads, [&](int64_t rank, int64_t team) { range(count * rank / team, count * (rank + 1) / team); });
+  });
 }
 
 // The groups in which samples of so many bytes go through all steps, between which so many bytes of weights are read.

@@ -85,8 +85,8 @@ void Branch<acc>::linear(const Tensor& weight, const acc* x, int64_t x_stride, c
       for (int64_t n = 0; gated && n < count; n++) apply_gate(options_, y + n * y_stride + m0, m1 - m0);
     };
     if (!row_parallel()) return some_rows(0, rows);
-    parallel_for(ceil_div(rows, kRowsPerItem), count * rows * columns,
-                 [&](int64_t i) { some_rows(i * kRowsPerItem, std::min(rows, (i + 1) * kRowsPerItem)); });
+    parallel_ranges(ceil_div(rows, kRowsPerItem), count * rows * columns,
+                    [&](int64_t begin, int64_t end) { some_rows(begin * kRowsPerItem, std::min(rows, end * kRowsPerItem)); });
   });
 }
 

@@ -203,7 +203,8 @@ inline void grad_channels(Block<const scalar_t> grad, Block<const scalar_t> x, c
   const int64_t g_stride = grad.channel_stride, x_stride = x.channel_stride, dx_stride = grad_x.channel_stride;
   const scalar_t *g = has_grad ? grad.data + c * g_stride : nullptr, *xc = x.data + c * x_stride;
   scalar_t* dx = grad_x.data + c * dx_stride;
-  Vec<acc> dctx[R], w[R], scale[R], dw[R] = {};
+  Vec<acc> dctx[R], w[R], scale[R], dw[R];
+  clear(dw);
   for (int r = 0; r < R; r++) {
     dctx[r] = broadcast(sample.grad_context[c + r]);
     w[r] = broadcast(sample.weight[c + r]);
@@ -211,6 +212,7 @@ inline void grad_channels(Block<const scalar_t> grad, Block<const scalar_t> x, c
   }
   for_each_vector<acc>(x.positions, [&](int64_t p, auto lanes) {
     const Vec<acc> mp = load(m + p, lanes), dlp = load(dl + p, lanes);
+#pragma GCC unroll 2
     for (int r = 0; r < R; r++) {
       if constexpr (has_grad) __builtin_prefetch(g + (r + kRowsAhead) * g_stride + p);
       __builtin_prefetch(dx + (r + kRowsAhead) * dx_stride + p, 1);

@@ -53,18 +53,22 @@ void channel_sums(Block<const scalar_t> a, Block<const scalar_t> b, acc_t<scalar
   if (!a.channels_last) {
     for_each_rows<4>(0, a.channels, [&](int64_t c, auto rows) {  // channels whose sums grow side by side
       const scalar_t *ac = a.data + c * a.channel_stride, *bc = sum_ab ? b.data + c * b.channel_stride : nullptr;
-      Vec<acc> plain[rows.value] = {}, product[rows.value] = {};
+      Vec<acc> plain[rows.value], product[rows.value];
+      clear(plain);
+      clear(product);
       for_each_vector<acc>(a.positions, [&](int64_t p, auto lanes) {
+#pragma GCC unroll 4  // early enough for the sums to stay in registers
         for (int r = 0; r < rows; r++) {
           const Vec<acc> value = load(ac + r * a.channel_stride + p, lanes);
           plain[r] += value;
           if (sum_ab) product[r] += value * load(bc + r * b.channel_stride + p, lanes);
         }
       });
-      for (int r = 0; r < rows; r++) {
-        if (sum_a) sum_a[c + r] += sum(plain[r]);
-        if (sum_ab) sum_ab[c + r] += sum(product[r]);
-      }
+      acc sums[rows.value];
+      sum_each(plain, sums);
+      for (int r = 0; sum_a && r < rows; r++) sum_a[c + r] += sums[r];
+      sum_each(product, sums);
+      for (int r = 0; sum_ab && r < rows; r++) sum_ab[c + r] += sums[r];
     });
     return;
   }

@@ -1,6 +1,7 @@
 // Vectors of acc (float or double) of the capability's width, from the compiler's vector extension: operators come with it, and
 // the same source compiles to SSE, AVX2, AVX-512 or NEON. What the extension lacks (16-bit loads, masks, sums across lanes) is
-// in simd_<capability>.h, which is included before this file and defines GCNET_CAPABILITY and kVectorBytes.
+// in simd_<capability>.h, which is included before this file and defines kVectorBytes; GCNET_CAPABILITY is the namespace of
+// all.
 #pragma once
 
 #include <algorithm>
@@ -57,7 +58,6 @@ inline Words bfloat16_words(Vec<float> value) {
   const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
   return value != value ? Words{} + 0x7fc0u : rounded;
 }
-inline void store(BFloat16* p, Vec<float> value) { narrow(p, bfloat16_words(value)); }
 
 // Two vectors, one behind the other.
 template <typename scalar_t>

@@ -7,8 +7,6 @@
 
 #include "../kernels.h"
 
-#define GCNET_CAPABILITY capability_avx2
-
 namespace gcnet_ext::cpu::GCNET_CAPABILITY {
 
 constexpr int kVectorBytes = 32;
@@ -38,7 +36,10 @@ inline __m128i narrow(Words words) {
   const __m256i wide = reinterpret_cast<__m256i>(words);
   return _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
 }
-inline void narrow(BFloat16* p, Words words) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(words)); }
+inline Words bfloat16_words(Vec<float> value);  // simd.h
+inline void store(BFloat16* p, Vec<float> value) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(bfloat16_words(value)));
+}
 
 inline __m256i first_words(int64_t count) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -87,7 +88,6 @@ inline Vec<float> load_first(const BFloat16* p, int64_t count) {
   return reinterpret_cast<Vec<float>>(widen(load_first_bits(p, count)) << 16);
 }
 inline void store_first(Half* p, Vec<float> value, int64_t count) { store_first_bits(p, to_half(value), count); }
-inline Words bfloat16_words(Vec<float> value);  // simd.h
 inline void store_first(BFloat16* p, Vec<float> value, int64_t count) {
   store_first_bits(p, narrow(bfloat16_words(value)), count);
 }

@@ -1,11 +1,9 @@
-// AVX-512 F, BW, DQ and VL with FMA: 64-byte vectors and masks.
+// AVX-512 F, BW, DQ and VL with FMA: 64-byte vectors and masks. How bfloat16 is rounded is the includer's: to_bfloat16.
 #pragma once
 
 #include <immintrin.h>
 
 #include "../kernels.h"
-
-#define GCNET_CAPABILITY capability_avx512
 
 namespace gcnet_ext::cpu::GCNET_CAPABILITY {
 
@@ -30,12 +28,12 @@ inline void store(Half* p, Vec<float> value) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
 }
 
+inline __m256i to_bfloat16(Vec<float> value);
+inline void store(BFloat16* p, Vec<float> value) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bfloat16(value)); }
+
 typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
 inline Words widen(const BFloat16* p) {
   return reinterpret_cast<Words>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
-}
-inline void narrow(BFloat16* p, Words words) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(words)));
 }
 
 inline __mmask16 first(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
@@ -50,6 +48,12 @@ inline Vec<float> load_first(const BFloat16* p, int64_t count) {
 }
 inline void store_first(float* p, Vec<float> value, int64_t count) { _mm512_mask_storeu_ps(p, first(count), value); }
 inline void store_first(double* p, Vec<double> value, int64_t count) { _mm512_mask_storeu_pd(p, first(count), value); }
+inline void store_first(Half* p, Vec<float> value, int64_t count) {
+  _mm256_mask_storeu_epi16(p, first(count), _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void store_first(BFloat16* p, Vec<float> value, int64_t count) {
+  _mm256_mask_storeu_epi16(p, first(count), to_bfloat16(value));
+}
 
 // Sixteen sums at once, added as sum() adds: lanes 8 apart, then 1, 2 and 4 apart.
 inline void sum_each(const Vec<float> (&v)[16], float* sums) {

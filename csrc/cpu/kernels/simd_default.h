@@ -5,8 +5,6 @@
 
 #include "../kernels.h"
 
-#define GCNET_CAPABILITY capability_default
-
 namespace gcnet_ext::cpu::GCNET_CAPABILITY {
 
 constexpr int kVectorBytes = 16;
@@ -45,8 +43,9 @@ inline Words widen(const BFloat16* p) {
   std::memcpy(&bits, p, sizeof bits);
   return __builtin_convertvector(bits, Words);
 }
-inline void narrow(BFloat16* p, Words words) {
-  const HalfWords bits = __builtin_convertvector(words, HalfWords);
+inline Words bfloat16_words(Vec<float> value);  // simd.h
+inline void store(BFloat16* p, Vec<float> value) {
+  const HalfWords bits = __builtin_convertvector(bfloat16_words(value), HalfWords);
   std::memcpy(p, &bits, sizeof bits);
 }
 

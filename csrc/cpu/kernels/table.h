@@ -1,17 +1,11 @@
 // Every loop of one capability, compiled and listed. Included last by csrc/cpu/kernels_<capability>.cpp.
 #pragma once
 
-#include "attention_pool.h"
-#include "channel_fuse.h"
-#include "simd.h"
+#include "map_table.h"
 #include "transform.h"
 
 namespace gcnet_ext::cpu::GCNET_CAPABILITY {
 
-template <typename scalar_t>
-constexpr MapKernels<scalar_t> kMap{attention_pool<scalar_t>, attention_pool_backward<scalar_t>, position_dots<scalar_t>,
-                                    channel_dots<scalar_t>,   pool_gradient<scalar_t>,           channel_fuse<scalar_t>,
-                                    channel_sums<scalar_t>};
 template <typename acc>
 constexpr VectorKernels<acc> kVector{softmax<acc>,     softmax_of_sum<acc>, logit_gradient<acc>,
                                      context_dot<acc>, moments<acc>,        sigmoid<acc>};

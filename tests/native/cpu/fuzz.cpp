@@ -275,6 +275,7 @@ void fuzz(Source from) {
     if (avx2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
       found.push_back(kernels_avx512());
+      if (__builtin_cpu_supports("avx512bf16")) found.push_back(kernels_avx512_bf16());
     }
 #endif
     return found;
