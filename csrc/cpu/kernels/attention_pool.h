@@ -11,10 +11,11 @@
 
 namespace gcnet_ext::cpu::GCNET_CAPABILITY {
 
-constexpr int64_t kMaxTile = 4096;                   // positions of one block
-constexpr int64_t kRowsPerSum = 32;                  // of a sum over rows: a chain of all of them would round as often
-constexpr int kStrip = kVectorBytes == 64 ? 16 : 8;  // vectors of a sum over rows: what the registers hold
-constexpr int kRowsAtOnce = 4;                       // that share a load and a store of what they are added to
+constexpr int64_t kMaxTile = 4096;                        // positions of one block
+constexpr int64_t kRowsPerSum = 32;                       // of a sum over rows: a chain of all of them would round as often
+constexpr int kStrip = kVectorBytes == 64 ? 16 : 8;       // vectors of a sum over rows: what the registers hold
+constexpr int kRowsAtOnce = 4;                            // that share a load and a store of what they are added to
+constexpr int kDotsAtOnce = kVectorBytes == 64 ? 16 : 4;  // of one row each, summed across lanes together
 // Rows far apart, and lines that are written, come late: ask for them so many rows ahead.
 constexpr int64_t kRowsAhead = 8;
 
@@ -118,7 +119,7 @@ inline void add_rows_in_order(const scalar_t* x, int64_t stride, int64_t rows, c
 template <typename scalar_t>
 void position_dots(Block<const scalar_t> x, const acc_t<scalar_t>* w, acc_t<scalar_t>* dots) {
   if (x.channels_last) {
-    for_each_rows<4>(0, x.positions, [&](int64_t p, auto rows) {
+    for_each_rows<kDotsAtOnce>(0, x.positions, [&](int64_t p, auto rows) {
       dot_rows_in_turn<rows>(x.data + p * x.position_stride, x.position_stride, w, x.channels, dots + p);
     });
     return;

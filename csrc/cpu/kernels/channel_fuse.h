@@ -51,26 +51,31 @@ template <typename scalar_t>
 void channel_sums(Block<const scalar_t> a, Block<const scalar_t> b, acc_t<scalar_t>* sum_a, acc_t<scalar_t>* sum_ab) {
   using acc = acc_t<scalar_t>;
   if (!a.channels_last) {
-    for_each_rows<4>(0, a.channels, [&](int64_t c, auto rows) {  // channels whose sums grow side by side
-      const scalar_t *ac = a.data + c * a.channel_stride, *bc = sum_ab ? b.data + c * b.channel_stride : nullptr;
-      Vec<acc> plain[rows.value], product[rows.value];
-      clear(plain);
-      clear(product);
-      for_each_vector<acc>(a.positions, [&](int64_t p, auto lanes) {
+    const auto add = [&](auto with_b) {
+      for_each_rows<4>(0, a.channels, [&](int64_t c, auto rows) {  // channels whose sums grow side by side
+        constexpr int R = rows;
+        const scalar_t *ac = a.data + c * a.channel_stride, *bc = with_b ? b.data + c * b.channel_stride : nullptr;
+        Vec<acc> plain[R], product[R];
+        clear(plain);
+        clear(product);
+        for_each_vector<acc>(a.positions, [&](int64_t p, auto lanes) {
 #pragma GCC unroll 4  // early enough for the sums to stay in registers
-        for (int r = 0; r < rows; r++) {
-          const Vec<acc> value = load(ac + r * a.channel_stride + p, lanes);
-          plain[r] += value;
-          if (sum_ab) product[r] += value * load(bc + r * b.channel_stride + p, lanes);
+          for (int r = 0; r < R; r++) {
+            const Vec<acc> value = load(ac + r * a.channel_stride + p, lanes);
+            plain[r] += value;
+            if constexpr (with_b) product[r] += value * load(bc + r * b.channel_stride + p, lanes);
+          }
+        });
+        acc sums[R];
+        sum_each(plain, sums);
+        for (int r = 0; sum_a && r < R; r++) sum_a[c + r] += sums[r];
+        if constexpr (with_b) {
+          sum_each(product, sums);
+          for (int r = 0; r < R; r++) sum_ab[c + r] += sums[r];
         }
       });
-      acc sums[rows.value];
-      sum_each(plain, sums);
-      for (int r = 0; sum_a && r < rows; r++) sum_a[c + r] += sums[r];
-      sum_each(product, sums);
-      for (int r = 0; sum_ab && r < rows; r++) sum_ab[c + r] += sums[r];
-    });
-    return;
+    };
+    return with_flags(add, sum_ab);
   }
   constexpr int64_t kRows = 4;  // positions that share one load and store of the sums
   for (int64_t p = 0; p < a.positions; p += kRows) {

@@ -142,11 +142,11 @@ inline void with_flags(const Body& body, bool flag, Flags... flags) {
   }
 }
 
-// Calls body(first_row, integral_constant<R>) with R rows at a time, the rest one by one.
+// Calls body(first_row, integral_constant<R>) with R rows at a time, of the rest four, and then one by one.
 template <int R, typename Body>
 inline void for_each_rows(int64_t begin, int64_t end, const Body& body) {
   for (; begin + R <= end; begin += R) body(begin, std::integral_constant<int, R>{});
-  for (; begin < end; begin++) body(begin, std::integral_constant<int, 1>{});
+  if constexpr (R > 1) for_each_rows<(R > 4 ? 4 : 1)>(begin, end, body);
 }
 
 // The same, with the rest together.
