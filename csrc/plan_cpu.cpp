@@ -65,7 +65,10 @@ GroupPlan plan_cpu_group(int64_t samples, int64_t sample_bytes, int64_t weight_b
   const int64_t rounds = ceil_div(samples, threads), idle = rounds * threads - samples;
   const bool busy = idle * kMaxIdle <= rounds * threads;
   const bool cached = sample_bytes <= std::max(kShare, kShared / threads);
-  if (busy && cached && weight_bytes <= std::max(kMaxAloneWeights, sample_bytes / 4)) return {1, true};
+  if (busy && cached && weight_bytes <= std::max(kMaxAloneWeights, sample_bytes / 4)) {
+    const int64_t held = sample_bytes <= kShare ? kShare / 2 : kShared / threads;
+    return {std::max<int64_t>(1, held / std::max<int64_t>(1, sample_bytes)), true};
+  }
   const int64_t bytes = std::max(threads * kShare, kWeightsShare * weight_bytes);
   return {std::clamp<int64_t>(bytes / std::max<int64_t>(1, sample_bytes), 1, std::max<int64_t>(1, samples)), false};
 }

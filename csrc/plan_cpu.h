@@ -28,8 +28,8 @@ SweepPlan plan_cpu_sweep(int64_t channels, int64_t positions, int64_t element_si
 
 // How many samples go through all steps of the block before the next ones start: few enough for every thread to find its part
 // of x in a cache when it is read again, and enough to outweigh the weights of the transform, which are read once per group.
-// `alone`: every thread takes samples of its own, one at a time. The only plan that may look at the threads: it decides when
-// and where a sample is worked on, not how.
+// `alone`: every thread takes samples of its own, so many at a time. The only plan that may look at the threads: it decides
+// when and where a sample is worked on, not how.
 struct GroupPlan {
   int64_t samples;
   bool alone;

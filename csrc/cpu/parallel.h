@@ -42,11 +42,13 @@ inline GroupPlan plan_groups(int64_t samples, int64_t sample_bytes, int64_t weig
 }
 
 // body(first, count) for groups of samples. Either the threads share the work on one group after the other, or each thread
-// takes its own samples through all steps, one by one.
+// takes groups of its own through all steps.
 template <typename Body>
 void for_each_group(const GroupPlan& plan, int64_t samples, int64_t elements, const Body& body) {
-  if (plan.alone) return parallel_for(samples, elements, [&](int64_t n) { body(n, int64_t(1)); });
-  for (int64_t first = 0; first < samples; first += plan.samples) body(first, std::min(plan.samples, samples - first));
+  const auto groups = [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin; first < end; first += plan.samples) body(first, std::min(plan.samples, end - first));
+  };
+  return plan.alone ? parallel_ranges(samples, elements, groups) : groups(0, samples);
 }
 
 }  // namespace gcnet_ext::cpu

@@ -36,11 +36,17 @@ template <int J, int I, typename acc, typename weight_t>
       for (int j = 0; j < J; j++) sums[j * I + i] += w * xk[j];
     }
   });
+  acc start[I] = {};
+  if (bias) std::memcpy(start, bias, sizeof start);
   alignas(kVectorBytes) acc totals[J * I];
   sum_each(sums, totals);
   for (int j = 0; j < J; j++) {
     acc* yj = y + j * y_stride;
-    for (int i = 0; i < I; i++) yj[i] = totals[j * I + i] + (go_on ? yj[i] : bias ? bias[i] : acc(0));
+    if (go_on) {
+      for (int i = 0; i < I; i++) yj[i] += totals[j * I + i];
+    } else {
+      for (int i = 0; i < I; i++) yj[i] = totals[j * I + i] + start[i];
+    }
   }
 }
 
