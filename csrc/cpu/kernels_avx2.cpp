@@ -19,7 +19,7 @@
 
 #include "kernels/simd_avx2.h"
 #include "kernels/simd_x86.h"
-#include "kernels/table.h"
+#include "kernels/full_table.h"
 
 namespace gcnet_ext::cpu {
 const Kernels* kernels_avx2() { return &capability_avx2::kTable; }

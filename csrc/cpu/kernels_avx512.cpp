@@ -22,7 +22,7 @@
 
 #include "kernels/simd_avx512.h"
 #include "kernels/simd_x86.h"
-#include "kernels/table.h"
+#include "kernels/full_table.h"
 
 namespace gcnet_ext::cpu {
 namespace capability_avx512 {

@@ -24,7 +24,7 @@
 
 #include "kernels/simd_avx512.h"
 #include "kernels/simd_x86.h"
-#include "kernels/map_table.h"
+#include "kernels/table.h"
 
 namespace gcnet_ext::cpu::capability_avx512_bf16 {
 inline __m256i to_bfloat16(Vec<float> value) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)); }

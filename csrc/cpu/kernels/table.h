@@ -1,27 +1,22 @@
-// Every loop of one capability, compiled and listed. Included last by csrc/cpu/kernels_<capability>.cpp.
+// The loops of one capability, listed; what is taken from the lists is compiled. Included last by kernels_<capability>.cpp.
 #pragma once
 
-#include "map_table.h"
+#include "attention_pool.h"
+#include "channel_fuse.h"
+#include "simd.h"
 #include "transform.h"
 
 namespace gcnet_ext::cpu::GCNET_CAPABILITY {
 
+template <typename scalar_t>
+constexpr MapKernels<scalar_t> kMap{attention_pool<scalar_t>, attention_pool_backward<scalar_t>, position_dots<scalar_t>,
+                                    channel_dots<scalar_t>,   pool_gradient<scalar_t>,           channel_fuse<scalar_t>,
+                                    channel_sums<scalar_t>};
 template <typename acc>
 constexpr VectorKernels<acc> kVector{softmax<acc>,     softmax_of_sum<acc>, logit_gradient<acc>,
                                      context_dot<acc>, moments<acc>,        sigmoid<acc>};
 template <typename acc, typename weight_t>
 constexpr MatrixKernels<acc, weight_t> kMatrix{linear<acc, weight_t>, linear_backward_input<acc, weight_t>,
                                                linear_backward_weight<acc, weight_t>};
-
-inline const Kernels kTable{kMap<double>,
-                            kMap<float>,
-                            kMap<Half>,
-                            kMap<BFloat16>,
-                            kVector<double>,
-                            kVector<float>,
-                            kMatrix<double, double>,
-                            kMatrix<float, float>,
-                            kMatrix<float, Half>,
-                            kMatrix<float, BFloat16>};
 
 }  // namespace gcnet_ext::cpu::GCNET_CAPABILITY
