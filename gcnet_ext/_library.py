@@ -1,4 +1,4 @@
-"""Loads the compiled libraries and tells PyTorch what it must know of their operators: shapes and gradients.
+"""Loads the compiled libraries and tells PyTorch what it must know of their operators: shapes (_shapes.py) and gradients.
 
 The only file that knows torch.library. A failed load is kept, not swallowed: `load_error` holds it, `python -m gcnet_ext`
 prints it, and the first call that has to do without kernels warns with it.
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import _checks, _flops, reference
+from . import _checks, _flops, _shapes, reference
 
 HOW_TO_BUILD = "build them with `pip install --no-build-isolation .` in a checkout (see Install in README.md)"
 
@@ -101,148 +101,6 @@ def why_no_kernels(device: str) -> str:
     return f"there are no kernels for {device}"
 
 
-# ---- shapes ------------------------------------------------------------------------------------------------------------------
-
-
-def _acc(x: Tensor) -> torch.dtype:
-    return reference.accumulation_dtype(x)
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    """Channels next to each other and positions apart: the rule of csrc/layout.h, word for word."""
-    channels = x.shape[1]
-    spatial = list(zip(x.shape[2:], x.stride()[2:], strict=True))
-    if channels == 1 or x.stride(1) != 1 or all(size == 1 for size, _ in spatial):
-        return False
-    return all(stride >= channels for size, stride in spatial if size != 1)
-
-
-def _empty_like_map(x: Tensor) -> Tensor:
-    """An uninitialised tensor of the shape and memory format of x, dense."""
-    if _is_channels_last(x):
-        return x.new_empty((x.shape[0], *x.shape[2:], x.shape[1])).movedim(-1, 1)
-    return x.new_empty(x.shape)
-
-
-def _positions(x: Tensor) -> int:
-    positions = 1
-    for size in x.shape[2:]:
-        positions = positions * size
-    return positions
-
-
-def _needed(needed: bool, like: Tensor | None) -> Tensor | None:
-    return like if needed else None
-
-
-def _gradient(needed: bool, parameter: Tensor | None, x: Tensor) -> Tensor:
-    if not needed or parameter is None:
-        return x.new_empty((0,))
-    return parameter.new_empty(parameter.shape)
-
-
-def _attention_pool_shapes(x, weight, bias):
-    _checks.feature_map("attention_pool", x)
-    _checks.mask("attention_pool", "", weight, bias, x)
-    samples, channels = x.shape[:2]
-    return (
-        x.new_empty((samples, channels), dtype=_acc(x)),
-        x.new_empty((samples, 0 if weight is None else _positions(x)), dtype=_acc(x)),
-    )
-
-
-def _attention_pool_backward_shapes(grad_context, x, weight, context, attention, need_x, need_weight):
-    op = "attention_pool_backward"
-    _checks.feature_map(op, x)
-    samples, channels = x.shape[:2]
-    _checks.mask(op, "", weight, None, x)
-    _checks.side(op, "grad_context", grad_context, x, (samples, channels))
-    _checks.side(op, "context", context, x, (samples, channels))
-    _checks.side(op, "attention", attention, x, (samples, 0 if weight is None else _positions(x)))
-    return _empty_like_map(x) if need_x else x.new_empty((0,)), _gradient(need_weight, weight, x)
-
-
-def _channel_fuse_shapes(x, scale, shift):
-    _checks.feature_map("channel_fuse", x, pooled=False)
-    _checks.parameter("channel_fuse", "scale", scale, x, x.shape[:2])
-    _checks.parameter("channel_fuse", "shift", shift, x, x.shape[:2])
-    return _empty_like_map(x)
-
-
-def _channel_fuse_in_place_shapes(x, scale, shift):
-    _checks.feature_map("channel_fuse_", x, pooled=False)
-    _checks.parameter("channel_fuse_", "scale", scale, x, x.shape[:2])
-    _checks.parameter("channel_fuse_", "shift", shift, x, x.shape[:2])
-    _checks.in_place("channel_fuse_", x)
-
-
-def _channel_fuse_backward_shapes(grad, x, scale, shift, need_x, need_scale, need_shift):
-    op = "channel_fuse_backward"
-    _checks.feature_map(op, x, pooled=False)
-    _checks.parameter(op, "scale", scale, x, x.shape[:2])
-    _checks.parameter(op, "shift", shift, x, x.shape[:2])
-    _checks.gradient(op, grad, x)
-    return (
-        _empty_like_map(x) if need_x else x.new_empty((0,)),
-        _gradient(need_scale, scale, x),
-        _gradient(need_shift, shift, x),
-    )
-
-
-def _hidden_units(x: Tensor, w1: Tensor | None) -> int:
-    return 0 if w1 is None else w1.shape[0]
-
-
-def _global_context_shapes(x, mask_weight, mask_bias, *rest):
-    op = "global_context"
-    scale, shift = rest[:6], rest[6:12]
-    _checks.feature_map(op, x)
-    _checks.mask(op, "mask_", mask_weight, mask_bias, x)
-    _checks.branches(op, scale, shift, x)
-    samples, channels = x.shape[:2]
-    return (
-        _empty_like_map(x),
-        x.new_empty((samples, channels), dtype=_acc(x)),
-        x.new_empty((samples, 0 if mask_weight is None else _positions(x)), dtype=_acc(x)),
-        x.new_empty((samples, _hidden_units(x, scale[0]) + _hidden_units(x, shift[0])), dtype=_acc(x)),
-        x.new_empty((samples, 0 if scale[0] is None else channels), dtype=_acc(x)),
-    )
-
-
-def _global_context_inference_shapes(*args):
-    return _global_context_shapes(*args)[0]
-
-
-def _global_context_in_place_shapes(x, mask_weight, mask_bias, *rest):
-    _checks.feature_map("global_context_", x)
-    _checks.mask("global_context_", "mask_", mask_weight, mask_bias, x)
-    _checks.branches("global_context_", rest[:6], rest[6:12], x)
-    _checks.in_place("global_context_", x)
-
-
-def _global_context_backward_shapes(grad, x, mask_weight, *rest):
-    op = "global_context_backward"
-    scale, shift = rest[:6], rest[6:12]
-    context, attention, hidden, gate_values = rest[18:22]
-    need_x, need_mask, need_scale, need_shift = rest[22:]
-    _checks.feature_map(op, x)
-    _checks.mask(op, "mask_", mask_weight, None, x)
-    _checks.branches(op, scale, shift, x)
-    _checks.gradient(op, grad, x)
-    samples, channels = x.shape[:2]
-    _checks.side(op, "context", context, x, (samples, channels))
-    _checks.side(op, "attention", attention, x, (samples, 0 if mask_weight is None else _positions(x)))
-    units = _hidden_units(x, scale[0]) + _hidden_units(x, shift[0])
-    _checks.side(op, "hidden", hidden, x, (samples, units))
-    _checks.side(op, "gate_values", gate_values, x, (samples, 0 if scale[0] is None else channels))
-    return (
-        _empty_like_map(x) if need_x else x.new_empty((0,)),
-        _gradient(need_mask, mask_weight, x),
-        *(_gradient(need_scale, parameter, x) for parameter in scale),
-        *(_gradient(need_shift, parameter, x) for parameter in shift),
-    )
-
-
 # ---- gradients ---------------------------------------------------------------------------------------------------------------
 # A gradient that nobody asked for is not computed and is None. The bias of the mask shifts every logit of a softmax alike: its
 # gradient is zero, and a zero, not None, so that DistributedDataParallel does not take it for an unused parameter.
@@ -252,6 +110,10 @@ def below_autograd(name: str, args: tuple) -> Any:
     """The kernel itself, without a second look at the autograd key."""
     with torch._C._AutoDispatchBelowAutograd():
         return _operators[name](*args)
+
+
+def _needed(needed: bool, like: Tensor | None) -> Tensor | None:
+    return like if needed else None
 
 
 def _through_reference(function: Callable[..., Tensor], inputs: tuple, needs: tuple[bool, ...], grad: Tensor) -> tuple:
@@ -265,7 +127,7 @@ def _through_reference(function: Callable[..., Tensor], inputs: tuple, needs: tu
 
 def _reference_context(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """attention_pool as the operator returns it: in the accumulation dtype."""
-    return reference.attention_pool(x, weight, bias).to(_acc(x))
+    return reference.attention_pool(x, weight, bias).to(reference.accumulation_dtype(x))
 
 
 def reference_block(x, mask_weight, mask_bias, *rest) -> Tensor:
@@ -425,17 +287,8 @@ def _refuse(name: str, args: tuple) -> None:
 
 def _register() -> frozenset[str]:
     """Attaches shapes and gradients to the operators of the loaded library; returns the devices that have kernels."""
-    for name, shapes in (
-        ("attention_pool", _attention_pool_shapes),
-        ("attention_pool_backward", _attention_pool_backward_shapes),
-        ("channel_fuse", _channel_fuse_shapes),
-        ("channel_fuse_", _channel_fuse_in_place_shapes),
-        ("channel_fuse_backward", _channel_fuse_backward_shapes),
-        ("global_context", _global_context_shapes),
-        ("global_context_inference", _global_context_inference_shapes),
-        ("global_context_", _global_context_in_place_shapes),
-        ("global_context_backward", _global_context_backward_shapes),
-    ):
+    for shapes in _shapes.OPERATORS:
+        name = shapes.__name__
         torch.library.register_fake(f"gcnet_ext::{name}", shapes)
         # What the overload calls: its own __call__ is one more frame of Python, 3 to 5 us when nothing of it is in a cache.
         _operators[name] = getattr(torch.ops.gcnet_ext, name).default._op
