@@ -206,6 +206,9 @@ def main() -> None:
     state = State(model, torch.optim.AdamW(model.parameters(), lr=arguments.lr), scaler)
     state.load(arguments.checkpoint)
     train(state, data, arguments, device)
+    # No process ends while another still saves. And gloo's threads, which FSDP's caches keep alive, have then let go of all
+    # tensors: to free one while Python shuts down would abort.
+    dist.barrier(device_ids=[local] if device.type == "cuda" else None)
     dist.destroy_process_group()
 
 
