@@ -18,7 +18,7 @@ constexpr int64_t kMaxParts = 16;               // of such a sample: P elements 
 constexpr int64_t kRowBlock = 4;                // rows that the kernels take at once
 constexpr int64_t kShare = 1 << 20;             // bytes of x that a core still has in a cache when they are read again
 constexpr int64_t kShared = 16 << 20;           // the same of the cache that the cores have in common
-constexpr int64_t kMaxAloneWeights = 64 << 10;  // bytes of the transform that one thread reads for every sample
+constexpr int64_t kMaxAloneWeights = 64 << 10;  // bytes of the transform that one thread reads for its own samples
 constexpr int64_t kWeightsShare = 8;            // where threads share it, a group outweighs it so many times
 constexpr int64_t kMaxIdle = 8;                 // at most one in so many threads may have nothing to do in the last round
 
@@ -65,12 +65,10 @@ GroupPlan plan_cpu_group(int64_t samples, int64_t sample_bytes, int64_t weight_b
   const int64_t rounds = ceil_div(samples, threads), idle = rounds * threads - samples;
   const bool busy = idle * kMaxIdle <= rounds * threads;
   const bool cached = sample_bytes <= std::max(kShare, kShared / threads);
-  if (busy && cached && weight_bytes <= std::max(kMaxAloneWeights, sample_bytes / 4)) {
-    const int64_t held = sample_bytes <= kShare ? kShare / 2 : kShared / threads;
-    return {std::max<int64_t>(1, held / std::max<int64_t>(1, sample_bytes)), true};
-  }
-  const int64_t bytes = std::max(threads * kShare, kWeightsShare * weight_bytes);
-  return {std::clamp<int64_t>(bytes / std::max<int64_t>(1, sample_bytes), 1, std::max<int64_t>(1, samples)), false};
+  const bool alone = busy && cached && weight_bytes <= std::max(kMaxAloneWeights, sample_bytes / 4);
+  const int64_t shared = std::max(threads * kShare, kWeightsShare * weight_bytes);
+  const int64_t bytes = !alone ? shared : sample_bytes <= kShare ? kShare / 2 : kShared / threads;
+  return {std::clamp<int64_t>(bytes / std::max<int64_t>(1, sample_bytes), 1, std::max<int64_t>(1, samples)), alone};
 }
 
 }  // namespace gcnet_ext

@@ -12,7 +12,6 @@ from . import _library
 from ._version import __version__
 
 CAPABILITY_VARIABLE = "GCNET_EXT_CPU_CAPABILITY"
-CAPABILITIES = ("default", "avx2", "avx512", "avx512_bf16")  # the best is last
 _INDENT = 14
 
 
@@ -106,8 +105,8 @@ def _capability() -> str:
         return f"but every call will fail: {error}"
     if os.environ.get(CAPABILITY_VARIABLE):
         return f"{picked}, forced by {CAPABILITY_VARIABLE}"
-    built = _build_info()["capabilities"]
-    better = [name for name in CAPABILITIES[CAPABILITIES.index(picked) + 1 :] if name in built]
+    built = _build_info()["capabilities"]  # the best is first
+    better = list(reversed(built[: built.index(picked)]))
     return f"{picked}; not {' or '.join(better)}, which this CPU does not support" if better else picked
 
 

@@ -86,3 +86,12 @@ def test_unknown_capability(python, name):
     )
     assert done.returncode != 0
     assert f"GCNET_EXT_CPU_CAPABILITY must be one of {', '.join(usable())} on this machine, got {name}" in done.stderr
+
+
+def test_bfloat16_below_the_normal_numbers(python):
+    """As README says: AVX512_BF16 rounds them to zero, the other capabilities keep them."""
+    script = "import torch, gcnet_ext; x = torch.full((1, 64, 5), 1e-39).bfloat16()"
+    script += "; print(torch.equal(gcnet_ext.channel_fuse(x), x), gcnet_ext.channel_fuse(x).eq(0).all().item())"
+    for capability in usable():
+        told = python(script, GCNET_EXT_CPU_CAPABILITY=capability).stdout.split()
+        assert told == (["False", "True"] if capability == "avx512_bf16" else ["True", "False"]), capability

@@ -66,13 +66,13 @@ void channel_sums(Block<const scalar_t> a, Block<const scalar_t> b, acc_t<scalar
             if constexpr (with_b) product[r] += value * load(bc + r * b.channel_stride + p, lanes);
           }
         });
-        acc sums[R];
-        sum_each(plain, sums);
-        for (int r = 0; sum_a && r < R; r++) sum_a[c + r] += sums[r];
-        if constexpr (with_b) {
-          sum_each(product, sums);
-          for (int r = 0; r < R; r++) sum_ab[c + r] += sums[r];
-        }
+        const auto add_to = [&](acc* total, const Vec<acc>(&of_rows)[R]) {
+          acc sums[R];
+          sum_each(of_rows, sums);
+          for (int r = 0; r < R; r++) total[c + r] += sums[r];
+        };
+        if (sum_a) add_to(sum_a, plain);
+        if constexpr (with_b) add_to(sum_ab, product);
       });
     };
     return with_flags(add, sum_ab);
