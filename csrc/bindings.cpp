@@ -66,8 +66,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_capability", &gcnet_ext::cpu::capability, "The vector instructions in use: 'default', 'avx2' or 'avx512'.");
   m.def("usable_capabilities", &gcnet_ext::cpu::usable_capabilities,
         "The capabilities that this processor can run, best first.");
-  m.def("unchanged", &gcnet_ext::unchanged, "Fields of objects, if those and others are what they were; else None.", "kinds"_a,
-        "fields"_a, "sizes"_a, "wanted"_a);
+  static PyMethodDef unchanged{"unchanged", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&gcnet_ext::unchanged)),
+                               METH_FASTCALL, "Fields of objects, if those and others are what they were; else None."};
+  m.add_object("unchanged", py::reinterpret_steal<py::object>(PyCFunction_New(&unchanged, nullptr)));
   m.def("plan", &plan, "How the kernels of a device cut the attention pool of a sample of [C, P] elements.", "device"_a,
         "channels"_a, "positions"_a, "element_size"_a = 4, "channels_last"_a = false, "aligned"_a = true);
 }
