@@ -12,15 +12,18 @@ constexpr int kRowBlock = 4;                              // rows of W that are 
 constexpr int kSampleBlock = kVectorBytes == 64 ? 8 : 3;  // samples that share one load of W
 constexpr int kSums = kVectorBytes == 64 ? 16 : 12;       // of a row and a sample, side by side: what the registers hold
 constexpr int kColumnBlock = kVectorBytes == 64 ? 4 : 2;  // vectors along K
-constexpr int64_t kColumnsAtOnce = 512;                   // of W and x, which stay in the first-level cache meanwhile
-constexpr int64_t kWeightsAhead = 2048;                   // W may come from memory: ask for it so many elements early
+constexpr int64_t kColumnsAtOnce = 512;                   // of x, which stays in the first-level cache meanwhile
+constexpr int64_t kRowPanel = 64;                         // rows of W that go through all samples, from the second level
+constexpr int64_t kWeightsAhead = 4096;                   // W may come from memory: ask for it so many elements early
 constexpr int64_t kWeightRowsAhead = 16;                  // a column block of W is short rows far apart: so many rows early
 
 // y[n, m] = start + sum_k W[m, k] x[n, k] for J samples, I rows and `count` columns; start is y[n, m] for those that go on with
-// a sum, otherwise bias[m]. (Not inlined: several in one function run out of registers.)
+// a sum, otherwise bias[m]. The rows at `next` are fetched meanwhile, into the second-level cache. (Not inlined: several in one
+// function run out of registers.)
 template <int J, int I, typename acc, typename weight_t>
 [[gnu::noinline]] void linear_block(const acc* x, int64_t x_stride, const weight_t* weight, int64_t columns, int64_t count,
-                                    int64_t ahead, const acc* bias, bool go_on, acc* y, int64_t y_stride) {
+                                    const weight_t* next, const acc* bias, bool go_on, acc* y, int64_t y_stride) {
+  constexpr int kRead = 0, kSecondLevel = 2;
   Vec<acc> sums[J * I];
   clear(sums);
   for_each_vector<acc>(count, [&](int64_t k, auto lanes) {
@@ -29,9 +32,8 @@ template <int J, int I, typename acc, typename weight_t>
     for (int j = 0; j < J; j++) xk[j] = load(x + j * x_stride + k, lanes);
 #pragma GCC unroll kRowBlock
     for (int i = 0; i < I; i++) {
-      const weight_t* wi = weight + i * columns + k;
-      __builtin_prefetch(wi + ahead);
-      const Vec<acc> w = load(wi, lanes);
+      __builtin_prefetch(next + i * columns + k, kRead, kSecondLevel);
+      const Vec<acc> w = load(weight + i * columns + k, lanes);
 #pragma GCC unroll kSampleBlock
       for (int j = 0; j < J; j++) sums[j * I + i] += w * xk[j];
     }
@@ -53,18 +55,27 @@ template <int J, int I, typename acc, typename weight_t>
 template <typename acc, typename weight_t>
 void linear(const acc* x, int64_t x_stride, int64_t samples, const weight_t* weight, int64_t columns, const acc* bias,
             int64_t m0, int64_t m1, acc* y, int64_t y_stride) {
+  // The columns of a few samples, side by side: rows that are a power of two apart would throw each other out of the cache.
+  constexpr int64_t kStride = kColumnsAtOnce + kLanes<acc>;
+  alignas(kVectorBytes) acc some_x[kSampleBlock * kStride];
   for (int64_t k0 = 0; k0 < columns; k0 += kColumnsAtOnce) {
     const int64_t count = std::min(kColumnsAtOnce, columns - k0);
-    const int64_t ahead = std::max<int64_t>(kRowBlock, kWeightsAhead / count) * columns;
-    for_each_rows<kRowBlock>(m0, m1, [&](int64_t m, auto rows) {
+    const int64_t ahead = std::max<int64_t>(kRowBlock, kWeightsAhead / count);
+    for (int64_t panel = m0; panel < m1; panel += kRowPanel) {
       for_each_batch<kSampleBlock>(samples, [&](int64_t n, auto block) {
-        constexpr int some = rows * block > kSums ? 2 : rows;
-        for (int64_t i = m; i < m + rows; i += some) {
-          linear_block<block, some>(x + n * x_stride + k0, x_stride, weight + i * columns + k0, columns, count, ahead,
-                                    bias ? bias + i : nullptr, /*go_on=*/k0 > 0, y + n * y_stride + i, y_stride);
-        }
+        for (int j = 0; j < block; j++) std::copy_n(x + (n + j) * x_stride + k0, count, some_x + j * kStride);
+        for_each_rows<kRowBlock>(panel, std::min(m1, panel + kRowPanel), [&](int64_t m, auto rows) {
+          constexpr int some = rows * block > kSums ? 2 : rows;
+          for (int64_t i = m; i < m + rows; i += some) {
+            // Behind the last row come the next columns of the first ones.
+            const int64_t next = i + ahead < m1 ? ahead * columns : (m0 + ahead - m1) * columns + kColumnsAtOnce;
+            const weight_t* wi = weight + i * columns + k0;
+            linear_block<block, some>(some_x, kStride, wi, columns, count, wi + next, bias ? bias + i : nullptr,
+                                      /*go_on=*/k0 > 0, y + n * y_stride + i, y_stride);
+          }
+        });
       });
-    });
+    }
   }
 }
 
