@@ -18,6 +18,7 @@ constexpr int64_t kMaxParts = 16;               // of such a sample: P elements 
 constexpr int64_t kRowBlock = 4;                // rows that the kernels take at once
 constexpr int64_t kShare = 1 << 20;             // bytes of x that a core still has in a cache when they are read again
 constexpr int64_t kShared = 16 << 20;           // the same of the cache that the cores have in common
+constexpr int64_t kPastCaches = 2 * kShared;    // of maps: more than what the cores have in common holds until the next call
 constexpr int64_t kMaxAloneWeights = 64 << 10;  // bytes of the transform that one thread reads for its own samples
 constexpr int64_t kWeightsShare = 8;            // where threads share it, a group outweighs it so many times
 constexpr int64_t kMaxIdle = 8;                 // at most one in so many threads may have nothing to do in the last round
@@ -70,5 +71,7 @@ GroupPlan plan_cpu_group(int64_t samples, int64_t sample_bytes, int64_t weight_b
   const int64_t bytes = !alone ? shared : sample_bytes <= kShare ? kShare / 2 : kShared / threads;
   return {std::clamp<int64_t>(bytes / std::max<int64_t>(1, sample_bytes), 1, std::max<int64_t>(1, samples)), alone};
 }
+
+bool plan_cpu_past_caches(int64_t bytes) { return bytes > kPastCaches; }
 
 }  // namespace gcnet_ext

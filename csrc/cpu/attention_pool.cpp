@@ -188,7 +188,7 @@ std::tuple<Tensor, Tensor> attention_pool_backward(const Tensor& grad_context_in
     const PoolPlan plan = pool_plan(map);
     const auto partial = need_weight ? WeightGradient<acc>(x.size(0), plan.splits, x.size(1)) : WeightGradient<acc>();
     const PoolGradients<acc> given{data<acc>(grad_context), data<acc>(context), data<acc>(attention), w.data(), nullptr};
-    const auto grad_x_map = write_map_if<scalar_t>(need_x, grad_x);
+    const auto grad_x_map = write_map_if<scalar_t>(need_x, grad_x, x);
     const GroupPlan group = plan_groups(x.size(0), x.size(1) * positions(x) * sizeof(scalar_t), 0);
     for_each_group(group, x.size(0), x.numel(), [&](int64_t first, int64_t count) {
       pool_backward_samples<scalar_t>({}, map, given, first, count, grad_x_map, partial);

@@ -68,7 +68,7 @@ void fuse_into(const Tensor& x, const OptionalTensor& scale, const OptionalTenso
   dispatch(x.scalar_type(), [&](auto kind) {
     using scalar_t = decltype(kind);
     const auto scales = to_acc<acc_t<scalar_t>>(scale), shifts = to_acc<acc_t<scalar_t>>(shift);
-    fuse_samples(read_map<scalar_t>(x), pointer(scales), pointer(shifts), 0, x.size(0), write_map<scalar_t>(out));
+    fuse_samples(read_map<scalar_t>(x), pointer(scales), pointer(shifts), 0, x.size(0), write_map<scalar_t>(out, x));
   });
 }
 
@@ -110,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor> channel_fuse_backward(const Tensor& grad_in, 
         sum_samples(g, read_map<scalar_t>(x), first, count, sum_g.empty() ? nullptr : sum_g.data(),
                     sum_gx.empty() ? nullptr : sum_gx.data());
       }
-      if (need_x) fuse_samples<scalar_t>(g, pointer(scales), nullptr, first, count, write_map<scalar_t>(grad_x));
+      if (need_x) fuse_samples<scalar_t>(g, pointer(scales), nullptr, first, count, write_map<scalar_t>(grad_x, grad, x));
     });
     if (!sum_gx.empty()) from_acc(sum_gx.data(), grad_scale);
     if (!sum_g.empty()) from_acc(sum_g.data(), grad_shift);

@@ -72,7 +72,7 @@ void forward_into(const Tensor& x, Parameters given, const TransformOptions& opt
         if (scale) branch(0);
         if (shift) branch(1);
       }
-      fuse_samples(map, scale ? s : nullptr, t_shift.get(), first, count, write_map<scalar_t>(out));
+      fuse_samples(map, scale ? s : nullptr, t_shift.get(), first, count, write_map<scalar_t>(out, x));
     });
   });
 }
@@ -174,7 +174,7 @@ Gradients global_context_backward(const Tensor& grad_in, const Tensor& x_in, con
     const auto weight = to_acc<acc>(mask_weight);
     auto scale = branch_of<acc>(parameters.scale, options, x), shift = branch_of<acc>(parameters.shift, options, x);
     const auto map = read_map<scalar_t>(x), grad_map = read_map<scalar_t>(grad);
-    const auto grad_x_map = write_map_if<scalar_t>(need_x, grad_x);
+    const auto grad_x_map = write_map_if<scalar_t>(need_x, grad_x, grad, x);
     const acc *ctx = data<acc>(context), *h = data<acc>(hidden), *s = scale ? data<acc>(gate) : nullptr;
     if (scale) scale->prepare_backward();
     if (shift) shift->prepare_backward();

@@ -23,6 +23,7 @@ struct Block {
   int64_t channels, positions;
   int64_t channel_stride, position_stride;  // one of them is 1
   bool channels_last;                       // channel_stride is 1
+  bool past_caches = false;                 // written past the caches: nobody reads it soon
 };
 
 // A running softmax-weighted sum: sum_p exp(logit_p - max) x_p and sum_p exp(logit_p - max) over the positions seen so far.

@@ -9,6 +9,7 @@
 
 #include "../check.h"
 #include "../layout.h"
+#include "../plan_cpu.h"
 #include "kernels.h"
 
 namespace gcnet_ext::cpu {
@@ -66,11 +67,12 @@ template <typename scalar_t>
 struct Map {
   scalar_t* data = nullptr;
   Layout layout{};
+  bool past_caches = false;
 
   Block<scalar_t> block(int64_t sample, int64_t c0, int64_t channels, int64_t p0, int64_t positions) const {
     scalar_t* start =
         data ? data + sample * layout.sample_stride + c0 * layout.channel_stride + p0 * layout.position_stride : nullptr;
-    return {start, channels, positions, layout.channel_stride, layout.position_stride, layout.channels_last};
+    return {start, channels, positions, layout.channel_stride, layout.position_stride, layout.channels_last, past_caches};
   }
 };
 
@@ -78,14 +80,17 @@ template <typename scalar_t>
 Map<const scalar_t> read_map(const Tensor& tensor) {
   return {data<scalar_t>(tensor), layout_of(tensor)};
 }
+// A map that is written while maps of its size are read.
 template <typename scalar_t>
-Map<scalar_t> write_map(const Tensor& tensor) {
-  return {mutable_data<scalar_t>(tensor), layout_of(tensor)};
+Map<scalar_t> write_map(const Tensor& tensor, const auto&... read) {
+  const bool in_place = ((read.data_ptr() == tensor.data_ptr()) || ...);
+  const int64_t bytes = (1 + sizeof...(read)) * tensor.numel() * sizeof(scalar_t);
+  return {mutable_data<scalar_t>(tensor), layout_of(tensor), !in_place && plan_cpu_past_caches(bytes)};
 }
-// A write map of x's shape, or one without data when it is not needed (the tensor is then empty).
+// The same of x's shape, or one without data when it is not needed (the tensor is then empty).
 template <typename scalar_t>
-Map<scalar_t> write_map_if(bool needed, const Tensor& tensor) {
-  return needed ? write_map<scalar_t>(tensor) : Map<scalar_t>{};
+Map<scalar_t> write_map_if(bool needed, const Tensor& tensor, const auto&... read) {
+  return needed ? write_map<scalar_t>(tensor, read...) : Map<scalar_t>{};
 }
 
 // A small parameter as a vector of acc; empty when there is none.

@@ -196,7 +196,7 @@ void attention_pool(Block<const scalar_t> x, const acc_t<scalar_t>* weight, acc_
 }
 
 // dx = g*scale + m dctx + dl w and dw += sum_p dl x for R channels in NCHW: the vectors over positions are shared by them.
-template <int R, typename scalar_t, bool has_grad, bool has_weight_grad>
+template <int R, typename scalar_t, bool past_caches, bool has_grad, bool has_weight_grad>
 inline void grad_channels(Block<const scalar_t> grad, Block<const scalar_t> x, const acc_t<scalar_t>* m,
                           const acc_t<scalar_t>* dl, const PoolGradient<acc_t<scalar_t>>& sample, Block<scalar_t> grad_x,
                           int64_t c, acc_t<scalar_t>* grad_weight) {
@@ -211,16 +211,16 @@ inline void grad_channels(Block<const scalar_t> grad, Block<const scalar_t> x, c
     w[r] = broadcast(sample.weight[c + r]);
     scale[r] = broadcast(sample.scale ? sample.scale[c + r] : acc(1));
   }
-  for_each_vector<acc>(x.positions, [&](int64_t p, auto lanes) {
+  for_each_vector_to<past_caches>(dx, x.positions, [&](int64_t p, auto lanes) {
     const Vec<acc> mp = load(m + p, lanes), dlp = load(dl + p, lanes);
 #pragma GCC unroll 2
     for (int r = 0; r < R; r++) {
       if constexpr (has_grad) __builtin_prefetch(g + (r + kRowsAhead) * g_stride + p);
-      __builtin_prefetch(dx + (r + kRowsAhead) * dx_stride + p, 1);
+      if constexpr (!past_caches) __builtin_prefetch(dx + (r + kRowsAhead) * dx_stride + p, 1);
       Vec<acc> value = mp * dctx[r] + dlp * w[r];
       if constexpr (has_grad) value += load(g + r * g_stride + p, lanes) * scale[r];
       if constexpr (has_weight_grad) dw[r] += dlp * load(xc + r * x_stride + p, lanes);
-      store(dx + r * dx_stride + p, value, lanes);
+      store_to<past_caches>(dx + r * dx_stride + p, value, lanes);
     }
   });
   if constexpr (has_weight_grad) {
@@ -229,7 +229,7 @@ inline void grad_channels(Block<const scalar_t> grad, Block<const scalar_t> x, c
 }
 
 // The same for R neighbouring positions in channels_last: the vectors over channels are shared by them.
-template <int R, typename scalar_t, bool has_grad, bool has_scale, bool has_weight_grad>
+template <int R, typename scalar_t, bool past_caches, bool has_grad, bool has_scale, bool has_weight_grad>
 inline void grad_positions(const scalar_t* g, int64_t g_stride, const scalar_t* x, int64_t x_stride, const acc_t<scalar_t>* m,
                            const acc_t<scalar_t>* dl, int64_t channels, const PoolGradient<acc_t<scalar_t>>& sample,
                            scalar_t* dx, int64_t dx_stride, acc_t<scalar_t>* dw) {
@@ -239,19 +239,19 @@ inline void grad_positions(const scalar_t* g, int64_t g_stride, const scalar_t* 
     mr[r] = broadcast(m[r]);
     dlr[r] = broadcast(dl[r]);
   }
-  for_each_vector<acc>(channels, [&](int64_t c, auto lanes) {
+  for_each_vector_to<past_caches>(dx, channels, [&](int64_t c, auto lanes) {
     const Vec<acc> dctx = load(sample.grad_context + c, lanes), w = load(sample.weight + c, lanes);
     Vec<acc> scale{}, total{};
     if constexpr (has_scale) scale = load(sample.scale + c, lanes);
     if constexpr (has_weight_grad) total = load(dw + c, lanes);
     for (int r = 0; r < R; r++) {
       if constexpr (has_grad) __builtin_prefetch(g + (r + R) * g_stride + c);
-      __builtin_prefetch(dx + (r + R) * dx_stride + c, 1);
+      if constexpr (!past_caches) __builtin_prefetch(dx + (r + R) * dx_stride + c, 1);
       Vec<acc> value = mr[r] * dctx + dlr[r] * w;
       if constexpr (has_grad && has_scale) value += load(g + r * g_stride + c, lanes) * scale;
       if constexpr (has_grad && !has_scale) value += load(g + r * g_stride + c, lanes);
       if constexpr (has_weight_grad) total += dlr[r] * load(x + r * x_stride + c, lanes);
-      store(dx + r * dx_stride + c, value, lanes);
+      store_to<past_caches>(dx + r * dx_stride + c, value, lanes);
     }
     if constexpr (has_weight_grad) store(dw + c, total, lanes);
   });
@@ -275,26 +275,30 @@ void pool_gradient(Block<const scalar_t> grad, Block<const scalar_t> x, const ac
     if (!x.channels_last) return channel_dots(x, dl, grad_weight);
     return add_rows_in_order(x.data, x.position_stride, x.positions, dl, x.channels, grad_weight);  // as grad_positions does
   }
+  // What is written past the caches goes by lines, and rows that are written together must begin theirs together.
   if (x.channels_last) {
     with_flags(
-        [&](auto has_grad, auto has_scale, auto has_weight_grad) {
+        [&](auto past_caches, auto has_grad, auto has_scale, auto has_weight_grad) {
           for_each_rows<4>(0, x.positions, [&](int64_t p, auto rows) {
-            grad_positions<rows, scalar_t, has_grad, has_scale, has_weight_grad>(
+            grad_positions<rows, scalar_t, past_caches, has_grad, has_scale, has_weight_grad>(
                 grad.data + p * grad.position_stride, grad.position_stride, x.data + p * x.position_stride, x.position_stride,
                 attention + p, dl + p, x.channels, sample, grad_x.data + p * grad_x.position_stride, grad_x.position_stride,
                 grad_weight);
           });
         },
-        grad.data != nullptr, sample.scale != nullptr, grad_weight != nullptr);
+        grad_x.past_caches && grad_x.position_stride % kLine<scalar_t> == 0, grad.data != nullptr, sample.scale != nullptr,
+        grad_weight != nullptr);
   } else {
     with_flags(
-        [&](auto has_grad, auto has_weight_grad) {
-          for_each_rows<2>(0, x.channels, [&](int64_t c, auto rows) {
-            grad_channels<rows, scalar_t, has_grad, has_weight_grad>(grad, x, attention, dl, sample, grad_x, c, grad_weight);
+        [&](auto past_caches, auto has_grad, auto has_weight_grad) {
+          for_each_rows<past_caches ? 1 : 2>(0, x.channels, [&](int64_t c, auto rows) {
+            grad_channels<rows, scalar_t, past_caches, has_grad, has_weight_grad>(grad, x, attention, dl, sample, grad_x, c,
+                                                                                  grad_weight);
           });
         },
-        grad.data != nullptr, grad_weight != nullptr);
+        grad_x.past_caches, grad.data != nullptr, grad_weight != nullptr);
   }
+  if (grad_x.past_caches) fence();
 }
 
 // sum_i parts[i, p] for one vector of positions, in their order.

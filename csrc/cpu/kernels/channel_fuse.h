@@ -11,39 +11,51 @@ template <typename scalar_t>
 constexpr int64_t kWriteAhead = 2048 / sizeof(scalar_t);
 
 // row = in*scale + shift for `count` elements of a row; scale(i, lanes) and shift(i, lanes) are the vectors for element i on.
-template <typename scalar_t, typename Scale, typename Shift>
+template <bool past_caches, typename scalar_t, typename Scale, typename Shift>
 inline void fuse_row(const scalar_t* in, int64_t count, const Scale& scale, const Shift& shift, scalar_t* row) {
   using acc = acc_t<scalar_t>;
   constexpr std::integral_constant<int64_t, kLanes<acc>> all;
   const auto fused = [&](int64_t i, auto lanes) { return load(in + i, lanes) * scale(i, lanes) + shift(i, lanes); };
+  if constexpr (past_caches) {
+    return for_each_vector_to<true>(row, count,
+                                    [&](int64_t i, auto lanes) { store_to<true>(row + i, fused(i, lanes), lanes); });
+  }
+  const auto ask = [&](int64_t i) { __builtin_prefetch(row + i + kWriteAhead<scalar_t>, 1); };
+  constexpr int64_t lines = std::max<int64_t>(1, 2 * all / kLine<scalar_t>);
   int64_t i = 0;
   for (; i + 2 * all <= count; i += 2 * all) {
-    __builtin_prefetch(row + i + kWriteAhead<scalar_t>, 1);
+    for (int64_t line = 0; line < lines; line++) ask(i + line * kLine<scalar_t>);
     store_two(row + i, fused(i, all), fused(i + all, all));
   }
+  if (i == count) return;
+  ask(i);
   for_each_vector<acc>(count - i, [&](int64_t j, auto lanes) { store(row + i + j, fused(i + j, lanes), lanes); });
 }
 
 template <typename scalar_t>
 void channel_fuse(Block<const scalar_t> x, const acc_t<scalar_t>* scale, const acc_t<scalar_t>* shift, Block<scalar_t> out) {
   using acc = acc_t<scalar_t>;
-  if (!x.channels_last) {
+  const auto rows = [&](auto past_caches) {
     for (int64_t c = 0; c < x.channels; c++) {
       const Vec<acc> s = broadcast(scale ? scale[c] : acc(1)), t = broadcast(shift ? shift[c] : acc(0));
-      fuse_row(
+      fuse_row<past_caches>(
           x.data + c * x.channel_stride, x.positions, [&](auto...) { return s; }, [&](auto...) { return t; },
           out.data + c * out.channel_stride);
     }
-    return;
-  }
-  const auto fuse = [&](auto scaled, auto shifted) {
+  };
+  const auto rows_of_channels = [&](auto past_caches, auto scaled, auto shifted) {
     const auto s = [&](int64_t c, auto lanes) { return scaled ? load(scale + c, lanes) : broadcast(acc(1)); };
     const auto t = [&](int64_t c, auto lanes) { return shifted ? load(shift + c, lanes) : Vec<acc>{}; };
     for (int64_t p = 0; p < x.positions; p++) {
-      fuse_row(x.data + p * x.position_stride, x.channels, s, t, out.data + p * out.position_stride);
+      fuse_row<past_caches>(x.data + p * x.position_stride, x.channels, s, t, out.data + p * out.position_stride);
     }
   };
-  with_flags(fuse, scale, shift);
+  if (x.channels_last) {
+    with_flags(rows_of_channels, out.past_caches, scale, shift);
+  } else {
+    with_flags(rows, out.past_caches);
+  }
+  if (out.past_caches) fence();
 }
 
 // sum_a += a, sum_ab += a*b for one vector of channels or positions; what is not asked for is not loaded.

@@ -13,6 +13,10 @@
 
 namespace gcnet_ext::cpu::GCNET_CAPABILITY {
 
+// Elements of a line of memory.
+template <typename scalar_t>
+constexpr int64_t kLine = 64 / sizeof(scalar_t);
+
 template <typename acc>
 inline Vec<acc> broadcast(acc value) {
   return Vec<acc>{} + value;
@@ -117,6 +121,32 @@ inline void store(scalar_t* p, Vec<acc_t<scalar_t>> value, std::integral_constan
 template <typename scalar_t>
 inline void store(scalar_t* p, Vec<acc_t<scalar_t>> value, int64_t count) {
   store_first(p, value, count);
+}
+
+// The same for a row that is written. Past the caches that goes by whole lines: at their edges lanes is no constant.
+template <bool past_caches, typename scalar_t, typename Body>
+inline void for_each_vector_to(const scalar_t* row, int64_t count, const Body& body) {
+  using acc = acc_t<scalar_t>;
+  if constexpr (!past_caches) return for_each_vector<acc>(count, body);
+  constexpr int64_t lanes = kLanes<acc>, line = kLine<scalar_t>;
+  const int64_t address = reinterpret_cast<intptr_t>(row) / sizeof(scalar_t);
+  const int64_t begin = std::min(-address & (line - 1), count), end = begin + (count - begin) / line * line;
+  const auto edge = [&](int64_t from, int64_t to) {  // in partial vectors, which have less than all lanes
+    for (int64_t i = from; i < to; i += lanes - 1) body(i, std::min(lanes - 1, to - i));
+  };
+  edge(0, begin);
+  for (int64_t i = begin; i < end; i += lanes) body(i, std::integral_constant<int64_t, lanes>{});
+  edge(end, count);
+}
+
+// The store of such a body.
+template <bool past_caches, typename scalar_t, typename Lanes>
+inline void store_to(scalar_t* p, Vec<acc_t<scalar_t>> value, Lanes lanes) {
+  if constexpr (past_caches && !std::is_same_v<Lanes, int64_t>) {
+    store_past_caches(p, value);
+  } else {
+    store(p, value, lanes);
+  }
 }
 
 // Calls body with value, 1 <= value <= most, as an integral_constant.

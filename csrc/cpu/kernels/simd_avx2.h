@@ -99,6 +99,14 @@ inline void store_two(BFloat16* p, Vec<float> first, Vec<float> second) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
 }
 
+// Past the caches: p is where a vector of scalar_t may lie in a line of memory.
+inline void store_past_caches(float* p, Vec<float> value) { _mm256_stream_ps(p, value); }
+inline void store_past_caches(double* p, Vec<double> value) { _mm256_stream_pd(p, value); }
+inline void store_past_caches(Half* p, Vec<float> value) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), to_half(value)); }
+inline void store_past_caches(BFloat16* p, Vec<float> value) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(bfloat16_words(value)));
+}
+
 inline __m256 fold(Vec<float> v) { return v; }
 inline __m256d fold(Vec<double> v) { return v; }
 

@@ -69,6 +69,16 @@ inline void sum_each(const Vec<float> (&v)[16], float* sums) {
   _mm512_storeu_ps(sums, _mm512_shuffle_f32x4(first, last, 0x88) + _mm512_shuffle_f32x4(first, last, 0xdd));
 }
 
+// Past the caches: p is where a vector of scalar_t may lie in a line of memory.
+inline void store_past_caches(float* p, Vec<float> value) { _mm512_stream_ps(p, value); }
+inline void store_past_caches(double* p, Vec<double> value) { _mm512_stream_pd(p, value); }
+inline void store_past_caches(Half* p, Vec<float> value) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void store_past_caches(BFloat16* p, Vec<float> value) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_bfloat16(value));
+}
+
 inline __m256 fold(Vec<float> v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
 inline __m256d fold(Vec<double> v) { return _mm256_add_pd(_mm512_castpd512_pd256(v), _mm512_extractf64x4_pd(v, 1)); }
 

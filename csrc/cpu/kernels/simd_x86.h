@@ -7,6 +7,9 @@
 
 namespace gcnet_ext::cpu::GCNET_CAPABILITY {
 
+// What was stored past the caches comes before what is stored from here on.
+inline void fence() { _mm_sfence(); }
+
 inline void sum_four(const Vec<float>* v, float* sums) {
   const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(fold(v[0]), fold(v[1])), _mm256_hadd_ps(fold(v[2]), fold(v[3])));
   _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));

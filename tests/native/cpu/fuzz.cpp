@@ -73,7 +73,17 @@ struct Buffer2d {
     memory.shrink_to_fit();
   }
   Block<const T> read() const { return {memory.data(), channels, positions, channel_stride, position_stride, channels_last}; }
-  Block<T> write() { return {memory.data(), channels, positions, channel_stride, position_stride, channels_last}; }
+  Block<T> write(bool past_caches) {
+    return {memory.data(), channels, positions, channel_stride, position_stride, channels_last, past_caches};
+  }
+  // The gaps are what they were: a store of a whole vector may not reach into them. (No sanitizer sees every such store.)
+  bool gaps_as_in(const Buffer2d& before) const {
+    const int64_t row = channels_last ? channels : positions, stride = channels_last ? position_stride : channel_stride;
+    for (int64_t i = 0; i < static_cast<int64_t>(memory.size()); i++) {
+      if (i % stride >= row && std::memcmp(&memory[i], &before.memory[i], sizeof(T)) != 0) return false;
+    }
+    return true;
+  }
   double at(int64_t c, int64_t p) const { return static_cast<double>(memory[c * channel_stride + p * position_stride]); }
 };
 
@@ -128,7 +138,9 @@ void fuzz_fuse(Source& from, const MapKernels<T>& kernels, int64_t C, int64_t P,
   Buffer2d<T> out(from, C, P, channels_last);
   const auto scale = numbers<acc>(from, C), shift = numbers<acc>(from, C);
   const bool scales = from.flag(), shifts = from.flag();
-  kernels.channel_fuse(x.read(), scales ? scale.data() : nullptr, shifts ? shift.data() : nullptr, out.write());
+  const Buffer2d<T> before = out;
+  kernels.channel_fuse(x.read(), scales ? scale.data() : nullptr, shifts ? shift.data() : nullptr, out.write(from.flag()));
+  require(out.gaps_as_in(before), "channel_fuse: a gap");
   for (int64_t c = 0; c < C; c++) {
     for (int64_t p = 0; p < P; p++) {
       const double product = x.at(c, p) * (scales ? scale[c] : 1), added = shifts ? shift[c] : 0;
@@ -159,12 +171,14 @@ void fuzz_pool(Source& from, const MapKernels<T>& kernels, int64_t C, int64_t P,
   }
   const bool has_grad = from.flag(), has_dx = from.flag(), has_dw = from.flag(), has_scale = from.flag();
   const auto m = numbers<acc>(from, P);
+  const Buffer2d<T> before = grad_x;
   const PoolGradient<acc> sample{dctx.data(), static_cast<acc>(0.25), w.data(), has_scale ? scale.data() : nullptr};
   const Block<const T> none{nullptr, C, P, 0, 0, channels_last};
   kernels.attention_pool_backward(has_grad ? grad.read() : none, x.read(), m.data(), sample,
-                                  has_dx ? grad_x.write() : Block<T>{nullptr, C, P, 0, 0, channels_last},
+                                  has_dx ? grad_x.write(from.flag()) : Block<T>{nullptr, C, P, 0, 0, channels_last},
                                   has_dw ? dw.data() : nullptr);
   if (!has_dx) return;
+  require(grad_x.gaps_as_in(before), "attention_pool_backward: a gap");
   for (int64_t p = 0; p < P; p++) {
     double u = 0, u_size = 0;
     for (int64_t c = 0; c < C; c++) u += dctx[c] * x.at(c, p), u_size += std::abs(dctx[c] * x.at(c, p));

@@ -1,0 +1,79 @@
+"""Outputs of large maps are written past the caches (docs/memory.md): the same results, with every capability."""
+
+from __future__ import annotations
+
+import pytest
+
+from gcnet_ext import _library
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+# Rows whose starts and ends lie anywhere in a line of memory, and rows of whole lines.
+SCRIPT = """
+import itertools
+import torch
+from gcnet_ext import _library
+from gcnet_ext.blocks import GlobalContextBlock
+import gcnet_ext
+from grid import Random
+
+SHAPES = {torch.float32: [(5, 33, 173, 193), (5, 32, 192, 192)], torch.bfloat16: [(9, 67, 173, 101), (9, 64, 160, 128)],
+          torch.float16: [(9, 67, 173, 101)], torch.float64: [(3, 33, 173, 193)]}
+
+def one_by_one(call, x, *others):
+    parts = [call(*(tensor[n : n + 1] for tensor in (x, *others))) for n in range(len(x))]
+    return [torch.cat(outputs) for outputs in zip(*parts)]
+
+def block(x, grad):
+    x = x.detach().requires_grad_()
+    out = module(x)
+    out.backward(grad)
+    return out.detach(), x.grad
+
+def fuse(x, grad, scale, shift):
+    x = x.detach().requires_grad_()
+    out = gcnet_ext.channel_fuse(x, scale, shift)
+    out.backward(grad)
+    return out.detach(), x.grad
+
+def pool(x, grad_context):
+    x = x.detach().requires_grad_()
+    context = gcnet_ext.attention_pool(x, mask)
+    context.backward(grad_context)
+    return context.detach(), x.grad
+
+for dtype, layout in itertools.product(SHAPES, (torch.contiguous_format, torch.channels_last)):
+    for shape in SHAPES[dtype]:
+        random = Random(0)
+        x, grad = (random.normal(*shape, dtype=dtype).contiguous(memory_format=layout) for _ in range(2))
+        samples, channels = shape[:2]
+        past = _library.compiled.past_caches
+        assert past(2 * x.nbytes) and not past(3 * x[0].nbytes), shape
+        torch.manual_seed(0)
+        module = GlobalContextBlock(channels, 1 / 8, fusion_types=("channel_mul", "channel_add")).to(dtype)
+        for parameter in module.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        scale, shift, grad_context = (random.normal(samples, channels, dtype=dtype) for _ in range(3))
+        mask = random.normal(channels, dtype=dtype)
+        for call, inputs in ((block, (x, grad)), (fuse, (x, grad, scale, shift)), (pool, (x, grad_context))):
+            whole, parts = call(*inputs), one_by_one(call, *inputs)
+            for got, want, name in zip(whole, parts, ("out", "grad_x")):
+                assert got.stride() == want.stride() or got.dim() == 2, (call.__name__, shape, layout)
+                assert torch.equal(got, want), (call.__name__, name, dtype, shape, layout)
+print("as one by one")
+"""
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512", "avx512_bf16"])
+def test_as_one_sample_at_a_time(python, capability):
+    """Bit by bit what comes of the samples one by one, which are too small for it."""
+    if capability not in _library.compiled.usable_capabilities():
+        pytest.skip(f"this processor or this build has no {capability}")
+    assert python(SCRIPT, GCNET_EXT_CPU_CAPABILITY=capability).stdout == "as one by one\n"
+
+
+def test_only_where_the_caches_would_not_hold_it():
+    past_caches = _library.compiled.past_caches
+    assert not past_caches(2 * 8 * 512 * 28 * 28 * 4)
+    assert past_caches(3 * 8 * 512 * 28 * 28 * 4)
+    assert past_caches(2 * 8 * 256 * 56 * 56 * 4)
