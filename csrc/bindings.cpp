@@ -63,7 +63,8 @@ py::dict plan(const std::string& device, int64_t channels, int64_t positions, in
 PYBIND11_MODULE(_C, m) {
   m.doc() = "What was built and how it decides; the operators are in torch.ops.gcnet_ext.";
   m.def("build_info", &build_info, "What was compiled: version, torch, compiler, OpenMP, CPU capabilities.");
-  m.def("cpu_capability", &gcnet_ext::cpu::capability, "The vector instructions in use: 'default', 'avx2' or 'avx512'.");
+  m.def("cpu_capability", &gcnet_ext::cpu::capability,
+        "The vector instructions in use, by their name in usable_capabilities().");
   m.def("usable_capabilities", &gcnet_ext::cpu::usable_capabilities,
         "The capabilities that this processor can run, best first.");
   static PyMethodDef unchanged{"unchanged", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&gcnet_ext::unchanged)),

@@ -131,6 +131,14 @@ def kernels() -> None:
         pytest.skip(f"no compiled kernels: {_library.why_no_kernels('cpu')}")
 
 
+@pytest.fixture(params=["default", "avx2", "avx512", "avx512_bf16"])
+def capability(request: pytest.FixtureRequest, kernels: None) -> str:
+    """Each CPU capability in turn; one that this machine or this build does not have is skipped."""
+    if request.param not in _library.compiled.usable_capabilities():
+        pytest.skip(f"this processor or this build has no {request.param}")
+    return request.param
+
+
 @pytest.fixture
 def threads():
     """Sets torch's number of threads, and puts it back."""

@@ -12,9 +12,8 @@ pytestmark = pytest.mark.usefixtures("kernels")
 SCRIPT = """
 import itertools
 import torch
-from gcnet_ext import _library
-from gcnet_ext.blocks import GlobalContextBlock
 import gcnet_ext
+from gcnet_ext import GlobalContextBlock, _library
 from grid import Random
 
 SHAPES = {torch.float32: [(5, 33, 173, 193), (5, 32, 192, 192)], torch.bfloat16: [(9, 67, 173, 101), (9, 64, 160, 128)],
@@ -64,11 +63,8 @@ print("as one by one")
 """
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512", "avx512_bf16"])
 def test_as_one_sample_at_a_time(python, capability):
     """Bit by bit what comes of the samples one by one, which are too small for it."""
-    if capability not in _library.compiled.usable_capabilities():
-        pytest.skip(f"this processor or this build has no {capability}")
     assert python(SCRIPT, GCNET_EXT_CPU_CAPABILITY=capability).stdout == "as one by one\n"
 
 

@@ -83,8 +83,17 @@ def test_nothing_is_kept(seen):
         ((), (), (1, 0), ()),
         ((), (), (), (None, "weight")),
         ((), ({}, [], None), (), ()),
+        ((), (), ()),
+        ((), [], (), ()),
     ],
-    ids=["field of no dictionary", "length of no dictionary", "wanted of no dictionary", "a name without a hash"],
+    ids=[
+        "field of no dictionary",
+        "length of no dictionary",
+        "wanted of no dictionary",
+        "a name without a hash",
+        "too few tuples",
+        "a list",
+    ],
 )
 def test_raises_rather_than_crashes(arguments):
     with pytest.raises((SystemError, TypeError)):

@@ -102,15 +102,15 @@ std::tuple<Tensor, Tensor, Tensor> channel_fuse_backward(const Tensor& grad_in, 
     const auto scales = to_acc<acc>(scale);
     std::vector<acc> sum_g(need_shift && shift ? x.size(0) * x.size(1) : 0),
         sum_gx(need_scale && scale ? x.size(0) * x.size(1) : 0);
-    const auto g = read_map<scalar_t>(grad);
+    const auto g = read_map<scalar_t>(grad), x_map = read_map<scalar_t>(x);
+    const auto grad_x_map = write_map_if<scalar_t>(need_x, grad_x, grad, x);
     const int64_t sample_bytes = 2 * x.size(1) * positions(x) * sizeof(scalar_t);
     const GroupPlan group = plan_groups(x.size(0), sample_bytes, 0);
     for_each_group(group, x.size(0), x.numel(), [&](int64_t first, int64_t count) {
       if (!sum_g.empty() || !sum_gx.empty()) {
-        sum_samples(g, read_map<scalar_t>(x), first, count, sum_g.empty() ? nullptr : sum_g.data(),
-                    sum_gx.empty() ? nullptr : sum_gx.data());
+        sum_samples(g, x_map, first, count, sum_g.empty() ? nullptr : sum_g.data(), sum_gx.empty() ? nullptr : sum_gx.data());
       }
-      if (need_x) fuse_samples<scalar_t>(g, pointer(scales), nullptr, first, count, write_map<scalar_t>(grad_x, grad, x));
+      if (need_x) fuse_samples<scalar_t>(g, pointer(scales), nullptr, first, count, grad_x_map);
     });
     if (!sum_gx.empty()) from_acc(sum_gx.data(), grad_scale);
     if (!sum_g.empty()) from_acc(sum_g.data(), grad_shift);

@@ -55,6 +55,7 @@ void forward_into(const Tensor& x, Parameters given, const TransformOptions& opt
     acc* m = saved ? mutable_data<acc>(saved->attention) : s + samples * gates;
     acc* h = saved ? mutable_data<acc>(saved->hidden) : m + samples * attended;
 
+    const auto out_map = write_map<scalar_t>(out, x);
     const int64_t sample_bytes = channels * positions(x) * sizeof(scalar_t);
     const GroupPlan group = plan_groups(samples, sample_bytes, weight_bytes(scale, shift));
     for_each_group(group, samples, x.numel(), [&](int64_t first, int64_t count) {
@@ -72,7 +73,7 @@ void forward_into(const Tensor& x, Parameters given, const TransformOptions& opt
         if (scale) branch(0);
         if (shift) branch(1);
       }
-      fuse_samples(map, scale ? s : nullptr, t_shift.get(), first, count, write_map<scalar_t>(out, x));
+      fuse_samples(map, scale ? s : nullptr, t_shift.get(), first, count, out_map);
     });
   });
 }

@@ -87,7 +87,7 @@ Map<scalar_t> write_map(const Tensor& tensor, const auto&... read) {
   const int64_t bytes = (1 + sizeof...(read)) * tensor.numel() * sizeof(scalar_t);
   return {mutable_data<scalar_t>(tensor), layout_of(tensor), !in_place && plan_cpu_past_caches(bytes)};
 }
-// The same of x's shape, or one without data when it is not needed (the tensor is then empty).
+// The same, or one without data when it is not needed (the tensor is then empty).
 template <typename scalar_t>
 Map<scalar_t> write_map_if(bool needed, const Tensor& tensor, const auto&... read) {
   return needed ? write_map<scalar_t>(tensor, read...) : Map<scalar_t>{};

@@ -22,11 +22,10 @@ inline Vec<float> load(const float* p) { return _mm512_loadu_ps(p); }
 inline Vec<double> load(const double* p) { return _mm512_loadu_pd(p); }
 inline Vec<float> load(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 
+inline __m256i to_half(Vec<float> value) { return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT); }
 inline void store(float* p, Vec<float> value) { _mm512_storeu_ps(p, value); }
 inline void store(double* p, Vec<double> value) { _mm512_storeu_pd(p, value); }
-inline void store(Half* p, Vec<float> value) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
-}
+inline void store(Half* p, Vec<float> value) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_half(value)); }
 
 inline __m256i to_bfloat16(Vec<float> value);
 inline void store(BFloat16* p, Vec<float> value) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bfloat16(value)); }
@@ -48,9 +47,7 @@ inline Vec<float> load_first(const BFloat16* p, int64_t count) {
 }
 inline void store_first(float* p, Vec<float> value, int64_t count) { _mm512_mask_storeu_ps(p, first(count), value); }
 inline void store_first(double* p, Vec<double> value, int64_t count) { _mm512_mask_storeu_pd(p, first(count), value); }
-inline void store_first(Half* p, Vec<float> value, int64_t count) {
-  _mm256_mask_storeu_epi16(p, first(count), _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
-}
+inline void store_first(Half* p, Vec<float> value, int64_t count) { _mm256_mask_storeu_epi16(p, first(count), to_half(value)); }
 inline void store_first(BFloat16* p, Vec<float> value, int64_t count) {
   _mm256_mask_storeu_epi16(p, first(count), to_bfloat16(value));
 }
@@ -72,9 +69,7 @@ inline void sum_each(const Vec<float> (&v)[16], float* sums) {
 // Past the caches: p is where a vector of scalar_t may lie in a line of memory.
 inline void store_past_caches(float* p, Vec<float> value) { _mm512_stream_ps(p, value); }
 inline void store_past_caches(double* p, Vec<double> value) { _mm512_stream_pd(p, value); }
-inline void store_past_caches(Half* p, Vec<float> value) {
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
-}
+inline void store_past_caches(Half* p, Vec<float> value) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_half(value)); }
 inline void store_past_caches(BFloat16* p, Vec<float> value) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_bfloat16(value));
 }
