@@ -104,6 +104,16 @@ def no_gradient(op: str, args: Sequence[object]) -> None:
         )
 
 
+def not_differentiated(op: str, args: Sequence[object]) -> None:
+    """The operators of the backward pass have no derivative of their own."""
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        _fail(
+            op,
+            "its arguments must not require a gradient, got one that does; for second derivatives differentiate "
+            f"{op.removesuffix('_backward')} with create_graph=True",
+        )
+
+
 def gradient(op: str, grad: Tensor, x: Tensor) -> None:
     """The gradient of an output that is shaped like x."""
     given(op, "grad", grad)

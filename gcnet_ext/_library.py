@@ -116,13 +116,20 @@ def _needed(needed: bool, like: Tensor | None) -> Tensor | None:
     return like if needed else None
 
 
-def _through_reference(function: Callable[..., Tensor], inputs: tuple, needs: tuple[bool, ...], grad: Tensor) -> tuple:
-    """The gradients by way of plain PyTorch, which can be differentiated again; for create_graph=True."""
+def through_reference(function: Callable[..., Tensor], inputs: tuple, needs: tuple[bool, ...], grad: Tensor) -> tuple:
+    """The gradients by way of plain PyTorch, which can be differentiated again; for create_graph=True.
+
+    They are taken with respect to aliases. The inputs are part of the caller's graph, where one may depend on another or be
+    given twice: the way back must end at each of them, and not go through one to another, which the caller's graph does.
+    """
     with torch.enable_grad():
-        out = function(*inputs)
-        wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
-        grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
-    return tuple(next(grads) if need else None for need in needs)
+        aliases = [tensor.view_as(tensor) if need else tensor for tensor, need in zip(inputs, needs, strict=True)]
+        wanted = [alias for alias, need in zip(aliases, needs, strict=True) if need]
+        out = function(*aliases)
+        # An input that nothing depends on, as the parameters of a norm that is off, has a gradient of zeros.
+        grads = torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True, materialize_grads=True)
+    of_wanted = iter(grads)
+    return tuple(next(of_wanted) if need else None for need in needs)
 
 
 def _reference_context(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -157,7 +164,7 @@ class _AttentionPool(torch.autograd.Function):
             return None, None, None
         x, weight, bias, context, attention = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _through_reference(_reference_context, (x, weight, bias), ctx.needs_input_grad, grad_context)
+            return through_reference(_reference_context, (x, weight, bias), ctx.needs_input_grad, grad_context)
         need_x, need_weight, need_bias = ctx.needs_input_grad
         args = grad_context, x, weight, context, attention, need_x, need_weight
         grad_x, grad_weight = below_autograd("attention_pool_backward", args)
@@ -174,7 +181,7 @@ class _ChannelFuse(torch.autograd.Function):
     def backward(ctx, grad):
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            return _through_reference(reference.channel_fuse, ctx.saved_tensors, needs, grad)
+            return through_reference(reference.channel_fuse, ctx.saved_tensors, needs, grad)
         return tuple(map(_needed, needs, below_autograd("channel_fuse_backward", (grad, *ctx.saved_tensors, *needs))))
 
 
@@ -198,7 +205,7 @@ class _GlobalContext(torch.autograd.Function):
         parameters, side = rest[:12], rest[12:]
         if torch.is_grad_enabled():
             inputs = (x, mask_weight, mask_bias, *parameters, *ctx.options)
-            return _through_reference(reference_block, inputs, needs, grad)
+            return through_reference(reference_block, inputs, needs, grad)
         wanted = needs[0], needs[1], any(needs[3:9]), any(needs[9:15])
         args = grad, x, mask_weight, *parameters, *ctx.options, *side, *wanted
         grads = below_autograd("global_context_backward", args)
@@ -273,6 +280,12 @@ def _register_autograd(name: str) -> None:
     _implementations.impl(name, lambda *args: _differentiable(name, args), "Autograd")
 
 
+def _without_second_derivative(name: str, args: tuple) -> Any:
+    """An operator of the backward pass. Autograd calls it where nobody asked for a graph of the gradients."""
+    _checks.not_differentiated(name, args)
+    return below_autograd(name, args)
+
+
 # Of tensors that are not strided; without a kernel for them torch would say so, but not which argument it was.
 _REFUSED = (
     *("MkldnnCPU", "QuantizedCPU", "QuantizedCUDA"),
@@ -299,6 +312,9 @@ def _register() -> frozenset[str]:
     _implementations.impl("global_context_inference", global_context, "Autograd")
     for name in ("channel_fuse_", "global_context_"):
         _implementations.impl(name, lambda *args, name=name: _without_gradient(name, args), "Autograd")
+    for name in _FUNCTIONS:
+        backward = f"{name}_backward"
+        _implementations.impl(backward, lambda *args, name=backward: _without_second_derivative(name, args), "Autograd")
     _flops.register()
     return frozenset({"cpu", "meta"} if cuda_error is not None else {"cpu", "cuda", "meta"})
 

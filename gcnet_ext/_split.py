@@ -6,16 +6,19 @@ With l = log sum_r exp(l_r) the share of a process is s_r = exp(l_r - l), and ov
     context = sum_r s_r c_r,    m = s_r m_r,
 
 so one collective of [N, C + 1] numbers is all that forward needs, and one of [N, C], for the gradient of the context, backward.
+Where the gradients are to be differentiated again, they are taken of the same in plain PyTorch, with sums over the processes
+that autograd can go through in both directions.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from . import _library
+from . import _library, reference
 
 
 def _log_denominator(x: Tensor, weight: Tensor, bias: Tensor | None, attention: Tensor) -> Tensor:
@@ -23,10 +26,40 @@ def _log_denominator(x: Tensor, weight: Tensor, bias: Tensor | None, attention: 
     most, place = attention.max(1)
     channels = x.shape[1]
     at_place = x.flatten(2).gather(2, place[:, None, None].expand(-1, channels, 1)).squeeze(2).to(attention.dtype)
-    logit = at_place @ weight.flatten().to(attention.dtype)
+    logit = (at_place * weight.flatten().to(attention.dtype)).sum(1)  # a matrix product would heed autocast
     if bias is not None:
         logit = logit + bias.to(attention.dtype)
     return logit - most.log()
+
+
+class _Total(torch.autograd.Function):
+    """The sum of a tensor over the processes of a group. All of them use it, so its gradient is the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx, own: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        total = own.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return _Total.apply(grad, ctx.group), None
+
+
+def _in_plain_pytorch(x: Tensor, weight: Tensor | None, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
+    """The context of `SplitAttentionPool`, differentiable any number of times in x and the weight."""
+    positions = x.flatten(2).to(reference.accumulation_dtype(x))
+    if weight is None:
+        powers = torch.ones_like(positions[:, 0])
+    else:
+        logits = reference.logits(positions, weight, None if bias is None else bias.detach())  # the bias cancels
+        largest = logits.detach().amax(1, keepdim=True)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+        powers = (logits - largest).exp()
+    own = torch.cat([reference.weighted_sum(positions, powers), powers.sum(1, keepdim=True)], 1)
+    total = _Total.apply(own, group)
+    return total[:, :-1] / total[:, -1:]
 
 
 class SplitAttentionPool(torch.autograd.Function):
@@ -52,9 +85,11 @@ class SplitAttentionPool(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight, bias, context, attention = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            function = partial(_in_plain_pytorch, group=ctx.group)
+            return *_library.through_reference(function, (x, weight, bias), ctx.needs_input_grad[:3], grad), None
         grad = grad.contiguous().clone()
         dist.all_reduce(grad, group=ctx.group)  # every process used the same context
         if weight is None:
@@ -74,8 +109,11 @@ def attention_pool(x: Tensor, weight: Tensor | None, bias: Tensor | None, group:
     """The context [N, C] over the positions of all processes, in the accumulation dtype.
 
     Raises:
-        RuntimeError: there are no compiled kernels for the device of x, or its dtype or shape is wrong.
+        RuntimeError: there are no compiled kernels for the device of x, or its dtype or shape is wrong; or the call is made
+            inside a transform of torch.func, which the collectives do not take part in.
     """
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(f"process_group must be None inside a transform of torch.func (grad, vmap, jvp), got {group}")
     if x.device.type not in _library.kernel_devices():
         why = _library.why_no_kernels(x.device.type)
         raise RuntimeError(f"process_group needs the compiled kernels for the device of x ({x.device.type}): {why}")
