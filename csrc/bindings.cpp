@@ -67,6 +67,9 @@ PYBIND11_MODULE(_C, m) {
         "The vector instructions in use, by their name in usable_capabilities().");
   m.def("usable_capabilities", &gcnet_ext::cpu::usable_capabilities,
         "The capabilities that this processor can run, best first.");
+  static PyMethodDef class_version{"class_version", &gcnet_ext::class_version, METH_O,
+                                   "A number that changes with the attributes of a class and its bases, or 0."};
+  m.add_object("class_version", py::reinterpret_steal<py::object>(PyCFunction_New(&class_version, nullptr)));
   static PyMethodDef unchanged{"unchanged", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&gcnet_ext::unchanged)),
                                METH_FASTCALL, "Fields of objects, if those and others are what they were; else None."};
   m.add_object("unchanged", py::reinterpret_steal<py::object>(PyCFunction_New(&unchanged, nullptr)));

@@ -21,34 +21,72 @@ bool all_of(PyObject* flat, const Body& body) {
   return true;
 }
 
-// unchanged(kinds, fields, sizes, wanted), of flat tuples:
-//   kinds    object, type:              type(object) is type
-//   fields   dictionary, name, value:   dictionary[name] is value, or there is none and value is None
-//   sizes    dictionary, length:        len(dictionary) == length
-//   wanted   dictionary, name:          the result has dictionary[name]
+// A number that changes whenever an attribute of the class or of one of its bases does; 0 if CPython has run out of them.
+inline unsigned long version_of(PyTypeObject* type) {
+#if PY_VERSION_HEX < 0x030C0000
+  if (!PyType_HasFeature(type, Py_TPFLAGS_VALID_VERSION_TAG)) return 0;
+#endif
+  return type->tp_version_tag;
+}
+
+inline PyObject* class_version(PyObject*, PyObject* object) {
+  if (!PyType_Check(object)) {
+    PyErr_SetString(PyExc_TypeError, "class_version takes a class");
+    return nullptr;
+  }
+  PyObject* found = PyObject_GetAttrString(object, "__init__");  // a look-up that is kept in CPython's cache gives it one
+  if (!found) return nullptr;
+  Py_DECREF(found);
+  return PyLong_FromUnsignedLong(version_of(reinterpret_cast<PyTypeObject*>(object)));
+}
+
+// Whether the dictionary holds these keys and values, the same objects, in this order, and nothing else.
+inline bool holds_just(PyObject* dictionary, PyObject* items) {
+  if (!PyDict_CheckExact(dictionary) || !PyTuple_Check(items) || 2 * PyDict_GET_SIZE(dictionary) != PyTuple_GET_SIZE(items)) {
+    return false;
+  }
+  Py_ssize_t position = 0;
+  PyObject *key, *value;
+  for (Py_ssize_t i = 0; PyDict_Next(dictionary, &position, &key, &value); i += 2) {
+    if (key != PyTuple_GET_ITEM(items, i) || value != PyTuple_GET_ITEM(items, i + 1)) return false;
+  }
+  return true;
+}
+
+// unchanged(kinds, fields, sizes, children, wanted), of flat tuples:
+//   kinds      object, class, version:    type(object) is class, and class_version(class) == version
+//   fields     dictionary, name, value:   dictionary[name] is value, or there is none and value is None
+//   sizes      dictionary, length:        len(dictionary) == length
+//   children   dictionary, items:         the dictionary has these names and values, in this order, and no others
+//   wanted     dictionary, name:          the result has dictionary[name]
 //
 // The list of the wanted values, or None where one of these no longer holds.
 inline PyObject* unchanged(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 4 || !std::all_of(arguments, arguments + 4, [](PyObject* tuple) { return PyTuple_Check(tuple); })) {
-    PyErr_SetString(PyExc_TypeError, "unchanged takes four tuples: kinds, fields, sizes, wanted");
+  if (count != 5 || !std::all_of(arguments, arguments + 5, [](PyObject* tuple) { return PyTuple_Check(tuple); })) {
+    PyErr_SetString(PyExc_TypeError, "unchanged takes five tuples: kinds, fields, sizes, children, wanted");
     return nullptr;
   }
-  PyObject *kinds = arguments[0], *fields = arguments[1], *sizes = arguments[2], *wanted = arguments[3];
+  PyObject *kinds = arguments[0], *fields = arguments[1], *sizes = arguments[2], *children = arguments[3];
+  PyObject* wanted = arguments[4];
   PyObject* values = PyList_New(0);
-  const bool same =
-      values &&
-      all_of<2>(kinds, [](PyObject* object, PyObject* type) { return reinterpret_cast<PyObject*>(Py_TYPE(object)) == type; }) &&
-      all_of<3>(fields,
-                [](PyObject* dictionary, PyObject* name, PyObject* value) {
-                  PyObject* found = PyDict_GetItemWithError(dictionary, name);
-                  return found ? found == value : value == Py_None && !PyErr_Occurred();
-                }) &&
-      all_of<2>(sizes,
-                [](PyObject* dictionary, PyObject* length) { return PyDict_Size(dictionary) == PyLong_AsSsize_t(length); }) &&
-      all_of<2>(wanted, [&](PyObject* dictionary, PyObject* name) {
-        PyObject* value = PyDict_GetItemWithError(dictionary, name);
-        return value && PyList_Append(values, value) == 0;
-      });
+  const bool same = values &&
+                    all_of<3>(kinds,
+                              [](PyObject* object, PyObject* type, PyObject* version) {
+                                const unsigned long now = version_of(Py_TYPE(object));
+                                return reinterpret_cast<PyObject*>(Py_TYPE(object)) == type && now != 0 &&
+                                       now == PyLong_AsUnsignedLong(version);
+                              }) &&
+                    all_of<3>(fields,
+                              [](PyObject* dictionary, PyObject* name, PyObject* value) {
+                                PyObject* found = PyDict_GetItemWithError(dictionary, name);
+                                return found ? found == value : value == Py_None && !PyErr_Occurred();
+                              }) &&
+                    all_of<2>(sizes, [](PyObject* dictionary,
+                                        PyObject* length) { return PyDict_Size(dictionary) == PyLong_AsSsize_t(length); }) &&
+                    all_of<2>(children, holds_just) && all_of<2>(wanted, [&](PyObject* dictionary, PyObject* name) {
+                      PyObject* value = PyDict_GetItemWithError(dictionary, name);
+                      return value && PyList_Append(values, value) == 0;
+                    });
   if (same) return values;
   Py_XDECREF(values);
   if (PyErr_Occurred()) return nullptr;

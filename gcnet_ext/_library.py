@@ -126,15 +126,24 @@ def through_reference(function: Callable[..., Tensor], inputs: tuple, needs: tup
         aliases = [tensor.view_as(tensor) if need else tensor for tensor, need in zip(inputs, needs, strict=True)]
         wanted = [alias for alias, need in zip(aliases, needs, strict=True) if need]
         out = function(*aliases)
-        # An input that nothing depends on, as the parameters of a norm that is off, has a gradient of zeros.
-        grads = torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True, materialize_grads=True)
+        # What the output does not depend on, as the parameters of a norm that is off, has a gradient of zeros.
+        grads = (
+            torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True, materialize_grads=True)
+            if out.requires_grad
+            else [torch.zeros_like(alias) for alias in wanted]
+        )
     of_wanted = iter(grads)
     return tuple(next(of_wanted) if need else None for need in needs)
 
 
+def constant(bias: Tensor | None) -> Tensor | None:
+    """The bias of a mask, as nothing depends on it: the gradient is exactly zero, not what rounding leaves of it."""
+    return None if bias is None else bias.detach()
+
+
 def _reference_context(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """attention_pool as the operator returns it: in the accumulation dtype."""
-    return reference.attention_pool(x, weight, bias).to(reference.accumulation_dtype(x))
+    """attention_pool as the operator returns it, in the accumulation dtype, to be differentiated."""
+    return reference.attention_pool(x, weight, constant(bias)).to(reference.accumulation_dtype(x))
 
 
 def reference_block(x, mask_weight, mask_bias, *rest) -> Tensor:
@@ -205,7 +214,7 @@ class _GlobalContext(torch.autograd.Function):
         parameters, side = rest[:12], rest[12:]
         if torch.is_grad_enabled():
             inputs = (x, mask_weight, mask_bias, *parameters, *ctx.options)
-            return through_reference(reference_block, inputs, needs, grad)
+            return through_reference(lambda x, w, b, *rest: reference_block(x, w, constant(b), *rest), inputs, needs, grad)
         wanted = needs[0], needs[1], any(needs[3:9]), any(needs[9:15])
         args = grad, x, mask_weight, *parameters, *ctx.options, *side, *wanted
         grads = below_autograd("global_context_backward", args)

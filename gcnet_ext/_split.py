@@ -53,7 +53,7 @@ def _in_plain_pytorch(x: Tensor, weight: Tensor | None, bias: Tensor | None, gro
     if weight is None:
         powers = torch.ones_like(positions[:, 0])
     else:
-        logits = reference.logits(positions, weight, None if bias is None else bias.detach())  # the bias cancels
+        logits = reference.logits(positions, weight, _library.constant(bias))
         largest = logits.detach().amax(1, keepdim=True)
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
         powers = (logits - largest).exp()

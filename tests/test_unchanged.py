@@ -12,16 +12,27 @@ from gcnet_ext import _library
 pytestmark = pytest.mark.usefixtures("kernels")
 
 
-class Thing:
+class Base:
+    pass
+
+
+class Thing(Base):
     pass
 
 
 @pytest.fixture
 def seen():
-    """An object of a kind, a field that holds a dictionary, its length, and what is wanted."""
+    """An object of a kind, a field that holds a dictionary, its length, children in an order, and what is wanted."""
     thing, hooks = Thing(), OrderedDict()
-    fields = {"hooks": hooks, "weight": object()}
-    arguments = (thing, Thing), (fields, "hooks", hooks, fields, "forward", None), (hooks, 0), (fields, "weight")
+    children = {"first": object(), "second": object()}
+    fields = {"hooks": hooks, "weight": object(), "children": children}
+    arguments = (
+        (thing, Thing, _library.compiled.class_version(Thing)),
+        (fields, "hooks", hooks, fields, "forward", None),
+        (hooks, 0),
+        (children, tuple(part for item in children.items() for part in item)),
+        (fields, "weight"),
+    )
     return thing, fields, hooks, arguments
 
 
@@ -61,7 +72,38 @@ def not_there_any_more(thing, fields, hooks):
     del fields["weight"]
 
 
-@pytest.mark.parametrize("change", [other_kind, equal_but_another, gone, new, longer, not_there_any_more])
+def another_method(thing, fields, hooks):
+    Thing.method = lambda self: None
+
+
+def another_method_of_a_base(thing, fields, hooks):
+    Base.method = lambda self: None
+
+
+def in_another_order(thing, fields, hooks):
+    fields["children"]["first"] = fields["children"].pop("first")
+
+
+def another_child(thing, fields, hooks):
+    fields["children"]["second"] = object()
+
+
+def one_child_more(thing, fields, hooks):
+    fields["children"]["third"] = object()
+
+
+def one_child_less(thing, fields, hooks):
+    del fields["children"]["second"]
+
+
+CHANGES = (
+    *(other_kind, another_method, another_method_of_a_base),
+    *(equal_but_another, gone, new, longer, not_there_any_more),
+    *(in_another_order, another_child, one_child_more, one_child_less),
+)
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_notices(seen, change):
     *found, arguments = seen
     change(*found)
@@ -76,17 +118,25 @@ def test_nothing_is_kept(seen):
     assert [sys.getrefcount(part) for part in (thing, fields, hooks, fields["weight"])] == before
 
 
+def test_an_ordered_dictionary_of_children_is_never_unchanged(seen):
+    """Its order is not the one in which CPython goes through it."""
+    *_, arguments = seen
+    assert unchanged((*arguments[:3], (OrderedDict(), ()), arguments[4])) is None
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
-        ((), (1, "a", None), (), ()),
-        ((), (), (1, 0), ()),
-        ((), (), (), (None, "weight")),
-        ((), ({}, [], None), (), ()),
-        ((), (), ()),
-        ((), [], (), ()),
+        ((object(), object, "version"), (), (), (), ()),
+        ((), (1, "a", None), (), (), ()),
+        ((), (), (1, 0), (), ()),
+        ((), (), (), (), (None, "weight")),
+        ((), ({}, [], None), (), (), ()),
+        ((), (), (), ()),
+        ((), [], (), (), ()),
     ],
     ids=[
+        "version that is no number",
         "field of no dictionary",
         "length of no dictionary",
         "wanted of no dictionary",
@@ -98,3 +148,14 @@ def test_nothing_is_kept(seen):
 def test_raises_rather_than_crashes(arguments):
     with pytest.raises((SystemError, TypeError)):
         unchanged(arguments)
+
+
+def test_class_version():
+    """It stays as long as the class and its bases stay."""
+    version = _library.compiled.class_version(Thing)
+    assert version != 0
+    assert _library.compiled.class_version(Thing) == version
+    Base.another = 1
+    assert _library.compiled.class_version(Thing) not in (0, version)
+    with pytest.raises(TypeError, match="class_version takes a class"):
+        _library.compiled.class_version(Thing())

@@ -1,8 +1,7 @@
 """The fused operator for a block, as long as its submodules are the plain layers.
 
 Ten submodules lie all over memory: to ask each of them in every call whether it is plain costs as much as a small kernel. So
-they are asked once, and whether what made them plain is still there is one call of `_C.unchanged`. (Not compared is what a
-class defines: a class that is patched after a block was used is not noticed.)
+they are asked once, and whether what made them plain is still there is one call of `_C.unchanged`.
 """
 
 from __future__ import annotations
@@ -14,9 +13,10 @@ from torch.compiler import is_compiling
 
 from .. import functional
 from .._library import compiled
-from ._layers import HOOKS, Gate, check_channels, is_plain, is_pointwise
+from ._layers import GLOBAL_HOOKS, HOOKS, SETTINGS, Gate, check_channels, is_plain, is_pointwise
 
 unchanged: Any = getattr(compiled, "unchanged", None)
+class_version: Any = getattr(compiled, "class_version", None)
 Source = tuple[nn.Module | None, str]
 NOTHING: Source = (None, "weight")
 
@@ -45,8 +45,12 @@ class Layers(NamedTuple):
     options: tuple[bool, float, bool, bool, float, float]  # norm, eps, silu, hard_sigmoid, gate_alpha, gate_beta
 
     def computed(self) -> bool:
-        """Whether something computes one of the weights, in every call anew."""
-        return any(module is not None and name not in module._parameters for module, name in self.parameters)
+        """Whether one of the weights is not just a parameter: computed in every call anew, or set in place of it."""
+        return any(
+            name not in module._parameters or name in module.__dict__ or hasattr(type(module), name)
+            for module, name in self.parameters
+            if module is not None
+        )
 
 
 def _weight_and_bias(layer: nn.Module | None) -> tuple[Source, Source]:
@@ -91,18 +95,8 @@ def layers(mask: nn.Module | None, scale: Branch | None, shift: Branch | None, g
 
 
 def parameter(module: nn.Module | None, name: str) -> Any:
-    """A tensor or None. Past nn.Module's look-up, which takes long, where it need not compute the weight."""
-    if module is None:
-        return None
-    found = module._parameters.get(name)
-    return getattr(module, name) if found is None else found  # a parametrized weight is a property
-
-
-# What makes a convolution or a LayerNorm the layer that it is.
-SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.Conv2d: ("kernel_size", "stride", "padding", "groups"),
-    nn.LayerNorm: ("eps", "normalized_shape"),
-}
+    """A tensor or None: what the layer itself would read."""
+    return None if module is None else getattr(module, name)
 
 
 class _Seen:
@@ -114,26 +108,28 @@ class _Seen:
         kinds: list[Any] = []
         fields: list[Any] = []
         sizes: list[Any] = []
+        children: list[Any] = []
+        wanted: list[Any] = []
         for name in ("gate", "process_group"):
             fields += self.block, name, self.block.get(name)
+        for name in GLOBAL_HOOKS:
+            sizes += getattr(nn.modules.module, name), 0
         modules = dict.fromkeys(module for module in (*block._modules.values(), *found.modules) if module is not None)
         for module in modules:
             own = module.__dict__
-            kinds += module, type(module)
+            kinds += module, type(module), class_version(type(module))
+            sizes += own, len(own)  # a method or a weight that is set on the module itself is one more field
             settings = (name for kind, names in SETTINGS.items() if isinstance(module, kind) for name in names)
-            for name in ("forward", "_parameters", *HOOKS, *settings):
+            for name in ("_parameters", *HOOKS, *settings):
                 fields += own, name, own.get(name)
             for name in HOOKS:
                 sizes += own[name], 0
         for parent in (block, *(module for module in modules if module._modules)):
             fields += parent.__dict__, "_modules", parent._modules
-            sizes += parent._modules, len(parent._modules)
-            for name, child in parent._modules.items():
-                fields += parent._modules, name, child
-        wanted: list[Any] = []
+            children += parent._modules, tuple(part for item in parent._modules.items() for part in item)
         for owner, name in found.parameters:
             wanted += {name: None} if owner is None else owner._parameters, name
-        self.arguments = tuple(kinds), tuple(fields), tuple(sizes), tuple(wanted)
+        self.arguments = tuple(kinds), tuple(fields), tuple(sizes), tuple(children), tuple(wanted)
 
     def parameters(self, block: FusedBlock) -> list[Tensor | None] | None:
         """Of the layers, if they are what they were."""

@@ -5,12 +5,16 @@ A submodule may be replaced, parametrized or hooked by its user. What is no long
 
 from __future__ import annotations
 
+import math
 import numbers
+import sys
 from collections.abc import Iterable
-from typing import NamedTuple, TypeGuard, TypeVar
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.nn.modules.conv import _ConvNd
 
 from .. import _checks, reference
 from ..reference import accumulation_dtype
@@ -18,6 +22,7 @@ from ..reference import accumulation_dtype
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
 GATES = ("sigmoid", "hard_sigmoid")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # fields of a module
+GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)  # of torch.nn.modules.module, for every module that is called
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -86,13 +91,53 @@ def check_channels(x: Tensor, inplanes: int) -> None:
         raise RuntimeError(f"x must have {inplanes} channels (inplanes), got shape {list(x.shape)}")
 
 
+def _torchs_methods(kind: type[nn.Module], *names: str) -> dict[str, Any]:
+    """The methods of torch's layer. In the place of one that was replaced before this package was imported stands another."""
+    found = {}
+    for name in ("_call_impl", *names):
+        owner = next(cls for cls in kind.__mro__ if name in vars(cls))
+        method = vars(owner)[name]
+        found[name] = method if getattr(method, "__globals__", None) is vars(sys.modules[owner.__module__]) else _torchs_methods
+    return found
+
+
+CALL = nn.Module.__call__
+# What runs behind it when a layer is called, up to the function of torch.nn.functional that computes it.
+METHODS: dict[type[nn.Module], dict[str, Any]] = {
+    nn.Conv2d: _torchs_methods(nn.Conv2d, "forward", "_conv_forward"),
+    nn.Sequential: _torchs_methods(nn.Sequential, "forward", "__iter__"),
+    **{kind: _torchs_methods(kind, "forward") for kind in (nn.LayerNorm, nn.ReLU, nn.SiLU, nn.Identity)},
+}
+# The fields that make such a layer what it is.
+SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Conv2d: ("kernel_size", "stride", "padding", "groups"),
+    nn.LayerNorm: ("eps", "normalized_shape"),
+}
+
+
 def is_plain(module: nn.Module, kind: type[Module]) -> TypeGuard[Module]:
-    """Whether calling the module does what its class says and nothing else: no override, no hook."""
-    own = module.__dict__
-    return (
-        (type(module) is kind or (isinstance(module, kind) and type(module).forward is kind.forward))
-        and "forward" not in own
-        and not any(own[name] for name in HOOKS)
+    """Whether calling the module does what torch's layer of this kind does, and nothing else: no override, no hook.
+
+    The methods are also looked up as a call would do it, so that torch.compile, which traces this, notices a later change where
+    it would have noticed it in the call: it watches what is read, and not whether a name is in a dictionary.
+    """
+    cls = type(module)
+    if not isinstance(module, kind) or cls.__getattribute__ is not object.__getattribute__:
+        return False
+    if cls.__call__ is not nn.Module.__call__ or cls.__getattr__ is not nn.Module.__getattr__:
+        return False
+    if cls.__call__ is not CALL and not is_compiling():  # torch.export puts its own in the place of nn.Module's
+        return False
+    for name, method in METHODS[kind].items():
+        if getattr(cls, name) is not method or name in module.__dict__:
+            return False
+        if getattr(getattr(module, name), "__code__", None) is not method.__code__:
+            return False
+    return not (
+        module._compiled_call_impl is not None
+        or any(hasattr(cls, name) for name in SETTINGS.get(kind, ()))
+        or any(getattr(module, name) for name in HOOKS)
+        or any(getattr(torch.nn.modules.module, name) for name in GLOBAL_HOOKS)
     )
 
 
@@ -100,7 +145,6 @@ def is_pointwise(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Whether the module is a 1x1 convolution, whatever its weights are computed from."""
     return (
         is_plain(module, nn.Conv2d)
-        and type(module)._conv_forward is nn.Conv2d._conv_forward
         and module.kernel_size == (1, 1)
         and module.stride == (1, 1)
         and module.padding == (0, 0)
@@ -108,22 +152,61 @@ def is_pointwise(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     )
 
 
-def in_dtype_of(module: nn.Module, tensor: Tensor) -> Tensor:
-    """The tensor in the dtype of the module's parameters: a mixed block takes what the fused operator takes."""
-    return tensor.to(next(module.parameters(), tensor).dtype)
+def input_dtype(module: nn.Module, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a module is given a tensor that has this one: the same, or a wider one of its parameters.
+
+    A mixed block takes what the fused operator takes, an x in half precision and parameters in float32. Never is the dtype
+    narrower: parameters may be stored in fewer bits than the module computes in, and integers are no dtype of a feature map.
+    """
+    for parameter in module.parameters():
+        if parameter.dtype in _checks.FLOATING:
+            dtype = torch.promote_types(dtype, parameter.dtype)
+    return dtype
 
 
-def call_on_context(module: nn.Module, context: Tensor) -> Tensor:
-    """What the module, called as the module it is, makes of context [N, C]."""
-    return module(in_dtype_of(module, context)[:, :, None, None]).flatten(1).to(accumulation_dtype(context))
+def call(module: nn.Module, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the module, called as the module it is, makes of the tensor, given in this dtype or a wider one of its own."""
+    return module(tensor.to(input_dtype(module, dtype)))
+
+
+def as_image(context: Tensor) -> Tensor:
+    """The context [N, C] as a layer gets it, [N, C, 1, 1]. A copy: a layer may overwrite it, which autograd has saved."""
+    return context[:, :, None, None].clone()
+
+
+def call_on_context(module: nn.Module, image: Tensor, x: Tensor) -> Tensor:
+    """What the module makes of the context of x, [N, C, 1, 1] -> [N, C], in the accumulation dtype."""
+    return call(module, image, x.dtype).flatten(1).to(accumulation_dtype(x))
+
+
+def _rank_of_input(mask: nn.Module) -> int | None:
+    """The rank of the tensor that a mask convolves, which may be wrapped, or None if no convolution is seen in it."""
+    for module in mask.modules():
+        if isinstance(module, _ConvNd):
+            return 2 + len(module.kernel_size)
+    return next((parameter.dim() for parameter in mask.parameters() if parameter.dim() in (4, 5)), None)
 
 
 def called_attention(mask: nn.Module, x: Tensor) -> Tensor:
-    """The softmax over positions [N, P] of what the mask, called as the module it is, makes of x."""
-    as_image = x if x.dim() == 4 or not isinstance(mask, nn.Conv2d) else x.flatten(2).unsqueeze(3)
-    return mask(in_dtype_of(mask, as_image)).flatten(1).to(accumulation_dtype(x)).softmax(1)
+    """The softmax over positions [N, P] of what the mask, called as the module it is, makes of x.
+
+    A mask for images gets the positions of any other x in a column, [N, C, P, 1].
+
+    Raises:
+        RuntimeError: the mask gives anything but one logit per position.
+    """
+    _checks.feature_map("attention_pool", x)
+    map_of_rank = x if _rank_of_input(mask) != 4 or x.dim() == 4 else x.flatten(2).unsqueeze(3)
+    found = call(mask, map_of_rank, x.dtype)
+    samples, positions = x.shape[0], math.prod(x.shape[2:])
+    if found.numel() != samples * positions:
+        raise RuntimeError(
+            f"conv_mask must give one logit per position of x, {samples} * {positions}, got shape {list(found.shape)}"
+        )
+    return found.reshape(samples, positions).to(accumulation_dtype(x)).softmax(1)
 
 
-def weighted_sum(x: Tensor, attention: Tensor) -> Tensor:
-    """The context [N, C] of an attention [N, P], in the accumulation dtype."""
-    return torch.einsum("ncp,np->nc", x.flatten(2).to(accumulation_dtype(x)), attention)
+def called_context(mask: nn.Module, x: Tensor) -> Tensor:
+    """The context [N, C] of x under a mask that is called as the module it is, in the accumulation dtype."""
+    attention = called_attention(mask, x)  # before x is read: the mask may begin with a layer that overwrites it
+    return reference.weighted_sum(x.flatten(2).to(accumulation_dtype(x)), attention)

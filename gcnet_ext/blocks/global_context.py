@@ -151,10 +151,10 @@ class GlobalContextBlock(FusedBlock):
         return None if mask is not None and not _layers.is_pointwise(mask) else layers(mask, scale, shift, self.gate)
 
     def _with_called_layers(self, x: Tensor) -> Tensor:
-        context = self._context(x)
+        context = _layers.as_image(self._context(x))
         mul, add = self.channel_mul_conv, self.channel_add_conv
-        scale = None if mul is None else self.gate(_layers.call_on_context(mul, context))
-        shift = None if add is None else _layers.call_on_context(add, context)
+        scale = None if mul is None else self.gate(_layers.call_on_context(mul, context, x))
+        shift = None if add is None else _layers.call_on_context(add, context, x)
         return functional.channel_fuse(x, scale, shift, inplace=self.inplace)
 
     def _context(self, x: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ class GlobalContextBlock(FusedBlock):
             return functional.attention_pool(x)
         if _layers.is_pointwise(self.conv_mask):
             return functional.attention_pool(x, self.conv_mask.weight, self.conv_mask.bias)
-        return _layers.weighted_sum(x, _layers.called_attention(self.conv_mask, x)).to(x.dtype)
+        return _layers.called_context(self.conv_mask, x)
 
 
 def _branch(branch: Any) -> Branch | None:

@@ -118,7 +118,7 @@ class NonLocalBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         _layers.check_channels(x, self.inplanes)
         self._check(x)
-        image = _layers.in_dtype_of(self.g, x if x.dim() == 4 else x.flatten(2).unsqueeze(3))
+        image = (x if x.dim() == 4 else x.flatten(2).unsqueeze(3)).to(self._dtype(x))
         g = self._attended(self.g(image), x)  # [N, D, Q]
         if self.mode == "gaussian":
             theta, phi = image.flatten(2), self._attended(image, x)
@@ -143,6 +143,13 @@ class NonLocalBlock(nn.Module):
             raise RuntimeError(f"x must be on the device of the parameters ({own}), got {x.device.type}")
         if self.sub_sample and any(size < 2 for size in x.shape[2 if x.dim() < 5 else 3 :]):
             raise RuntimeError(f"x must have at least 2 positions wherever sub_sample pools them, got shape {list(x.shape)}")
+
+    def _dtype(self, x: Tensor) -> torch.dtype:
+        """What g computes in: the dtype of its weight, if it is torch's convolution; another layer says by its parameters."""
+        conv = next(self.g.children(), None)
+        if isinstance(conv, nn.Conv2d) and type(conv).forward is nn.Conv2d.forward:
+            return conv.weight.dtype
+        return _layers.input_dtype(self.g, x.dtype)
 
     def extra_repr(self) -> str:
         names = ("reduction", "mode", "sub_sample", "use_scale", "norm")

@@ -83,5 +83,6 @@ class SimplifiedNonLocalBlock(FusedBlock):
         if _layers.is_pointwise(mask):
             context = functional.attention_pool(x, mask.weight, mask.bias)
         else:
-            context = _layers.weighted_sum(x, _layers.called_attention(mask, x))
-        return functional.channel_fuse(x, None, _layers.call_on_context(self.conv_out, context), inplace=self.inplace)
+            context = _layers.called_context(mask, x)
+        shift = _layers.call_on_context(self.conv_out, _layers.as_image(context), x)
+        return functional.channel_fuse(x, None, shift, inplace=self.inplace)

@@ -82,5 +82,7 @@ class SqueezeExcitation(FusedBlock):
         return None if scale is None else layers(None, scale, None, self.gate)
 
     def _with_called_layers(self, x: Tensor) -> Tensor:
-        hidden = self.activation(_layers.call_on_context(self.fc1, functional.attention_pool(x)))
-        return functional.channel_fuse(x, self.gate(_layers.call_on_context(self.fc2, hidden)), inplace=self.inplace)
+        hidden = _layers.call(self.fc1, _layers.as_image(functional.attention_pool(x)), x.dtype)
+        hidden = _layers.call(self.activation, hidden, hidden.dtype)
+        scale = self.gate(_layers.call(self.fc2, hidden, hidden.dtype).flatten(1).to(_layers.accumulation_dtype(x)))
+        return functional.channel_fuse(x, scale, inplace=self.inplace)
