@@ -142,3 +142,32 @@ class NonLocal(nn.Module):
             else:
                 weights = (weights * (self.scale if self.mode == "embedded_gaussian" else 1)).softmax(2)
         return x + self.conv_out((weights @ g).transpose(1, 2).unsqueeze(3)).reshape(x.shape)
+
+
+class OwnLayers(nn.Module):
+    """What a block of gcnet_ext is to compute: its own submodules, called one by one, and plain PyTorch around them."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        block = self.block
+        per_channel = (*x.shape[:2], *(1 for _ in x.shape[2:]))
+        mask = getattr(block, "conv_mask", None)
+        if mask is None:
+            context = x.flatten(2).mean(2)
+        else:
+            attention = mask(x if x.dim() == 4 else x.flatten(2).unsqueeze(3)).flatten(1).softmax(1)
+            context = (x.flatten(2) * attention[:, None]).sum(2)
+        context = context[:, :, None, None]
+        if hasattr(block, "fc1"):
+            return x * block.gate(block.fc2(block.activation(block.fc1(context)))).reshape(per_channel)
+        if hasattr(block, "conv_out"):
+            return x + block.conv_out(context).reshape(per_channel)
+        out = x
+        if block.channel_mul_conv is not None:
+            out = out * block.gate(block.channel_mul_conv(context)).reshape(per_channel)
+        if block.channel_add_conv is not None:
+            out = out + block.channel_add_conv(context.clone()).reshape(per_channel)  # the other branch has saved its own
+        return out

@@ -235,34 +235,6 @@ def test_an_operator_of_the_backward_pass_has_no_derivative(cpu, name):
 # ---- blocks ------------------------------------------------------------------------------------------------------------------
 
 
-class Truth(nn.Module):
-    """What a block computes, by its own submodules and plain PyTorch."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, x: Tensor) -> Tensor:
-        block = self.block
-        per_channel = (*x.shape[:2], 1, 1)
-        if isinstance(block, SqueezeExcitation):
-            hidden = block.activation(block.fc1(x.mean((2, 3), keepdim=True)))
-            return x * block.gate(block.fc2(hidden))
-        mask = getattr(block, "conv_mask", None)
-        attention = None if mask is None else mask(x).flatten(1).softmax(1)
-        positions = x.flatten(2)
-        context = positions.mean(2) if attention is None else (positions * attention[:, None]).sum(2)
-        context = context.reshape(per_channel)
-        if isinstance(block, SimplifiedNonLocalBlock):
-            return x + block.conv_out(context)
-        out = x
-        if block.channel_mul_conv is not None:
-            out = out * block.gate(block.channel_mul_conv(context))
-        if block.channel_add_conv is not None:
-            out = out + block.channel_add_conv(context)
-        return out
-
-
 BOTH = {"fusion_types": ("channel_mul", "channel_add")}
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "gc": lambda: GlobalContextBlock(4, 1 / 2, **BOTH),
@@ -315,7 +287,7 @@ def test_blocks_applied_twice(backend, name, change):
     CHANGES[change](block)
     x = Random(5, backend.to).normal(*SHAPE, dtype=DOUBLE)
     parameters = {key: value for key, value in block.named_parameters() if key.rpartition("conv_mask.")[2] != "bias"}
-    truth = Truth(copy.deepcopy(block))
+    truth = eager.OwnLayers(copy.deepcopy(block))
     theirs = dict(truth.block.named_parameters())
 
     (own,), (their_own,) = leaves(x), leaves(x)
@@ -330,7 +302,7 @@ def test_functional_transforms(backend, name):
     """grad of grad, hessian-vector products and per-sample gradients by torch.func, of a block with a layer that is called."""
     block = eager.randomise(BLOCKS[name]()).to(device=backend.device, dtype=DOUBLE)
     hook_inside(block)
-    truth = Truth(copy.deepcopy(block))
+    truth = eager.OwnLayers(copy.deepcopy(block))
     random = Random(6, backend.to)
     x, v = random.normal(*SHAPE, dtype=DOUBLE), random.normal(*SHAPE, dtype=DOUBLE)
 

@@ -154,7 +154,7 @@ class GlobalContextBlock(FusedBlock):
         context = _layers.as_image(self._context(x))
         mul, add = self.channel_mul_conv, self.channel_add_conv
         scale = None if mul is None else self.gate(_layers.call_on_context(mul, context, x))
-        shift = None if add is None else _layers.call_on_context(add, context, x)
+        shift = None if add is None else _layers.call_on_context(add, context.clone(), x)  # mul has saved its own
         return functional.channel_fuse(x, scale, shift, inplace=self.inplace)
 
     def _context(self, x: Tensor) -> Tensor:
