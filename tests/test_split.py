@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from gcnet_ext import GlobalContextBlock, _library
+from gcnet_ext import GlobalContextBlock, _library, _split
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -49,34 +49,75 @@ def close(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype, sums: float
     torch.testing.assert_close(got.double(), want.double(), rtol=tolerance, atol=tolerance)
 
 
-def work(rank: int, size: int, port: int, failures) -> None:
+def part_of(rank: int, size: int, dim: int) -> tuple[slice, ...]:
+    """Unequal parts: the last process takes what is left."""
+    cuts = [index * (SHAPE[dim] // size) for index in range(size)] + [SHAPE[dim]]
+    return (slice(None),) * dim + (slice(cuts[rank], cuts[rank + 1]),)
+
+
+def check_first(rank: int, size: int, group: dist.ProcessGroup) -> None:
+    """Output, gradient of the own part, and the sum of the parameters' gradients, for every case."""
+    for pooling, dtype, layout, dim in CASES:
+        x, grad = inputs(dtype, layout)
+        whole = block_of(pooling, dtype)
+        x_whole = x.clone().requires_grad_()
+        want = whole(x_whole)
+        want.backward(grad)
+        part = part_of(rank, size, dim)
+        block = block_of(pooling, dtype, group)
+        own = x[part].clone().requires_grad_()
+        out = block(own)
+        out.backward(grad[part])
+        close(out, want[part], dtype)
+        close(own.grad, x_whole.grad[part], dtype, 10)
+        for (name, parameter), expected in zip(block.named_parameters(), whole.parameters(), strict=True):
+            total = parameter.grad.clone()
+            dist.all_reduce(total, group=group)
+            if name != "conv_mask.bias":
+                scale = float(expected.grad.abs().max()) or 1.0
+                close(total / scale, expected.grad / scale, dtype, 10)
+            else:
+                assert total.abs().max() == 0
+
+
+def hooked(block: GlobalContextBlock) -> GlobalContextBlock:
+    """A layer that is called, so that the scale depends on x by way of plain PyTorch, too."""
+    block.channel_mul_conv[3].register_forward_hook(lambda module, inputs, output: output.tanh())
+    return block
+
+
+def penalised(block: GlobalContextBlock, x: torch.Tensor) -> list[torch.Tensor]:
+    """The gradient of x with create_graph, and the gradients of a penalty on it: of x and of every parameter."""
+    x = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
+    wanted = [x, *block.parameters()]
+    second = torch.autograd.grad(first.square().sum(), wanted, allow_unused=True, materialize_grads=True)
+    return [first.detach(), *second]
+
+
+def check_second(rank: int, size: int, group: dist.ProcessGroup) -> None:
+    for pooling in ("att", "avg"):
+        x, _ = inputs(torch.float64, "contiguous")
+        part = part_of(rank, size, 2)
+        want = penalised(hooked(block_of(pooling, torch.float64)), x)
+        got = penalised(hooked(block_of(pooling, torch.float64, group)), x[part])
+        for ours, theirs in zip(got[:2], want[:2], strict=True):
+            close(ours, theirs[part], torch.float64, 10 * float(theirs.abs().max()))
+        for ours, theirs in zip(got[2:], want[2:], strict=True):
+            dist.all_reduce(ours, group=group)
+            close(ours, theirs, torch.float64, 10 * max(1.0, float(theirs.abs().max())))
+
+
+def work(rank: int, size: int, port: int, members: list[int], failures) -> None:
     try:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         torch.set_num_threads(1)
         dist.init_process_group("gloo", rank=rank, world_size=size)
-        for pooling, dtype, layout, dim in CASES:
-            x, grad = inputs(dtype, layout)
-            whole = block_of(pooling, dtype)
-            x_whole = x.clone().requires_grad_()
-            want = whole(x_whole)
-            want.backward(grad)
-            # Unequal parts: the last process takes what is left.
-            cuts = [index * (SHAPE[dim] // size) for index in range(size)] + [SHAPE[dim]]
-            part = (slice(None),) * dim + (slice(cuts[rank], cuts[rank + 1]),)
-            block = block_of(pooling, dtype, dist.group.WORLD)
-            own = x[part].clone().requires_grad_()
-            out = block(own)
-            out.backward(grad[part])
-            close(out, want[part], dtype)
-            close(own.grad, x_whole.grad[part], dtype, 10)
-            for (name, parameter), expected in zip(block.named_parameters(), whole.parameters(), strict=True):
-                total = parameter.grad.clone()
-                dist.all_reduce(total)
-                if name != "conv_mask.bias":
-                    scale = float(expected.grad.abs().max()) or 1.0
-                    close(total / scale, expected.grad / scale, dtype, 10)
-                else:
-                    assert total.abs().max() == 0
+        group = dist.new_group(members)  # every process must take part in making it
+        if rank in members:
+            check_first(members.index(rank), len(members), group)
+            check_second(members.index(rank), len(members), group)
+        dist.barrier()
         dist.destroy_process_group()
     except Exception:
         failures.put(f"process {rank}: {traceback.format_exc()}")
@@ -89,33 +130,80 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4])
-def test_equals_the_unsplit_result(processes):
-    """Output, gradient of the own part, and the sum of the parameters' gradients, for every case."""
+@pytest.mark.parametrize("members", [[0], [0, 1, 2, 3], [0, 2]], ids=str)
+def test_equals_the_unsplit_result(members):
+    """First and second derivatives, in groups of all processes and in one of some of them, which number them anew."""
     failures = mp.get_context("spawn").SimpleQueue()
+    size = max(members) + 1
     try:
-        mp.spawn(work, args=(processes, free_port(), failures), nprocs=processes)
+        mp.spawn(work, args=(size, free_port(), members, failures), nprocs=size)
     except mp.ProcessRaisedException:
         pytest.fail(failures.get())
 
 
-def test_a_mask_that_is_not_the_plain_layer(tmp_path):
+@pytest.fixture
+def alone(tmp_path):
+    """A group of one process, this one."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    try:
-        block = block_of("att", torch.float32, dist.group.WORLD)
-        block.conv_mask = torch.nn.Sequential(block.conv_mask)
-        with pytest.raises(RuntimeError, match="conv_mask must be the plain 1x1 convolution with a process_group"):
-            block(torch.ones(1, 16, 2, 2))
-    finally:
-        dist.destroy_process_group()
+    yield dist.group.WORLD
+    dist.destroy_process_group()
 
 
-def test_without_kernels(monkeypatch, tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    try:
-        monkeypatch.setattr(_library, "_kernel_devices", frozenset())
-        block = block_of("att", torch.float32, dist.group.WORLD)
-        with pytest.raises(RuntimeError, match="process_group needs the compiled kernels"):
-            block(torch.ones(1, 16, 2, 2))
-    finally:
-        dist.destroy_process_group()
+def test_a_mask_that_is_not_the_plain_layer(alone):
+    block = block_of("att", torch.float32, alone)
+    block.conv_mask = torch.nn.Sequential(block.conv_mask)
+    with pytest.raises(RuntimeError, match="conv_mask must be the plain 1x1 convolution with a process_group"):
+        block(torch.ones(1, 16, 2, 2))
+
+
+def test_without_kernels(monkeypatch, alone):
+    monkeypatch.setattr(_library, "_kernel_devices", frozenset())
+    block = block_of("att", torch.float32, alone)
+    with pytest.raises(RuntimeError, match="process_group needs the compiled kernels"):
+        block(torch.ones(1, 16, 2, 2))
+
+
+@pytest.mark.parametrize("transform", ["vmap", "grad", "jvp"])
+def test_inside_a_functional_transform(alone, transform):
+    block, x = block_of("att", torch.float32, alone), torch.ones(2, 1, 16, 2, 2)
+    calls = {
+        "vmap": lambda: torch.func.vmap(block)(x),
+        "grad": lambda: torch.func.grad(lambda x: block(x).sum())(x[0]),
+        "jvp": lambda: torch.func.jvp(block, (x[0],), (x[0],)),
+    }
+    with pytest.raises(RuntimeError, match=r"^process_group must be None inside a transform of torch.func"):
+        calls[transform]()
+    given = {name: parameter.detach() for name, parameter in block.named_parameters()}
+    assert torch.func.functional_call(block, given, (x[0],)).shape == x[0].shape
+
+
+@pytest.mark.parametrize("needed", [["conv_mask.bias"], ["conv_mask.weight"], []], ids=str)
+def test_create_graph_with_frozen_parameters(alone, needed):
+    block = block_of("att", torch.float64, alone)
+    for name, parameter in block.named_parameters():
+        parameter.requires_grad_(name in needed or name.startswith("channel_add"))
+    x, _ = inputs(torch.float64, "contiguous")
+    wanted = [parameter for parameter in block.parameters() if parameter.requires_grad]
+    want = torch.autograd.grad(block(x).square().sum(), wanted)
+    got = torch.autograd.grad(block(x).square().sum(), wanted, create_graph=True)
+    for ours, theirs in zip(got, want, strict=True):
+        close(ours.detach(), theirs, torch.float64, 10 * max(1.0, float(theirs.abs().max())))
+
+
+def test_accuracy_under_autocast(alone):
+    """No product of the pool is cast, forward, backward or with create_graph."""
+    block = block_of("att", torch.float32, alone)
+    x, _ = inputs(torch.float32, "contiguous")
+    weight, bias = block.conv_mask.weight, block.conv_mask.bias
+
+    def results(x, weight, bias):
+        leaf = x.clone().requires_grad_()
+        context = _split.attention_pool(leaf, weight, bias, alone)
+        (plain,) = torch.autograd.grad(context.square().sum(), leaf, retain_graph=True)
+        (first,) = torch.autograd.grad(context.square().sum(), leaf, create_graph=True)
+        return [context, plain, first, *torch.autograd.grad(first.square().sum(), leaf)]
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = results(x, weight, bias)
+    for ours, theirs in zip(got, results(x.double(), weight.double(), bias.double()), strict=True):
+        assert float((ours - theirs).detach().abs().max()) <= 1e-5 * float(theirs.detach().abs().max())
