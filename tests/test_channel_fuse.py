@@ -95,6 +95,69 @@ def test_nothing_to_fuse(backend, layout):
     assert got.out.data_ptr() != x.data_ptr()
 
 
+BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.view(BITS[a.dtype]), b.view(BITS[b.dtype]))
+
+
+def any_bits(shape, dtype, layout: str, to, seed: int = 0) -> torch.Tensor:
+    """Every number there is, with the bits of a NaN, denormals and -0, as far as they fit in."""
+    bits, generator = BITS[dtype], torch.Generator().manual_seed(seed)
+    special = torch.tensor([-0.0, 0.0, math.inf, -math.inf, math.nan, -1e-40, 1e-42, 1e-310], dtype=torch.float64).to(dtype)
+
+    def make(*sizes: int) -> torch.Tensor:
+        least, most = torch.iinfo(bits).min, torch.iinfo(bits).max
+        drawn = torch.randint(least, most, (math.prod(sizes),), generator=generator, dtype=bits)
+        drawn[: len(special)] = special.view(bits)[: len(drawn)]
+        return to(drawn.reshape(sizes)).view(dtype)
+
+    return grid.EVERY_LAYOUT[layout](make, *shape)
+
+
+@pytest.mark.representative
+@pytest.mark.parametrize("layout", grid.EVERY_LAYOUT)
+@pytest.mark.parametrize("dtype", grid.FLOATING)
+@pytest.mark.parametrize("shape", [(2, 33, 4, 5), (1, 3, 70, 71)], ids=str)
+def test_a_copy_bit_for_bit(backend, shape, dtype, layout):
+    """Without scale and shift; and the gradient of x where nothing scales it, whatever else is asked for."""
+    x = any_bits(shape, dtype, layout, backend.to)
+    assert same_bits(backend.channel_fuse(x), x)
+    got = grid.run(backend.channel_fuse, (x, None, None), any_bits(shape, dtype, layout, backend.to, 1))
+    assert same_bits(got.out, x)
+    assert same_bits(got.grads[0], any_bits(shape, dtype, layout, backend.to, 1))
+    shift = Random(0, backend.to).normal(*shape[:2], dtype=dtype)
+    for grad_layout in (layout, "contiguous"):
+        grad = any_bits(shape, dtype, grad_layout, backend.to, 1)
+        for others, needs in (((None, None), (True, False, False)), ((None, shift), (True, False, True))):
+            assert same_bits(backend.ops.channel_fuse_backward(grad, x, *others, *needs)[0], grad)
+    if not layout.startswith("expanded"):
+        kept = x.clone()
+        backend.ops.channel_fuse_(x, None, None)
+        assert same_bits(x, kept)
+
+
+@pytest.mark.representative
+@pytest.mark.parametrize("layout", grid.LAYOUTS)
+@pytest.mark.parametrize("dtype", grid.FLOATING)
+@pytest.mark.parametrize("fusion", grid.FUSIONS)
+def test_the_sign_of_zero(backend, fusion, dtype, layout):
+    """As in plain PyTorch: -0 * 1 is -0, and -0 + -0 is, but not -0 + 0. Where nothing is added, nothing changes a sign."""
+    shape = (2, 37, 5, 7)
+    signs = Random(0).normal(*shape), Random(1).normal(*shape[:2]), Random(2).normal(*shape[:2])
+    x = grid.LAYOUTS[layout](lambda *sizes: backend.to(torch.zeros(sizes, dtype=dtype)), *shape).copysign(backend.to(signs[0]))
+    scale = backend.to(torch.ones(shape[:2], dtype=dtype).copysign(signs[1]))
+    shift = backend.to(torch.zeros(shape[:2], dtype=dtype).copysign(signs[2]))
+    inputs = (x, None if fusion == "add" else scale, None if fusion == "mul" else shift)
+    want = reference.channel_fuse(*inputs)
+    assert 0.1 < want.signbit().float().mean() < 0.9
+    got = grid.run(backend.channel_fuse, inputs, x)
+    assert same_bits(got.out, want)
+    if fusion != "add":
+        assert same_bits(got.grads[0], x * scale[..., None, None])
+
+
 @pytest.mark.parametrize("trailing", [0, 1, 2, 3])
 def test_shapes_of_scale_and_shift(backend, trailing):
     """[N, C, 1, 1] is [N, C]; the gradients have the shapes of scale and shift."""

@@ -269,6 +269,21 @@ def test_strided_parameters(backend, dtype):
     check_inputs(backend, inputs, grad)
 
 
+@pytest.mark.representative
+@pytest.mark.parametrize("layout", grid.LAYOUTS)
+@pytest.mark.parametrize("dtype", grid.FLOATING)
+@pytest.mark.parametrize("pooling", grid.POOLINGS)
+def test_the_sign_of_zero(backend, pooling, dtype, layout):
+    """As in plain PyTorch: -0 times a gate is -0 where nothing is added to it."""
+    inputs = list(Case((2, 19, 5, 7), dtype, layout, pooling, fusion="mul").inputs(backend.to))
+    x = inputs[0] = inputs[0].clone()
+    x[:, :, ::2] *= 0
+    block, in_place = grid.flat(backend.global_context), grid.flat(backend.global_context, inplace=True)
+    for out in (block(*inputs), grid.run(block, inputs, x).out, in_place(x.clone(), *inputs[1:])):
+        assert torch.equal(out.signbit(), x.signbit())
+        assert (out[:, :, ::2] == 0).all()
+
+
 # ---- infinities and NaN ------------------------------------------------------------------------------------------------------
 
 

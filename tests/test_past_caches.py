@@ -35,6 +35,9 @@ def fuse(x, grad, scale, shift):
     out.backward(grad)
     return out.detach(), x.grad
 
+def copy(x, grad):
+    return fuse(x, grad, None, None)
+
 def pool(x, grad_context):
     x = x.detach().requires_grad_()
     context = gcnet_ext.attention_pool(x, mask)
@@ -54,7 +57,7 @@ for dtype, layout in itertools.product(SHAPES, (torch.contiguous_format, torch.c
             torch.nn.init.normal_(parameter, std=0.2)
         scale, shift, grad_context = (random.normal(samples, channels, dtype=dtype) for _ in range(3))
         mask = random.normal(channels, dtype=dtype)
-        for call, inputs in ((block, (x, grad)), (fuse, (x, grad, scale, shift)), (pool, (x, grad_context))):
+        for call, inputs in ((block, (x, grad)), (fuse, (x, grad, scale, shift)), (copy, (x, grad)), (pool, (x, grad_context))):
             whole, parts = call(*inputs), one_by_one(call, *inputs)
             for got, want, name in zip(whole, parts, ("out", "grad_x")):
                 assert got.stride() == want.stride() or got.dim() == 2, (call.__name__, shape, layout)

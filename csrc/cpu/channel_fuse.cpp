@@ -82,6 +82,7 @@ Tensor channel_fuse(const Tensor& x, const OptionalTensor& scale, const Optional
 void channel_fuse_(const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift) {
   check_arguments("channel_fuse_", x, scale, shift);
   check::in_place("channel_fuse_", x);
+  if (!scale && !shift) return;
   const Tensor map = native(x);
   fuse_into(map, scale, shift, map);
   write_back(map, x);

@@ -60,7 +60,7 @@ struct MapKernels {
   // dx = g*scale + m_p dctx + dl_p w, grad_weight += sum_p dl_p x_p; what may be missing may be missing here, too.
   void (*pool_gradient)(Block<const scalar_t> grad, Block<const scalar_t> x, const acc* attention, const acc* dl,
                         const PoolGradient<acc>& sample, Block<scalar_t> grad_x, acc* grad_weight);
-  // out = x*scale + shift; null scale is 1, null shift is 0.
+  // out = x*scale + shift; null scale is 1, null shift is -0, which changes no number; without both, x bit for bit.
   void (*channel_fuse)(Block<const scalar_t> x, const acc* scale, const acc* shift, Block<scalar_t> out);
   // sum_a[c] += sum_p a_cp; sum_ab[c] += sum_p a_cp b_cp (b may have null data; a null sum is not taken).
   void (*channel_sums)(Block<const scalar_t> a, Block<const scalar_t> b, acc* sum_a, acc* sum_ab);

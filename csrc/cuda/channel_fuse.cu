@@ -17,6 +17,9 @@ void check_arguments(const char* op, const Tensor& x, const OptionalTensor& scal
   check::parameter(op, {"", "shift"}, shift, x, {x.size(0), x.size(1)});
 }
 
+// to = from, bit for bit, which no arithmetic is: not even x*1 keeps the bits of a NaN.
+void copy(const Tensor& from, Tensor to) { torch::stable::copy_(to, from); }
+
 // x and out are native; out may be x.
 void fuse_into(const Tensor& x, const OptionalTensor& scale_in, const OptionalTensor& shift_in, const Tensor& out) {
   Call call(x);
@@ -32,13 +35,18 @@ Tensor channel_fuse_op(const Tensor& x, const OptionalTensor& scale, const Optio
   check_arguments("channel_fuse", x, scale, shift);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Tensor out = empty_like_map(x);
-  fuse_into(native(x), scale, shift, out);
+  if (scale || shift) {
+    fuse_into(native(x), scale, shift, out);
+  } else {
+    copy(x, out);
+  }
   return out;
 }
 
 void channel_fuse_inplace_op(const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift) {
   check_arguments("channel_fuse_", x, scale, shift);
   check::in_place("channel_fuse_", x);
+  if (!scale && !shift) return;
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Tensor map = native_dense(x);
   fuse_into(map, scale, shift, map);
@@ -56,6 +64,10 @@ std::tuple<Tensor, Tensor, Tensor> channel_fuse_backward_op(const Tensor& grad_i
   const OptionalTensor scale = dense(scale_in);
   const Tensor grad_x = need_x ? empty_like_map(x_in) : no_gradient(x_in);
   const Tensor grad_scale = gradient_of(need_scale, scale, x), grad_shift = gradient_of(need_shift, shift, x);
+  if (!scale && !(need_shift && shift)) {  // nothing is summed
+    if (need_x) copy(grad, grad_x);
+    return {grad_x, grad_scale, grad_shift};
+  }
   dispatch(x.scalar_type(), [&](auto kind) {
     using T = decltype(kind);
     channel_fuse_backward<T>({map_of<const T>(grad), map_of<const T>(x), map_if<T>(need_x, grad_x), extent_of(x),

@@ -19,7 +19,7 @@ struct SumsParams {
   using A = acc_t<T>;
   Map<const T> a, b;   // b without data: no sum_ab
   Map<T> fused;        // without data: not wanted
-  Parameter<T> scale;  // [N, C], of fused; absent: 1
+  Parameter<T> scale;  // [N, C], of fused; absent: fused is a, bit for bit
   Extent extent;
   MutableParameter<T> sum_a, sum_ab;  // [N, C]; either may be absent
   A factor = 1;                       // what sum_a is multiplied with
@@ -65,10 +65,10 @@ struct SumsAccesses {
 };
 
 template <typename T, int V, typename Scale>
-__device__ __forceinline__ void put_fused(T* to, const Vector<T, V>& a, const Scale& scale_of) {
-  Vector<T, V> product;
+__device__ __forceinline__ void put_fused(T* to, const Vector<T, V>& a, bool scaled, const Scale& scale_of) {
+  Vector<T, V> product = a;
 #pragma unroll
-  for (int j = 0; j < V; j++) product.data[j] = static_cast<T>(widen(a.data[j]) * scale_of(j));
+  for (int j = 0; scaled && j < V; j++) product.data[j] = static_cast<T>(widen(a.data[j]) * scale_of(j));
   store_vector(to, product);
 }
 
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kCudaSweepThreads, 2) sums_rows(SumsParams<T> 
         if constexpr (kProducts) sum_ab += widen(values.a[u].data[j]) * widen(values.b[u].data[j]);
       }
       const int64_t p = first + u * hop;
-      if (fused && p < end) put_fused(fused + p, values.a[u], [&](int) { return scale; });
+      if (fused && p < end) put_fused(fused + p, values.a[u], params.scale.given(), [&](int) { return scale; });
     }
   }
 
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kCudaSweepThreads, 2) sums_positions(SumsParam
       }
       const int64_t p = first + u * grid.rows;
       if (params.fused.data && p < end) {
-        put_fused(params.fused.at(sample, channel, p), values.a[u], [&](int j) { return scale[j]; });
+        put_fused(params.fused.at(sample, channel, p), values.a[u], params.scale.given(), [&](int j) { return scale[j]; });
       }
     }
   }

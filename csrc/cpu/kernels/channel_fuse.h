@@ -32,12 +32,36 @@ inline void fuse_row(const scalar_t* in, int64_t count, const Scale& scale, cons
   for_each_vector<acc>(count - i, [&](int64_t j, auto lanes) { store(row + i + j, fused(i + j, lanes), lanes); });
 }
 
+// row = in, bit for bit: from arithmetic a NaN would come back with other bits, and a small bfloat16 of AVX512_BF16 as zero.
+template <bool past_caches, typename scalar_t>
+inline void copy_row(const scalar_t* in, int64_t count, scalar_t* row) {
+  const auto copy = [&](int64_t begin, int64_t end) {
+    std::memmove(row + begin, in + begin, (end - begin) * sizeof(scalar_t));
+  };
+  if constexpr (!past_caches) return copy(0, count);
+  constexpr int64_t line = kLine<scalar_t>, lanes = kVectorBytes / sizeof(scalar_t);
+  const int64_t address = reinterpret_cast<intptr_t>(row) / sizeof(scalar_t);
+  const int64_t begin = std::min(-address & (line - 1), count), end = begin + (count - begin) / line * line;
+  copy(0, begin);
+  for (int64_t i = begin; i < end; i += lanes) {  // whatever the bits are, they are moved as those of floats
+    store_past_caches(reinterpret_cast<float*>(row + i), load(reinterpret_cast<const float*>(in + i)));
+  }
+  copy(end, count);
+}
+
+// An absent shift is -0: what is added to 0 would turn a product of -0 into 0.
 template <typename scalar_t>
 void channel_fuse(Block<const scalar_t> x, const acc_t<scalar_t>* scale, const acc_t<scalar_t>* shift, Block<scalar_t> out) {
   using acc = acc_t<scalar_t>;
+  const auto copied = [&](auto past_caches) {
+    const int64_t rows = x.channels_last ? x.positions : x.channels, count = x.channels_last ? x.channels : x.positions;
+    const int64_t in_stride = x.channels_last ? x.position_stride : x.channel_stride;
+    const int64_t out_stride = x.channels_last ? out.position_stride : out.channel_stride;
+    for (int64_t r = 0; r < rows; r++) copy_row<past_caches>(x.data + r * in_stride, count, out.data + r * out_stride);
+  };
   const auto rows = [&](auto past_caches) {
     for (int64_t c = 0; c < x.channels; c++) {
-      const Vec<acc> s = broadcast(scale ? scale[c] : acc(1)), t = broadcast(shift ? shift[c] : acc(0));
+      const Vec<acc> s = broadcast(scale ? scale[c] : acc(1)), t = broadcast(shift ? shift[c] : -acc(0));
       fuse_row<past_caches>(
           x.data + c * x.channel_stride, x.positions, [&](auto...) { return s; }, [&](auto...) { return t; },
           out.data + c * out.channel_stride);
@@ -45,12 +69,14 @@ void channel_fuse(Block<const scalar_t> x, const acc_t<scalar_t>* scale, const a
   };
   const auto rows_of_channels = [&](auto past_caches, auto scaled, auto shifted) {
     const auto s = [&](int64_t c, auto lanes) { return scaled ? load(scale + c, lanes) : broadcast(acc(1)); };
-    const auto t = [&](int64_t c, auto lanes) { return shifted ? load(shift + c, lanes) : Vec<acc>{}; };
+    const auto t = [&](int64_t c, auto lanes) { return shifted ? load(shift + c, lanes) : broadcast(-acc(0)); };
     for (int64_t p = 0; p < x.positions; p++) {
       fuse_row<past_caches>(x.data + p * x.position_stride, x.channels, s, t, out.data + p * out.position_stride);
     }
   };
-  if (x.channels_last) {
+  if (!scale && !shift) {
+    with_flags(copied, out.past_caches);
+  } else if (x.channels_last) {
     with_flags(rows_of_channels, out.past_caches, scale, shift);
   } else {
     with_flags(rows, out.past_caches);

@@ -17,9 +17,10 @@ namespace gcnet_ext::cpu::GCNET_CAPABILITY {
 template <typename scalar_t>
 constexpr int64_t kLine = 64 / sizeof(scalar_t);
 
+// (0 + value would lose the sign of -0.)
 template <typename acc>
 inline Vec<acc> broadcast(acc value) {
-  return Vec<acc>{} + value;
+  return value - Vec<acc>{};
 }
 
 template <typename acc>

@@ -84,7 +84,8 @@ struct Buffer2d {
     }
     return true;
   }
-  double at(int64_t c, int64_t p) const { return static_cast<double>(memory[c * channel_stride + p * position_stride]); }
+  const T& element(int64_t c, int64_t p) const { return memory[c * channel_stride + p * position_stride]; }
+  double at(int64_t c, int64_t p) const { return static_cast<double>(element(c, p)); }
 };
 
 // A sum of so many products: how far rounding may move it, in units of the sum of their sizes.
@@ -145,6 +146,8 @@ void fuzz_fuse(Source& from, const MapKernels<T>& kernels, int64_t C, int64_t P,
     for (int64_t p = 0; p < P; p++) {
       const double product = x.at(c, p) * (scales ? scale[c] : 1), added = shifts ? shift[c] : 0;
       same_stored<T>(out.at(c, p), product + added, std::abs(product) + std::abs(added), "channel_fuse");
+      const bool same_bits = std::memcmp(&out.element(c, p), &x.element(c, p), sizeof(T)) == 0;
+      require(scales || shifts || same_bits, "channel_fuse: a copy");
     }
   }
 }
