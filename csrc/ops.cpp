@@ -24,7 +24,8 @@ STABLE_TORCH_LIBRARY(gcnet_ext, m) {
   // because torch 2.13 leaks a str argument in every call (pytorch#191340). A branch is t = w2 act(norm(w1 context + b1)) + b2,
   // or t = w1 context + b1 without a w2.
   // -> out like x; context [N, C] acc; attention [N, P] acc; hidden [N, H of scale + H of shift] acc, before the norm;
-  //    gate_values [N, C] acc, what x was multiplied with ([N, 0] without a scale branch)
+  //    gate_values [N, C] acc, the sigmoid that x was multiplied with, or gate_alpha t + gate_beta before it was clipped
+  //    ([N, 0] without a scale branch)
   m.def(
       "global_context(Tensor x, Tensor? mask_weight, Tensor? mask_bias, "
       "Tensor? scale_w1, Tensor? scale_b1, Tensor? scale_norm_weight, Tensor? scale_norm_bias, Tensor? scale_w2, Tensor? "

@@ -97,9 +97,13 @@ def _branch(a: Arguments, name: str) -> list[Tensor | None]:
     return [a[f"{name}_{parameter}"] for parameter in PARAMETERS]
 
 
-def _gate(a: Arguments) -> dict[str, Any]:
-    kind = "hard_sigmoid" if a["hard_sigmoid"] else "sigmoid"
-    return {"gate": kind, "gate_alpha": a["gate_alpha"], "gate_beta": a["gate_beta"]}
+def _gate(a: Arguments, t: Tensor) -> Tensor:
+    """The values of the gate: those of a hard sigmoid are not clipped yet."""
+    return a["gate_alpha"] * t + a["gate_beta"] if a["hard_sigmoid"] else t.sigmoid()
+
+
+def _scale(a: Arguments, gate: Tensor) -> Tensor:
+    return gate.clamp(0, 1) if a["hard_sigmoid"] else gate
 
 
 def _first(context: Tensor, w1: Tensor, b1: Tensor | None) -> Tensor:
@@ -133,8 +137,8 @@ def global_context(a: Arguments, pool: Pool = _pool) -> Outputs:
             hidden.append(_first(context, w1, b1))
             t = _second(a, hidden[-1], *rest)
             if name == "scale":
-                gate = reference.apply_gate(t, **_gate(a))
-            out = out * _per_channel(gate, x) if name == "scale" else out + _per_channel(t, x)
+                gate = _gate(a, t)
+            out = out * _per_channel(_scale(a, gate), x) if name == "scale" else out + _per_channel(t, x)
     return out, context, attention, torch.cat(hidden, 1), gate
 
 
@@ -169,7 +173,7 @@ def global_context_backward(a: Arguments) -> Outputs:
             continue
         grad_t = _positions(grad * x if name == "scale" else grad).sum(2)
         if name == "scale":
-            sloped = torch.where((s > 0) & (s < 1), grad_t * a["gate_alpha"], torch.zeros_like(s))
+            sloped = torch.where((s >= 0) & (s <= 1), grad_t * a["gate_alpha"], torch.zeros_like(s))
             grad_t = sloped if a["hard_sigmoid"] else grad_t * (s * (1 - s))
         units = w1.shape[0]
         own = hidden[:, :units] if name == "scale" else hidden[:, -units:]
@@ -177,7 +181,7 @@ def global_context_backward(a: Arguments) -> Outputs:
         grad_context = grad_context + more
         found.append(grads)
     dx, dw = _pool_backward(grad_context, x, mask_weight, context, attention)
-    dx = dx + (grad if a["scale_w1"] is None else grad * _per_channel(s, x))
+    dx = dx + (grad if a["scale_w1"] is None else grad * _per_channel(_scale(a, s), x))
     return (
         dx if a["need_x"] else None,
         dw if a["need_mask"] else None,

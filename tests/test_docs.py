@@ -44,7 +44,7 @@ def by_formulas(program: dict[str, Any], inputs: tuple[Tensor | None, ...], grad
     if scale is not None:
         of_transform = {name: options[name] for name in ("norm", "activation")}
         t = reference.transform(ctx, reference.Transform(*scale), **of_transform)
-        s = reference.apply_gate(t, options["gate"], options["gate_alpha"])
+        s = t.sigmoid() if options["gate"] == "sigmoid" else options["gate_alpha"] * t + 0.5
     dx, dw, db, dscale, dshift = program["block_backward"](
         grad.flatten(2), positions, w, scale, shift, m, ctx, s,
         norm=options["norm"], silu=options["activation"] == "silu", hard_sigmoid=options["gate"] == "hard_sigmoid",

@@ -54,6 +54,8 @@ void forward_into(const Tensor& x, Parameters given, const TransformOptions& opt
     acc* s = saved ? mutable_data<acc>(saved->gate) : ctx + samples * channels;
     acc* m = saved ? mutable_data<acc>(saved->attention) : s + samples * gates;
     acc* h = saved ? mutable_data<acc>(saved->hidden) : m + samples * attended;
+    const auto clipped = scale && options.hard_sigmoid ? buffer<acc>(samples * channels) : nullptr;
+    const acc* factors = clipped ? clipped.get() : s;
 
     const auto out_map = write_map<scalar_t>(out, x);
     const int64_t sample_bytes = channels * positions(x) * sizeof(scalar_t);
@@ -73,7 +75,8 @@ void forward_into(const Tensor& x, Parameters given, const TransformOptions& opt
         if (scale) branch(0);
         if (shift) branch(1);
       }
-      fuse_samples(map, scale ? s : nullptr, t_shift.get(), first, count, out_map);
+      if (clipped) clip_gate(s + first * channels, count * channels, clipped.get() + first * channels);
+      fuse_samples(map, scale ? factors : nullptr, t_shift.get(), first, count, out_map);
     });
   });
 }
@@ -186,7 +189,9 @@ Gradients global_context_backward(const Tensor& grad_in, const Tensor& x_in, con
     const auto grad_t_scale = scale ? buffer<acc>(samples * channels) : nullptr;
     const auto grad_t_shift = shift ? buffer<acc>(samples * channels) : nullptr;
     const auto grad_context = zeros<acc>(samples * channels);
-    const PoolGradients<acc> given{grad_context.get(), ctx, data<acc>(attention), pointer(weight), s};
+    const auto clipped = scale && options.hard_sigmoid ? buffer<acc>(samples * channels) : nullptr;
+    const acc* factors = clipped ? clipped.get() : s;
+    const PoolGradients<acc> given{grad_context.get(), ctx, data<acc>(attention), pointer(weight), factors};
 
     const int64_t sample_bytes = 2 * channels * positions(x) * sizeof(scalar_t);
     const GroupPlan group = plan_groups(samples, sample_bytes, weight_bytes(scale, shift));
@@ -194,6 +199,7 @@ Gradients global_context_backward(const Tensor& grad_in, const Tensor& x_in, con
       const int64_t begin = first * channels;
       sum_samples(grad_map, map, first, count, grad_t_shift.get(), grad_t_scale.get());
       if (scale) {
+        if (clipped) clip_gate(s + begin, count * channels, clipped.get() + begin);
         apply_gate_backward(options, s + begin, grad_t_scale.get() + begin, count * channels);
         scale->backward(grad_t_scale.get(), h, units, first, count, grad_context.get());
       }
@@ -202,7 +208,7 @@ Gradients global_context_backward(const Tensor& grad_in, const Tensor& x_in, con
         if (need_x || need_mask) pool_backward_samples(grad_map, map, given, first, count, grad_x_map, grad_weight);
       } else if (need_x) {
         for (int64_t i = begin; i < begin + count * channels; i++) grad_context[i] /= acc(positions(x));  // m_p = 1/P
-        fuse_samples(grad_map, s, static_cast<const acc*>(grad_context.get()), first, count, grad_x_map);
+        fuse_samples(grad_map, factors, static_cast<const acc*>(grad_context.get()), first, count, grad_x_map);
       }
     });
     if (need_mask && mask_weight) from_acc(grad_weight.total().data(), grad_mask);

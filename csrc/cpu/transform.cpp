@@ -36,15 +36,12 @@ OptionalTensor dense_weight(const OptionalTensor& weight) {
   return dense(*weight);
 }
 
-// t -> gate(t), in place.
+// t -> sigmoid(t), or alpha t + beta for the hard sigmoid, in place.
 template <typename acc>
 void apply_gate(const TransformOptions& options, acc* t, int64_t count) {
   if (!options.hard_sigmoid) return vector_kernels<acc>().sigmoid(t, count);
   const acc alpha = static_cast<acc>(options.gate_alpha), beta = static_cast<acc>(options.gate_beta);
-  for (int64_t i = 0; i < count; i++) {
-    const acc line = alpha * t[i] + beta;
-    t[i] = line < acc(0) ? acc(0) : line > acc(1) ? acc(1) : line;
-  }
+  for (int64_t i = 0; i < count; i++) t[i] = alpha * t[i] + beta;
 }
 
 template <typename acc>
@@ -245,19 +242,26 @@ void Branch<acc>::parameter_gradients(const acc* grad_t, const acc* context, con
 }
 
 template <typename acc>
+void clip_gate(const acc* gate, int64_t count, acc* scale) {
+  for (int64_t i = 0; i < count; i++) scale[i] = gate[i] < acc(0) ? acc(0) : gate[i] > acc(1) ? acc(1) : gate[i];
+}
+
+template <typename acc>
 void apply_gate_backward(const TransformOptions& options, const acc* gate, acc* grad, int64_t count) {
   const acc alpha = static_cast<acc>(options.gate_alpha);
   for (int64_t i = 0; i < count; i++) {
     if (!options.hard_sigmoid) {
       grad[i] *= gate[i] * (acc(1) - gate[i]);
     } else {
-      grad[i] = gate[i] > acc(0) && gate[i] < acc(1) ? grad[i] * alpha : acc(0);  // where it is flat not even a NaN passes
+      grad[i] = gate[i] >= acc(0) && gate[i] <= acc(1) ? grad[i] * alpha : acc(0);  // where it is flat not even a NaN passes
     }
   }
 }
 
 template class Branch<double>;
 template class Branch<float>;
+template void clip_gate(const double*, int64_t, double*);
+template void clip_gate(const float*, int64_t, float*);
 template void apply_gate_backward(const TransformOptions&, const double*, double*, int64_t);
 template void apply_gate_backward(const TransformOptions&, const float*, float*, int64_t);
 

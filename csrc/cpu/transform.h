@@ -32,7 +32,8 @@ class Branch {
   // Whether the threads share the rows of the weights; otherwise a sample's transform is one thread's work.
   bool row_parallel() const { return (two_layers_ ? 2 : 1) * channels_ * units_ > kBatchedWeights; }
 
-  // t of samples first <= n < first + count, or gate(t) if `gated`; hidden [N, hidden_stride] gets w1 ctx + b1.
+  // t of samples first <= n < first + count; if `gated` the values of the gate: sigmoid(t), or alpha t + beta before it is
+  // clipped, which tells a gate that is at its corner from one that is beyond. hidden [N, hidden_stride] gets w1 ctx + b1.
   void forward(const acc* context, int64_t first, int64_t count, acc* hidden, int64_t hidden_stride, bool gated, acc* t);
 
   // Before backward() is called, by any thread.
@@ -65,7 +66,11 @@ class Branch {
   Buffer<acc> grad_hidden_, grad_normalised_, normalised_;  // [N, H]
 };
 
-// grad -> grad * gate'(t), in place, from gate(t).
+// What x is multiplied with, from the values of a hard sigmoid's gate: clip(gate, 0, 1).
+template <typename acc>
+void clip_gate(const acc* gate, int64_t count, acc* scale);
+
+// grad -> grad * gate'(t), in place, from the values of the gate. The slope of the hard sigmoid is alpha at its corners too.
 template <typename acc>
 void apply_gate_backward(const TransformOptions& options, const acc* gate, acc* grad, int64_t count);
 

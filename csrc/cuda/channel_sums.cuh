@@ -28,7 +28,7 @@ struct SumsParams {
   int64_t first_sample = 0;
   unsigned blocks_per_sample = 0;
   AfterSums after = AfterSums::nothing;
-  bool through_gate = false;  // sum_ab is the gradient of the gate, and goes on through it
+  bool through_gate = false;  // sum_ab is the gradient of the gate, and goes on through it; a hard sigmoid's scale is written
   TransformParams<T> transform;
   TransformGradParams<T> transform_grad;
 
@@ -36,7 +36,11 @@ struct SumsParams {
     const int64_t i = sample * extent.channels + channel;
     if (sum_a.wanted()) sum_a.put(i, total_a * factor);
     if (!sum_ab.wanted()) return;
-    if (through_gate) total_ab = gate_backward(transform_grad.forward, transform_grad.forward.gate[i], total_ab);
+    if (through_gate) {
+      const TransformParams<T>& forward = transform_grad.forward;
+      total_ab = gate_backward(forward, forward.gate[i], total_ab);
+      if (forward.hard_sigmoid) forward.scale[i] = clip(forward.gate[i]);
+    }
     sum_ab.put(i, total_ab);
   }
 };

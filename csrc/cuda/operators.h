@@ -194,6 +194,8 @@ void global_context(const GlobalContext<T>& call, Workspace& workspace, cudaStre
   transform.in_tail = transform_in_tail(transform);
   transform.samples = extent.samples;
   if (transform.branch[kShift].units) transform.shift = workspace.take<A>(extent.samples * extent.channels);
+  const bool clips = transform.hard_sigmoid && transform.branch[kScale].units;
+  if (clips) transform.scale = workspace.take<A>(extent.samples * extent.channels);
   const bool merges = call.mask_weight.data || transform.in_tail;
   unsigned* const arrived = merges ? workspace.zeros(extent.samples, stream) : nullptr;
   pool_context<T>({call.x, extent, call.mask_weight, call.mask_bias, call.context, call.attention}, transform, arrived,
@@ -203,7 +205,7 @@ void global_context(const GlobalContext<T>& call, Workspace& workspace, cudaStre
   fuse.x = call.x;
   fuse.out = call.out;
   fuse.extent = extent;
-  if (transform.branch[kScale].units) fuse.scale = Parameter<T>(transform.gate);
+  if (transform.branch[kScale].units) fuse.scale = Parameter<T>(transform.scale_values());
   if (transform.branch[kShift].units) fuse.shift = Parameter<T>(transform.shift);
   launch_channel_fuse(fuse, stream);
 }
@@ -278,12 +280,14 @@ void global_context_backward(const GlobalContextBackward<T>& call, Workspace& wo
   transform.forward.in_tail = transform_in_tail(call.transform);
   const int64_t units = call.transform.units;
   const int64_t chunks = batch_chunks(channels);
-  A* next = workspace.take<A>(samples * ((1 + has_scale + has_shift) * channels + (4 + chunks) * units));
+  const bool clips = has_scale && call.transform.hard_sigmoid;
+  A* next = workspace.take<A>(samples * ((1 + has_scale + has_shift + clips) * channels + (4 + chunks) * units));
   const auto take = [&](int64_t width) { return std::exchange(next, next + samples * width); };
   A* const grad_t_scale = has_scale ? take(channels) : nullptr;
   A* const grad_t_shift = has_shift ? take(channels) : nullptr;
   transform.grad_t[kScale] = grad_t_scale;
   transform.grad_t[kShift] = grad_t_shift;
+  if (clips) transform.forward.scale = take(channels);
   transform.grad_context = take(channels);
   if (!attends) transform.grad_context_factor = A(1) / static_cast<A>(extent.positions);
   transform.activated = take(units);
@@ -316,7 +320,7 @@ void global_context_backward(const GlobalContextBackward<T>& call, Workspace& wo
     pool.grad_x = call.grad_x;
     pool.extent = extent;
     pool.weight = call.mask_weight;
-    pool.scale = has_scale ? call.transform.gate : nullptr;
+    pool.scale = has_scale ? transform.forward.scale_values() : nullptr;
     pool.grad_context = transform.grad_context;
     pool.context = call.context;
     pool.attention = call.attention;
@@ -330,7 +334,7 @@ void global_context_backward(const GlobalContextBackward<T>& call, Workspace& wo
     fuse.x = call.grad;
     fuse.out = call.grad_x;
     fuse.extent = extent;
-    if (has_scale) fuse.scale = Parameter<T>(call.transform.gate);
+    if (has_scale) fuse.scale = Parameter<T>(transform.forward.scale_values());
     fuse.shift = Parameter<T>(transform.grad_context);
     launch_channel_fuse(fuse, stream);
   }

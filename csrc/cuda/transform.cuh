@@ -1,8 +1,9 @@
 // The transform of the block, per branch (scale and shift; both read the same context):
 //
 //   hidden = w1 context + b1      t = w2 act(norm(hidden)) + b2      or, without a w2, t = hidden
-//   gate = sigmoid(t_scale)       shift = t_shift
+//   gate = sigmoid(t_scale)       shift = t_shift          scale = gate
 //
+// A hard sigmoid has gate = alpha t_scale + beta, which tells one at its corner from one beyond, and scale = clip(gate, 0, 1).
 // C channels, H hidden units of a branch. The hidden units of both branches lie next to each other, those of scale first.
 // Here are the parts, and the whole for one sample by one block; transform_batched.cuh has the whole for many samples.
 #pragma once
@@ -20,6 +21,12 @@ struct BranchParams {
   int64_t first_unit = 0;                               // where its hidden units begin
 };
 
+// A NaN stays one.
+template <typename A>
+__device__ __forceinline__ A clip(A gate) {
+  return gate < A(0) ? A(0) : gate > A(1) ? A(1) : gate;
+}
+
 template <typename T>
 struct TransformParams {
   using A = acc_t<T>;
@@ -30,9 +37,13 @@ struct TransformParams {
   const A* context = nullptr;  // [N, C]
   A* hidden = nullptr;         // [N, units]
   A* gate = nullptr;           // [N, C]
+  A* scale = nullptr;          // [N, C], of a hard sigmoid; otherwise it is the gate
   A* shift = nullptr;          // [N, C]
   bool in_tail = false;        // the block that completes a sample's context transforms it; otherwise transform_batched.cuh
   int64_t samples = 0;         // N, for the latter
+
+  // What x is multiplied with, [N, C].
+  A* scale_values() const { return hard_sigmoid ? scale : gate; }
 
   // t of a channel, as the fusion wants it.
   __device__ void put(int branch, int64_t sample, int64_t channel, A t) const {
@@ -40,13 +51,9 @@ struct TransformParams {
       shift[sample * channels + channel] = t;
       return;
     }
-    if (hard_sigmoid) {
-      const A line = gate_alpha * t + gate_beta;
-      t = line < A(0) ? A(0) : line > A(1) ? A(1) : line;
-    } else {
-      t = A(1) / (A(1) + exponential(-t));
-    }
-    gate[sample * channels + channel] = t;
+    const A value = hard_sigmoid ? gate_alpha * t + gate_beta : A(1) / (A(1) + exponential(-t));
+    gate[sample * channels + channel] = value;
+    if (hard_sigmoid) scale[sample * channels + channel] = clip(value);
   }
 };
 

@@ -27,11 +27,11 @@ struct TransformGradParams {
   unsigned* arrived = nullptr;    // with a zero for every tile of samples
 };
 
-// grad gate'(t) from the gate itself. Where it is flat nothing passes, not even a NaN.
+// grad gate'(t) from the gate itself. Beyond the corners of a hard sigmoid, where it is flat, not even a NaN passes.
 template <typename T>
 __device__ __forceinline__ acc_t<T> gate_backward(const TransformParams<T>& params, acc_t<T> gate, acc_t<T> grad) {
   using A = acc_t<T>;
-  if (params.hard_sigmoid) return gate > A(0) && gate < A(1) ? grad * params.gate_alpha : A(0);
+  if (params.hard_sigmoid) return gate >= A(0) && gate <= A(1) ? grad * params.gate_alpha : A(0);
   return grad * gate * (A(1) - gate);
 }
 

@@ -31,7 +31,7 @@ struct BlockReference {
   std::array<BranchValues, 2> branches;  // scale and shift
 
   Values context, attention, out;
-  std::array<Values, 2> hidden, t;  // t of scale is the gate
+  std::array<Values, 2> hidden, t;  // t of scale is the gate: that of a hard sigmoid before it is clipped
   Values grad_x, grad_mask_weight;
   std::array<BranchValues, 2> gradients;
 
@@ -102,11 +102,13 @@ struct BlockReference {
         }
       }
       for (int64_t c = 0; c < C && b == 0; c++) {
-        to[c] = options.hard_sigmoid ? std::clamp(options.gate_alpha * to[c] + options.gate_beta, 0., 1.)
-                                     : 1 / (1 + std::exp(-to[c]));
+        to[c] = options.hard_sigmoid ? options.gate_alpha * to[c] + options.gate_beta : 1 / (1 + std::exp(-to[c]));
       }
     }
   }
+
+  // What row i of x, of N*C, is multiplied with.
+  double scale(int64_t i) const { return t[0].empty() ? 1 : options.hard_sigmoid ? std::clamp(t[0][i], 0., 1.) : t[0][i]; }
 
   void forward() {
     pool();
@@ -114,7 +116,7 @@ struct BlockReference {
       if (branches[b].units) transform(b);
     }
     out = x;
-    for (int64_t i = 0; i < N * C * P; i++) out[i] = x[i] * at(t[0], i / P, 1) + at(t[1], i / P, 0);
+    for (int64_t i = 0; i < N * C * P; i++) out[i] = x[i] * scale(i / P) + at(t[1], i / P, 0);
   }
 
   // Through w2, activation and norm: from grad_t of a sample to the gradient of its hidden units.
@@ -163,7 +165,7 @@ struct BlockReference {
           for (int64_t p = 0; p < P; p++) grad_t[c] += grad[(n * C + c) * P + p] * (b == 0 ? x[(n * C + c) * P + p] : 1);
           if (b == 1) continue;
           const double gate = t[0][n * C + c];
-          const double slope = options.hard_sigmoid ? (gate > 0 && gate < 1 ? options.gate_alpha : 0) : gate * (1 - gate);
+          const double slope = options.hard_sigmoid ? (gate >= 0 && gate <= 1 ? options.gate_alpha : 0) : gate * (1 - gate);
           grad_t[c] *= slope;
         }
         const Values grad_hidden = backward_hidden(b, n, grad_t.data());
@@ -183,7 +185,7 @@ struct BlockReference {
         const double m = attention[n * P + p], grad_logit = mask_weight.empty() ? 0 : m * (u - dot);
         for (int64_t c = 0; c < C; c++) {
           const int64_t i = (n * C + c) * P + p;
-          grad_x[i] = grad[i] * at(t[0], n * C + c, 1) + m * grad_context[c] + grad_logit * at(mask_weight, c, 0);
+          grad_x[i] = grad[i] * scale(n * C + c) + m * grad_context[c] + grad_logit * at(mask_weight, c, 0);
           grad_mask_weight[c] += grad_logit * x[i];
         }
       }
