@@ -11,7 +11,7 @@ import pytest
 import torch
 from grid import Case, Random
 
-from gcnet_ext import reference
+from gcnet_ext import _library, reference
 
 NAMES = ("x", "weight", "bias")
 
@@ -182,6 +182,56 @@ def test_attention_picks_one_position(backend, layout):
     weight[0] = 1000
     want = torch.stack([x[0, :, 2, 3], x[1, :, 4, 6]])
     assert torch.equal(backend.attention_pool(x, weight), want)
+
+
+@pytest.mark.representative
+@pytest.mark.parametrize("layout", grid.LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 64, 5, 7), (1, 70, 61, 67)], ids=str)
+def test_nothing_passes_a_saturated_softmax(backend, shape, layout):
+    """The gradient of the context goes to the one position that has all of the attention, and none to the weight."""
+    x = Random(0, backend.to).feature_map(shape, torch.float32, layout).clone()
+    x[:, 0, 2, 3] = 1000
+    weight = torch.zeros(shape[1], device=x.device)
+    weight[0] = 1000
+    grad = Random(1, backend.to).normal(*shape[:2])
+    got = grid.run(backend.attention_pool, (x, weight, None), grad)
+    want = torch.zeros_like(x)
+    want[:, :, 2, 3] = grad
+    if backend.name == "cpu" or not backend.has_kernels:
+        assert torch.equal(got.grads[0], want)
+        assert not got.grads[1].any()
+    else:  # u_p is summed in another order than dctx . context: dl is off by a rounding, and with it dl w; but x is the context
+        eps, u = torch.finfo(torch.float32).eps, float(x[0, :, 2, 3].norm() * grad.norm())
+        grid.assert_close(got.grads[0], want.double().cpu(), torch.float32, largest=u * 1000)
+        assert float(got.grads[1].abs().max()) <= 64 * eps * eps * u * 1000
+
+
+@pytest.mark.representative
+@pytest.mark.parametrize("layout", grid.LAYOUTS)
+@pytest.mark.parametrize("shape", [(4, 64, 32, 32), (2, 512, 7, 7), (1, 20, 120, 121)], ids=str)
+def test_what_all_positions_have_in_common(backend, shape, layout):
+    """It multiplies no rounding error in the gradient of the weight, which it has no part in.
+
+    u_p = dctx . x_p is off by roundings of its terms, which are about as large as `offset` times dctx. That is all that may be
+    left of the offset in either gradient: 16 of them, where chains of C terms add up to less.
+    """
+    offset, random = 1000.0, Random(0, backend.to)
+    x = grid.LAYOUTS[layout](lambda *sizes: random.normal(*sizes, mean=offset), *shape)
+    inputs, grad = (x, *random.mask(shape[1], torch.float32)), random.normal(*shape[:2])
+    truth = grid.exact(reference.attention_pool, inputs, grad)
+    ours, theirs = (grid.run(function, inputs, grad) for function in (backend.attention_pool, eager.attention_pool))
+    roundings = 16 * offset * torch.finfo(torch.float32).eps
+    assert grid.error(ours.grads[0], truth.grads[0]) <= roundings
+    assert grid.error(ours.grads[1], truth.grads[1]) <= min(roundings, grid.error(theirs.grads[1], truth.grads[1]))
+
+
+def test_the_shapes_above_go_both_ways(kernels):
+    """The CPU's in NCHW: the last two are cut into splits of positions, and no other is."""
+    splits = [
+        _library.compiled.plan("cpu", c, p, 4, False)["splits"] for c, p in ((64, 1024), (512, 49), (70, 4087), (20, 14520))
+    ]
+    assert splits[:2] == [1, 1]
+    assert min(splits[2:]) > 1
 
 
 @pytest.mark.parametrize("layout", grid.LAYOUTS)

@@ -69,6 +69,14 @@ void pool_samples(const Map<const scalar_t>& x, const acc_t<scalar_t>* weight, a
 }
 
 template <typename acc>
+void WeightGradient<acc>::subtract_context(int64_t i, int64_t c0, int64_t count, const acc* context, acc sum_dl) const {
+  if (!partial) return;
+  const acc factor = -sum_dl;
+  const Block<const acc> one_position{context, count, 1, /*channel_stride=*/1, /*position_stride=*/count, true};
+  map_kernels<acc>().channel_dots(one_position, &factor, part(i) + c0);
+}
+
+template <typename acc>
 std::vector<acc> WeightGradient<acc>::total() const {
   std::vector<acc> sum(channels);
   constexpr int64_t kSlice = 64;  // channels of one item
@@ -98,12 +106,15 @@ void pool_backward_samples(const Map<const scalar_t>& grad, const Map<const scal
         vector_kernels<acc>().context_dot(given.grad_context + row, given.context + row, channels, x.layout.channels_last);
     const PoolGradient<acc> of_sample{given.grad_context + row, context_dot, given.weight,
                                       given.scale ? given.scale + row : nullptr};
+    const int64_t part = sample * plan.splits + i % plan.splits;
+    acc sum_dl = 0;
     for (int64_t p = begin; p < end; p += plan.tile) {
       const int64_t count_p = std::min(plan.tile, end - p);
-      pool_backward(grad.block(sample, 0, channels, p, count_p), x.block(sample, 0, channels, p, count_p),
-                    given.attention + sample * positions + p, of_sample, grad_x.block(sample, 0, channels, p, count_p),
-                    grad_weight.part(sample * plan.splits + i % plan.splits));
+      sum_dl += pool_backward(grad.block(sample, 0, channels, p, count_p), x.block(sample, 0, channels, p, count_p),
+                              given.attention + sample * positions + p, of_sample,
+                              grad_x.block(sample, 0, channels, p, count_p), grad_weight.part(part));
     }
+    grad_weight.subtract_context(part, 0, channels, given.context + row, sum_dl);
   };
   parallel_for(count * plan.splits, count * channels * positions, split, Order::backwards);
 }

@@ -27,6 +27,10 @@ struct WeightGradient {
   WeightGradient(int64_t samples, int64_t splits, int64_t channels)
       : parts(samples * splits), channels(channels), partial(zeros<acc>(samples * splits * channels)) {}
   acc* part(int64_t i) const { return partial ? partial.get() + i * channels : nullptr; }
+  // From sum_p dl_p x_p to sum_p dl_p (x_p - ctx), for some channels of a part; their context, and sum_p dl_p of the part. Over
+  // a sample dl adds up to zero but for its rounding errors, which would else be multiplied with all that the x_p have in
+  // common.
+  void subtract_context(int64_t i, int64_t c0, int64_t count, const acc* context, acc sum_dl) const;
   // The sum of all parts, in their order.
   std::vector<acc> total() const;
 };

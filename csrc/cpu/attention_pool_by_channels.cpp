@@ -68,13 +68,13 @@ void pool_backward_by_channels(const Map<const scalar_t>& grad, const Map<const 
   const SweepPlan plan = sweep_plan(x);
   const int64_t parts_size = plan.channel_blocks * positions;
   const auto parts = partial_dots(x, plan, given.grad_context, channels, first, count);
-  const auto dl = buffer<acc>(count * positions);
+  const auto dl = buffer<acc>(count * positions), sum_dl = buffer<acc>(count);
   const auto logit_gradient = vector_kernels<acc>().logit_gradient;
   parallel_for(count, count * parts_size, [&](int64_t i) {
     const int64_t row = (first + i) * channels;
     const acc dot = context_dot(plan, given.grad_context + row, given.context + row, channels);
-    logit_gradient(parts.get() + i * parts_size, plan.channel_blocks, positions, given.attention + (first + i) * positions, dot,
-                   dl.get() + i * positions);
+    sum_dl[i] = logit_gradient(parts.get() + i * parts_size, plan.channel_blocks, positions,
+                               given.attention + (first + i) * positions, dot, dl.get() + i * positions);
   });
   const auto pool_gradient = map_kernels<scalar_t>().pool_gradient;
   for_each_block(plan, x.layout, first, count, [&](const SweepItem& item) {
@@ -84,6 +84,7 @@ void pool_backward_by_channels(const Map<const scalar_t>& grad, const Map<const 
     acc* dw = grad_weight.part(item.sample);
     pool_gradient(block_of(grad, item), block_of(x, item), given.attention + item.sample * positions,
                   dl.get() + (item.sample - first) * positions, of_block, block_of(grad_x, item), dw ? dw + item.c0 : nullptr);
+    grad_weight.subtract_context(item.sample, item.c0, item.channels, given.context + row, sum_dl[item.sample - first]);
   });
 }
 

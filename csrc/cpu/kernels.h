@@ -49,9 +49,9 @@ struct MapKernels {
   // logit_p = w . x_p + b, written to logits; the block is added to the running softmax-weighted sum.
   void (*attention_pool)(Block<const scalar_t> x, const acc* weight, acc bias, acc* logits, SoftmaxSum<acc>& state);
   // u_p = dctx . x_p, dl_p = m_p (u_p - dctx . ctx); dx = g*scale + m_p dctx + dl_p w (g or dx may have null data);
-  // grad_weight += sum_p dl_p x_p (unless null).
-  void (*attention_pool_backward)(Block<const scalar_t> grad, Block<const scalar_t> x, const acc* attention,
-                                  const PoolGradient<acc>& sample, Block<scalar_t> grad_x, acc* grad_weight);
+  // grad_weight += sum_p dl_p x_p (unless null). Returns sum_p dl_p.
+  acc (*attention_pool_backward)(Block<const scalar_t> grad, Block<const scalar_t> x, const acc* attention,
+                                 const PoolGradient<acc>& sample, Block<scalar_t> grad_x, acc* grad_weight);
   // The steps of the two above, for a block that has some of the channels of all positions.
   // dots[p] = sum_c w_c x_cp
   void (*position_dots)(Block<const scalar_t> x, const acc* w, acc* dots);
@@ -73,8 +73,8 @@ struct VectorKernels {
   void (*softmax)(acc* logits, int64_t count, acc max, acc sum);
   // The softmax of sum_i parts[i] + bias; parts [parts_count, count].
   void (*softmax_of_sum)(const acc* parts, int64_t parts_count, int64_t count, acc bias, acc* attention);
-  // dl_p = m_p (sum_i parts[i, p] - dctx . ctx), the gradient of the logits.
-  void (*logit_gradient)(const acc* parts, int64_t parts_count, int64_t count, const acc* attention, acc context_dot, acc* dl);
+  // dl_p = m_p (sum_i parts[i, p] - dctx . ctx), the gradient of the logits. Returns sum_p dl_p.
+  acc (*logit_gradient)(const acc* parts, int64_t parts_count, int64_t count, const acc* attention, acc context_dot, acc* dl);
   // dctx . ctx, added in the order in which attention_pool_backward of that layout adds dctx . x_p.
   acc (*context_dot)(const acc* grad_context, const acc* context, int64_t channels, bool channels_last);
   // Mean and (biased) variance.

@@ -1,11 +1,12 @@
 // The backward pass of attention pooling, and of the fusion beside it. Given dctx = the gradient of the context and, in the
 // whole block, g = the gradient of the output and s = what x was multiplied with (1 when absent):
 //
-//   u_p = dctx . x_p      dl_p = m_p (u_p - dctx . context)      dx_cp = g_cp s_c + m_p dctx_c + dl_p w_c      dw_c = sum dl_p
-//   x_cp
+//   u_p = dctx . x_p      dl_p = m_p (u_p - dctx . context)      dx_cp = g_cp s_c + m_p dctx_c + dl_p w_c
+//   dw_c = sum_p dl_p (x_cp - context_c)
 //
-// with the attention m. Splits, tiles and the three ways through x are those of attention_pool.cuh; g and x are read once and
-// dx is written once. Each split leaves its part of dw, for parameter_gradients.cuh to add up.
+// with the attention m. Over a sample dl adds up to zero but for its rounding errors, which the context in dw keeps from being
+// multiplied with what all x_cp have in common. Splits, tiles and the three ways through x are those of attention_pool.cuh; g
+// and x are read once and dx is written once. Each split leaves its part of dw, for parameter_gradients.cuh to add up.
 #pragma once
 
 #include "../plan_cuda.h"
@@ -34,7 +35,7 @@ template <typename T>
 struct PoolBackwardSplit {
   using A = acc_t<T>;
   int64_t sample, begin, end, step;
-  const A *scale, *grad_context, *attention;
+  const A *scale, *grad_context, *context, *attention;
   A* partial;
 
   __device__ PoolBackwardSplit(const PoolBackwardParams<T>& params, int tile_positions) {
@@ -46,6 +47,7 @@ struct PoolBackwardSplit {
     const int64_t row = sample * params.extent.channels;
     scale = params.scale ? params.scale + row : nullptr;
     grad_context = params.grad_context + row;
+    context = params.context + row;
     attention = params.attention + sample * end;
     partial = params.partial ? params.partial + (sample * params.splits + split) * params.extent.channels : nullptr;
   }
@@ -99,6 +101,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks) attention_pool_
   A* sums = shared.take<A>(Shape::warps * Shape::positions);  // of the channels of every warp
   A* attention = shared.take<A>(Shape::positions);
   A* grad_logit = shared.take<A>(Shape::positions);
+  A* grad_logit_sum = shared.take<A>(Shape::positions);  // over the tiles
   A* dots = shared.take<A>(Shape::warps);
   const int channels = static_cast<int>(params.extent.channels);
   const PoolBackwardSplit<T> split(params, Shape::positions);
@@ -117,6 +120,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks) attention_pool_
     grad_context[c] = c < channels ? split.grad_context[c] : A(0);
     scale[c] = c < channels && split.scale ? split.scale[c] : A(1);
   }
+  if (threadIdx.x < Shape::positions) grad_logit_sum[threadIdx.x] = A(0);
   const A dot = context_dot(params, split.sample, dots);
 
   A grad_weight[Shape::groups];
@@ -135,6 +139,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks) attention_pool_
       for (int w = 0; w < Shape::warps; w++) u += sums[w * Shape::positions + p];
       attention[p] = needed ? split.attention[first + p] : A(0);
       grad_logit[p] = needed ? attention[p] * (u - dot) : A(0);
+      grad_logit_sum[p] += grad_logit[p];
     }
     __syncthreads();
     tile.hide();
@@ -174,10 +179,13 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks) attention_pool_
     prefetch_tile(params.x, first + split.step);
   }
   if (!split.partial) return;
+  A sum = A(0);
+  for (int p = threadIdx.x % kWarp; p < Shape::positions; p += kWarp) sum += grad_logit_sum[p];
+  sum = warp_sum(sum);
 #pragma unroll
   for (int g = 0; g < Shape::groups; g++) {
     const int c = tile.owned_channel(g);
-    if (c >= 0 && c < channels) split.partial[c] = grad_weight[g];
+    if (c >= 0 && c < channels) split.partial[c] = grad_weight[g] - sum * split.context[c];
   }
 }
 
@@ -202,7 +210,7 @@ __global__ void __launch_bounds__(512, 1) attention_pool_backward_positions(Pool
   const bool has_channels = channel < channels;
   const A dot = context_dot(params, split.sample, dots);
   ChannelFactors<A> factors[V];
-  A weight[V] = {}, grad_weight[V] = {};
+  A weight[V] = {}, grad_weight[V] = {}, grad_logit_sum = A(0);  // the sum is of this lane's positions
   if (has_channels) params.weight.get(channel, weight);
 #pragma unroll
   for (int j = 0; j < V; j++) {
@@ -238,6 +246,7 @@ __global__ void __launch_bounds__(512, 1) attention_pool_backward_positions(Pool
     const bool inside = first + share.first < split.end;
     const A attention = inside ? split.attention[first + share.first] : A(0);
     const A grad_logit = inside ? attention * (u - dot) : A(0);
+    grad_logit_sum += grad_logit;
 #pragma unroll
     for (int i = 0; i < kPositions; i++) hide_from_optimizer(values[i]);
 #pragma unroll
@@ -269,9 +278,10 @@ __global__ void __launch_bounds__(512, 1) attention_pool_backward_positions(Pool
     }
   }
   if (!split.partial) return;
+  const A sum = sum_over_lanes(grad_logit_sum, kLowest, kWarp / 2);
   if (has_channels) {
 #pragma unroll
-    for (int j = 0; j < V; j++) totals[group * channels + channel + j] = grad_weight[j];
+    for (int j = 0; j < V; j++) totals[group * channels + channel + j] = grad_weight[j] - sum * split.context[channel + j];
   }
   __syncthreads();
   for (int64_t c = threadIdx.x; c < channels; c += blockDim.x) {
@@ -337,8 +347,11 @@ __global__ void __launch_bounds__(kCudaStreamedThreads, 2) attention_pool_backwa
     const A attention = inside ? split.attention[first + lane] : A(0);
     const PositionFactors<A> at{attention, inside ? attention * (u - dot) : A(0)};
 
+    const A grad_logit_sum = warp_sum(at.grad_logit);
     const auto accumulate = [&](int64_t c, A sum) {
-      if (split.partial) split.partial[c] = first == split.begin ? sum : split.partial[c] + sum;
+      if (!split.partial) return;
+      sum -= grad_logit_sum * split.context[c];
+      split.partial[c] = first == split.begin ? sum : split.partial[c] + sum;
     };
     if (params.extent.channels_last) {
       for (int64_t c0 = 0; c0 < channels; c0 += kCudaStreamedThreads) {

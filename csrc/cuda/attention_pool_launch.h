@@ -101,7 +101,7 @@ void launch_attention_pool_backward(PoolBackwardParams<T> params, const CudaPool
       return with_row_shape<T>(plan, [&](auto shape) {
         using Shape = decltype(shape);
         const size_t shared = 3 * shared_bytes<A>(Shape::channels) + shared_bytes<A>(Shape::warps * Shape::positions) +
-                              2 * shared_bytes<A>(Shape::positions) + shared_bytes<A>(Shape::warps);
+                              3 * shared_bytes<A>(Shape::positions) + shared_bytes<A>(Shape::warps);
         launch_blocks(attention_pool_backward_rows<T, Shape>, shared);
       });
     }

@@ -310,22 +310,26 @@ inline Vec<acc> sum_of_parts(const acc* parts, int64_t parts_count, int64_t coun
 }
 
 template <typename acc>
-void logit_gradient(const acc* parts, int64_t parts_count, int64_t count, const acc* attention, acc context_dot, acc* dl) {
+acc logit_gradient(const acc* parts, int64_t parts_count, int64_t count, const acc* attention, acc context_dot, acc* dl) {
+  Vec<acc> sums{};
   for_each_vector<acc>(count, [&](int64_t p, auto lanes) {
     const Vec<acc> u = sum_of_parts(parts, parts_count, count, p, lanes);
     store(dl + p, load(attention + p, lanes) * (u - context_dot), lanes);
+    sums += load(dl + p, lanes);  // loaded again: a partial vector must not count its unused lanes
   });
+  return sum(sums);
 }
 
 template <typename scalar_t>
-void attention_pool_backward(Block<const scalar_t> grad, Block<const scalar_t> x, const acc_t<scalar_t>* attention,
-                             const PoolGradient<acc_t<scalar_t>>& sample, Block<scalar_t> grad_x,
-                             acc_t<scalar_t>* grad_weight) {
+acc_t<scalar_t> attention_pool_backward(Block<const scalar_t> grad, Block<const scalar_t> x, const acc_t<scalar_t>* attention,
+                                        const PoolGradient<acc_t<scalar_t>>& sample, Block<scalar_t> grad_x,
+                                        acc_t<scalar_t>* grad_weight) {
   using acc = acc_t<scalar_t>;
   alignas(kVectorBytes) acc dl[kMaxTile];
   position_dots(x, sample.grad_context, dl);
-  logit_gradient<acc>(dl, 1, x.positions, attention, sample.context_dot, dl);
+  const acc sum_dl = logit_gradient<acc>(dl, 1, x.positions, attention, sample.context_dot, dl);
   pool_gradient(grad, x, attention, dl, sample, grad_x, grad_weight);
+  return sum_dl;
 }
 
 template <typename acc>

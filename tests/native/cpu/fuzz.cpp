@@ -177,21 +177,23 @@ void fuzz_pool(Source& from, const MapKernels<T>& kernels, int64_t C, int64_t P,
   const Buffer2d<T> before = grad_x;
   const PoolGradient<acc> sample{dctx.data(), static_cast<acc>(0.25), w.data(), has_scale ? scale.data() : nullptr};
   const Block<const T> none{nullptr, C, P, 0, 0, channels_last};
-  kernels.attention_pool_backward(has_grad ? grad.read() : none, x.read(), m.data(), sample,
-                                  has_dx ? grad_x.write(from.flag()) : Block<T>{nullptr, C, P, 0, 0, channels_last},
-                                  has_dw ? dw.data() : nullptr);
-  if (!has_dx) return;
-  require(grad_x.gaps_as_in(before), "attention_pool_backward: a gap");
+  const acc sum_dl = kernels.attention_pool_backward(
+      has_grad ? grad.read() : none, x.read(), m.data(), sample,
+      has_dx ? grad_x.write(from.flag()) : Block<T>{nullptr, C, P, 0, 0, channels_last}, has_dw ? dw.data() : nullptr);
+  double total = 0, total_size = 0;
   for (int64_t p = 0; p < P; p++) {
     double u = 0, u_size = 0;
     for (int64_t c = 0; c < C; c++) u += dctx[c] * x.at(c, p), u_size += std::abs(dctx[c] * x.at(c, p));
     const double dl = m[p] * (u - 0.25), dl_size = std::abs(m[p]) * (u_size + 0.25);
-    for (int64_t c = 0; c < C; c++) {
+    total += dl, total_size += dl_size;
+    for (int64_t c = 0; has_dx && c < C; c++) {
       const double own = has_grad ? grad.at(c, p) * (has_scale ? scale[c] : 1) : 0;
       const double size = std::abs(own) + std::abs(m[p] * dctx[c]) + dl_size * std::abs(w[c]) * (1 + C / 16.);
       same_stored<T>(grad_x.at(c, p), own + m[p] * dctx[c] + dl * w[c], size, "attention_pool_backward");
     }
   }
+  same<acc>(sum_dl, total, total_size, C + P, "attention_pool_backward: the sum of dl");
+  if (has_dx) require(grad_x.gaps_as_in(before), "attention_pool_backward: a gap");
 }
 
 template <typename acc, typename W>

@@ -186,7 +186,7 @@ struct BlockReference {
         for (int64_t c = 0; c < C; c++) {
           const int64_t i = (n * C + c) * P + p;
           grad_x[i] = grad[i] * scale(n * C + c) + m * grad_context[c] + grad_logit * at(mask_weight, c, 0);
-          grad_mask_weight[c] += grad_logit * x[i];
+          grad_mask_weight[c] += grad_logit * (x[i] - context[n * C + c]);
         }
       }
     }
