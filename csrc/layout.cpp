@@ -24,8 +24,7 @@ int64_t collapsed_stride(const Tensor& x) {
 }
 
 // Past the dispatcher by name, which the stable ABI's own new_empty goes through: a call has up to 15 small outputs.
-Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-                     ScalarType dtype) {
+Tensor empty_strided(const Tensor& like, IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides, ScalarType dtype) {
   AtenTensorHandle handle = nullptr;
   int32_t device_type = 0, device_index = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
@@ -130,6 +129,12 @@ Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType d
     stride *= std::max<int64_t>(1, sizes[dim]);
   }
   return empty_strided(like, sizes, strides, dtype);
+}
+
+Tensor empty_like_parameter(const Tensor& parameter) {
+  const auto sizes = parameter.sizes();
+  if (!parameter.is_contiguous()) return empty(parameter, {sizes.begin(), sizes.end()}, parameter.scalar_type());
+  return empty_strided(parameter, sizes, parameter.strides(), parameter.scalar_type());
 }
 
 Tensor empty_like_map(const Tensor& x) { return empty_map(x, is_channels_last(x)); }

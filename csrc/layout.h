@@ -32,6 +32,9 @@ Tensor native_like(const Tensor& grad, const Tensor& like);
 bool has_own_memory(const Tensor& x);
 // An uninitialised contiguous tensor on the device of `like`.
 Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype);
+// An uninitialised dense tensor like a parameter, with its very strides where it lies in memory as a contiguous one does: those
+// of sizes of one are free, and channels_last gives them to a 1x1 convolution. (DistributedDataParallel compares them.)
+Tensor empty_like_parameter(const Tensor& parameter);
 // An uninitialised tensor of the shape and memory format of x, dense.
 Tensor empty_like_map(const Tensor& x);
 

@@ -38,6 +38,8 @@ def _positions(x: Tensor) -> int:
 def _gradient(needed: bool, parameter: Tensor | None, x: Tensor) -> Tensor:
     if not needed or parameter is None:
         return x.new_empty((0,))
+    if parameter.is_contiguous():  # but for the strides of sizes of one
+        return parameter.new_empty_strided(parameter.shape, parameter.stride())
     return parameter.new_empty(parameter.shape)
 
 

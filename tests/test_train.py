@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from pathlib import Path
 
 import eager
@@ -123,12 +124,16 @@ def work(rank: int, size: int, port: int, failures) -> None:
         block(x).square().mean().backward()
         want = [parameter.grad.clone() for parameter in block.parameters()]
         block.zero_grad()
-        model = DistributedDataParallel(block)
-        for _ in range(2):  # an unused parameter would be an error in the second iteration
-            block.zero_grad()
-            model(x[4 * rank : 4 * (rank + 1)]).square().mean().backward()
-        for parameter, gradient in zip(block.parameters(), want, strict=True):
-            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-12)
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            model = DistributedDataParallel(block.to(memory_format=memory_format))
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # such as that a gradient's strides are not its parameter's
+                for _ in range(2):  # an unused parameter would be an error in the second iteration
+                    block.zero_grad()
+                    model(x[4 * rank : 4 * (rank + 1)]).square().mean().backward()
+            for parameter, gradient in zip(block.parameters(), want, strict=True):
+                torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-12)
+                assert parameter.grad.stride() == parameter.stride()
         dist.destroy_process_group()
     except Exception:
         failures.put(f"process {rank}: {traceback.format_exc()}")
@@ -138,10 +143,11 @@ def work(rank: int, size: int, port: int, failures) -> None:
     os._exit(0)
 
 
-def test_gradients_of_two_processes_are_those_of_one():
+@pytest.mark.parametrize("processes", [1, 2])
+def test_gradients_of_the_processes_are_those_of_one(processes):
     failures = mp.get_context("spawn").SimpleQueue()
     try:
-        mp.spawn(work, args=(2, free_port(), failures), nprocs=2)
+        mp.spawn(work, args=(processes, free_port(), failures), nprocs=processes)
     except mp.ProcessRaisedException:
         pytest.fail(failures.get())
 

@@ -119,9 +119,7 @@ void from_acc(const acc* values, const Tensor& tensor) {
 inline Tensor no_gradient(const Tensor& x) { return empty(x, {0}, x.scalar_type()); }
 // An uninitialised gradient of a parameter, empty when it is not needed.
 inline Tensor gradient_of(bool needed, const OptionalTensor& parameter, const Tensor& x) {
-  return needed && parameter
-             ? empty(*parameter, {parameter->sizes().begin(), parameter->sizes().end()}, parameter->scalar_type())
-             : no_gradient(x);
+  return needed && parameter ? empty_like_parameter(*parameter) : no_gradient(x);
 }
 
 }  // namespace gcnet_ext::cpu

@@ -92,9 +92,7 @@ MutableParameter<T> mutable_parameter(const Tensor& tensor) {
 inline Tensor no_gradient(const Tensor& x) { return empty(x, {0}, x.scalar_type()); }
 // An uninitialised gradient of a parameter, dense; empty when it is not needed.
 inline Tensor gradient_of(bool needed, const OptionalTensor& parameter, const Tensor& x) {
-  return needed && parameter
-             ? empty(*parameter, {parameter->sizes().begin(), parameter->sizes().end()}, parameter->scalar_type())
-             : no_gradient(x);
+  return needed && parameter ? empty_like_parameter(*parameter) : no_gradient(x);
 }
 
 }  // namespace gcnet_ext::cuda
