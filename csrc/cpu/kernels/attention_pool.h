@@ -309,8 +309,10 @@ inline Vec<acc> sum_of_parts(const acc* parts, int64_t parts_count, int64_t coun
   return sum;
 }
 
+// (Inlined, because attention_pool_backward has one part only.)
 template <typename acc>
-acc logit_gradient(const acc* parts, int64_t parts_count, int64_t count, const acc* attention, acc context_dot, acc* dl) {
+[[gnu::always_inline]] inline acc logit_gradient(const acc* parts, int64_t parts_count, int64_t count, const acc* attention,
+                                                 acc context_dot, acc* dl) {
   Vec<acc> sums{};
   for_each_vector<acc>(count, [&](int64_t p, auto lanes) {
     const Vec<acc> u = sum_of_parts(parts, parts_count, count, p, lanes);
