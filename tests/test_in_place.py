@@ -102,6 +102,43 @@ def test_a_graph_that_saved_x_notices(backend):
         x.sum().backward()
 
 
+def overwrite_by_functions(backend, x):
+    """In place, by a function and with an x that nothing asks a gradient of."""
+    inputs = Case(tuple(x.shape)).inputs(backend.to)
+    yield lambda: run(backend, "channel_fuse", (x,), inplace=True)
+    yield lambda: run(backend, "global_context", (x, *inputs[1:]), inplace=True)
+
+
+def overwrite_by_operators(backend, x):
+    inputs = Case(tuple(x.shape)).inputs(backend.to)
+    yield lambda: torch.ops.gcnet_ext.channel_fuse_(x, torch.full(x.shape[:2], 2.0, device=x.device), None)
+    yield lambda: torch.ops.gcnet_ext.global_context_(x, *inputs[1:], True, 1e-5, False, False, 1 / 6, 0.5)
+
+
+def overwrite_by_blocks(backend, x):
+    for make in BLOCKS.values():
+        block = randomised(make()).to(backend.device).requires_grad_(False)
+        yield lambda block=block: block(x)
+
+
+@pytest.mark.parametrize("graded", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize("part", ["all of x", "a view of x"])
+@pytest.mark.parametrize("overwrite", [overwrite_by_functions, overwrite_by_operators, overwrite_by_blocks])
+def test_a_graph_that_saved_an_x_without_gradient_notices(backend, kernels, overwrite, part, graded):
+    """The gradient of a factor is the x that it was multiplied with, which must be the one of before."""
+    x = backend.to(torch.randn(2, 10, 4, 6))
+    written = x if part == "all of x" else x[..., 1:-1]
+    for write in overwrite(backend, written):
+        factor = torch.ones_like(x).requires_grad_()
+        product = x * factor
+        before = x.clone()
+        with graded():
+            write()
+        assert not torch.equal(x, before)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.sum().backward()
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("name", BLOCKS)
 def test_blocks(backend, name, mode):

@@ -27,11 +27,26 @@ class Residual(nn.Module):
         return (x + self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))).relu()
 
 
+class Bottleneck(nn.Module):
+    """Three convolutions; the first two are narrower."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        narrow = channels // 2
+        self.conv1, self.bn1 = nn.Conv2d(channels, narrow, 1), nn.BatchNorm2d(narrow)
+        self.conv2, self.bn2 = nn.Conv2d(narrow, narrow, 3, padding=1), nn.BatchNorm2d(narrow)
+        self.conv3, self.bn3 = nn.Conv2d(narrow, channels, 1), nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu())).relu()
+        return (x + self.bn3(self.conv3(y))).relu()
+
+
 class ResNet(nn.Module):
-    def __init__(self, channels: int = 16) -> None:
+    def __init__(self, channels: int = 16, residual: type[nn.Module] = Residual) -> None:
         super().__init__()
         for stage in (1, 2, 3, 4):
-            self.add_module(f"layer{stage}", nn.Sequential(Residual(channels), Residual(channels)))
+            self.add_module(f"layer{stage}", nn.Sequential(residual(channels), residual(channels)))
 
     def forward(self, x):
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
@@ -73,6 +88,41 @@ def test_stages(kind, position):
         return x
 
     assert torch.allclose(model(X), by_hand(X), atol=1e-5)
+
+
+@pytest.mark.parametrize("position", ["after_conv3", "after_add"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bottleneck_by_numbers(kind, position):
+    """Random weights and statistics everywhere: the block gets and changes what its place says, and nothing else."""
+    torch.manual_seed(0)
+    model = ResNet(residual=Bottleneck).eval()
+    names = insert_blocks(model, (3,), 1 / 4, position, kind)
+    suffix = "bn3.context_block" if position == "after_conv3" else "context_block"
+    assert names == [f"layer3.{index}.{suffix}" for index in (0, 1)]
+    for tensor in (*model.parameters(), *(buffer for buffer in model.buffers() if buffer.is_floating_point())):
+        if tensor.dim() > 1:  # keeps the activations of order one
+            nn.init.normal_(tensor, std=tensor[0].numel() ** -0.5)
+        else:
+            nn.init.uniform_(tensor, 0.5, 1.5)
+
+    def plain(n, y):
+        return nn.functional.batch_norm(y, n.running_mean, n.running_var, n.weight, n.bias, eps=n.eps)
+
+    def by_hand(residual, context, x):
+        y = plain(residual.bn1, residual.conv1(x)).relu()
+        y = plain(residual.bn2, residual.conv2(y)).relu()
+        y = plain(residual.bn3, residual.conv3(y))
+        return (x + context(y)).relu() if position == "after_conv3" else context((x + y).relu())
+
+    want = model.layer2(model.layer1(X))
+    for index in (0, 1):
+        want = by_hand(model.layer3[index], model.get_submodule(f"layer3.{index}.{suffix}"), want)
+    want = model.layer4(want)
+    assert torch.allclose(model(X), want, rtol=1e-4, atol=1e-4)
+    for name in names:  # what the block does is not small beside the tolerance
+        for parameter in model.get_submodule(name).parameters():
+            nn.init.zeros_(parameter)
+    assert not torch.allclose(model(X), want, rtol=1e-2)
 
 
 def test_copies_have_blocks_of_their_own():
