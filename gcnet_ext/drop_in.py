@@ -5,7 +5,10 @@ No peer library is imported: a block is recognised by its class if that library 
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -16,14 +19,16 @@ from .blocks import GlobalContextBlock, NonLocalBlock, SqueezeExcitation, _state
 from .blocks._layers import Gate
 
 PEERS = ("mmcv", "timm", "torchvision")
+CALLED = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # by a call of the module
 HOOKS = (
-    "_forward_hooks",
+    *CALLED,
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
-    "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
 )
 
 
@@ -166,12 +171,36 @@ def _converted(old: nn.Module, convert: Callable[[Any], nn.Module]) -> nn.Module
     for name, module in old.named_modules():
         if module is not old and module not in kept and any(module.__dict__.get(hooks) for hooks in HOOKS):
             raise _Left(f"its submodule {name} has a hook and would go")
-    for hooks in HOOKS:
-        new.__dict__[hooks] = old.__dict__[hooks]
+    _take_hooks(new, old)
     for module in new.modules():
         if module not in set(old.modules()):
             module.training = old.training
     return new
+
+
+def _take_hooks(new: nn.Module, old: nn.Module) -> None:
+    """The dictionaries of the old module themselves, so that the handles of its hooks still remove them."""
+    for hooks in HOOKS:
+        theirs, own = old.__dict__[hooks], new.__dict__[hooks]
+        theirs.update(own)  # ours give a state dict our names, after the hooks of the user have seen it
+        new.__dict__[hooks] = theirs
+    new.__dict__["_is_full_backward_hook"] = old.__dict__["_is_full_backward_hook"]
+    for hook in new.__dict__["_load_state_dict_pre_hooks"].values():
+        if getattr(hook, "with_module", False):  # it holds a weak reference to the old one, which will be gone
+            hook.module = weakref.ref(new)
+
+
+@contextlib.contextmanager
+def _without_hooks(module: nn.Module) -> Iterator[None]:
+    """While this lasts, a call of the module calls no hook."""
+    saved = [(part.__dict__, hooks, part.__dict__[hooks]) for part in module.modules() for hooks in CALLED]
+    for fields, hooks, _ in saved:
+        fields[hooks] = OrderedDict()
+    try:
+        yield
+    finally:
+        for fields, hooks, former in saved:
+            fields[hooks] = former
 
 
 def _conv2d(old: nn.Module) -> nn.Conv2d:
@@ -257,7 +286,7 @@ def _from_snippet(old: Any) -> GlobalContextBlock:
     weight = convolutions[0].weight
     x = torch.randn(2, weight.shape[1], 3, 5, device=weight.device, dtype=weight.dtype)
     # A last layer of zeros hides everything before it, so both are compared with what a mask alone decides, too.
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), _without_hooks(old):
         saved = [(layer.weight.clone(), layer.bias.clone()) for layer in convolutions[1::2]]
         for layer in convolutions[1::2]:
             layer.weight.normal_()
