@@ -1,12 +1,14 @@
-"""replace_blocks and state dicts, against the libraries whose blocks they are. A library that is not installed is skipped."""
+"""replace_blocks and state dicts, against the libraries whose blocks they are, or imitations of those (tests/peers.py)."""
 
 from __future__ import annotations
 
 import copy
 import io
 import pickle
+import sys
 
 import eager
+import peers
 import pytest
 import torch
 from torch import nn
@@ -14,25 +16,34 @@ from torch import nn
 import gcnet_ext
 from gcnet_ext import GlobalContextBlock, NonLocalBlock, SqueezeExcitation, replace_blocks, to_peer_state_dict
 
+MISSING = peers.missing()
+
+
+@pytest.fixture(autouse=True)
+def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An imitation in the place of every library that is not installed."""
+    for name, module in MISSING.items():
+        monkeypatch.setitem(sys.modules, name, module)
+
 
 def mmcv_context(**options):
-    return pytest.importorskip("mmcv.cnn").ContextBlock(16, 1 / 4, **options)
+    return peers.library("mmcv.cnn").ContextBlock(16, 1 / 4, **options)
 
 
 def mmcv_non_local(dims: int = 2, **options):
-    return getattr(pytest.importorskip("mmcv.cnn"), f"NonLocal{dims}d")(16, **options)
+    return getattr(peers.library("mmcv.cnn"), f"NonLocal{dims}d")(16, **options)
 
 
 def timm_context(**options):
-    return pytest.importorskip("timm.layers").GlobalContext(16, **options)
+    return peers.library("timm.layers").GlobalContext(16, **options)
 
 
 def timm_se(**options):
-    return pytest.importorskip("timm.layers").SEModule(16, rd_ratio=1 / 4, rd_divisor=1, **options)
+    return peers.library("timm.layers").SEModule(16, rd_ratio=1 / 4, rd_divisor=1, **options)
 
 
 def torchvision_se(**options):
-    return pytest.importorskip("torchvision.ops").SqueezeExcitation(16, 4, **options)
+    return peers.library("torchvision.ops").SqueezeExcitation(16, 4, **options)
 
 
 NON_LOCAL_MODES = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")

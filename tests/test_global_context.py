@@ -205,12 +205,13 @@ def test_needs_input_grad(backend, needs, layout):
     grid.check_needs(grid.flat(backend.global_context), inputs, grad, [name in wanted for name in GLOBAL_CONTEXT_INPUTS])
 
 
-@pytest.mark.parametrize("index", range(3, 15), ids=GLOBAL_CONTEXT_INPUTS[3:])
-def test_needs_one_gradient(backend, index):
-    """One parameter of a branch alone."""
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "all but this"])
+@pytest.mark.parametrize("index", range(15), ids=GLOBAL_CONTEXT_INPUTS)
+def test_needs_one_gradient(backend, index, alone):
+    """One input alone, or all but one."""
     inputs = Case((2, 8, 4, 5)).inputs(backend.to)
     grad = Random(1, backend.to).feature_map((2, 8, 4, 5), torch.float32)
-    grid.check_needs(grid.flat(backend.global_context), inputs, grad, [i == index for i in range(15)])
+    grid.check_needs(grid.flat(backend.global_context), inputs, grad, [(i == index) == alone for i in range(15)])
 
 
 def test_gradient_of_the_mask_bias_is_zero_not_none(backend):
@@ -304,6 +305,28 @@ def test_a_bad_sample_spoils_no_other(backend, dtype, value, layout, fusion):
     for sample in (0, 2):
         assert torch.equal(bad.out[sample], good.out[sample])
         assert torch.equal(bad.grads[0][sample], good.grads[0][sample])
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("norm", [True, False], ids=["norm", "no norm"])
+@pytest.mark.parametrize("nan", ["w1", "b1", "norm_weight", "norm_bias", "w2", "b2"])
+def test_nan_in_one_hidden_unit(backend, nan, norm, activation):
+    """In the weights of one unit; output and every gradient have their NaN where those of the reference have them."""
+    missing = () if norm else AFFINE
+    inputs = list(Case((2, 6, 3, 5), missing=missing).inputs(backend.to))
+    for branch in ("scale", "shift"):
+        index = GLOBAL_CONTEXT_INPUTS.index(f"{branch}_{nan}")
+        if inputs[index] is not None:
+            inputs[index] = inputs[index].clone()
+            inputs[index][1] = math.nan
+    grad = Random(1, backend.to).feature_map((2, 6, 3, 5), torch.float32)
+    options = {"norm": norm, "activation": activation}
+    got = grid.run(grid.flat(backend.global_context, **options), inputs, grad)
+    want = grid.exact(grid.flat(reference.global_context, **options), inputs, grad)
+    assert torch.allclose(got.out.cpu().double(), want.out, rtol=1e-3, atol=1e-4, equal_nan=True)
+    for name, ours, theirs in zip(GLOBAL_CONTEXT_INPUTS, got.grads, want.grads, strict=True):
+        if ours is not None and name != "mask_bias":  # zero by definition; autograd's is 0 * NaN
+            assert torch.allclose(ours.cpu().double(), theirs, rtol=1e-3, atol=1e-3, equal_nan=True), name
 
 
 @pytest.mark.parametrize("mask_bias", [math.inf, -math.inf, math.nan], ids=str)

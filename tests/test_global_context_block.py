@@ -110,6 +110,31 @@ def test_cast_module(backend, cast):
     check(block, truth, Random(1, backend.to).feature_map((2, 16, 5, 5), dtype))
 
 
+NEEDING = [name for name, _ in GlobalContextBlock(16, 0.25, fusion_types=FUSION_TYPES["both"]).named_parameters()]
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "called"])
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "all but this"])
+@pytest.mark.parametrize("name", NEEDING)
+def test_requires_grad_of_each_parameter(backend, name, alone, fused):
+    """One parameter alone, and all but one: the gradients of eager, and None where none is asked for."""
+    block, truth = pair(backend)
+    x = Random(1, backend.to).feature_map((2, 16, 5, 5), torch.float32)
+    grad = Random(9, backend.to).feature_map((2, 16, 5, 5), torch.float32)
+    for module in (block, truth):
+        for path, parameter in module.named_parameters():
+            parameter.requires_grad_((path == name) == alone)
+        if not fused:
+            for layer in list(module.modules())[1:]:
+                layer.register_forward_hook(lambda *_: None)
+    block(x).backward(grad)
+    truth(x.cpu().double()).backward(grad.cpu().double())
+    for (path, ours), theirs in zip(block.named_parameters(), truth.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None), path
+        if ours.grad is not None and path != "conv_mask.bias":  # whose gradient is nothing but rounding errors
+            grid.assert_close(ours.grad, theirs.grad, torch.float32, path, sums=150)
+
+
 def test_eps(backend):
     block, truth = pair(backend, eps=0.1)
     truth.channel_add_conv[1].eps = truth.channel_mul_conv[1].eps = 0.1
