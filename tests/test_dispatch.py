@@ -107,6 +107,17 @@ def test_fallback_equals_the_kernels(kernels, monkeypatch, cpu):
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3), name
 
 
+def test_fallback_of_the_attention_map(kernels, monkeypatch, cpu):
+    """It leaves no graph behind, either."""
+    x, weight, bias = (tensor.requires_grad_() for tensor in Case((2, 6, 4, 5)).inputs()[:3])
+    want = gcnet_ext.attention_map(x, weight, bias)
+    monkeypatch.setattr(_library, "_kernel_devices", frozenset())
+    monkeypatch.setattr(_library, "_warned", {"cpu"})
+    got = gcnet_ext.attention_map(x, weight, bias)
+    assert not got.requires_grad
+    assert torch.allclose(got, want, rtol=1e-4)
+
+
 def test_fallback_refuses_what_the_kernels_refuse(no_kernels, monkeypatch):
     """A branch without its first weight is a mistake, not a branch that is missing."""
     monkeypatch.setattr(_library, "_warned", {"cpu"})

@@ -269,6 +269,24 @@ def test_left(make, why):
     assert type(model[0]) is kind
 
 
+@pytest.mark.parametrize("make", [timm_context, timm_se, torchvision_se, mmcv_context], ids=lambda make: make.__name__)
+def test_a_subclass_may_compute_something_else(make):
+    kind = type(make())
+    model = nn.Sequential(make())
+    model[0].__class__ = type("Another", (kind,), {"forward": lambda self, x: kind.forward(self, x) + 1})
+    report = replace_blocks(model)
+    assert report.replaced == {}
+    assert type(model[0]).__name__ == "Another"
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_frozen_parameters_stay_frozen(name):
+    """Those of another shape, too, which are new ones on the same memory."""
+    model = wrapped(name).requires_grad_(False)
+    replace_blocks(model)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_a_hook_that_would_go():
     block = timm_context()
     block.mlp_scale.register_forward_hook(lambda *_: None)
@@ -335,6 +353,8 @@ def test_unknown_keys_and_wrong_shapes_are_still_errors():
         block.load_state_dict({**state, "conv_typo.weight": torch.ones(1)})
     with pytest.raises(RuntimeError, match=r"size mismatch for channel_mul_conv\.0\.weight"):
         block.load_state_dict({**state, "channel_mul_conv.0.weight": torch.ones(5, 16, 1, 1)})
+    with pytest.raises(RuntimeError, match=r"size mismatch for channel_mul_conv\.0\.weight"):  # as many elements
+        block.load_state_dict({**state, "channel_mul_conv.0.weight": torch.ones(16, 4, 1, 1)})
 
 
 @pytest.mark.parametrize(

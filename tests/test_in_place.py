@@ -67,10 +67,11 @@ def test_elements_that_share_memory(backend, op, layout):
         run(backend, op, inputs, inplace=True)
 
 
-def test_elements_that_overlap(kernels):
-    x = torch.ones(100).as_strided((2, 3, 4), (12, 3, 1))
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_elements_that_overlap(kernels, device):
+    x = torch.ones(100, device=device).as_strided((2, 3, 4), (12, 3, 1))
     with pytest.raises(RuntimeError, match=r"got shape \[2, 3, 4\] with strides \[12, 3, 1\]"):
-        gcnet_ext.channel_fuse(x, torch.ones(2, 3), inplace=True)
+        gcnet_ext.channel_fuse(x, torch.ones(2, 3, device=device), inplace=True)
 
 
 @pytest.mark.parametrize("needing", ["x", "weight"])
@@ -190,7 +191,7 @@ def test_meta(kernels):
 def test_plain_pytorch(monkeypatch):
     """Where there are no kernels."""
     monkeypatch.setattr(gcnet_ext._library, "has_kernels", lambda x: False)
-    inputs = Case((2, 10, 4, 5)).inputs()
+    inputs = list(Case((2, 10, 4, 5)).inputs())
     want = grid.flat(reference.global_context)(*inputs)
     got = grid.flat(gcnet_ext.global_context, inplace=True)(*inputs)
     assert got is inputs[0]
@@ -198,6 +199,9 @@ def test_plain_pytorch(monkeypatch):
     leaf = torch.randn(2, 3, 4, requires_grad=True)
     with pytest.raises(RuntimeError, match="x must not be overwritten"):
         gcnet_ext.channel_fuse(leaf, inplace=True)
+    inputs[3] = inputs[3].requires_grad_()  # a weight
+    with pytest.raises(RuntimeError, match="x must not be overwritten"):
+        grid.flat(gcnet_ext.global_context, inplace=True)(*inputs)
 
 
 @pytest.mark.parametrize("name", BLOCKS)

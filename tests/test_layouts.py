@@ -63,6 +63,19 @@ def test_overwritten_where_it_was_cut_out(backend, shape, layout, dim):
     assert torch.equal(x._base.isnan(), outside)
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 3, 4), (2, 5, 1, 1), (1, 1, 1, 1), (2, 1, 5)], ids=str)
+def test_formats_of_one_channel_or_one_position(backend, kernels, shape):
+    """Whether such a map is channels_last nobody can tell; the operators and their shape functions say the same."""
+    dense = Random(1, backend.to).feature_map(shape, torch.float32)
+    one_behind_the_other = dense.movedim(1, -1).contiguous().movedim(-1, 1)
+    apart = Random(2, backend.to).normal(60).as_strided(shape, (30, 1, *(7, 1)[: len(shape) - 2]))
+    for x in (dense, one_behind_the_other, apart):
+        meta = torch.empty_strided(shape, x.stride(), device="meta")
+        ours = backend.channel_fuse(x, torch.ones(shape[:2], device=x.device))
+        theirs = torch.ops.gcnet_ext.channel_fuse(meta, torch.ones(shape[:2], device="meta"), None)
+        assert ours.stride() == theirs.stride()
+
+
 @pytest.mark.parametrize("dims", FORMATS)
 @pytest.mark.parametrize("op", ["global_context", "channel_fuse"])
 def test_memory_formats_of_torch(backend, op, dims):

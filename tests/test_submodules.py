@@ -228,7 +228,9 @@ def test_attention_map_of_a_changed_mask(backend):
         CHANGES["LoRA in the mask"](module.float())
     x = Random(1, backend.to).feature_map((2, 16, 5, 6), torch.float32)
     want = truth.double().conv_mask(x.cpu().double()).flatten(1).softmax(1).reshape(2, 5, 6)
-    grid.assert_close(block.to(backend.device).attention_map(x), want.detach(), torch.float32)
+    got = block.to(backend.device).attention_map(x.requires_grad_())
+    grid.assert_close(got, want.detach(), torch.float32)
+    assert not got.requires_grad
 
 
 def test_frozen_parameters(backend):
