@@ -3,6 +3,7 @@
 # make test-native       the C++ tests under sanitizers, and the mutation check, by CMake and ctest
 # make test-cuda-build   the CUDA build for every architecture, its machine code, and the tests on another torch
 # make bench             every benchmark; beside timm and mmcv with PEERS=1
+# make mutants           a tired developer's mistakes, one at a time: whether the tests notice them
 # make fuzz              a long search for inputs that break the kernels; needs clang
 # make gpu-check         everything that a GPU is needed for
 # All but the last set up what they need in .venv or .venv-cuda, and install and build what is missing first.
@@ -38,7 +39,7 @@ CUDA_TAG := $(shell printf '%s' '$(CUDA_TORCH) $(CUDA_ARCHITECTURES)' | tr -c 'A
 CUDA_CHECKOUT := build/cuda-checkout
 CUDA_BUILT = $(CUDA_CHECKOUT)/cuda-built-$(CUDA_TAG)
 
-.PHONY: demo test test-native test-cuda-build gpu-check lint format bench fuzz build clean
+.PHONY: demo test test-native test-cuda-build gpu-check lint format bench mutants fuzz build clean
 
 demo: $(BUILT)
 	$(VENV)/bin/python -m gcnet_ext demo $(ARGS)
@@ -74,6 +75,10 @@ fuzz: $(BUILT)
 	build/fuzz/cpu_fuzz -max_total_time=$(FUZZ_SECONDS) -max_len=8192 -jobs=2 -workers=2 build/fuzz/corpus
 	$(VENV)/bin/python -m pytest tests/test_properties.py tests/test_fuzz.py tests/test_fuzz_modules.py \
 		--hypothesis-profile=explore $(ARGS)
+
+# Each of tests/mutants in a copy in build/mutants; fails where the Python tests notice less than 95 % of them.
+mutants: $(BUILT)
+	$(VENV)/bin/python tests/mutants/make_mutants.py $(ARGS)
 
 # Everything that can be measured here, into build/bench; ARGS=--quick takes two minutes. With PEERS=1 beside timm and mmcv, and
 # in whole models, which need torchvision and so the torch of CUDA_TORCH: the CPU library of .venv runs on that, too.

@@ -108,7 +108,14 @@ def copy_for_worker(tree: Path, number: int) -> Path:
 
 def passes(tree: Path, test: str, number: int = 0) -> bool:
     """Whether that test file passes: on the CPU, and without what takes minutes."""
-    environment = {**os.environ, "GCNET_EXT_MUTANT": str(number), "PYTHONDONTWRITEBYTECODE": "1", "OMP_WAIT_POLICY": "passive"}
+    # One thread: several mutants share the cores. Tests that need more threads ask for them.
+    own = {
+        "GCNET_EXT_MUTANT": str(number),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "passive",
+    }
+    environment = {**os.environ, **own}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", "not emulated", "-m", "not slow"]
     process = subprocess.Popen(
         [*command, f"tests/{test}"],

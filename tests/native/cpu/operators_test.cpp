@@ -230,6 +230,15 @@ int main(int count, char** arguments) {
   std::vector<at::ScalarType> dtypes{at::kFloat, at::kDouble, at::kBFloat16, at::kHalf};
   if (gcnet_ext::cpu::capability() == "avx512_bf16") dtypes = {at::kBFloat16};  // the others are those of avx512
   int cases = 0;
+  // Rows of 16-bit numbers from one to two vectors and one: positions in the one layout, channels in the other.
+  for (const at::ScalarType dtype : dtypes) {
+    if (small || at::elementSize(dtype) != 2) continue;
+    for (int64_t length = 1; length <= 33; length++) {
+      run({{2, 3, length}, dtype, /*channels_last=*/false, true, true, true}, 4);
+      run({{2, length, 3}, dtype, /*channels_last=*/true, true, true, true}, 4);
+      cases += 2;
+    }
+  }
   for (const auto& sizes : shapes) {
     for (const at::ScalarType dtype : dtypes) {
       for (const bool channels_last : {false, true}) {
