@@ -131,8 +131,6 @@ def passes(tree: Path, test: str, number: int = 0) -> bool:
             process.wait()
     if process.returncode in NO_TESTS:
         raise RuntimeError(f"pytest ran no test of {test}:\n{output}")
-    if process.returncode != 0 and number == 0 and tree.name == "worker-0":
-        print(output[-3000:])
     return process.returncode == 0
 
 
@@ -195,20 +193,24 @@ def main() -> int:
         finally:
             free.put(worker)
 
-    def try_out(mutant: Mutant) -> str | None:
+    def is_good(test: str, worker: Path) -> bool:
         start = time.monotonic()
-        test = in_a_copy(noticed_by, mutant)
+        good = passes(worker, test)
+        print(f"without any mistake: {test} {'passes' if good else 'FAILS'} ({time.monotonic() - start:.0f} s)", flush=True)
+        return good
+
+    def try_out(mutant: Mutant, worker: Path) -> str | None:
+        start = time.monotonic()
+        test = noticed_by(mutant, worker)
         told = f"noticed by {test}" if test else "SURVIVED"
         print(f"{NUMBERS[mutant]:3}  {mutant.name}: {told} ({time.monotonic() - start:.0f} s)", flush=True)
         return test
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
         tests = sorted({test for mutant in mutants for test in mutant.tests})
-        unchanged = list(pool.map(lambda test: in_a_copy(lambda worker: passes(worker, test)), tests))
-        if failed := [test for test, good in zip(tests, unchanged, strict=True) if not good]:
-            print(f"without any mistake these fail: {', '.join(failed)}")
+        if not all(list(pool.map(lambda test: in_a_copy(is_good, test), tests))):
             return 1
-        return report(dict(zip(mutants, pool.map(try_out, mutants), strict=True)))
+        return report(dict(zip(mutants, pool.map(lambda mutant: in_a_copy(try_out, mutant), mutants), strict=True)))
 
 
 if __name__ == "__main__":
