@@ -6,12 +6,14 @@ after `replace_blocks` makes our block of the eager one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import eager
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as of_all_modules
 
 from gcnet_ext import GlobalContextBlock, SimplifiedNonLocalBlock, SqueezeExcitation, replace_blocks
 
@@ -74,6 +76,9 @@ class Log:
 
 def assert_same(got: Any, want: Any) -> None:
     assert type(got) is type(want)
+    if isinstance(want, dict):
+        assert got.keys() == want.keys()
+        got, want = list(got.values()), list(want.values())
     if isinstance(want, (tuple, list)):
         assert len(got) == len(want)
         for one, other in zip(got, want, strict=True):
@@ -264,3 +269,53 @@ def test_of_state_dicts_around_replace_blocks(path):
     log.clear()
     model.load_state_dict(state)
     assert [entry for entry in log if entry.startswith("load")] == ["load, before", "load"]
+
+
+# ---- of all modules ----------------------------------------------------------------------------------------------------------
+
+GLOBAL = {
+    "forward": (of_all_modules.register_module_forward_hook, {}),
+    "forward, keywords": (of_all_modules.register_module_forward_hook, {"with_kwargs": True}),
+    "forward, always": (of_all_modules.register_module_forward_hook, {"always_call": True}),
+    "forward pre": (of_all_modules.register_module_forward_pre_hook, {}),
+    "backward": (of_all_modules.register_module_full_backward_hook, {}),
+    "backward pre": (of_all_modules.register_module_full_backward_pre_hook, {}),
+}
+
+
+def calls_by_name(block: nn.Module, register: Callable[..., Any], options: dict[str, Any]) -> dict[str, list[Any]]:
+    """What a hook of all modules gets of each module of the block, by the name of the module in it."""
+    names = {module: name for name, module in block.named_modules()}
+    calls: dict[str, list[Any]] = {name: [] for name in names.values()}
+
+    def log(module: nn.Module, *arguments: Any) -> None:
+        calls[names[module]].append(numbers(arguments))
+
+    handle = register(log, **options)
+    try:
+        train(block)
+    finally:
+        handle.remove()
+    return calls
+
+
+@pytest.mark.parametrize("used", [False, True], ids=["new", "used"])
+@pytest.mark.parametrize("kind", GLOBAL)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_of_all_modules(name, kind, used):
+    """torch's global hooks, as tools that profile or trace a model set them; without them the block is fused again."""
+    ours, theirs = pair(name)
+    if used:
+        train(ours)
+    before = ours(X)
+    got, want = calls_by_name(ours, *GLOBAL[kind]), calls_by_name(theirs, *GLOBAL[kind])
+    assert all(len(calls) == 1 for calls in want.values())
+    assert_same(got, {path: want[path] for path in got})  # a gate is a module in eager alone
+    assert torch.equal(ours(X), before)
+
+
+@pytest.mark.parametrize("kind", GLOBAL)
+def test_of_all_modules_after_replace_blocks(kind):
+    to_change, stays = models()
+    got, want = calls_by_name(changed(to_change), *GLOBAL[kind]), calls_by_name(stays, *GLOBAL[kind])
+    assert_same(got, want)
