@@ -148,7 +148,7 @@ def noticed_by(mutant: Mutant, tree: Path) -> str | None:
 
 
 def report(results: dict[Mutant, str | None]) -> int:
-    killed = Counter(test for test in results.values() if test is not None)
+    killed = Counter(test.partition("::")[0] for test in results.values() if test is not None)
     print("\nnoticed by")
     for test, count in killed.most_common():
         print(f"  {count:3}  {test}")

@@ -17,7 +17,7 @@ class Mutant(NamedTuple):
         text: occurs in the file exactly once. What the mistake replaces stands between « and », which are not in the file.
         mistake: what stands there instead. In C++ an expression of the same type, or statements if `text` has some there.
         what: one sentence: what is wrong then.
-        tests: the test files that run, in the order in which they are likely to notice it.
+        tests: the test files that run, or tests in them, in the order in which they are likely to notice it.
     """
 
     name: str

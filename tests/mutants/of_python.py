@@ -190,6 +190,14 @@ MUTANTS = (
         (HOOKS,),
     ),
     Mutant(
+        "hook-of-all-modules",
+        "gcnet_ext/blocks/_layers.py",
+        "or «any(getattr(torch.nn.modules.module, name) for name in GLOBAL_HOOKS)»",
+        "False",
+        "torch's global hooks are not called for the submodules of a block.",
+        (HOOKS,),
+    ),
+    Mutant(
         "grouped-convolution",
         "gcnet_ext/blocks/_layers.py",
         "and «module.groups == 1»",
@@ -215,7 +223,7 @@ MUTANTS = (
     ),
     Mutant(
         "stride-set-later",
-        "gcnet_ext/blocks/_fused.py",
+        "gcnet_ext/blocks/_layers.py",
         'nn.Conv2d: ("kernel_size", «"stride", »"padding", "groups"),',
         "",
         "A stride that is set after the first call is not noticed.",
