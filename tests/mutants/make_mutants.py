@@ -4,7 +4,7 @@
 
 All mistakes in C++ are compiled into one library, where GCNET_EXT_MUTANT chooses one; those in Python are put into a copy
 of the file for as long as the tests run. Prints which test file noticed which mistake, a table of the test files, and
-killed/total; fails where less than 95 % are noticed. Takes about ten minutes; the copy stays in build/mutants.
+killed/total; fails where less than 95 % are noticed. Takes about a quarter of an hour; the copy stays in build/mutants.
 """
 
 from __future__ import annotations
