@@ -4,7 +4,7 @@
 # make test-cuda-build   the CUDA build for every architecture, its machine code, and the tests on another torch
 # make bench             every benchmark; beside timm and mmcv with PEERS=1
 # make mutants           a tired developer's mistakes, one at a time: whether the tests notice them
-# make fuzz              a long search for inputs that break the kernels; needs clang
+# make fuzz              an hour's search for inputs that break the kernels; needs clang
 # make gpu-check         everything that a GPU is needed for
 # All but the last set up what they need in .venv or .venv-cuda, and install and build what is missing first.
 #
@@ -66,15 +66,18 @@ test-cuda-build: $(CUDA_BUILT) $(BUILT)
 gpu-check:
 	$(PYTHON) bench/gpu_check.py $(ARGS)
 
-# A long search for what breaks the kernels: libFuzzer (needs clang) for FUZZ_SECONDS, then hypothesis with many examples.
-FUZZ_SECONDS ?= 600
+# A long search for what breaks the kernels: libFuzzer (needs clang), then hypothesis with as many examples as the time allows,
+# FUZZ_SECONDS for each half. All that it leaves behind is in build/fuzz: fuzz-*.log and crash-* of libFuzzer, and the examples of
+# hypothesis, which tries a finding of the last run first.
+FUZZ_SECONDS ?= 1800
 fuzz: $(BUILT)
 	CXX=clang++ $(VENV)/bin/cmake -S tests/native -B build/fuzz -G Ninja -DGCNET_EXT_LIBFUZZER=ON
 	$(VENV)/bin/cmake --build build/fuzz --target cpu_fuzz
 	mkdir -p build/fuzz/corpus
-	build/fuzz/cpu_fuzz -max_total_time=$(FUZZ_SECONDS) -max_len=8192 -jobs=2 -workers=2 build/fuzz/corpus
-	$(VENV)/bin/python -m pytest tests/test_properties.py tests/test_fuzz.py tests/test_fuzz_modules.py \
-		--hypothesis-profile=explore $(ARGS)
+	cd build/fuzz && ./cpu_fuzz -max_total_time=$(FUZZ_SECONDS) -max_len=8192 -jobs=2 -workers=2 corpus
+	HYPOTHESIS_STORAGE_DIRECTORY=build/fuzz/hypothesis PYTHONDONTWRITEBYTECODE=1 $(PYTEST) -p no:cacheprovider \
+		tests/test_properties.py tests/test_fuzz.py tests/test_fuzz_modules.py \
+		--hypothesis-profile=explore --fuzz-seconds=$(FUZZ_SECONDS) $(ARGS)
 
 # Each of tests/mutants in a copy in build/mutants; fails where the Python tests notice less than 95 % of them.
 mutants: $(BUILT)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from hypothesis.errors import UnsatisfiedAssumption
 
 import gcnet_ext
 from gcnet_ext import _library
@@ -22,7 +26,9 @@ import emulated  # noqa: E402
 
 # Here and not in a test file: pytest --hypothesis-profile=explore looks for the name before it reads one.
 settings.register_profile("gcnet_ext", deadline=None, max_examples=40, derandomize=True)
-settings.register_profile("explore", deadline=None, max_examples=2000, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "explore", deadline=None, max_examples=10**5, derandomize=False, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("gcnet_ext")
 
 OPS = (
@@ -87,18 +93,25 @@ class EmulatedCuda(Backend):
         return tensor
 
 
+def why_no_backend(name: str) -> str:
+    """Why the tests of that backend are skipped; empty when they run."""
+    if name == "cuda-emulated" and (reason := emulated.why_not()):
+        return f"the emulated operators cannot be compiled: {reason}"
+    if name == "cuda" and not torch.cuda.is_available():
+        return "torch.cuda.is_available() is False"
+    if name == "cuda" and "cuda" not in _library._kernel_devices:
+        return "this build of gcnet_ext has no CUDA kernels"
+    return ""
+
+
 @pytest.fixture(scope="session", params=["cpu", "cuda-emulated", "cuda"])
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Each backend in turn; one that this machine or this build does not have is skipped, and says why."""
+    if reason := why_no_backend(request.param):
+        pytest.skip(reason)
     if request.param == "cuda-emulated":
-        if reason := emulated.why_not():
-            pytest.skip(f"the emulated operators cannot be compiled: {reason}")
         return EmulatedCuda()
     if request.param == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("torch.cuda.is_available() is False")
-        if "cuda" not in _library._kernel_devices:
-            pytest.skip("this build of gcnet_ext has no CUDA kernels")
         torch.backends.cudnn.allow_tf32 = False  # torch's own convolutions would be too coarse to compare with float64
     return Backend(request.param)
 
@@ -166,6 +179,55 @@ def python():
         return done
 
     return run
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    words = "with --hypothesis-profile=explore: how long all tests of hypothesis may take together"
+    parser.addoption("--fuzz-seconds", type=float, default=1800, help=words)
+
+
+class TimeIsUp(KeyboardInterrupt):
+    """Ends the examples of a test: hypothesis lets an interrupt through at once, and takes it for no finding."""
+
+
+def share_of_time(item: pytest.Function) -> float:
+    """The seconds of a test of hypothesis: the same for each that is not skipped."""
+    backends = [
+        item.callspec.params.get("backend", "") if hasattr(item, "callspec") else ""
+        for item in item.session.items
+        if hasattr(getattr(item, "obj", None), "hypothesis")
+    ]
+    workers = getattr(item.config, "workerinput", {"workercount": 1})["workercount"]
+    return item.config.getoption("--fuzz-seconds") * workers / sum(not why_no_backend(name) for name in backends)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
+    """In the profile explore the clock ends a test, not the number of its examples."""
+    handle = getattr(pyfuncitem.obj, "hypothesis", None)
+    if handle is None or settings.get_current_profile_name() != "explore":
+        return (yield)
+    test, end, found = handle.inner_test, time.monotonic() + share_of_time(pyfuncitem), False
+
+    @functools.wraps(test)
+    def until_the_end(*args: Any, **kwargs: Any) -> None:
+        nonlocal found
+        # After a finding hypothesis looks for the smallest one, and ends that by itself after five minutes.
+        if time.monotonic() > end and not found:
+            raise TimeIsUp
+        try:
+            test(*args, **kwargs)
+        except Exception as error:
+            found = found or not isinstance(error, UnsatisfiedAssumption)
+            raise
+
+    handle.inner_test = until_the_end
+    try:
+        return (yield)
+    except TimeIsUp:
+        return True
+    finally:
+        handle.inner_test = test
 
 
 def pytest_configure(config: pytest.Config) -> None:
