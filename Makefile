@@ -67,8 +67,8 @@ gpu-check:
 	$(PYTHON) bench/gpu_check.py $(ARGS)
 
 # A long search for what breaks the kernels: libFuzzer (needs clang), then hypothesis with as many examples as the time allows,
-# FUZZ_SECONDS for each half. All that it leaves behind is in build/fuzz: fuzz-*.log and crash-* of libFuzzer, and the examples of
-# hypothesis, which tries a finding of the last run first.
+# FUZZ_SECONDS for each half. All that it leaves behind is in build/fuzz: fuzz-*.log and crash-* of libFuzzer, and the examples
+# of hypothesis, which tries a finding of the last run first.
 FUZZ_SECONDS ?= 1800
 fuzz: $(BUILT)
 	CXX=clang++ $(VENV)/bin/cmake -S tests/native -B build/fuzz -G Ninja -DGCNET_EXT_LIBFUZZER=ON

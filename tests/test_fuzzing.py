@@ -1,0 +1,74 @@
+"""What test_fuzz.py relies on: a mistake is noticed, what rounding decides is none, and the clock ends a search."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from fuzzing import compare
+from torch import Tensor
+
+INF = math.inf
+ONE = torch.ones(1)
+
+
+def thirds(x: Tensor) -> Tensor:
+    """x/3 * 3 - x: zero, but for rounding."""
+    return x / 3 * 3 - x
+
+
+@pytest.mark.parametrize(
+    ("formula", "right", "wrong"),
+    [
+        (lambda x: x, (1.0,), (-1.0, 1.001, INF, -INF, math.nan)),
+        (lambda x: x * INF, (INF,), (0.0, -INF, math.nan)),
+        (lambda x: x * -INF, (-INF,), (0.0, INF, math.nan)),
+        (lambda x: x * math.nan, (math.nan,), (0.0, INF, -INF)),
+        (thirds, (0.0, 1e-7, -1e-7), (0.001, INF, -INF, math.nan)),
+        # Infinity times what may be zero, or on either side of it.
+        (lambda x: thirds(x) * INF, (math.nan, INF, -INF), (0.0,)),
+        (lambda x: thirds(x) * INF - INF, (math.nan, -INF), (0.0, INF)),
+        # Infinity times a zero that is exact.
+        (lambda x: (x - x.abs()).clamp(0, 0) * INF, (math.nan,), (0.0, INF, -INF)),
+        # A clip at its corner: its gradient is one or zero, and nothing else.
+        (lambda x: 1.0 * (x / 3 * 3 <= 1), (0.0, 1.0), (INF, -INF, math.nan)),
+        (lambda x: 1.0 * (x / 3 * 3 <= 1) * INF, (math.nan, INF), (0.0, -INF)),
+        (lambda x: (x / 3 * 3).clamp(0, 1), (1.0,), (0.0, 0.999)),
+    ],
+)
+def test_a_mistake_is_noticed_and_rounding_is_none(formula: Callable[[Tensor], Tensor], right, wrong):
+    for got in right:
+        compare((ONE * got,), lambda a: (formula(a["x"]),), {"x": ONE})
+    for got in wrong:
+        with pytest.raises(AssertionError, match=r"output 0: 1 of 1 elements, element 0 is "):
+            compare((ONE * got,), lambda a: (formula(a["x"]),), {"x": ONE})
+
+
+TESTS = """
+import time
+from hypothesis import given, strategies as st
+
+@given(st.integers())
+def test_sound(number):
+    pass
+
+@given(st.integers())
+def test_unsound(number):
+    time.sleep(0.02)
+    assert number < 1000
+"""
+
+
+def test_the_clock_ends_a_search(python, tmp_path):
+    """Each test has its share, and a finding is made as small as otherwise."""
+    (tmp_path / "test_searched.py").write_text(TESTS)
+    arguments = ["-q", "-p", "conftest", "-p", "no:cacheprovider", "--durations=2", "--durations-min=0", "--rootdir"]
+    arguments += [str(tmp_path), str(tmp_path), "--hypothesis-profile=explore", "--fuzz-seconds=1"]
+    script = f"import sys, pytest; sys.exit(pytest.main({arguments!r}))"
+    done = python(script, check=False, HYPOTHESIS_STORAGE_DIRECTORY=str(tmp_path / "hypothesis"))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "1 failed, 1 passed" in done.stdout, done.stdout
+    assert "number=1000" in done.stdout, done.stdout
+    assert "0.5" in next(line for line in done.stdout.splitlines() if line.endswith("test_sound")), done.stdout
