@@ -322,7 +322,7 @@ def assert_true(got: Tensor, index: int, truth: Truth) -> None:
         words = truth.explains(got, index)
         if not words:
             return
-        assert len(truth.inexact) < 64, f"output {index}: {words}"
+        assert len(truth.inexact) < 32, f"output {index}: {words}"
         truth.look_again()
 
 
