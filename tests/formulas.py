@@ -49,8 +49,8 @@ def _pool_backward(
     u = (positions * grad_context.unsqueeze(2)).sum(1)
     dl = attention * (u - (grad_context * context).sum(1, keepdim=True))
     dx = grad_context.unsqueeze(2) * attention.unsqueeze(1) + weight.reshape(1, -1, 1) * dl.unsqueeze(1)
-    dw = ((positions - context.unsqueeze(2)) * dl.unsqueeze(1)).sum((0, 2))
-    return dx.reshape(x.shape), dw.reshape(weight.shape)
+    dw = (positions * dl.unsqueeze(1)).sum(2) - context * dl.sum(1, keepdim=True)
+    return dx.reshape(x.shape), dw.sum(0).reshape(weight.shape)
 
 
 class _Pool(torch.autograd.Function):
