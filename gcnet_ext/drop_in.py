@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import GlobalContextBlock, NonLocalBlock, SqueezeExcitation, _state_dict
+from .blocks._layers import HOOKS as CALLED_HOOKS
 from .blocks._layers import Gate
 
 PEERS = ("mmcv", "timm", "torchvision")
-CALLED = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # by a call of the module
 HOOKS = (
-    *CALLED,
+    *CALLED_HOOKS,
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
     "_forward_pre_hooks_with_kwargs",
@@ -193,7 +193,7 @@ def _take_hooks(new: nn.Module, old: nn.Module) -> None:
 @contextlib.contextmanager
 def _without_hooks(module: nn.Module) -> Iterator[None]:
     """While this lasts, a call of the module calls no hook."""
-    saved = [(part.__dict__, hooks, part.__dict__[hooks]) for part in module.modules() for hooks in CALLED]
+    saved = [(part.__dict__, hooks, part.__dict__[hooks]) for part in module.modules() for hooks in CALLED_HOOKS]
     for fields, hooks, _ in saved:
         fields[hooks] = OrderedDict()
     try:
