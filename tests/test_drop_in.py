@@ -1,4 +1,4 @@
-"""replace_blocks and state dicts, against the libraries whose blocks they are, or imitations of those (tests/peers.py)."""
+"""replace_blocks and state dicts, against the libraries whose blocks they are, or imitations of those (imitations.py)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pickle
 import sys
 
 import eager
-import peers
+import imitations
 import pytest
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from torch import nn
 import gcnet_ext
 from gcnet_ext import GlobalContextBlock, NonLocalBlock, SqueezeExcitation, replace_blocks, to_peer_state_dict
 
-MISSING = peers.missing()
+MISSING = imitations.missing()
 
 
 @pytest.fixture(autouse=True)
@@ -27,23 +27,23 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def mmcv_context(**options):
-    return peers.library("mmcv.cnn").ContextBlock(16, 1 / 4, **options)
+    return imitations.library("mmcv.cnn").ContextBlock(16, 1 / 4, **options)
 
 
 def mmcv_non_local(dims: int = 2, **options):
-    return getattr(peers.library("mmcv.cnn"), f"NonLocal{dims}d")(16, **options)
+    return getattr(imitations.library("mmcv.cnn"), f"NonLocal{dims}d")(16, **options)
 
 
 def timm_context(**options):
-    return peers.library("timm.layers").GlobalContext(16, **options)
+    return imitations.library("timm.layers").GlobalContext(16, **options)
 
 
 def timm_se(**options):
-    return peers.library("timm.layers").SEModule(16, rd_ratio=1 / 4, rd_divisor=1, **options)
+    return imitations.library("timm.layers").SEModule(16, rd_ratio=1 / 4, rd_divisor=1, **options)
 
 
 def torchvision_se(**options):
-    return peers.library("torchvision.ops").SqueezeExcitation(16, 4, **options)
+    return imitations.library("torchvision.ops").SqueezeExcitation(16, 4, **options)
 
 
 NON_LOCAL_MODES = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
