@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import grid
 import pytest
+import torch
+from grid import Case, Random
 
+import gcnet_ext
 from gcnet_ext import _library
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -69,6 +73,19 @@ print("as one by one")
 def test_as_one_sample_at_a_time(python, capability):
     """Bit by bit what comes of the samples one by one, which are too small for it."""
     assert python(SCRIPT, GCNET_EXT_CPU_CAPABILITY=capability).stdout == "as one by one\n"
+
+
+@pytest.mark.parametrize("layout", grid.LAYOUTS)
+def test_to_rounding(layout):
+    """In rows whose starts and ends lie anywhere in a line; whatever the compiler makes of a*b + c*d where a row ends."""
+    case = Case((5, 33, 173, 193), layout=layout)
+    inputs, grad = case.inputs(), Random(1).feature_map(case.shape, case.dtype, layout)
+    assert _library.compiled.past_caches(2 * grad.nbytes)
+    whole = grid.run(grid.flat(gcnet_ext.global_context), inputs, grad)
+    for n in range(5):
+        alone = grid.run(grid.flat(gcnet_ext.global_context), (inputs[0][n : n + 1], *inputs[1:]), grad[n : n + 1])
+        for got, want in ((whole.out, alone.out), (whole.grads[0], alone.grads[0])):
+            assert torch.allclose(got[n : n + 1], want, rtol=1e-6, atol=1e-6)
 
 
 def test_only_where_the_caches_would_not_hold_it():

@@ -30,6 +30,8 @@ from mutant import ROOT, Mutant, applied
 MUTANTS = (*of_cpp.MUTANTS, *of_kernels.MUTANTS, *of_python.MUTANTS)
 NUMBERS = {mutant: number for number, mutant in enumerate(MUTANTS, 1)}
 BUILD = ROOT / "build" / "mutants"
+HEADER_FILE = BUILD / "mutant.h"
+FLAGS_FILE = "gcnet_ext/_build.py"
 ENOUGH = 0.95
 TIME_LIMIT = 300  # seconds for one test file; a mutant that hangs is a mutant that was noticed
 NO_TESTS = (4, 5)  # what pytest ends with when it was called wrongly, or has found no test
@@ -75,7 +77,11 @@ def copy_tree() -> Path:
     files = {file for file in listed.stdout.split("\0") if file and (ROOT / file).is_file()}
     for file in files:
         content = (ROOT / file).read_bytes()
-        write(tree / file, with_choices(file, content.decode()).encode() if file.startswith("csrc/") else content)
+        if file.startswith("csrc/"):
+            content = with_choices(file, content.decode()).encode()
+        elif file == FLAGS_FILE:  # not by CFLAGS, in whose place the flags of a usual build would not be
+            content = content.replace(b"CXX_FLAGS = (", f'CXX_FLAGS = (\n    "-include",\n    "{HEADER_FILE}",'.encode())
+        write(tree / file, content)
     for path in [path for folder in ("csrc", "gcnet_ext", "tests") for path in (tree / folder).rglob("*")]:
         if path.is_file() and path.suffix != ".so" and str(path.relative_to(tree)) not in files:
             path.unlink()
@@ -83,10 +89,8 @@ def copy_tree() -> Path:
 
 
 def compile_choices(tree: Path) -> None:
-    header = BUILD / "mutant.h"
-    write(header, HEADER.encode())
-    flags = f"{os.environ.get('CFLAGS', '')} -include {header}"
-    environment = {**os.environ, "CFLAGS": flags, "CXXFLAGS": flags, "GCNET_EXT_CUDA": "0"}
+    write(HEADER_FILE, HEADER.encode())
+    environment = {**os.environ, "GCNET_EXT_CUDA": "0"}
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
