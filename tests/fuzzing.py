@@ -225,7 +225,7 @@ def names_an_argument(message: str, names: Sequence[str]) -> bool:
 
 
 class Noise(TorchDispatchMode):
-    """Moves every result of every operator by up to the resolution, and remembers the largest of them."""
+    """Moves every result of every operator that rounds by up to the resolution, and remembers the largest of them."""
 
     def __init__(self, resolution: float, seed: int) -> None:
         super().__init__()
@@ -233,8 +233,10 @@ class Noise(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        # A maximum is one of its arguments: with other noise than those a softmax of huge logits would be NaN.
+        rounds = func != torch.ops.aten.amax.default
         is_view = any(returned.alias_info is not None for returned in func._schema.returns)
-        return result if is_view else tree_map_only(Tensor, self.noisy, result)
+        return tree_map_only(Tensor, self.noisy, result) if rounds and not is_view else result
 
     def noisy(self, tensor: Tensor) -> Tensor:
         if tensor.dtype != torch.float64 or tensor.numel() == 0:

@@ -19,6 +19,10 @@ def thirds(x: Tensor) -> Tensor:
     return x / 3 * 3 - x
 
 
+def largest_power(logits: Tensor) -> Tensor:
+    return (logits - logits.amax(0)).exp()
+
+
 @pytest.mark.parametrize(
     ("formula", "right", "wrong"),
     [
@@ -30,6 +34,8 @@ def thirds(x: Tensor) -> Tensor:
         # Infinity times what may be zero, or on either side of it.
         (lambda x: thirds(x) * INF, (math.nan, INF, -INF), (0.0,)),
         (lambda x: thirds(x) * INF - INF, (math.nan, -INF), (0.0, INF)),
+        # The largest power of a softmax with huge logits.
+        (lambda x: largest_power(x * 1e20), (1.0,), (0.0, INF, -INF, math.nan)),
         # Infinity times a zero that is exact.
         (lambda x: (x - x.abs()).clamp(0, 0) * INF, (math.nan,), (0.0, INF, -INF)),
         # A clip at its corner: its gradient is one or zero, and nothing else.
