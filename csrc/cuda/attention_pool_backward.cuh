@@ -35,8 +35,7 @@ template <typename T>
 struct PoolBackwardSplit {
   using A = acc_t<T>;
   int64_t sample, begin, end, step;
-  const A *scale, *grad_context, *context, *attention;
-  A* partial;
+  const A *scale, *grad_context, *attention;
 
   __device__ PoolBackwardSplit(const PoolBackwardParams<T>& params, int tile_positions) {
     const unsigned split = blockIdx.x % params.splits;
@@ -47,9 +46,12 @@ struct PoolBackwardSplit {
     const int64_t row = sample * params.extent.channels;
     scale = params.scale ? params.scale + row : nullptr;
     grad_context = params.grad_context + row;
-    context = params.context + row;
     attention = params.attention + sample * end;
-    partial = params.partial ? params.partial + (sample * params.splits + split) * params.extent.channels : nullptr;
+  }
+
+  // What this block leaves of dw. It is found where it is used, for a pointer that is kept over the tiles takes registers.
+  __device__ A* partial(const PoolBackwardParams<T>& params, int64_t channels) const {
+    return params.partial + (sample * params.splits + blockIdx.x % params.splits) * channels;
   }
 };
 
@@ -178,14 +180,19 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks) attention_pool_
     }
     prefetch_tile(params.x, first + split.step);
   }
-  if (!split.partial) return;
+  if (!params.partial) return;
+  A* const context = scale;  // whose numbers nobody needs any more: from global memory the context would cost registers
+  __syncthreads();
+  for (int c = threadIdx.x; c < channels; c += Shape::threads) context[c] = params.context[split.sample * channels + c];
+  __syncthreads();
+  A* const partial = split.partial(params, channels);
   A sum = A(0);
   for (int p = threadIdx.x % kWarp; p < Shape::positions; p += kWarp) sum += grad_logit_sum[p];
   sum = warp_sum(sum);
 #pragma unroll
   for (int g = 0; g < Shape::groups; g++) {
     const int c = tile.owned_channel(g);
-    if (c >= 0 && c < channels) split.partial[c] = grad_weight[g] - sum * split.context[c];
+    if (c >= 0 && c < channels) partial[c] = grad_weight[g] - sum * context[c];
   }
 }
 
@@ -277,17 +284,19 @@ __global__ void __launch_bounds__(512, 1) attention_pool_backward_positions(Pool
       }
     }
   }
-  if (!split.partial) return;
+  if (!params.partial) return;
+  A* const partial = split.partial(params, channels);
+  const A* const context = params.context + split.sample * channels;
   const A sum = sum_over_lanes(grad_logit_sum, kLowest, kWarp / 2);
   if (has_channels) {
 #pragma unroll
-    for (int j = 0; j < V; j++) totals[group * channels + channel + j] = grad_weight[j] - sum * split.context[channel + j];
+    for (int j = 0; j < V; j++) totals[group * channels + channel + j] = grad_weight[j] - sum * context[channel + j];
   }
   __syncthreads();
   for (int64_t c = threadIdx.x; c < channels; c += blockDim.x) {
     A total = A(0);
     for (int g = 0; g < groups; g++) total += totals[g * channels + c];
-    split.partial[c] = total;
+    partial[c] = total;
   }
 }
 
@@ -349,9 +358,10 @@ __global__ void __launch_bounds__(kCudaStreamedThreads, 2) attention_pool_backwa
 
     const A grad_logit_sum = warp_sum(at.grad_logit);
     const auto accumulate = [&](int64_t c, A sum) {
-      if (!split.partial) return;
-      sum -= grad_logit_sum * split.context[c];
-      split.partial[c] = first == split.begin ? sum : split.partial[c] + sum;
+      if (!params.partial) return;
+      A& total = split.partial(params, channels)[c];
+      sum -= grad_logit_sum * params.context[split.sample * channels + c];
+      total = first == split.begin ? sum : total + sum;
     };
     if (params.extent.channels_last) {
       for (int64_t c0 = 0; c0 < channels; c0 += kCudaStreamedThreads) {

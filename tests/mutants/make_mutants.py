@@ -23,11 +23,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import of_cpp
+import of_derivatives
 import of_kernels
 import of_python
 from mutant import ROOT, Mutant, applied
 
-MUTANTS = (*of_cpp.MUTANTS, *of_kernels.MUTANTS, *of_python.MUTANTS)
+MUTANTS = (*of_cpp.MUTANTS, *of_kernels.MUTANTS, *of_python.MUTANTS, *of_derivatives.MUTANTS)
 NUMBERS = {mutant: number for number, mutant in enumerate(MUTANTS, 1)}
 BUILD = ROOT / "build" / "mutants"
 HEADER_FILE = BUILD / "mutant.h"
