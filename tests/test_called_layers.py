@@ -75,9 +75,10 @@ class Stored(nn.Module):
         super().__init__()
         self.stored = nn.Parameter(conv.weight.detach().to(dtype), requires_grad=False)
         self.own_bias = nn.Parameter(conv.bias.detach())
+        self.gain = nn.Parameter(torch.ones((), dtype=dtype), requires_grad=False)  # neither first nor last says the dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.stored.to(x.dtype), self.own_bias.to(x.dtype))
+        return F.conv2d(x, self.stored.to(x.dtype), self.own_bias.to(x.dtype)) * self.gain.to(x.dtype)
 
 
 class Quantised(nn.Module):

@@ -84,6 +84,12 @@ def in_another_order(thing, fields, hooks):
     fields["children"]["first"] = fields["children"].pop("first")
 
 
+def with_swapped_names(thing, fields, hooks):
+    first, second = fields["children"].values()
+    fields["children"].clear()
+    fields["children"].update(second=first, first=second)
+
+
 def another_child(thing, fields, hooks):
     fields["children"]["second"] = object()
 
@@ -99,7 +105,7 @@ def one_child_less(thing, fields, hooks):
 CHANGES = (
     *(other_kind, another_method, another_method_of_a_base),
     *(equal_but_another, gone, new, longer, not_there_any_more),
-    *(in_another_order, another_child, one_child_more, one_child_less),
+    *(in_another_order, with_swapped_names, another_child, one_child_more, one_child_less),
 )
 
 

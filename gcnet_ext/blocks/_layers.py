@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, TypeGuard, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
-from torch.nn.modules.conv import _ConvNd
 
 from .. import _checks, reference
 from ..reference import accumulation_dtype
@@ -129,9 +128,7 @@ def is_plain(module: nn.Module, kind: type[Module]) -> TypeGuard[Module]:
     if cls.__call__ is not CALL and not is_compiling():  # torch.export puts its own in the place of nn.Module's
         return False
     for name, method in METHODS[kind].items():
-        if getattr(cls, name) is not method or name in module.__dict__:
-            return False
-        if getattr(getattr(module, name), "__code__", None) is not method.__code__:
+        if name in module.__dict__ or getattr(getattr(module, name), "__code__", None) is not method.__code__:
             return False
     return not (
         module._compiled_call_impl is not None
@@ -179,12 +176,9 @@ def call_on_context(module: nn.Module, image: Tensor, x: Tensor) -> Tensor:
     return call(module, image, x.dtype).flatten(1).to(accumulation_dtype(x))
 
 
-def _rank_of_input(mask: nn.Module) -> int | None:
-    """The rank of the tensor that a mask convolves, which may be wrapped, or None if no convolution is seen in it."""
-    for module in mask.modules():
-        if isinstance(module, _ConvNd):
-            return 2 + len(module.kernel_size)
-    return next((parameter.dim() for parameter in mask.parameters() if parameter.dim() in (4, 5)), None)
+def _is_for_images(mask: nn.Module) -> bool:
+    """Whether a mask, which may be wrapped, convolves images, by the first of its weights that could do that or more."""
+    return next((parameter.dim() for parameter in mask.parameters() if parameter.dim() in (4, 5)), None) == 4
 
 
 def called_attention(mask: nn.Module, x: Tensor) -> Tensor:
@@ -196,8 +190,8 @@ def called_attention(mask: nn.Module, x: Tensor) -> Tensor:
         RuntimeError: the mask gives anything but one logit per position.
     """
     _checks.feature_map("attention_pool", x)
-    map_of_rank = x if _rank_of_input(mask) != 4 or x.dim() == 4 else x.flatten(2).unsqueeze(3)
-    found = call(mask, map_of_rank, x.dtype)
+    column = x.dim() != 4 and _is_for_images(mask)
+    found = call(mask, x.flatten(2).unsqueeze(3) if column else x, x.dtype)
     samples, positions = x.shape[0], math.prod(x.shape[2:])
     if found.numel() != samples * positions:
         raise RuntimeError(

@@ -84,17 +84,9 @@ MUTANTS = (
     Mutant(
         "methods-of-the-module",
         "gcnet_ext/blocks/_layers.py",
-        "is not method or «name in module.__dict__»:",
+        "if «name in module.__dict__» or getattr",
         "False",
         "A method that is set on a layer, borrowed from another one, is not called.",
-        (LAYERS,),
-    ),
-    Mutant(
-        "methods-of-the-class",
-        "gcnet_ext/blocks/_layers.py",
-        "        if «getattr(cls, name) is not method» or name",
-        "False",
-        "A class that is patched with what has the same code is not noticed.",
         (LAYERS,),
     ),
     Mutant(
@@ -148,9 +140,9 @@ MUTANTS = (
     Mutant(
         "rank-of-a-wrapped-mask",
         "gcnet_ext/blocks/_layers.py",
-        "        if «isinstance(module, _ConvNd)»:\n",
-        "isinstance(module, _ConvNd) and module is mask",
-        "A wrapped mask that sees neighbours gets x in a rank that it does not convolve.",
+        "if parameter.dim() in (4, 5)), None) «== 4»\n",
+        "is not None",
+        "A mask that sees the neighbours in a volume gets its positions in a column.",
         (LAYERS,),
     ),
 )
