@@ -424,6 +424,18 @@ def test_patched_after_compiling(kernels, fresh, change):
     assert torch.allclose(got, want) or (torch.allclose(want, before) and torch.allclose(got, block(x)))
 
 
+@pytest.mark.parametrize("method", ["forward", "_conv_forward"])
+def test_a_class_that_is_patched_after_compiling(kernels, fresh, method):
+    mine = type("Mine", (nn.Conv2d,), {})
+    block, x = made("gc"), feature_map()
+    block.channel_add_conv[3].__class__ = mine
+    compiled = torch.compile(block, backend="eager")
+    before = compiled(x).detach()
+    setattr(mine, method, tripled(getattr(nn.Conv2d, method)))
+    assert torch.allclose(compiled(x), block(x))
+    assert not torch.allclose(compiled(x), before)
+
+
 # ---- wrapped masks -----------------------------------------------------------------------------------------------------------
 
 SHAPES = ((2, 8, 6), SHAPE, (2, 8, 2, 3, 2), (2, 8, 2, 1, 3, 2))

@@ -128,7 +128,9 @@ def is_plain(module: nn.Module, kind: type[Module]) -> TypeGuard[Module]:
     if cls.__call__ is not CALL and not is_compiling():  # torch.export puts its own in the place of nn.Module's
         return False
     for name, method in METHODS[kind].items():
-        if name in module.__dict__ or getattr(getattr(module, name), "__code__", None) is not method.__code__:
+        if getattr(cls, name) is not method or name in module.__dict__:
+            return False
+        if getattr(getattr(module, name), "__code__", None) is not method.__code__:
             return False
     return not (
         module._compiled_call_impl is not None

@@ -84,9 +84,17 @@ MUTANTS = (
     Mutant(
         "methods-of-the-module",
         "gcnet_ext/blocks/_layers.py",
-        "if «name in module.__dict__» or getattr",
+        "is not method or «name in module.__dict__»:",
         "False",
         "A method that is set on a layer, borrowed from another one, is not called.",
+        (LAYERS,),
+    ),
+    Mutant(
+        "methods-of-the-class",
+        "gcnet_ext/blocks/_layers.py",
+        "        if «getattr(cls, name) is not method» or name",
+        "False",
+        "torch.compile does not notice that a class is patched after compiling.",
         (LAYERS,),
     ),
     Mutant(
