@@ -163,6 +163,14 @@ def threads():
 
 
 @pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """torch.compile has seen nothing before the test, and forgets what it saw."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def python():
     """Runs a script in an interpreter of its own, in the checkout, and returns the completed process."""
 

@@ -309,7 +309,7 @@ MUTANTS = (
         "«now == PyLong_AsUnsignedLong(version)»;",
         "true",
         "A class that is patched after the first call of a block is not noticed.",
-        ("test_unchanged.py", "test_called_layers.py"),
+        ("test_unchanged.py", "test_plain_layers.py"),
     ),
     Mutant(
         "children-in-another-order",
@@ -317,6 +317,6 @@ MUTANTS = (
         "if («key != PyTuple_GET_ITEM(items, i)» ||",
         "false",
         "Two children that change their names are not noticed.",
-        ("test_unchanged.py", "test_called_layers.py"),
+        ("test_unchanged.py", "test_plain_layers.py"),
     ),
 )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from mutant import Mutant
 
-CREATE_GRAPH, LAYERS, SPLIT = "test_create_graph.py", "test_called_layers.py", "test_split.py"
+CREATE_GRAPH, SPLIT = "test_create_graph.py", "test_split.py"
+LAYERS, PLAIN = "test_called_layers.py", "test_plain_layers.py"
 
 MUTANTS = (
     # ---- derivatives ---------------------------------------------------------------------------------------------------------
@@ -87,7 +88,7 @@ MUTANTS = (
         "is not method or «name in module.__dict__»:",
         "False",
         "A method that is set on a layer, borrowed from another one, is not called.",
-        (LAYERS,),
+        (PLAIN,),
     ),
     Mutant(
         "methods-of-the-class",
@@ -95,7 +96,7 @@ MUTANTS = (
         "        if «getattr(cls, name) is not method» or name",
         "False",
         "torch.compile does not notice that a class is patched after compiling.",
-        (LAYERS,),
+        (PLAIN,),
     ),
     Mutant(
         "own-call",
@@ -103,7 +104,7 @@ MUTANTS = (
         "if «cls.__call__ is not nn.Module.__call__» or",
         "False",
         "A subclass with a call of its own is taken for the plain layer.",
-        (LAYERS,),
+        (PLAIN,),
     ),
     Mutant(
         "fields-of-used-layers",
@@ -111,7 +112,7 @@ MUTANTS = (
         "            «sizes += own, len(own)»  #",
         "pass",
         "What is set on a layer after the first call of its block is not noticed.",
-        (LAYERS,),
+        (PLAIN,),
     ),
     Mutant(
         "weights-in-the-place-of-parameters",
@@ -119,7 +120,7 @@ MUTANTS = (
         "name not in module._parameters or «name in module.__dict__» or",
         "False",
         "A block that was used reads a parameter that another tensor has taken the place of.",
-        (LAYERS,),
+        (PLAIN,),
     ),
     Mutant(
         "dtype-of-the-first-parameter",
