@@ -173,8 +173,12 @@ def transform(
 
 
 def apply_gate(t: Tensor, gate: str = "sigmoid", gate_alpha: float = 1 / 6, gate_beta: float = 0.5) -> Tensor:
-    """sigmoid(t), or the hard sigmoid clip(alpha t + beta, 0, 1)."""
-    return t.sigmoid() if gate == "sigmoid" else (gate_alpha * t + gate_beta).clamp(0, 1)
+    """sigmoid(t), or the hard sigmoid clip(alpha t + beta, 0, 1), which passes the gradient at its corners."""
+    if gate == "sigmoid":
+        return t.sigmoid()
+    line = gate_alpha * t + gate_beta
+    # The gradient of torch.clamp at its corners depends on the version of torch: it passes up to 2.13 and stops in 2.14.
+    return line.where((line >= 0) & (line <= 1), line.detach().clamp(0, 1))
 
 
 def global_context(

@@ -1,4 +1,4 @@
-"""clip(alpha t + beta, 0, 1) at its corners, against the float64 reference: the gradient passes there, as with torch.clamp."""
+"""clip(alpha t + beta, 0, 1) at its corners, against the float64 reference: the gradient passes there."""
 
 from __future__ import annotations
 
