@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import formulas
 import grid
 import numpy as np
 import torch
@@ -357,6 +358,18 @@ def refused(found: object, names: tuple[str, ...], *, sound: bool) -> bool:
 
 def copies(arguments: Arguments) -> Arguments:
     return {name: value.clone() if torch.is_tensor(value) else value for name, value in arguments.items()}
+
+
+def without_replaced(arguments: Arguments, options: Arguments) -> Arguments:
+    """The arguments of an operator, where options of the function stand in their place: those are used, whatever these were."""
+    branches = [name for name in ("scale", "shift") if name in options]
+    weights = {f"{branch}_{parameter}": None for branch in branches for parameter in formulas.PARAMETERS}
+    return arguments | weights | {name: value for name, value in options.items() if name in arguments}
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """As bytes, for NaN to equal NaN; a copy, as a single element may have a stride of zero."""
+    return tensor.clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8)
 
 
 def plain(arguments: Arguments) -> Arguments:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from fuzzing import compare
+from formulas import PARAMETERS
+from fuzzing import bits, compare, plain, without_replaced
 from torch import Tensor
 
 INF = math.inf
@@ -50,6 +51,21 @@ def test_a_mistake_is_noticed_and_rounding_is_none(formula: Callable[[Tensor], T
     for got in wrong:
         with pytest.raises(AssertionError, match=r"output 0: 1 of 1 elements, element 0 is "):
             compare((ONE * got,), lambda a: (formula(a["x"]),), {"x": ONE})
+
+
+def test_bits_of_a_single_element_whose_stride_is_zero():
+    one = torch.ones(1).as_strided((1, 1, 1), (0, 0, 0))
+    assert bits(one).tolist() == bits(torch.ones(1)).tolist()
+    assert torch.equal(bits(one * math.nan), bits(one * math.nan))
+
+
+def test_an_argument_that_another_stands_in_for_is_not_judged():
+    """Findings of the search that were none: the calls had used what was right."""
+    without_numbers = torch.empty(0, device="meta")
+    arguments = {"x": ONE, "scale_w1": without_numbers, "scale_b2": ONE, "shift_w1": ONE, "eps": "relu", "silu": True}
+    replaced = without_replaced(arguments, {"eps": True, "scale": None, "activation": "relu"})
+    assert plain(replaced) == {**arguments, **{f"scale_{name}": None for name in PARAMETERS}, "eps": 1.0}
+    assert without_replaced(arguments, {"gate": "sigmoid"}) == arguments
 
 
 TESTS = """
