@@ -115,11 +115,6 @@ def run_module(call: Callable[[Arguments], Tensor], a: Arguments) -> list[Tensor
     return [out.detach(), *grads.values()]
 
 
-def bits(tensor: Tensor) -> Tensor:
-    """NaN equals NaN."""
-    return tensor.contiguous().flatten().view(torch.uint8)
-
-
 def valid(kind: type[nn.Module], module: nn.Module, x: Drawn) -> bool:
     spatial = x.sizes[2:]
     if kind is not NonLocalBlock:
@@ -146,7 +141,7 @@ def test_modules(backend, kind, data):
     if isinstance(found, Exception):
         assert str(again) == str(found)
     if not refused(found, NAMES, sound=valid(kind, module, x)):
-        assert all(torch.equal(*map(bits, pair)) for pair in zip(found, again, strict=True))
+        assert all(torch.equal(*map(fuzzing.bits, pair)) for pair in zip(found, again, strict=True))
         # The matrix products of the non-local block are torch's, in the dtype of its parameters; the last sum is in that of x.
         acc = max((next(module.parameters()).dtype, x.dtype), key=lambda dtype: torch.finfo(dtype).eps)
         blocks = (truth(module, options), truth(module, options, formulas.DIFFERENTIATED_BY_THE_KERNELS["global_context"]))
@@ -197,12 +192,21 @@ def test_the_non_local_block_names_x(sizes, options, message):
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        (GlobalContextBlock, {"ratio": float("inf")}, "ratio must be a number, and not a huge one, got inf"),  # OverflowError
-        (SqueezeExcitation, {"ratio": "1"}, "ratio must be a number"),
+        (
+            GlobalContextBlock,
+            {"ratio": float("inf")},
+            "ratio must be at most 1: .*, got inf; for more units than channels pass",
+        ),
+        (GlobalContextBlock, {"ratio": 10**400}, "ratio must be at most 1: "),
+        (GlobalContextBlock, {"ratio": float("-inf")}, r"inplanes \* ratio must be at least 1"),
+        (GlobalContextBlock, {"ratio": float("nan")}, "ratio must be a number, got nan"),
+        (GlobalContextBlock, {"ratio": None}, "ratio must be a number, got None"),
+        (SqueezeExcitation, {"ratio": "1/16"}, r"ratio must be a number, got the string '1/16'; YAML .* write 1/16 as 0\.0625"),
         (GlobalContextBlock, {"inplanes": "6", "ratio": 1.0}, "inplanes must be a whole number, got '6'"),
         (SimplifiedNonLocalBlock, {"inplanes": 6.0}, "inplanes must be a whole number, got 6.0"),
         (SimplifiedNonLocalBlock, {"inplanes": True}, "inplanes must be a whole number, got True"),
         (NonLocalBlock, {"inplanes": -1}, "inplanes must be at least 1, got -1"),
+        (GlobalContextBlock, {"inplanes": None, "in_channels": "6"}, "in_channels must be a whole number, got '6'"),
         (SimplifiedNonLocalBlock, {"inplanes": 0}, "inplanes must be at least 1, got 0"),
         (NonLocalBlock, {"reduction": 0}, "reduction must be at least 1, got 0"),
         (SqueezeExcitation, {"planes": 0}, "planes must be at least 1, got 0"),
@@ -215,6 +219,78 @@ def test_the_non_local_block_names_x(sizes, options, message):
 def test_constructors_name_what_is_wrong(kind, options, message):
     with pytest.raises(ValueError, match=message):
         kind(**{"inplanes": 6, **options})
+
+
+@pytest.mark.parametrize("kind", [GlobalContextBlock, SqueezeExcitation])
+@pytest.mark.parametrize("number", [16, 16.0, 2])
+def test_a_ratio_is_no_reduction_and_no_number_of_units(kind, number):
+    """As the second argument others have either of them; with a ratio of 16 there would be 1024 hidden units."""
+    n = int(number)
+    message = (
+        f"^ratio must be at most 1: it is hidden units per channel, such as 1/16, got {number}; for {n} hidden units pass "
+        f"planes={n}, for a reduction by {n} ratio=1/{n}$"
+    )
+    with pytest.raises(ValueError, match=message):
+        kind(64, number)
+    assert kind(64, number, planes=80).planes == 80
+    assert kind(64, 1).planes == 64
+
+
+BLOCKS = [GlobalContextBlock, SqueezeExcitation, SimplifiedNonLocalBlock, NonLocalBlock]
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_in_channels_is_inplanes(kind):
+    """mmcv's builders pass it by that name."""
+    torch.manual_seed(0)
+    block = kind(in_channels=32)
+    torch.manual_seed(0)
+    same = kind(32)
+    assert block.inplanes == 32
+    assert repr(block) == repr(same)
+    for (name, ours), theirs in zip(block.state_dict().items(), same.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+    with pytest.raises(TypeError, match=r"^inplanes and in_channels are one argument with two names, got both: 32 and 16$"):
+        kind(32, in_channels=16)
+    with pytest.raises(TypeError, match=r"^inplanes must be given: the number of channels of the input$"):
+        kind()
+
+
+def test_what_the_blocks_start_as():
+    """As their docstrings have it."""
+    x = torch.randn(2, 32, 4, 4)
+    assert torch.equal(GlobalContextBlock(32, 1 / 4)(x), x / 2)
+    assert torch.equal(GlobalContextBlock(32, 1 / 4, fusion_types="channel_add")(x), x)
+    assert ((SqueezeExcitation(32)(x) / x - 0.5).abs() < 0.25).all()
+
+
+LAST = "; if the channels are its last dimension, as with tokens and channels-last arrays, pass x.movedim(-1, 1)"
+FIRST = "; if its first dimension is the channels and there is no batch, pass x.unsqueeze(0)"
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize(
+    ("sizes", "hint"),
+    [
+        ((2, 196, 64), LAST),
+        ((2, 7, 5, 64), LAST),
+        ((2, 3, 7, 5, 64), LAST),
+        ((64, 7, 5), FIRST),
+        ((64, 196), FIRST),
+        ((64, 3, 64), LAST),
+        ((2, 3, 7, 5), ""),
+        ((64, 3), FIRST),
+    ],
+    ids=str,
+)
+def test_shapes_with_the_channels_elsewhere_get_a_hint(kind, sizes, hint):
+    x = torch.ones(sizes)
+    block = kind(64)
+    with pytest.raises(RuntimeError) as caught:
+        block(x)
+    assert str(caught.value) == f"x must have 64 channels (inplanes), got shape {list(sizes)}{hint}"
+    if hint:
+        block(x.movedim(-1, 1) if hint == LAST else x.unsqueeze(0))
 
 
 @pytest.mark.parametrize("kind", MODULES)

@@ -172,7 +172,7 @@ def names_and_shapes(channels: int, planes: int, pooling: str, fusion: str) -> d
 
 @pytest.mark.parametrize("pooling", grid.POOLINGS)
 @pytest.mark.parametrize("fusion", FUSION_TYPES)
-@pytest.mark.parametrize(("channels", "ratio", "planes"), [(64, 1 / 16, 4), (100, 0.25, 25), (10, 0.19, 1), (6, 2, 12)])
+@pytest.mark.parametrize(("channels", "ratio", "planes"), [(64, 1 / 16, 4), (100, 0.25, 25), (10, 0.19, 1), (6, 1, 6)])
 def test_names_and_shapes(channels, ratio, planes, fusion, pooling):
     block = GlobalContextBlock(channels, ratio, pooling, FUSION_TYPES[fusion])
     assert {name: tuple(tensor.shape) for name, tensor in block.state_dict().items()} == names_and_shapes(

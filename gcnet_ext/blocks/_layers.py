@@ -59,19 +59,43 @@ def check_count(name: str, value: object) -> None:
         raise ValueError(f"{name} must be less than 2**31, got more")
 
 
+def count_channels(inplanes: int | None, in_channels: int | None) -> int:
+    """The channels of a block: its first argument, or what mmcv calls it.
+
+    Raises:
+        TypeError: both are given, or none.
+        ValueError: it is no number of channels.
+    """
+    if inplanes is not None and in_channels is not None:
+        raise TypeError(f"inplanes and in_channels are one argument with two names, got both: {inplanes!r} and {in_channels!r}")
+    name, channels = ("inplanes", inplanes) if in_channels is None else ("in_channels", in_channels)
+    if channels is None:
+        raise TypeError("inplanes must be given: the number of channels of the input")
+    check_count(name, channels)
+    return channels
+
+
 def hidden_units(inplanes: int, ratio: float, planes: int | None) -> int:
     """The units of a bottleneck: ``planes``, or ``int(inplanes * ratio)``.
 
     Raises:
-        ValueError: there would be none.
+        ValueError: there would be none, or more than channels where nobody said ``planes``.
     """
-    check_count("inplanes", inplanes)
     if planes is not None:
         check_count("planes", planes)
         return planes
-    if not isinstance(ratio, numbers.Real) or not -(2**31) < ratio < 2**31:
-        raise ValueError(f"ratio must be a number, and not a huge one, got {ratio!r}")
-    planes = int(inplanes * ratio)
+    if isinstance(ratio, str):
+        raise ValueError(f"ratio must be a number, got the string {ratio!r}; YAML has no fractions, so write 1/16 as 0.0625")
+    if not isinstance(ratio, numbers.Real) or not -math.inf <= ratio <= math.inf:
+        raise ValueError(f"ratio must be a number, got {ratio!r}")
+    if ratio > 1:
+        whole = int(ratio) if ratio < 2**31 else None
+        advice = f"for {whole} hidden units pass planes={whole}, for a reduction by {whole} ratio=1/{whole}"
+        raise ValueError(
+            f"ratio must be at most 1: it is hidden units per channel, such as 1/16, got {ratio!r}; "
+            + (advice if whole == ratio else "for more units than channels pass planes=")
+        )
+    planes = max(int(inplanes * ratio), 0) if ratio > -(2**31) else 0
     if planes < 1:
         raise ValueError(
             f"inplanes * ratio must be at least 1 (one hidden unit), got {inplanes} * {ratio} = {inplanes * ratio}"
@@ -87,7 +111,12 @@ def check_channels(x: Tensor, inplanes: int) -> None:
     """
     _checks.is_tensor(x)
     if x.dim() > 1 and x.size(1) != inplanes:  # x.shape would be made anew
-        raise RuntimeError(f"x must have {inplanes} channels (inplanes), got shape {list(x.shape)}")
+        hint = ""
+        if x.dim() > 2 and x.size(-1) == inplanes:
+            hint = "; if the channels are its last dimension, as with tokens and channels-last arrays, pass x.movedim(-1, 1)"
+        elif x.size(0) == inplanes:
+            hint = "; if its first dimension is the channels and there is no batch, pass x.unsqueeze(0)"
+        raise RuntimeError(f"x must have {inplanes} channels (inplanes), got shape {list(x.shape)}{hint}")
 
 
 def _torchs_methods(kind: type[nn.Module], *names: str) -> dict[str, Any]:

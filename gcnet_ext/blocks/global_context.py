@@ -24,14 +24,18 @@ class GlobalContextBlock(FusedBlock):
     ``context = attention pooling of x``; ``out = x * sigmoid(mul(context)) + add(context)``, either branch optional, each
     ``1x1 conv, LayerNorm, ReLU, 1x1 conv`` with ``int(inplanes * ratio)`` hidden units.
 
-    Source: https://arxiv.org/abs/1904.11492, equation 5 and figure 4d. Signature, parameter names, shapes and initialisation
-    are those of the reference implementation (mmcv ``ContextBlock``), so its checkpoints load with ``strict=True``.
+    Source: https://arxiv.org/abs/1904.11492, equation 5 and figure 4d. Parameter names, shapes and initialisation are those of
+    the reference implementation (mmcv ``ContextBlock``), so its checkpoints load with ``strict=True``. Arguments and defaults
+    are those of the snippet that is copied most; mmcv's differ in two things: inplanes is called ``in_channels`` there, which
+    is taken here, too, and its fusion_types are ``("channel_add",)`` by default. A ``channel_add`` block starts as the
+    identity; a ``channel_mul`` block starts at half its input, because the sigmoid of its zeros is 1/2.
 
     Args:
         inplanes: C, the channels of the input and of the output.
-        ratio: hidden units per channel, 1/16 in the paper; ``int(inplanes * ratio)`` must be at least 1.
+        ratio: hidden units per channel, at most 1, and 1/16 in the paper; ``int(inplanes * ratio)`` must be at least 1.
         pooling_type: ``"att"`` (attention pooling) or ``"avg"`` (average pooling).
         fusion_types: ``"channel_mul"``, ``"channel_add"`` or a sequence of them.
+        in_channels: inplanes by the name that mmcv has for it.
         planes: the hidden units themselves, instead of a ratio.
         norm: whether a LayerNorm stands between the two layers of a branch.
         eps: epsilon of the LayerNorms.
@@ -50,6 +54,7 @@ class GlobalContextBlock(FusedBlock):
 
     Raises:
         ValueError: an argument of the constructor is not among the valid ones, which the message lists.
+        TypeError: inplanes is missing, or given by both of its names.
         RuntimeError: the input has a wrong rank, dtype, device, number of channels, or no positions; or it would be overwritten
             where autograd needs it. The message says what.
 
@@ -63,11 +68,12 @@ class GlobalContextBlock(FusedBlock):
 
     def __init__(
         self,
-        inplanes: int,
-        ratio: float,
+        inplanes: int | None = None,
+        ratio: float = 1 / 16,
         pooling_type: str = "att",
         fusion_types: str | Iterable[str] = ("channel_mul",),
         *,
+        in_channels: int | None = None,
         planes: int | None = None,
         norm: bool = True,
         eps: float = 1e-5,
@@ -89,7 +95,7 @@ class GlobalContextBlock(FusedBlock):
             raise ValueError(f"fusion_types must be one or more of {FUSION_TYPES}, got {fusion_types!r}")
         _layers.check_choice("activation", activation, ACTIVATIONS)
         _layers.check_choice("gate", gate, GATES)
-        self.inplanes = inplanes
+        self.inplanes = inplanes = _layers.count_channels(inplanes, in_channels)
         self.ratio = ratio
         self.planes = planes = _layers.hidden_units(inplanes, ratio, planes)
         self.pooling_type = pooling_type

@@ -44,6 +44,7 @@ class NonLocalBlock(nn.Module):
         sub_sample: whether phi and g are max-pooled, by 2 along every spatial dimension (not along the time of a video).
         use_scale: whether ``"embedded_gaussian"`` divides by ``sqrt(D)``.
         norm: None, or ``"batch"`` for a BatchNorm after ``conv_out``, which then has no bias.
+        in_channels: inplanes by the name that mmcv has for it.
         device, dtype: of the parameters, as in every nn.Module.
 
     Shapes:
@@ -52,6 +53,7 @@ class NonLocalBlock(nn.Module):
 
     Raises:
         ValueError: an argument of the constructor is not among the valid ones, which the message lists.
+        TypeError: inplanes is missing, or given by both of its names.
         RuntimeError: the input has a wrong rank or number of channels. The message says what.
 
     The block starts as the identity.
@@ -63,20 +65,21 @@ class NonLocalBlock(nn.Module):
 
     def __init__(
         self,
-        inplanes: int,
+        inplanes: int | None = None,
         reduction: int = 2,
         mode: str = "embedded_gaussian",
         sub_sample: bool = False,
         use_scale: bool = True,
         norm: str | None = None,
         *,
+        in_channels: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         _layers.check_choice("mode", mode, MODES)
         _layers.check_choice("norm", norm, NORMS)
-        _layers.check_count("inplanes", inplanes)
+        inplanes = _layers.count_channels(inplanes, in_channels)
         _layers.check_count("reduction", reduction)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.inplanes, self.reduction, self.mode = inplanes, reduction, mode

@@ -20,6 +20,7 @@ class SimplifiedNonLocalBlock(FusedBlock):
 
     Args:
         inplanes: C, the channels of the input and of the output.
+        in_channels: inplanes by the name that mmcv has for it.
         inplace: overwrite the input with the output. For inference: with autograd it is an error.
         device, dtype: of the parameters, as in every nn.Module.
 
@@ -27,6 +28,7 @@ class SimplifiedNonLocalBlock(FusedBlock):
         Input ``[N, C, *spatial]``; the output is like it, in its dtype and memory format.
 
     Raises:
+        TypeError: inplanes is missing, or given by both of its names.
         RuntimeError: the input has a wrong rank, dtype, device, number of channels, or no positions. The message says what.
 
     Runs on the fused operator. When a submodule was replaced or hooked, it is called as a module, with the compiled kernels
@@ -39,16 +41,16 @@ class SimplifiedNonLocalBlock(FusedBlock):
 
     def __init__(
         self,
-        inplanes: int,
+        inplanes: int | None = None,
         *,
+        in_channels: int | None = None,
         inplace: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        _layers.check_count("inplanes", inplanes)
-        self.inplanes = inplanes
+        self.inplanes = inplanes = _layers.count_channels(inplanes, in_channels)
         self.inplace = inplace
         self.conv_mask = nn.Conv2d(inplanes, 1, 1, **factory)
         self.conv_out = nn.Conv2d(inplanes, inplanes, 1, **factory)

@@ -22,7 +22,9 @@ class SqueezeExcitation(FusedBlock):
 
     Args:
         inplanes: C, the channels of the input and of the output.
-        ratio: hidden units per channel; ``int(inplanes * ratio)`` must be at least 1.
+        ratio: hidden units per channel, at most 1; ``int(inplanes * ratio)`` must be at least 1. (The second argument of
+            torchvision's block is the hidden units, which are ``planes`` here, and of others the reduction, which is 1/ratio.)
+        in_channels: inplanes by the name that mmcv has for it.
         planes: the hidden units themselves, instead of a ratio.
         activation: ``"relu"`` or ``"silu"``.
         gate: ``"sigmoid"``, or ``"hard_sigmoid"`` for ``clip(gate_alpha t + gate_beta, 0, 1)``.
@@ -36,9 +38,11 @@ class SqueezeExcitation(FusedBlock):
 
     Raises:
         ValueError: an argument of the constructor is not among the valid ones, which the message lists.
+        TypeError: inplanes is missing, or given by both of its names.
         RuntimeError: the input has a wrong rank, dtype, device, number of channels, or no positions. The message says what.
 
-    Runs on the fused operator. When a submodule was replaced or hooked, it is called as a module, with the compiled pooling and
+    Runs on the fused operator. The default initialisation is torch's, so the block starts near half its input, as the gate of
+    small numbers is near 1/2. When a submodule was replaced or hooked, it is called as a module, with the compiled pooling and
     fusion around it.
     """
 
@@ -48,9 +52,10 @@ class SqueezeExcitation(FusedBlock):
 
     def __init__(
         self,
-        inplanes: int,
+        inplanes: int | None = None,
         ratio: float = 1 / 16,
         *,
+        in_channels: int | None = None,
         planes: int | None = None,
         activation: str = "relu",
         gate: str = "sigmoid",
@@ -65,7 +70,7 @@ class SqueezeExcitation(FusedBlock):
         _layers.check_choice("activation", activation, ACTIVATIONS)
         _layers.check_choice("gate", gate, GATES)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.inplanes = inplanes
+        self.inplanes = inplanes = _layers.count_channels(inplanes, in_channels)
         self.inplace = inplace
         self.planes = _layers.hidden_units(inplanes, ratio, planes)
         self.gate = Gate(gate, gate_alpha, gate_beta)
