@@ -8,7 +8,9 @@ torch that is installed; an isolated build would fetch one of its own.
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -33,6 +35,17 @@ def stop(text: str) -> None:
     sys.stdout.flush()
     print(f"gcnet_ext cannot be built: {text}", file=sys.stderr, flush=True)
     sys.exit(1)
+
+
+def require_room(megabytes: int) -> None:
+    """Everything is written below the checkout, and the compiler's intermediate files to the temporary folder."""
+    folder: object = "the temporary folder"
+    try:
+        for folder in (ROOT, tempfile.gettempdir()):
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(bytes(megabytes << 20))
+    except OSError as error:
+        stop(f"{folder} does not take {megabytes} MB ({error}); make room there, or name another place: a copy, or TMPDIR.")
 
 
 def require_torch(build) -> None:
@@ -97,7 +110,7 @@ def extensions(build, cuda) -> list[Extension]:
     if cuda.build:
         # BuildExtension reads the architectures from here.
         os.environ["TORCH_CUDA_ARCH_LIST"] = cuda.architectures
-        say(f"_C_cuda: {len(build.cuda_sources())} sources for {cuda.architectures}, flags {' '.join(build.CUDA_FLAGS)}")
+        say(f"_C_cuda: {len(build.cuda_sources())} sources for {cuda.architectures}, flags {' '.join(build.cuda_flags(cuda))}")
         libraries.append(
             Extension(
                 "gcnet_ext._C_cuda",
@@ -107,7 +120,7 @@ def extensions(build, cuda) -> list[Extension]:
                 library_dirs=library_paths("cuda"),
                 # cudart comes with torch_cuda: the one that torch has loaded
                 libraries=["c10", "torch_cpu", "torch_cuda"],
-                extra_compile_args={"cxx": [*flags, "-DUSE_CUDA"], "nvcc": list(build.CUDA_FLAGS)},
+                extra_compile_args={"cxx": [*flags, "-DUSE_CUDA"], "nvcc": build.cuda_flags(cuda)},
                 language="c++",
             )
         )
@@ -121,8 +134,10 @@ def main() -> None:
         command in sys.argv for command in ("bdist_wheel", "build_ext", "build", "install", "develop", "editable_wheel")
     )
     if not compiles:
+        require_room(1)
         setup()
         return
+    require_room(64)
     build.find_tools()
     require_torch(build)
     require_compiler()
@@ -134,15 +149,22 @@ def main() -> None:
         cuda = build.decide_cuda()
     except build.BuildStop as reason:
         stop(str(reason))
-    say(f"CUDA kernels: {'yes' if cuda.build else 'no'}, {cuda.reason}")
+    say(cuda.sentence())
     from torch.utils.cpp_extension import BuildExtension
 
-    setup(
-        ext_modules=extensions(build, cuda),
-        cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)},
-        # A folder per torch: what one build left behind must not end up in the wheel of another.
-        options={"build": {"build_base": f"build/torch-{version('torch')}{'-cuda' if cuda.build else ''}"}},
-    )
+    try:
+        setup(
+            ext_modules=extensions(build, cuda),
+            cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)},
+            # A folder per torch: what one build left behind must not end up in the wheel of another.
+            options={"build": {"build_base": f"build/torch-{version('torch')}{'-cuda' if cuda.build else ''}"}},
+        )
+    except (RuntimeError, subprocess.CalledProcessError) as error:  # of torch, where the compiler fails or does not answer
+        require_room(64)
+        stop(
+            f"{str(error).rstrip('.')}; what the compiler said is above. It must know C++20: install g++ >= 11 or clang >= 14, "
+            "or set CXX."
+        )
 
 
 main()

@@ -25,6 +25,7 @@ py::dict build_info() {
   return py::dict("version"_a = GCNET_EXT_VERSION, "torch"_a = TORCH_VERSION, "abi_target"_a = "2.11", "compiler"_a = kCompiler,
                   "openmp"_a = std::to_string(_OPENMP), "capabilities"_a = gcnet_ext::cpu::compiled_capabilities(),
                   "cuda"_a = GCNET_EXT_CUDA_VERSION, "cuda_architectures"_a = GCNET_EXT_CUDA_ARCHITECTURES,
+                  "without_cuda"_a = GCNET_EXT_WITHOUT_CUDA,
 #if defined(__OPTIMIZE__)
                   "debug"_a = false
 #else

@@ -5,11 +5,13 @@ Only the standard library is used, so that setup.py and CMake can run this file 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,12 +80,15 @@ def find_tools() -> None:
 
 
 class CudaDecision(NamedTuple):
-    """Whether the CUDA library is built, and why; for which architectures, as in TORCH_CUDA_ARCH_LIST."""
+    """Whether the CUDA library is built, and why, or what to do for it; for which architectures, as in TORCH_CUDA_ARCH_LIST."""
 
     build: bool
     reason: str
     architectures: str = ""
     version: str = ""
+
+    def sentence(self) -> str:
+        return f"CUDA kernels: {'yes' if self.build else 'no'}, {self.reason}"
 
 
 class BuildStop(Exception):  # noqa: N818
@@ -123,50 +128,95 @@ def _nvcc() -> tuple[str, str] | None:
     return (path, found.group(1)) if found else None
 
 
-def _architectures() -> str:
-    """TORCH_CUDA_ARCH_LIST, else what torch itself was built for, the newest also as PTX for the GPUs to come."""
-    import torch
+def _gpus() -> list[int]:
+    """The GPUs of this machine, each as its compute capability times ten; none where nvidia-smi does not answer."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return sorted({int(major + minor) for major, minor in re.findall(r"^(\d+)\.(\d)\s*$", told, re.MULTILINE)})
 
-    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    if wanted:
-        return wanted
-    numbers = sorted({int(number) for number in re.findall(r"sm_(\d+)\b", torch._C._cuda_getArchFlags() or "")})
-    return ";".join(f"{number // 10}.{number % 10}" for number in numbers) + "+PTX"
+
+def architecture_for(gpu: int, built: Iterable[int]) -> int | None:
+    """The one of these architectures whose machine code a GPU runs: the newest of its major that is not newer than it."""
+    return max((number for number in built if number // 10 == gpu // 10 and number <= gpu), default=None)
 
 
-def decide_cuda() -> CudaDecision:
-    """GCNET_EXT_CUDA=auto|0|1 (FORCE_CUDA=1 is 1). It is torch and nvcc that decide, never a GPU in this machine.
+def covers(architectures: str, gpu: int) -> bool:
+    """Whether kernels that were compiled for a TORCH_CUDA_ARCH_LIST run on a GPU, from machine code or from PTX."""
+    found = [(int(major + minor), ptx) for major, minor, ptx in re.findall(r"(\d+)\.(\d)[a-z]?(\+PTX)?", architectures)]
+    return architecture_for(gpu, [number for number, _ptx in found]) is not None or any(ptx and n <= gpu for n, ptx in found)
 
-    Raises:
-        BuildStop: CUDA is wanted, or torch is a CUDA build, and something is missing.
+
+def _architectures(gpus: list[int]) -> tuple[str, str]:
+    """For what the kernels are compiled, as TORCH_CUDA_ARCH_LIST has it, and who says so.
+
+    Without that variable it is what torch itself was built for, the newest also as PTX for the GPUs to come; of that only what
+    the GPUs of this machine run, if there are any and it serves them all.
     """
     import torch
 
-    wanted = os.environ.get("GCNET_EXT_CUDA", "1" if os.environ.get("FORCE_CUDA", "0") == "1" else "auto")
-    if wanted not in ("auto", "0", "1"):
-        raise BuildStop(f"GCNET_EXT_CUDA must be auto, 0 or 1, got {wanted!r}.")
+    if wanted := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return wanted, "TORCH_CUDA_ARCH_LIST"
+    all_of_torch = sorted({int(number) for number in re.findall(r"sm_(\d+)\b", torch._C._cuda_getArchFlags() or "")})
+    served = sorted({number for gpu in gpus if (number := architecture_for(gpu, all_of_torch)) is not None})
+    name = lambda number: f"{number // 10}.{number % 10}"  # noqa: E731
+    if gpus and all(architecture_for(gpu, served) is not None for gpu in gpus):
+        return ";".join(map(name, served)), "the GPUs of this machine; TORCH_CUDA_ARCH_LIST names others"
+    return ";".join(map(name, all_of_torch)) + "+PTX", (
+        "all that torch is built for, which takes minutes; TORCH_CUDA_ARCH_LIST=9.0 would build for one of them, "
+        "GCNET_EXT_CUDA=0 for the CPU only"
+    )
+
+
+def decide_cuda() -> CudaDecision:
+    """GCNET_EXT_CUDA=auto|0|1|gpu (FORCE_CUDA=1 is 1): whether there are CUDA kernels, which is for torch and nvcc to decide.
+
+    ``auto``, the default, builds them where torch is a CUDA build and nvcc has its major version; ``1`` stops where that is not
+    so. A container is built on machines without a GPU, so a GPU only shortens the list of architectures; but ``gpu``, which the
+    Makefile sets for ``make demo`` and ``make test``, is ``auto`` where there is a GPU and ``0`` elsewhere.
+
+    Raises:
+        BuildStop: CUDA is wanted and something is missing, nvcc does not run, or the variable has another value.
+    """
+    import torch
+
+    wanted = os.environ.get("GCNET_EXT_CUDA") or ("1" if os.environ.get("FORCE_CUDA", "0") == "1" else "auto")
+    if wanted not in ("auto", "0", "1", "gpu"):
+        raise BuildStop(f"GCNET_EXT_CUDA must be auto, 0, 1 or gpu, got {wanted!r}.")
     if wanted == "0":
-        return CudaDecision(False, "GCNET_EXT_CUDA=0")
-    if torch.version.cuda is None:
+        return CudaDecision(False, "GCNET_EXT_CUDA was 0; for CUDA kernels set it to auto")
+
+    def without(why: str, fix: str) -> CudaDecision:
         if wanted == "1":
             raise BuildStop(
-                "CUDA kernels are wanted (GCNET_EXT_CUDA=1 or FORCE_CUDA=1), but torch "
-                f"{torch.__version__} is built without CUDA; install a CUDA build of torch, or set GCNET_EXT_CUDA=0."
+                f"CUDA kernels are wanted (GCNET_EXT_CUDA=1 or FORCE_CUDA=1), but {why}; {fix}, or set GCNET_EXT_CUDA=0 to "
+                "build for the CPU only."
             )
-        return CudaDecision(False, f"torch {torch.__version__} is built without CUDA")
+        return CudaDecision(False, f"{why}; for CUDA kernels {fix}")
+
+    cuda = torch.version.cuda
+    if cuda is None:
+        return without(f"torch {torch.__version__} is built without CUDA", "install a CUDA build of torch")
+    gpus = _gpus()
+    if wanted == "gpu" and not gpus:
+        return CudaDecision(False, "nvidia-smi found no GPU; for CUDA kernels set GCNET_EXT_CUDA=auto")
     nvcc = _nvcc()
     if nvcc is None:
-        raise BuildStop(
-            f"torch {torch.__version__} is built with CUDA {torch.version.cuda}, but there is no nvcc; install the CUDA "
-            f"{torch.version.cuda} toolkit and set CUDA_HOME, or set GCNET_EXT_CUDA=0 to build for the CPU only."
+        return without(
+            f"torch {torch.__version__} is built with CUDA {cuda} and no nvcc was found",
+            f"install the CUDA {cuda} toolkit, point CUDA_HOME at it",
         )
     path, version = nvcc
-    if version.split(".")[0] != torch.version.cuda.split(".")[0]:
-        raise BuildStop(
-            f"{path} is CUDA {version}, but torch {torch.__version__} is built with CUDA {torch.version.cuda}; the majors "
-            "must agree: point CUDA_HOME at a matching toolkit, or set GCNET_EXT_CUDA=0 to build for the CPU only."
+    if version.split(".")[0] != cuda.split(".")[0]:
+        return without(
+            f"torch {torch.__version__} is built with CUDA {cuda} and nvcc was of CUDA {version}: the majors must agree",
+            f"point CUDA_HOME at a toolkit of CUDA {cuda.split('.')[0]}",
         )
-    return CudaDecision(True, f"torch is built with CUDA {torch.version.cuda}, {path} is {version}", _architectures(), version)
+    architectures, chosen_by = _architectures(gpus)
+    reason = f"torch is built with CUDA {cuda}, {path} is of {version}; for {architectures} ({chosen_by})"
+    return CudaDecision(True, reason, architectures, version)
 
 
 def debug() -> bool:
@@ -174,19 +224,39 @@ def debug() -> bool:
     return os.environ.get("GCNET_EXT_DEBUG", "0") == "1"
 
 
+def cuda_flags(cuda: CudaDecision) -> list[str]:
+    """Those of nvcc; a kernel that finds no machine code for its GPU tells for which there is some."""
+    return [*CUDA_FLAGS, _define("GCNET_EXT_CUDA_ARCHITECTURES", cuda.architectures)]
+
+
+def _define(name: str, text: str) -> str:
+    return f"-D{name}={json.dumps(text)}"
+
+
 def cxx_flags(cuda: CudaDecision | None = None) -> list[str]:
-    """The compiler flags of this build; the CUDA library beside it is only told to ``build_info()``."""
-    built = cuda if cuda is not None and cuda.build else CudaDecision(False, "")
-    flags = [
-        *CXX_FLAGS,
-        f'-DGCNET_EXT_VERSION="{version()}"',
-        f'-DGCNET_EXT_CUDA_VERSION="{built.version}"',
-        f'-DGCNET_EXT_CUDA_ARCHITECTURES="{built.architectures}"',
-    ]
-    return ["-g", "-O0", *flags[1:]] if debug() else flags
+    """The compiler flags of this build; whether there is a CUDA library beside it is only told to ``build_info()``."""
+    told = cuda if cuda is not None else CudaDecision(False, "CMakeLists.txt builds none; for CUDA kernels use setup.py")
+    defined = {
+        "GCNET_EXT_VERSION": version(),
+        "GCNET_EXT_CUDA_VERSION": told.version,
+        "GCNET_EXT_CUDA_ARCHITECTURES": told.architectures,
+        "GCNET_EXT_WITHOUT_CUDA": "" if told.build else told.reason,
+    }
+    flags = [*CXX_FLAGS, *(_define(name, text) for name, text in defined.items())]
+    # Python's own flags, which setuptools puts before these, have -g: ten times the size for nobody.
+    return ["-g", "-O0", *flags[1:]] if debug() else ["-g0", *flags]
 
 
 if __name__ == "__main__":
-    # CMakeLists.txt: python gcnet_ext/_build.py sources|cxx_flags|link_flags|version
-    answers = {"sources": sources, "cxx_flags": cxx_flags, "link_flags": lambda: LINK_FLAGS, "version": lambda: [version()]}
-    print(";".join(answers[sys.argv[1]]()), end="")
+    # CMakeLists.txt: python gcnet_ext/_build.py sources|cxx_flags|link_flags|version; the Makefile: cuda
+    answers = {
+        "sources": sources,
+        "cxx_flags": cxx_flags,
+        "link_flags": lambda: LINK_FLAGS,
+        "version": lambda: [version()],
+        "cuda": lambda: [f"gcnet_ext: {decide_cuda().sentence()}\n"],
+    }
+    try:
+        print(";".join(answers[sys.argv[1]]()), end="")
+    except BuildStop as reason:
+        sys.exit(f"gcnet_ext cannot be built: {reason}")

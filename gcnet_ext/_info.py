@@ -8,7 +8,7 @@ from types import ModuleType
 
 import torch
 
-from . import _library
+from . import _build, _library
 from ._version import __version__
 
 CAPABILITY_VARIABLE = "GCNET_EXT_CPU_CAPABILITY"
@@ -124,8 +124,14 @@ def _cuda() -> str:
         reasons.append(_why_not("cuda"))
     if reasons:
         return "not used: " + "\nand: ".join(reasons)
-    gpus = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
-    return f"compiled kernels, CUDA {torch.version.cuda}, {gpus}"
+    built_for = _build_info()["cuda_architectures"]
+    lines = [f"compiled kernels for {built_for}, CUDA {torch.version.cuda}"]
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        lines.append(f"{torch.cuda.get_device_name(index)} ({major}.{minor})")
+        if not _build.covers(built_for, 10 * major + minor):
+            lines[-1] += f": every call will fail; build again with TORCH_CUDA_ARCH_LIST={major}.{minor}"
+    return "\n".join(lines)
 
 
 def _why_not(device: str) -> str:

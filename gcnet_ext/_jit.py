@@ -70,7 +70,7 @@ def load() -> ModuleType:
         cpp_extension.load(
             name="_C_cuda",
             sources=[str(_build.ROOT / source) for source in _build.cuda_sources()],
-            extra_cuda_cflags=list(_build.CUDA_FLAGS),
+            extra_cuda_cflags=[shlex.quote(flag) for flag in _build.cuda_flags(cuda)],
             build_directory=str(build_directory / "cuda"),
             is_python_module=False,
             with_cuda=True,

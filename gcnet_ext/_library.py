@@ -48,9 +48,14 @@ def _load_cuda() -> str | None:
         return None
     built = compiled.build_info()
     if not built["cuda"]:
-        return f"this build has no CUDA kernels; {HOW_TO_BUILD}, with a CUDA build of torch and nvcc on the PATH"
+        return f"this build has no CUDA kernels: {built['without_cuda']}, and {HOW_TO_BUILD}"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
+    if built["cuda"].split(".")[0] != torch.version.cuda.split(".")[0]:
+        return (
+            f"the CUDA kernels are built with CUDA {built['cuda']} and torch {torch.__version__} with CUDA "
+            f"{torch.version.cuda}, and the majors must agree; {HOW_TO_BUILD}, which uses the torch that is installed"
+        )
     try:
         (library,) = Path(str(compiled.__file__)).parent.glob("**/_C_cuda*.so")
         torch.ops.load_library(str(library))

@@ -184,16 +184,23 @@ def test_report_of_a_library_that_does_not_answer(monkeypatch):
 
 
 def test_report_on_a_machine_with_cuda(monkeypatch):
-    library(monkeypatch)
+    """A GPU that the kernels were not compiled for is named, with its architecture, theirs and the fix."""
+    gpus = [("H100", (9, 0)), ("RTX 5090", (12, 0))]
+    library(monkeypatch, cuda_architectures="8.0;9.0")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU number {index}")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: gpus[index][0])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: gpus[index][1])
     assert rows(_info.describe())["CUDA"].startswith("not used: torch is built with CUDA 13.0 but finds no GPU")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert rows(_info.describe())["CUDA"] == f"not used: {_library.why_no_kernels('cuda')}"
     monkeypatch.setattr(_library, "_kernel_devices", frozenset({"cpu", "meta", "cuda"}))
-    assert rows(_info.describe())["CUDA"] == "compiled kernels, CUDA 13.0, GPU number 0"
+    assert rows(_info.describe())["CUDA"].splitlines() == [
+        "compiled kernels for 8.0;9.0, CUDA 13.0",
+        "H100 (9.0)",
+        "RTX 5090 (12.0): every call will fail; build again with TORCH_CUDA_ARCH_LIST=12.0",
+    ]
 
 
 def test_commands(capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from types import SimpleNamespace
 
 import grid
 import pytest
@@ -142,14 +143,25 @@ def test_words_of_the_warning():
             pytest.skip("this build has CUDA kernels, and they are loaded")
         assert no_cuda == _library.cuda_error
     elif _library.load_error is None:
-        assert no_cuda == (
-            f"this build has no CUDA kernels; {_library.HOW_TO_BUILD}, with a CUDA build of torch and nvcc on the PATH"
-        )
+        why = _library.compiled.build_info()["without_cuda"]
+        assert "; for CUDA kernels " in why
+        assert no_cuda == f"this build has no CUDA kernels: {why}, and {_library.HOW_TO_BUILD}"
         assert _library.why_no_kernels("xpu") == "there are no kernels for xpu"
         assert "pip install --no-build-isolation ." in no_cuda
     else:
         assert str(_library.load_error) in no_cuda
         assert "pip install --no-build-isolation ." in no_cuda
+
+
+def test_words_about_kernels_of_another_cuda(kernels, monkeypatch):
+    """As after an isolated build, which fetches a torch of its own: the CUDA library is not loaded, and what to do is said."""
+    info = {**_library.compiled.build_info(), "cuda": "12.8"}
+    monkeypatch.setattr(_library, "compiled", SimpleNamespace(build_info=lambda: info, __file__=_library.compiled.__file__))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert _library._load_cuda() == (
+        f"the CUDA kernels are built with CUDA 12.8 and torch {torch.__version__} with CUDA 13.0, and the majors must agree; "
+        f"{_library.HOW_TO_BUILD}, which uses the torch that is installed"
+    )
 
 
 BROKEN = """

@@ -85,9 +85,11 @@ def wheel(sdist, tmp_path_factory) -> Path:
 
 
 def build_wheel(python: str, sdist: Path, folder: Path) -> Path:
-    """From the archive alone, for the CPU."""
+    """From the archive alone, as on a machine without nvcc: whatever torch is installed, the CPU kernels are built."""
     options = ("--no-build-isolation", "--no-deps", "--no-index", "--no-cache-dir")
-    run(python, "-m", "pip", "wheel", *options, "-w", folder, sdist, environment={"GCNET_EXT_CUDA": "0"})
+    path = os.pathsep.join(part for part in os.environ["PATH"].split(os.pathsep) if not (Path(part) / "nvcc").exists())
+    environment = {"CUDA_HOME": "/nonexistent", "PATH": path}
+    run(python, "-m", "pip", "wheel", *options, "-w", folder, sdist, environment=environment)
     (file,) = folder.iterdir()
     return file
 
@@ -145,6 +147,32 @@ def test_a_wheel_of_the_sdist_holds_the_package_and_one_library(wheel, sources):
     for name in names - {f"{info}/RECORD"}:
         digest = base64.urlsafe_b64encode(hashlib.sha256(archive.read(name)).digest()).rstrip(b"=").decode()
         assert recorded[name] == f"sha256={digest}", name
+
+
+@pytest.mark.slow
+def test_a_wheel_works_away_from_the_checkout(wheel, tmp_path):
+    """Built without nvcc, it says so, and what to do for CUDA kernels."""
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    (library,) = (tmp_path / "site" / "gcnet_ext").glob("_C.*.so")
+    assert library.stat().st_size < 5e6, "it has debug information"
+    code = (
+        "import torch, gcnet_ext; from gcnet_ext import _library\n"
+        "print(gcnet_ext.__file__, _library.load_error)\n"
+        "print(gcnet_ext.GlobalContextBlock(16, 1 / 4)(torch.ones(1, 16, 3, 3)).sum().item())\n"
+        "print(torch.version.cuda, _library.why_no_kernels('cuda'))"
+    )
+    environment = {"PYTHONPATH": str(tmp_path / "site"), "GCNET_EXT_JIT": "0"}
+    where, value, cuda = run(sys.executable, "-W", "error", "-c", code, environment=environment, cwd=tmp_path).splitlines()
+    assert where == f"{tmp_path / 'site' / 'gcnet_ext' / '__init__.py'} None"
+    assert float(value) == 72.0  # a mul block starts as x / 2
+    why = "is built without CUDA; for CUDA kernels install a CUDA build of torch, and build"
+    if not cuda.startswith("None "):
+        why = (
+            r"is built with CUDA [\d.]+ and no nvcc was found; for CUDA kernels install the CUDA [\d.]+ toolkit, .*, and build"
+        )
+    assert re.search(f" this build has no CUDA kernels: torch \\S+ {why} them with `pip install --no-build-isolation", cuda), (
+        cuda
+    )
 
 
 # ---- on another torch --------------------------------------------------------------------------------------------------------
@@ -230,17 +258,20 @@ def bare_environment(folder: Path, *, packages: tuple[str, ...], torch: str | No
     return folder / "bin" / "python"
 
 
-def pip_install(python: Path, checkout: Path, tools: Path, environment: dict[str, str]) -> str:
-    """What an install from the sources says; it must fail."""
-    variables = clean(environment)
-    variables["PATH"] = os.pathsep.join([str(python.parent), str(tools)])
+def pip_install(python: Path, checkout: Path, environment: dict[str, str], before: tuple[str, ...] = ()) -> str:
+    """What an install from the sources says, in one sentence; it must fail, and leave nothing behind."""
     options = ("--no-build-isolation", "--no-deps", "--no-index", "--no-cache-dir", "--disable-pip-version-check")
     done = subprocess.run(
-        [sys.executable, "-m", "pip", "--python", python, "install", *options, checkout],
-        env=variables, capture_output=True, text=True, check=False,
+        [*before, sys.executable, "-m", "pip", "--python", python, "install", *options, checkout],
+        env=clean(environment), capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.returncode != 0, done.stdout
-    return done.stdout + done.stderr
+    told = done.stdout + done.stderr
+    assert done.returncode != 0, told
+    assert "Traceback" not in told
+    assert list(python.parent.parent.rglob("gcnet_ext*")) == []
+    sentences = re.findall("gcnet_ext cannot be built: (.*)", told)
+    assert len(sentences) == 1, told
+    return sentences[0]
 
 
 MISSING = {
@@ -251,10 +282,13 @@ MISSING = {
     "compiler, CXX empty": ({"tools": (), "CXX": " "}, r"no C\+\+ compiler: c\+\+ is not on the PATH; install g\+\+"),
     "ninja": ({"tools": ("c++",)}, r"ninja is not installed; pip install ninja\."),
     "pybind11": ({"packages": ("setuptools", "wheel")}, "pybind11 is not installed; pip install pybind11"),
-    "nvcc": ({"cuda": "13.0", "CUDA_HOME": "/nowhere"}, "there is no nvcc; install the CUDA 13.0 toolkit .*CUDA_HOME, or set"),
+    "nvcc": (
+        {"cuda": "13.0", "CUDA_HOME": "/nowhere", "GCNET_EXT_CUDA": "1"},
+        "no nvcc was found; install the CUDA 13.0 toolkit, point CUDA_HOME at it, or set",
+    ),
     "nvcc of torch's major": (
-        {"cuda": "13.0", "nvcc": "echo release 12.4,"},
-        "nvcc is CUDA 12.4, .* with CUDA 13.0; the majors",
+        {"cuda": "13.0", "nvcc": "echo release 12.4,", "GCNET_EXT_CUDA": "1"},
+        "is built with CUDA 13.0 and nvcc was of CUDA 12.4: the majors must agree; point CUDA_HOME",
     ),
     "nvcc that runs": (
         {"cuda": "13.0", "nvcc": "exit 1"},
@@ -281,8 +315,34 @@ def test_pip_says_what_is_missing_in_one_sentence(checkout, tmp_path, missing):
         nvcc.chmod(0o755)
         environment["CUDA_HOME"] = str(tmp_path / "cuda")
     python = bare_environment(tmp_path / "environment", packages=given["packages"], torch=given["torch"], cuda=given["cuda"])
-    told = pip_install(python, checkout, tools, environment)
-    sentences = re.findall("gcnet_ext cannot be built: (.*)", told)
-    assert len(sentences) == 1, told
-    assert re.search(sentence, sentences[0]), told
-    assert "Traceback" not in told
+    environment["PATH"] = os.pathsep.join([str(python.parent), str(tools)])
+    assert re.search(sentence, pip_install(python, checkout, environment))
+
+
+SMALL = """
+mount -t tmpfs -o size=40m none "$1" && cp -r "$2" "$1/checkout" && if [ "$3" != "" ]; then mount -o "$3" "$1"; fi
+shift 3 && exec "$@"
+"""
+
+
+@pytest.mark.parametrize(
+    ("remount", "sentence"),
+    [
+        (
+            "",
+            r"checkout does not take 64 MB \(.*No space left on device\); make room there, or",
+        ),
+        ("remount,ro", r"checkout does not take 1 MB \(.*Read-only file system.*\); make room there, or"),
+    ],
+    ids=["full", "read-only"],
+)
+def test_pip_says_that_a_disk_takes_nothing(checkout, tmp_path, remount, sentence):
+    """In a file system of 40 MB, which ends with the process."""
+    unshare = ("unshare", "--mount", "--map-root-user")
+    if shutil.which("unshare") is None or subprocess.run([*unshare, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("no file systems can be mounted here")
+    folder = tmp_path / "small"
+    folder.mkdir()
+    python = bare_environment(tmp_path / "environment", packages=("setuptools", "wheel"), torch="2.13.0", cuda=None)
+    before = (*unshare, "sh", "-c", SMALL, "sh", str(folder), str(checkout), remount)
+    assert re.search(sentence, pip_install(python, folder / "checkout", {}, before))

@@ -4,12 +4,12 @@
 #pragma once
 
 #include <cstddef>
+#include <string>
 
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
 
 #include <stdexcept>
-#include <string>
 #else
 #include "cuda_emulation.h"
 #endif
@@ -22,6 +22,13 @@ struct alignas(sizeof(T) * V) Vector {
   T data[V];
 };
 
+// What is said on a GPU that the kernels, compiled for these architectures, have no code for.
+inline std::string no_code_for(int major, int minor, const std::string& architectures) {
+  const std::string gpu = std::to_string(major) + "." + std::to_string(minor);
+  return "gcnet_ext: this GPU has compute capability " + gpu + ", and the CUDA kernels were compiled for " + architectures +
+         " only; build them again with TORCH_CUDA_ARCH_LIST=" + gpu + " (see Install in README.md)";
+}
+
 #if defined(__CUDACC__)
 
 __device__ __forceinline__ unsigned char* dynamic_shared_memory() {
@@ -29,13 +36,21 @@ __device__ __forceinline__ unsigned char* dynamic_shared_memory() {
   return gcnet_ext_shared_memory;
 }
 
+[[noreturn]] inline void launch_failed(cudaError_t error) {
+  int device = 0, major = 0, minor = 0;
+  const bool without_code = error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion;
+  if (without_code && !cudaGetDevice(&device) && !cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) &&
+      !cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device)) {
+    throw std::runtime_error(no_code_for(major, minor, GCNET_EXT_CUDA_ARCHITECTURES));
+  }
+  throw std::runtime_error(std::string("gcnet_ext: CUDA launch failed: ") + cudaGetErrorString(error));
+}
+
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
             Arguments&&... arguments) {
   kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Arguments&&>(arguments)...);
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("gcnet_ext: CUDA launch failed: ") + cudaGetErrorString(error));
+  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) launch_failed(error);
 }
 
 // Of the current device.

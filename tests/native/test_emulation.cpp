@@ -165,6 +165,11 @@ void everything() {
   check_throws([] { launch(empty_kernel, 1, 1025, 0, nullptr); }, "the block is too large");
   check_throws([] { launch(empty_kernel, 1, 32, 50000, nullptr); }, "more than 48 KB");
   check(sum_of_blocks(2) > 0, "a launch after failed ones");
+
+  check(no_code_for(12, 0, "8.0;9.0") ==
+            "gcnet_ext: this GPU has compute capability 12.0, and the CUDA kernels were compiled for 8.0;9.0 only; build them "
+            "again with TORCH_CUDA_ARCH_LIST=12.0 (see Install in README.md)",
+        "a GPU without code is named, with what there is code for and what to do");
 }
 
 void counting() {
