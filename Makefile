@@ -1,5 +1,6 @@
 # make demo              the block on real images
-# make test              the tests, CPU and emulated CUDA
+# make test              some of every kind of test, in a few minutes
+# make test-all          all of them, CPU and emulated CUDA
 # make test-native       the C++ tests under sanitizers, and the mutation check, by CMake and ctest
 # make test-cuda-build   the CUDA build for every architecture, its machine code, and the tests on another torch
 # make bench             every benchmark; beside timm and mmcv with PEERS=1
@@ -9,8 +10,10 @@
 # All but the last set up what they need in .venv or .venv-cuda, and install and build what is missing first.
 #
 # Variables: PYTHON (python3), VENV (.venv), TORCH (what pip installs as torch: a version, or a version and an index),
-# WORKERS (processes that share the tests, one per core), ARGS (more arguments for the command).
+# WORKERS (processes that share the tests, one per core), ARGS (more arguments for the command), GCNET_EXT_CUDA (gpu: CUDA
+# kernels where there is a GPU; 1: also elsewhere; 0: none).
 
+SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
@@ -28,7 +31,8 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -na
 # The name says which torch is installed, so that another TORCH= installs and builds again.
 TAG := $(shell printf '%s' '$(TORCH)' | tr -c 'A-Za-z0-9.' '-')
 INSTALLED := $(VENV)/installed-$(TAG)
-BUILT := $(VENV)/built-$(TAG)
+GCNET_EXT_CUDA ?= $(if $(filter 1,$(FORCE_CUDA)),1,gpu)
+BUILT := $(VENV)/built-$(TAG)-$(GCNET_EXT_CUDA)
 
 PEERS ?=
 # A second environment, with a CUDA build of torch, for all architectures; no GPU is needed to build and to run the CPU tests.
@@ -39,12 +43,16 @@ CUDA_TAG := $(shell printf '%s' '$(CUDA_TORCH) $(CUDA_ARCHITECTURES)' | tr -c 'A
 CUDA_CHECKOUT := build/cuda-checkout
 CUDA_BUILT = $(CUDA_CHECKOUT)/cuda-built-$(CUDA_TAG)
 
-.PHONY: demo test test-native test-cuda-build gpu-check lint format bench mutants fuzz build clean
+.PHONY: demo test test-all test-native test-cuda-build gpu-check lint format bench mutants fuzz build clean
 
 demo: $(BUILT)
 	$(VENV)/bin/python -m gcnet_ext demo $(ARGS)
 
 test: $(BUILT)
+	$(PYTEST) --brief $(ARGS)
+	@cat $(INSTALLED) $(BUILT)
+
+test-all: $(BUILT)
 	$(PYTEST) $(ARGS)
 
 test-native: $(BUILT)
@@ -100,16 +108,27 @@ format: $(INSTALLED)
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(filter csrc/%,$(SOURCES)) $(wildcard examples/*/*.cpp tests/native/cpu/*.cpp)
 
+# Each of the two leaves behind how long it took.
 $(INSTALLED): requirements-dev.txt
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("$(PYTHON) is Python %d.%d, and 3.10 or newer is needed:"\
+		" name one with PYTHON=" % sys.version_info[:2])'
+	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	rm -f $(VENV)/installed-* $(VENV)/built-*
-	$(VENV)/bin/pip install --quiet $(TORCH)
-	$(VENV)/bin/pip install --quiet -r requirements-dev.txt
-	touch $@
+	SECONDS=0 && $(VENV)/bin/pip install $(TORCH) && $(VENV)/bin/pip install --quiet -r requirements-dev.txt && \
+		echo "The packages took $$SECONDS s to install." > $@
+
+# $(call compile,PIP): installs the folder. pip hides what a build says unless it is asked for all of it; of that the sources are
+# shown as they are done, and the end where it fails.
+compile = mkdir -p build && set -o pipefail && { $(1) install -v --no-build-isolation --no-deps -e . 2>&1 | \
+	tee build/compile.log | sed -nu "s|^ *\(\[[0-9]*/[0-9]*\]\) .* -c .*/\(csrc/[^ ']*\)'* -o .*|  \1 \2|p" || \
+	{ tail -n 40 build/compile.log; exit 1; }; }
 
 $(BUILT): $(INSTALLED) $(SOURCES)
-	$(VENV)/bin/pip install --quiet --no-build-isolation --no-deps -e .
-	touch $@
+	@rm -f $(VENV)/built-*
+	@GCNET_EXT_CUDA=$(GCNET_EXT_CUDA) $(VENV)/bin/python gcnet_ext/_build.py cuda
+	@echo "gcnet_ext: compiling; all that the compiler says is in build/compile.log"
+	@SECONDS=0 && export GCNET_EXT_CUDA=$(GCNET_EXT_CUDA) && $(call compile,$(VENV)/bin/pip) && \
+		echo "The kernels took $$SECONDS s to compile." > $@
 
 $(CUDA_VENV)/installed-$(CUDA_TAG): requirements-dev.txt requirements-peers.txt
 	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
@@ -123,8 +142,8 @@ $(CUDA_BUILT): $(CUDA_VENV)/installed-$(CUDA_TAG) $(SOURCES) $(wildcard gcnet_ex
 	rm -rf $(CUDA_CHECKOUT)/cuda-built-* $(addprefix $(CUDA_CHECKOUT)/,csrc gcnet_ext tests bench examples docs)
 	tar -c --exclude='*.so' --exclude=__pycache__ csrc gcnet_ext tests bench examples docs setup.py pyproject.toml MANIFEST.in *.md LICENSE \
 		Makefile CMakeLists.txt requirements-*.txt | tar -x -C $(CUDA_CHECKOUT)
-	cd $(CUDA_CHECKOUT) && GCNET_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" \
-		$(abspath $(CUDA_VENV))/bin/pip install --quiet --no-build-isolation --no-deps -e .
+	@cd $(CUDA_CHECKOUT) && export GCNET_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" && \
+		$(abspath $(CUDA_VENV))/bin/python gcnet_ext/_build.py cuda && $(call compile,$(abspath $(CUDA_VENV))/bin/pip)
 	touch $@
 
 clean:

@@ -22,6 +22,7 @@ from gcnet_ext import _library
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "native"))
+import brief  # noqa: E402
 import emulated  # noqa: E402
 
 # Here and not in a test file: pytest --hypothesis-profile=explore looks for the name before it reads one.
@@ -194,6 +195,19 @@ def python():
 def pytest_addoption(parser: pytest.Parser) -> None:
     words = "with --hypothesis-profile=explore: how long all tests of hypothesis may take together"
     parser.addoption("--fuzz-seconds", type=float, default=1800, help=words)
+    brief.add_option(parser)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    brief.leave_out(config, items)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    brief.tell(session.config)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    brief.summary(config, terminalreporter)
 
 
 class TimeIsUp(KeyboardInterrupt):
@@ -242,6 +256,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "representative: the selection that test_capabilities.py runs for every CPU capability")
+    config.pluginmanager.register(brief.Workers(config))
 
 
 def pytest_report_header() -> str:

@@ -1,0 +1,75 @@
+"""``pytest --brief``, which is `make test`: some of every kind of test in a few minutes, and at the end what was left out.
+
+Of each test function, with each backend, a few cases are run, evenly spread over all that it has, the first and the last among
+them. Tests that are marked as slow are left out: they compile, take gigabytes, or search for long.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pytest
+
+MOST_CASES = 4
+LEFT_OUT = pytest.StashKey[dict[str, int]]()
+
+
+def add_option(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--brief", action="store_true", help=f"at most {MOST_CASES} cases of a test per backend, and none that is slow"
+    )
+
+
+def spread(cases: list[Any], most: int) -> list[Any]:
+    """At most so many of the cases: the first, the last, and those evenly in between."""
+    if len(cases) <= most:
+        return cases
+    return [cases[i * (len(cases) - 1) // (most - 1)] for i in range(most)]
+
+
+def chosen(items: Iterable[pytest.Item]) -> Iterator[pytest.Item]:
+    groups: dict[tuple, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("slow") is None:
+            parameters = item.callspec.params if hasattr(item, "callspec") else {}
+            groups[item.path, getattr(item, "originalname", item.name), item.cls, parameters.get("backend")].append(item)
+    for cases in groups.values():
+        yield from spread(cases, MOST_CASES)
+
+
+def leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Shortens the list of items, and notes of which files."""
+    if not config.getoption("--brief"):
+        return
+    kept = {id(item) for item in chosen(items)}
+    left_out = [item for item in items if id(item) not in kept]
+    items[:] = [item for item in items if id(item) in kept]
+    config.hook.pytest_deselected(items=left_out)
+    config.stash[LEFT_OUT] = dict(Counter(item.path.name for item in left_out))
+
+
+class Workers:
+    """What the processes of xdist have left out, which is the same in each: they collect, and the one that reports does not."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        self.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", {})
+
+
+def tell(config: pytest.Config) -> None:
+    """For the process that reports."""
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["left_out"] = config.stash.get(LEFT_OUT, {})
+
+
+def summary(config: pytest.Config, terminal: Any) -> None:
+    if left_out := config.stash.get(LEFT_OUT, {}):
+        terminal.section("left out by --brief")
+        for name, count in sorted(left_out.items(), key=lambda found: (-found[1], found[0])):
+            terminal.line(f"{count:5d} of {name}")
+        terminal.line(f"{sum(left_out.values())} tests in all; `make test-all` runs them, too.")
