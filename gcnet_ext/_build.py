@@ -235,7 +235,7 @@ def _define(name: str, text: str) -> str:
 
 def cxx_flags(cuda: CudaDecision | None = None) -> list[str]:
     """The compiler flags of this build; whether there is a CUDA library beside it is only told to ``build_info()``."""
-    told = cuda if cuda is not None else CudaDecision(False, "CMakeLists.txt builds none; for CUDA kernels use setup.py")
+    told = cuda if cuda is not None else CudaDecision(False, "CMakeLists.txt builds none, and for CUDA kernels use setup.py")
     defined = {
         "GCNET_EXT_VERSION": version(),
         "GCNET_EXT_CUDA_VERSION": told.version,
