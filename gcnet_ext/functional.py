@@ -25,7 +25,7 @@ def attention_pool(x: Tensor, weight: Tensor | None = None, bias: Tensor | None 
     """Gather one context vector per sample: the context modelling of the GC block.
 
     ``context_c = sum_p m_p x_cp`` with ``m = softmax_p(weight . x_p + bias)`` (the paper, equation 4 and figure 4d);
-    without a weight ``m_p = 1 / P``, which is average pooling. x is read once.
+    without a weight ``m_p = 1 / P``, which is average pooling.
 
     Args:
         x: ``[N, C, *spatial]``, at least one position.
@@ -66,12 +66,12 @@ def attention_map(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 def channel_fuse(x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, *, inplace: bool = False) -> Tensor:
     """Fold per-channel values back into every position: ``out_cp = x_cp * scale_c + shift_c``.
 
-    The fusion of the GC block (the paper, section 3.4) with both of its variants in one pass over x. The scale is applied as it
-    is: a gate such as the sigmoid is the caller's.
+    The fusion of the GC block (the paper, section 3.4) with both of its variants in one pass over x. The scale is used
+    unchanged; apply a gate such as the sigmoid yourself.
 
     Args:
         x: ``[N, C, *spatial]``.
-        scale: ``[N, C]``, or None for 1. Trailing ones are free: ``[N, C, 1, 1]`` is the same.
+        scale: ``[N, C]``, or None for 1. Trailing dimensions of size 1 are allowed: ``[N, C, 1, 1]``.
         shift: ``[N, C]``, or None for 0.
         inplace: overwrite x with the result and return it. For inference: nothing may require a gradient.
 
@@ -81,6 +81,7 @@ def channel_fuse(x: Tensor, scale: Tensor | None = None, shift: Tensor | None = 
     Raises:
         RuntimeError: an argument has a wrong shape, dtype or device, or with ``inplace`` requires a gradient or shares memory
             among its elements. The message names it.
+        TypeError: x is no tensor.
     """
     if inplace:
         if _library.has_kernels(x):
@@ -111,8 +112,8 @@ def global_context(
     """The whole Global Context block (the paper, equation 5) as one operator per direction.
 
     ``context = attention_pool(x)``, then per branch ``t = w2 act(norm(w1 context + b1)) + b2``, then
-    ``out = x * gate(t_scale) + t_shift``: the multiplication first, both branches from the same context. Forward reads x at
-    most twice and writes the output once; x and buffers of N*P or N*C elements are all that backward keeps.
+    ``out = x * gate(t_scale) + t_shift``: the multiplication first, both branches from the same context. Backward keeps x and
+    buffers of N*P or N*C elements.
 
     Args:
         x: ``[N, C, *spatial]``, at least one position.
@@ -124,7 +125,7 @@ def global_context(
         eps: epsilon of that LayerNorm.
         activation: ``"relu"`` or ``"silu"``, between the two layers.
         gate: ``"sigmoid"``, or ``"hard_sigmoid"`` for ``clip(gate_alpha t + gate_beta, 0, 1)``.
-        gate_alpha, gate_beta: slope and offset of the hard sigmoid; torch's are 1/6 and 1/2, those of ONNX 0.2 and 0.5.
+        gate_alpha, gate_beta: slope and offset of the hard sigmoid; torch uses 1/6 and 1/2, ONNX 0.2 and 0.5.
         inplace: overwrite x with the result and return it. For inference: nothing may require a gradient.
 
     Returns:
@@ -133,6 +134,7 @@ def global_context(
     Raises:
         RuntimeError: an argument has a wrong shape, dtype or device, both branches are missing, or with ``inplace`` something
             requires a gradient or x shares memory among its elements. The message names it.
+        TypeError: x is no tensor, or a branch no `Transform`.
     """
     _checks.choices("global_context", activation, gate)
     _checks.transform("global_context", "scale", scale)

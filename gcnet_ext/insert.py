@@ -41,13 +41,13 @@ def insert_blocks(
 
     Args:
         model: for ``stages``, a ResNet of torchvision or timm, of Bottleneck or BasicBlock.
-        stages: of 1 to 4; ``layer1`` to ``layer4``.
+        stages: the stages to change, from 1 (``layer1``) to 4 (``layer4``).
         ratio: hidden units per channel, for ``"gc"`` and ``"se"``.
         position: ``"after_conv3"`` (after the norm of the last convolution of a residual block) or ``"after_add"`` (after the
             residual block: addition and activation).
         kind: ``"gc"`` (with ``fusion_types=("channel_add",)`` unless given), ``"se"``, ``"snl"`` or ``"nl"``.
-        modules: instead of stages and position, the names of the modules to put a block behind; a mapping gives the channels
-            of their outputs, too, otherwise read from ``num_features``, ``out_channels`` or a residual block's last norm.
+        modules: names of modules to insert a block after, instead of stages and position. A mapping also gives the channels of
+            their outputs, which are otherwise read from ``num_features``, ``out_channels`` or a residual block's last norm.
         options: for the constructor of the block. Device and dtype are those of the module in front of it.
 
     Returns:

@@ -367,7 +367,24 @@ def test_demo_fails_when_the_block_is_wrong(error, monkeypatch, tmp_path, capsys
 @pytest.mark.parametrize("name", ["mlxtend", "matplotlib", "tqdm"])
 def test_missing_dependency_is_told_in_a_sentence(name, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, name, None)  # this is how Python marks a module that cannot be imported
-    with pytest.raises(SystemExit, match=re.escape("pip install 'gcnet_ext[demo]'")) as end:
+    with pytest.raises(SystemExit, match=re.escape("pip install matplotlib mlxtend tqdm")) as end:
         command_line.main(["demo", "--output", str(tmp_path)])
     assert str(end.value).startswith(f"the demo needs {name} (")
     assert "\n" not in str(end.value)
+
+
+@pytest.mark.parametrize("command", ["demo", "compare"])
+def test_an_output_folder_that_cannot_be_made_is_told_in_a_sentence(command, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys.modules[command_line.COMMANDS[command].__name__], "require", lambda name: None)
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        SystemExit, match=r"^--output must be a folder that can be made and written to, got .*/file \(File exists\)$"
+    ):
+        command_line.main([command, "--output", str(tmp_path / "file")])
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "x", "1.5"])
+def test_a_number_that_is_none_is_told(text, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command_line.main(["demo", f"--epochs={text}"])
+    assert f"argument --epochs: must be a whole number of at least 1, got '{text}'" in capsys.readouterr().err

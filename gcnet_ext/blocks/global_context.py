@@ -21,30 +21,31 @@ FUSION_TYPES = ("channel_add", "channel_mul")
 class GlobalContextBlock(FusedBlock):
     """The Global Context block of GCNet on compiled kernels: context modelling, transform and fusion.
 
-    ``context = attention pooling of x``; ``out = x * sigmoid(mul(context)) + add(context)``, either branch optional, each
+    ``context = attention pooling of x``; ``out = x * sigmoid(mul(context)) + add(context)``; one branch may be absent; each is
     ``1x1 conv, LayerNorm, ReLU, 1x1 conv`` with ``int(inplanes * ratio)`` hidden units.
 
     Source: https://arxiv.org/abs/1904.11492, equation 5 and figure 4d. Parameter names, shapes and initialisation are those of
     the reference implementation (mmcv ``ContextBlock``), so its checkpoints load with ``strict=True``. Arguments and defaults
-    are those of the snippet that is copied most; mmcv's differ in two things: inplanes is called ``in_channels`` there, which
-    is taken here, too, and its fusion_types are ``("channel_add",)`` by default. A ``channel_add`` block starts as the
-    identity; a ``channel_mul`` block starts at half its input, because the sigmoid of its zeros is 1/2.
+    are those of the snippet of the block that circulates in many repositories (ratio has no default there). mmcv's differ in
+    two things: inplanes is called ``in_channels``, which is accepted here, too, and fusion_types are ``("channel_add",)`` by
+    default. A ``channel_add`` block starts as the identity; a ``channel_mul`` block multiplies its input by 1/2 at first,
+    because its last layer is zero and sigmoid(0) = 1/2.
 
     Args:
         inplanes: C, the channels of the input and of the output.
         ratio: hidden units per channel, at most 1, and 1/16 in the paper; ``int(inplanes * ratio)`` must be at least 1.
         pooling_type: ``"att"`` (attention pooling) or ``"avg"`` (average pooling).
         fusion_types: ``"channel_mul"``, ``"channel_add"`` or a sequence of them.
-        in_channels: inplanes by the name that mmcv has for it.
+        in_channels: mmcv's name for inplanes.
         planes: the hidden units themselves, instead of a ratio.
         norm: whether a LayerNorm stands between the two layers of a branch.
         eps: epsilon of the LayerNorms.
         activation: ``"relu"`` or ``"silu"``, between the two layers.
         gate: what the scale goes through: ``"sigmoid"``, or ``"hard_sigmoid"`` for ``clip(gate_alpha t + gate_beta, 0, 1)``.
-        gate_alpha, gate_beta: of the hard sigmoid; torch's are 1/6 and 1/2, those of ONNX 0.2 and 0.5.
+        gate_alpha, gate_beta: of the hard sigmoid; torch uses 1/6 and 1/2, ONNX 0.2 and 0.5.
         process_group: of torch.distributed, when each process holds its own part of every image, split along a spatial
             dimension: the context is then that of the whole image, for one collective of ``N (C + 1)`` numbers per call and
-            one of ``N C`` backward. The gradient of a parameter is the sum over the processes. Such a block has no copies.
+            one of ``N C`` backward. The gradient of a parameter is the sum over the processes. It cannot be copied.
         inplace: overwrite the input with the output, as nn.ReLU can. For inference: with autograd it is an error.
         device, dtype: of the parameters, as in every nn.Module.
 

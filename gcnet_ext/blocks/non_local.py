@@ -44,7 +44,7 @@ class NonLocalBlock(nn.Module):
         sub_sample: whether phi and g are max-pooled, by 2 along every spatial dimension (not along the time of a video).
         use_scale: whether ``"embedded_gaussian"`` divides by ``sqrt(D)``.
         norm: None, or ``"batch"`` for a BatchNorm after ``conv_out``, which then has no bias.
-        in_channels: inplanes by the name that mmcv has for it.
+        in_channels: mmcv's name for inplanes.
         device, dtype: of the parameters, as in every nn.Module.
 
     Shapes:

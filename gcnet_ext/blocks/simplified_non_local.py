@@ -20,7 +20,7 @@ class SimplifiedNonLocalBlock(FusedBlock):
 
     Args:
         inplanes: C, the channels of the input and of the output.
-        in_channels: inplanes by the name that mmcv has for it.
+        in_channels: mmcv's name for inplanes.
         inplace: overwrite the input with the output. For inference: with autograd it is an error.
         device, dtype: of the parameters, as in every nn.Module.
 

@@ -22,13 +22,13 @@ class SqueezeExcitation(FusedBlock):
 
     Args:
         inplanes: C, the channels of the input and of the output.
-        ratio: hidden units per channel, at most 1; ``int(inplanes * ratio)`` must be at least 1. (The second argument of
-            torchvision's block is the hidden units, which are ``planes`` here, and of others the reduction, which is 1/ratio.)
-        in_channels: inplanes by the name that mmcv has for it.
+        ratio: hidden units per channel, at most 1; ``int(inplanes * ratio)`` must be at least 1. In torchvision
+            the second argument is the number of hidden units (``planes`` here); other libraries take the reduction, 1/ratio.
+        in_channels: mmcv's name for inplanes.
         planes: the hidden units themselves, instead of a ratio.
         activation: ``"relu"`` or ``"silu"``.
         gate: ``"sigmoid"``, or ``"hard_sigmoid"`` for ``clip(gate_alpha t + gate_beta, 0, 1)``.
-        gate_alpha, gate_beta: of the hard sigmoid; torch's are 1/6 and 1/2, those of ONNX 0.2 and 0.5.
+        gate_alpha, gate_beta: of the hard sigmoid; torch uses 1/6 and 1/2, ONNX 0.2 and 0.5.
         bias: whether the two layers have one.
         inplace: overwrite the input with the output. For inference: with autograd it is an error.
         device, dtype: of the parameters, as in every nn.Module.
