@@ -1,132 +1,233 @@
-"""Draws results of bench/run.py: speed-up per shape, roofline, scaling.
+"""Draws results of bench/run.py, and beside them those of a GPU: what is gained, speed-up, roofline, scaling.
 
-python bench/plots.py results.json [folder]
+python bench/plots.py results.json [folder [gpu_check.json]]
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from global_context import SHAPES, floor_clones, summary
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-COLOURS = {
-    "ours": "#1b6ca8",
-    "ours compiled": "#7fb3d5",
-    "eager": "#c0392b",
-    "compile": "#e59866",
-    "compile max-autotune": "#f5b041",
-    "rewrite": "#7d8c93",
-    "timm": "#8e44ad",
-    "mmcv": "#145a32",
+# Distinct in shape as well as in colour, for those who do not see the colours.
+STYLES = {
+    "ours": ("#1b6ca8", "o"),
+    "ours compiled": ("#7fb3d5", "h"),
+    "rewrite": ("#555555", "s"),
+    "compile max-autotune": ("#f5b041", "v"),
+    "compile": ("#e67e22", "^"),
+    "eager": ("#c0392b", "D"),
 }
+LABELS = {
+    "ours": "gcnet_ext",
+    "ours compiled": "gcnet_ext in torch.compile",
+    "rewrite": "rewritten, torch.compile",
+    "compile max-autotune": "torch.compile, max-autotune",
+    "compile": "torch.compile",
+    "eager": "eager PyTorch",
+}
+DIRECTIONS = {"infer": "inference", "train": "training step"}
 
 
-def _block_rows(results: dict[str, Any], direction: str, dtype: str = "float32") -> list[dict[str, Any]]:
-    return [row for row in results["block"] if row["direction"] == direction and row["dtype"] == dtype]
+def geometric_mean(values: Iterable[float]) -> float:
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs))
 
 
-def speedup(results: dict[str, Any], file: Path) -> None:
-    """How many times faster ours is than each of the others, per shape; longer is better."""
-    figure, axes = plt.subplots(1, 2, figsize=(13, 11), sharey=True, layout="constrained")
-    for axis, direction in zip(axes, ("infer", "train"), strict=True):
-        rows = _block_rows(results, direction)
-        places = list(dict.fromkeys((row["x"], row["layout"]) for row in rows if row["candidate"] not in ("ours", "clone")))
-        ours = {(row["x"], row["layout"]): row["microseconds"] for row in rows if row["candidate"] == "ours"}
-        others = [c for c in dict.fromkeys(row["candidate"] for row in rows) if c not in ("ours", "clone")]
-        height = 0.8 / max(1, len(others))
-        for index, other in enumerate(others):
-            own = {(row["x"], row["layout"]): row["microseconds"] for row in rows if row["candidate"] == other}
-            values = [own[place] / ours[place] if place in own else math.nan for place in places]
-            axis.barh(np.arange(len(places)) + index * height, values, height, label=other, color=COLOURS[other])
-        axis.axvline(1, color="black", linewidth=0.8)
-        axis.set_yticks(np.arange(len(places)) + 0.4 - height / 2, [" ".join(place) for place in places], fontsize=8)
-        axis.set_xlabel("times slower than ours")
-        axis.set_title({"infer": "inference", "train": "forward and backward"}[direction])
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].invert_yaxis()
-    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=8)
-    figure.suptitle(
-        f"Global Context block, float32, {results['machine']['processor']}, {results['machine']['threads']} threads"
+def block_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """All that was measured in float32."""
+    return [row for row in results["block"] if row["dtype"] == "float32"]
+
+
+def shown_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of these the shapes that every candidate was measured on."""
+    return [row for row in block_rows(results) if row["x"] in SHAPES]
+
+
+def gpu_ratios(gpu_results: dict[str, Any], direction: str) -> list[float]:
+    """Per row of the GPU's report how many times as long as ours the compiled rewrite takes, x not in the cache."""
+    rows = (row["candidates"] for row in gpu_results["timings"]["rows"])
+    found = [(row["ours"], row.get("compiled rewrite")) for row in rows if row.get("ours")]
+    return [other[direction]["graph_cold"] / ours[direction]["graph_cold"] for ours, other in found if other]
+
+
+def _machine(results: dict[str, Any]) -> str:
+    machine = results["machine"]
+    processor = machine["processor"].replace("(R)", "").replace(" Processor", "")
+    return f"{machine['threads']} threads of an {processor} CPU ({machine['capability']})"
+
+
+def _bare(axis: Axes) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def gain(results: dict[str, Any], gpu_results: dict[str, Any] | None = None) -> Figure:
+    """The times of the others as multiples of ours, geometric means; what was not measured is said."""
+    means = summary(block_rows(results))
+    candidates = ("eager", "compile", "rewrite", "ours")
+    groups = {
+        f"CPU, {DIRECTIONS[way]}": {name: means[f"{way} {name}"]["to_ours"] for name in candidates if f"{way} {name}" in means}
+        for way in DIRECTIONS
+    }
+    if gpu_results is not None:
+        gpu = gpu_results["environment"]["gpus"][0]["name"].removeprefix("NVIDIA ")
+        for way in ("forward", "backward"):
+            groups[f"{gpu}, {way}"] = {"rewrite": geometric_mean(gpu_ratios(gpu_results, way)), "ours": 1.0}
+    figure, axes = plt.subplots(
+        1, len(groups), figsize=(2.7 * len(groups), 2.3), sharey=True, sharex=True, layout="constrained"
     )
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    for axis, (title, values) in zip(axes, groups.items(), strict=True):
+        for place, name in enumerate(candidates):
+            if name in values:
+                axis.barh(place, values[name], 0.7, color=STYLES[name][0])
+                axis.text(values[name] + 0.08, place, f"{values[name]:.1f}x", va="center", fontsize=9)
+            else:
+                axis.text(0.08, place, "not measured", va="center", fontsize=8, color="#777777")
+        axis.set_title(title, fontsize=10)
+        axis.set_yticks(range(len(candidates)), [LABELS[name] for name in candidates])
+        axis.tick_params(left=False)
+        axis.set_xticks([])
+        axis.spines[["top", "right", "bottom"]].set_visible(False)
+    axes[0].set_xlim(0, 1.25 * max(max(values.values()) for values in groups.values()))
+    axes[0].invert_yaxis()
+    figure.supxlabel(
+        "time of one Global Context block, as a multiple of gcnet_ext's (geometric mean; shorter is faster)", fontsize=9
+    )
+    return figure
 
 
-def roofline(results: dict[str, Any], file: Path) -> None:
-    """Time against bytes of x, beside the byte floor of a streaming block at the speed of the copy in the same run."""
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    for axis, direction in zip(axes, ("infer", "train"), strict=True):
-        rows = _block_rows(results, direction)
-        size = {row["x"]: 4 * math.prod(int(s) for s in row["x"].split("x")) / 1e6 for row in rows}
-        for candidate in ("clone", "ours", "rewrite", "eager"):
-            own = [row for row in rows if row["candidate"] == candidate]
-            axis.scatter(
-                [size[row["x"]] for row in own], [row["microseconds"] for row in own], s=22, label=candidate,
-                color=COLOURS.get(candidate, "#bbbbbb"), marker="x" if candidate == "clone" else "o",
-            )  # fmt: skip
-        floors = sorted((size[row["x"]], row["microseconds"] * row["of_floor"]) for row in rows if row["candidate"] == "ours")
-        axis.plot(*zip(*floors, strict=True), color="black", linewidth=0.8, linestyle="--", label="byte floor, streaming")
+def speedup(results: dict[str, Any]) -> Figure:
+    """How many times as long as ours each of the others takes: one row per shape, and the geometric mean at the bottom."""
+    rows = shown_rows(results)
+    means = summary(rows)
+    places = [
+        (x, layout) for layout in ("NCHW", "NHWC") for x in SHAPES if any((r["x"], r["layout"]) == (x, layout) for r in rows)
+    ]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 6), sharey=True, layout="constrained")
+    for axis, (way, title) in zip(axes, DIRECTIONS.items(), strict=True):
+        time = {(r["x"], r["layout"], r["candidate"]): r["microseconds"] for r in rows if r["direction"] == way}
+        for name in reversed(STYLES):
+            found = [
+                (i, time[(*place, name)] / time[(*place, "ours")]) for i, place in enumerate(places) if (*place, name) in time
+            ]
+            if f"{way} {name}" in means:
+                found.append((len(places) + 0.5, means[f"{way} {name}"]["to_ours"]))
+            colour, marker = STYLES[name]
+            axis.plot([v for _, v in found], [y for y, _ in found], marker, color=colour, label=LABELS[name], markersize=6)
+        axis.axvline(1, color=STYLES["ours"][0], linewidth=0.8)
+        axis.axhline(len(places) - 0.25, color="#999999", linewidth=0.8)
         axis.set_xscale("log")
-        axis.set_yscale("log")
-        axis.set_xlabel("MB of x")
-        axis.set_ylabel("microseconds")
-        axis.set_title({"infer": "inference", "train": "forward and backward"}[direction])
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False)
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+        axis.set_xticks([0.7, 1, 1.5, 2, 3, 4, 6, 8], ["0.7", "1", "1.5", "2", "3", "4", "6", "8"])
+        axis.set_xticks([], minor=True)
+        axis.set_xlabel("time, as a multiple of gcnet_ext's")
+        axis.set_yticks([*range(len(places)), len(places) + 0.5], [*map(" ".join, places), "geometric mean"])
+        axis.set_title(title)
+        axis.grid(axis="x", color="#dddddd", linewidth=0.6)
+        axis.set_axisbelow(True)
+        _bare(axis)
+    axes[0].invert_yaxis()
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3)
+    figure.suptitle(f"One Global Context block, float32, {_machine(results)}")
+    return figure
 
 
-def scaling(results: dict[str, Any], file: Path) -> None:
-    """Ours and the copy against P, C, N and the number of threads; the dotted line is linear."""
-    names = list(dict.fromkeys(row["axis"] for row in results["scaling"]))
-    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 4), layout="constrained")
+def roofline(results: dict[str, Any]) -> Figure:
+    """Per shape the rate at which the least bytes of a streaming block are moved, beside the rate of a copy of the same x."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
+    for axis, (way, title) in zip(axes, DIRECTIONS.items(), strict=True):
+        rows = [row for row in shown_rows(results) if row["direction"] == way]
+        for layout, offset in (("NCHW", -0.12), ("NHWC", 0.12)):
+            places = [x for x in SHAPES if any(r["x"] == x for r in rows)]
+            rates: dict[str, list[float]] = {"clone": [], "ours": [], "eager": []}
+            for x in places:
+                size = 4 * math.prod(map(int, x.split("x")))
+                found = {r["candidate"]: r["microseconds"] for r in rows if (r["x"], r["layout"]) == (x, layout)}
+                for name, list_ in rates.items():
+                    least = 2 if name == "clone" else 2 * floor_clones("both", way)
+                    list_.append(least * size / found[name] / 1e3)
+            at = np.arange(len(places)) + offset
+            for name, label in (("ours", "gcnet_ext"), ("eager", "eager PyTorch")):
+                marker = {"NCHW": "o", "NHWC": "s"}[layout]
+                axis.plot(at, rates[name], marker, color=STYLES[name][0], label=f"{label}, {layout}", markersize=5)
+            axis.hlines(
+                rates["clone"], at - 0.1, at + 0.1, color="black", label="attainable: a copy of x" if offset < 0 else None
+            )
+            axis.vlines(at, rates["ours"], rates["clone"], color=STYLES["ours"][0], linewidth=0.8)
+        axis.set_xticks(range(len(places)), places, rotation=30, ha="right")
+        axis.set_ylim(0)
+        axis.set_title(title)
+        _bare(axis)
+    axes[0].set_ylabel("GB/s of the bytes that a streaming block moves")
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=5)
+    figure.suptitle(
+        f"Achieved against attainable, float32, {_machine(results)}\n"
+        "(above the attainable rate: what is read a second time comes from a cache)",
+        fontsize=11,
+    )
+    return figure
+
+
+def scaling(results: dict[str, Any]) -> Figure:
+    """Time per element of x against P, C and N: where a line is level, time grows as x does."""
+    names = [name for name in dict.fromkeys(row["axis"] for row in results["scaling"]) if name != "threads"]
+    words = {"P": "positions P", "C": "channels C", "N": "samples N"}
+    figure, axes = plt.subplots(1, len(names), figsize=(11, 4), sharey=True, layout="constrained")
     for axis, name in zip(np.atleast_1d(axes), names, strict=True):
         rows = [row for row in results["scaling"] if row["axis"] == name and row["layout"] == "NCHW"]
-        sizes = [row["size"] for row in rows]
-        for key, label, colour in (
-            ("train", "forward and backward", "#c0392b"), ("infer", "inference", "#1b6ca8"), ("clone", "clone", "#999999"),
-        ):  # fmt: skip
+        elements = np.array([math.prod(map(int, row["x"].split("x"))) for row in rows])
+        for key, label, colour, marker in (
+            ("train", "training step", "#c0392b", "D"),
+            ("infer", "inference", "#1b6ca8", "o"),
+            ("clone", "a copy of x", "#777777", "x"),
+        ):
             axis.errorbar(
-                sizes, [row[key] for row in rows], [row[f"{key}_iqr"] for row in rows], marker="o", markersize=4,
-                label=label, color=colour, capsize=2,
+                [row["size"] for row in rows], 1e3 * np.array([row[key] for row in rows]) / elements,
+                1e3 * np.array([row[f"{key}_iqr"] for row in rows]) / elements,
+                marker=marker, markersize=4, label=label, color=colour, capsize=2,
             )  # fmt: skip
-        last, exponent = rows[-1], -1 if name == "threads" else 1
-        line = [last["infer"] * (size / last["size"]) ** exponent for size in sizes]
-        axis.plot(sizes, line, color="black", linestyle=":", linewidth=0.8)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
-        axis.set_xlabel({"threads": "threads (8x256x56x56)"}.get(name, f"{name} ({rows[0]['x']} to {last['x']})"))
-        axis.spines[["top", "right"]].set_visible(False)
-    np.atleast_1d(axes)[0].set_ylabel("microseconds")
+        axis.set_xlabel(f"{words[name]} (x from {rows[0]['x']} to {rows[-1]['x']})", fontsize=9)
+        _bare(axis)
+    np.atleast_1d(axes)[0].set_ylabel("nanoseconds per element of x")
     np.atleast_1d(axes)[0].legend(frameon=False)
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    figure.suptitle(f"How time grows: one Global Context block, NCHW, float32, {_machine(results)}", fontsize=11)
+    return figure
 
 
-def draw(results: dict[str, Any], folder: Path) -> list[Path]:
+def source_of(results: dict[str, Any], gpu_results: dict[str, Any] | None = None) -> str:
+    """What a picture says of the results that it was drawn from, for a test to compare."""
+    return hashlib.sha256(json.dumps([results, gpu_results], sort_keys=True).encode()).hexdigest()
+
+
+def draw(results: dict[str, Any], folder: Path, gpu_results: dict[str, Any] | None = None) -> list[Path]:
     """The pictures of the sections that are there."""
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = []
-    for section, name, picture in (
-        ("block", "speedup", speedup),
-        ("block", "roofline", roofline),
-        ("scaling", "scaling", scaling),
-    ):
-        if results.get(section):
-            drawn.append(folder / f"{name}.png")
-            picture(results, drawn[-1])
-    return drawn
+    figures = {}
+    if results.get("block"):
+        figures = {"gain": gain(results, gpu_results), "speedup": speedup(results), "roofline": roofline(results)}
+    if results.get("scaling"):
+        figures["scaling"] = scaling(results)
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png", dpi=110, metadata={"Description": source_of(results, gpu_results)})
+        plt.close(figure)
+    return [folder / f"{name}.png" for name in figures]
 
 
 if __name__ == "__main__":
     source = Path(sys.argv[1])
-    print(*draw(json.loads(source.read_text()), Path(sys.argv[2]) if len(sys.argv) > 2 else source.parent))
+    gpu = json.loads(Path(sys.argv[3]).read_text()) if len(sys.argv) > 3 else None
+    print(*draw(json.loads(source.read_text()), Path(sys.argv[2]) if len(sys.argv) > 2 else source.parent, gpu))

@@ -145,22 +145,35 @@ def test_compare(tmp_path, old, new, iqr, code, words):
         assert text in done.stdout
 
 
-def test_readme_says_what_was_measured():
-    done = run(str(BENCH / "readme_table.py"), "--check")
+def test_the_pages_say_what_was_measured():
+    done = run(str(BENCH / "tables.py"), "--check")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_readme_check_notices_another_figure():
-    table = module("readme_table")
-    results = json.loads(table.RESULTS.read_text())
+def test_the_pictures_are_those_of_the_results():
+    """Each says from which results it was drawn."""
+    image, plots, tables = pytest.importorskip("PIL.Image"), module("plots"), module("tables")
+    source = plots.source_of(json.loads(tables.RESULTS.read_text()), json.loads(tables.GPU_RESULTS.read_text()))
+    pictures = {path.stem: image.open(path).info["Description"] for path in (BENCH / "results").glob("*.png")}
+    assert pictures == dict.fromkeys(("gain", "roofline", "scaling", "speedup"), source), "python bench/plots.py"
+
+
+def test_another_figure_is_noticed():
+    tables = module("tables")
+    read = lambda path: json.loads(path.read_text())  # noqa: E731
+    changed = lambda *results: {page.name for page, text in tables.pages(*results).items() if text != page.read_text()}  # noqa: E731
+    results, gpu_results = read(tables.RESULTS), read(tables.GPU_RESULTS)
+    assert changed(results, gpu_results) == set()
     ours = next(row for row in results["block"] if row["candidate"] == "ours" and row["x"] == "8x256x56x56")
     ours["clones"] *= 2
-    gpu_results = json.loads(table.GPU_RESULTS.read_text())
-    assert table.replaced(table.README.read_text(), results, gpu_results) != table.README.read_text()
-    results = json.loads(table.RESULTS.read_text())
-    assert table.replaced(table.README.read_text(), results, gpu_results) == table.README.read_text()
-    gpu_results["timings"]["rows"][0]["candidates"]["ours"]["forward"]["graph_cold"] *= 2
-    assert table.replaced(table.README.read_text(), results, gpu_results) != table.README.read_text()
+    assert changed(results, gpu_results) == {"benchmarks.md"}
+    for row in results["block"]:
+        row["microseconds"] *= 1 + (row["candidate"] == "ours")
+    assert changed(results, gpu_results) == {"README.md", "benchmarks.md"}
+    results = read(tables.RESULTS)
+    for row in gpu_results["timings"]["rows"]:
+        row["candidates"]["ours"]["forward"]["graph_cold"] *= 2
+    assert changed(results, gpu_results) == {"README.md", "benchmarks.md"}
 
 
 # ---- profiling ---------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,8 @@ from gcnet_ext.__main__ import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKOUT = (ROOT / ".git").exists()
-REQUIRED = ("README.md", "CONTRIBUTING.md", "docs/backward.md", "docs/memory.md")
+PAGES = ("adding_an_op", "backward", "benchmarks", "building", "citing", "errors", "guarantees", "memory", "usage")
+REQUIRED = ("README.md", "CONTRIBUTING.md", *(f"docs/{page}.md" for page in PAGES))
 DOCUMENTS = [name for name in REQUIRED[:2] if (ROOT / name).exists()]
 DOCUMENTS += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
 PATCH = "docs/example_op.patch"
@@ -39,7 +40,16 @@ in_a_checkout = pytest.mark.skipif(not CHECKOUT, reason="this is a part of the t
 
 @in_a_checkout
 def test_the_documents_are_there():
-    assert set(REQUIRED) <= set(DOCUMENTS)
+    assert set(REQUIRED) == set(DOCUMENTS)
+
+
+@in_a_checkout
+def test_the_first_page_is_short_and_leads_to_the_others():
+    assert len(text_of("README.md").splitlines()) <= 150
+    linked = {
+        target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text_of("README.md") + text_of("CONTRIBUTING.md"))
+    }
+    assert set(DOCUMENTS) - {"README.md"} <= linked
 
 
 # ---- the parts of a document -------------------------------------------------------------------------------------------------
@@ -94,19 +104,27 @@ def code_of(document: str) -> list[str]:
 
 
 class Model(ResNet):
-    """What "the model that you have" may be: a ResNet, with a block of somebody else behind it."""
+    """What a user's model may be: a ResNet, with one of our blocks behind it."""
 
     def __init__(self) -> None:
         super().__init__(16)
         self.features = nn.Sequential(nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 1))
-        self.context = eager.ContextBlock(16, 1 / 4)
-        eager.randomise(self.context)
+        self.context = eager.randomise(GlobalContextBlock(16, 1 / 4))
 
     def forward(self, x):
         return self.context(self.features(super().forward(x)))
 
 
-def after_use(names: dict[str, Any]) -> None:
+def after_replacing(names: dict[str, Any]) -> None:
+    """The page shows the report of that model, with its end left out."""
+    shown = next(block for block in blocks_of(text_of("README.md")) if "replaced, " in block.text).text.splitlines()
+    printed = str(names["report"]).splitlines()
+    assert shown[-1].strip() == "..."
+    assert shown[:-1] == printed[: len(shown) - 1]
+    assert len(printed) > len(shown)
+
+
+def after_the_block(names: dict[str, Any]) -> None:
     x, out, where = names["x"], names["out"], names["where"]
     assert (out.shape, out.dtype) == (x.shape, x.dtype)
     assert x.grad.shape == x.shape
@@ -114,21 +132,24 @@ def after_use(names: dict[str, Any]) -> None:
     assert torch.allclose(where.sum((1, 2)), torch.ones(16))
 
 
-def after_the_model(names: dict[str, Any]) -> None:
-    model, report = names["model"], names["report"]
-    assert list(report.replaced) == ["context"]
+def after_inserting(names: dict[str, Any]) -> None:
+    resnet, model = names["resnet"], names["model"]
     assert names["names"] == [f"layer{stage}.{index}.bn2.context_block" for stage in (2, 3, 4) for index in (0, 1)]
-    assert isinstance(model.context, GlobalContextBlock)
     assert isinstance(model.get_submodule("features.3.context_block"), SqueezeExcitation)
     assert "context.conv_attn.weight" in names["state"]
-    assert model(torch.ones(2, 16, 5, 6)).shape == (2, 16, 5, 6)
+    for changed in (resnet, model):
+        assert changed(torch.ones(2, 16, 5, 6)).shape == (2, 16, 5, 6)
 
 
 # Document and heading: what the reader brings along, and what must hold behind the blocks of that heading.
 GIVEN: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {
-    ("README.md", "In the model that you have"): lambda: {"model": Model().eval()}
+    ("docs/usage.md", "Inserting blocks"): lambda: {"resnet": Model().eval(), "model": Model().eval()}
 }
-AFTER = {("README.md", "Use"): after_use, ("README.md", "In the model that you have"): after_the_model}
+AFTER = {
+    ("README.md", "Replace the blocks of a model"): after_replacing,
+    ("README.md", "The block"): after_the_block,
+    ("docs/usage.md", "Inserting blocks"): after_inserting,
+}
 
 
 def optional_modules() -> set[str]:
@@ -339,7 +360,7 @@ def test_links(document):
     assert not missing, f"{document} links to what is not there"
 
 
-# ---- the example of CONTRIBUTING.md ------------------------------------------------------------------------------------------
+# ---- the example of docs/adding_an_op.md -------------------------------------------------------------------------------------
 
 
 def patched() -> dict[str, list[str]]:
@@ -357,7 +378,7 @@ def test_the_patch_applies():
 
 
 def diffs() -> list[Block]:
-    return [block for block in blocks("diff") if block.document == "CONTRIBUTING.md"]
+    return [block for block in blocks("diff") if block.document == "docs/adding_an_op.md"]
 
 
 @in_a_checkout
