@@ -8,6 +8,7 @@ gcnet_ext/reference.py has the forward formulas, and autograd its gradients, but
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,9 +41,13 @@ def _pool(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor
 
 
 def _pool_backward(
-    grad_context: Tensor, x: Tensor, weight: Tensor | None, context: Tensor, attention: Tensor
+    grad_context: Tensor, x: Tensor, weight: Tensor | None, context: Tensor, attention: Tensor, *, in_parts: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Its gradients of x and weight, by the formulas of csrc/cpu/kernels/attention_pool.h."""
+    """Its gradients of x and weight, by the formulas of csrc/cpu/kernels/attention_pool.h.
+
+    In parts: one of them may have no positions, as a thread beyond the last one; it takes context times zero off, which is NaN
+    where the context is infinite.
+    """
     positions = _positions(x)
     if weight is None:
         return (grad_context / positions.shape[2]).unsqueeze(2).expand_as(positions).reshape(x.shape), None
@@ -50,6 +55,8 @@ def _pool_backward(
     dl = attention * (u - (grad_context * context).sum(1, keepdim=True))
     dx = grad_context.unsqueeze(2) * attention.unsqueeze(1) + weight.reshape(1, -1, 1) * dl.unsqueeze(1)
     dw = (positions * dl.unsqueeze(1)).sum(2) - context * dl.sum(1, keepdim=True)
+    if in_parts:
+        dw = dw - context * 0
     return dx.reshape(x.shape), dw.sum(0).reshape(weight.shape)
 
 
@@ -67,7 +74,7 @@ class _Pool(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_context: Tensor, _grad_attention: Tensor) -> Outputs:
         x, weight, bias, context, attention = ctx.saved_tensors
-        grads = _pool_backward(grad_context, x, weight, context, attention)
+        grads = _pool_backward(grad_context, x, weight, context, attention, in_parts=True)
         return *grads, None if bias is None else torch.zeros_like(bias)
 
 
@@ -75,8 +82,9 @@ def attention_pool(a: Arguments, pool: Pool = _pool) -> Outputs:
     return pool(a["x"], a["weight"], a["bias"])
 
 
-def attention_pool_backward(a: Arguments) -> Outputs:
-    dx, dw = _pool_backward(a["grad_context"], a["x"], a["weight"], a["context"].flatten(1), a["attention"].flatten(1))
+def attention_pool_backward(a: Arguments, *, in_parts: bool = False) -> Outputs:
+    context, attention = a["context"].flatten(1), a["attention"].flatten(1)
+    dx, dw = _pool_backward(a["grad_context"], a["x"], a["weight"], context, attention, in_parts=in_parts)
     return dx if a["need_x"] else None, dw if a["need_weight"] else None
 
 
@@ -162,7 +170,7 @@ def _branch_backward(a: Arguments, name: str, grad_t: Tensor, hidden: Tensor, co
     return grad_context, (grad_w1, grad_b1, *grads[1:])
 
 
-def global_context_backward(a: Arguments) -> Outputs:
+def global_context_backward(a: Arguments, *, in_parts: bool = False) -> Outputs:
     grad, x, mask_weight = a["grad"], a["x"], a["mask_weight"]
     context, attention, hidden, s = (a[name].flatten(1) for name in ("context", "attention", "hidden", "gate_values"))
     grad_context = torch.zeros_like(context)
@@ -181,7 +189,7 @@ def global_context_backward(a: Arguments) -> Outputs:
         more, grads = _branch_backward(a, name, grad_t, own, context)
         grad_context = grad_context + more
         found.append(grads)
-    dx, dw = _pool_backward(grad_context, x, mask_weight, context, attention)
+    dx, dw = _pool_backward(grad_context, x, mask_weight, context, attention, in_parts=in_parts)
     dx = dx + (grad if a["scale_w1"] is None else grad * _per_channel(_scale(a, s), x))
     return (
         dx if a["need_x"] else None,
@@ -201,6 +209,11 @@ OPS = {
     "global_context_inference": lambda a: global_context(a)[:1],
     "global_context_": lambda a: global_context(a)[:1],
     "global_context_backward": global_context_backward,
+}
+
+IN_PARTS = {
+    "attention_pool_backward": partial(attention_pool_backward, in_parts=True),
+    "global_context_backward": partial(global_context_backward, in_parts=True),
 }
 
 DIFFERENTIATED_BY_THE_KERNELS = {

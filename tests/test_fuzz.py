@@ -42,7 +42,7 @@ def check_operator(backend, op: str, arguments: Arguments, *, sound: bool = Fals
         assert isinstance(found, Exception)  # the dispatcher's, in words of its own
     elif not refused(found, tuple(arguments), sound=sound):
         assert not op.endswith("_") or not shares_memory(arguments["x"])
-        compare((made["x"],) if op.endswith("_") else found, formulas.OPS[op], before)
+        compare((made["x"],) if op.endswith("_") else found, formulas.OPS[op], before, formulas.IN_PARTS.get(op))
 
 
 def check_shapes(call: Callable[..., Any], arguments: Arguments, found: tuple[Tensor, ...] | Exception) -> None:
@@ -232,6 +232,20 @@ def test_a_hidden_unit_that_is_nan(backend, activation):
 
     for ours, theirs in zip(gradients(backend), gradients(reference), strict=True):
         assert torch.allclose(ours, theirs, equal_nan=True)
+
+
+def test_an_infinite_context(backend):
+    """As an argument of the backward operator. The weight gradient of its channel is not finite: whether it is an infinity or
+    NaN is decided by threads without positions, which multiply the context with zero."""
+    random = fuzzing.grid.Random(0, backend.to)
+    arguments = {
+        "grad_context": random.normal(2, 7), "x": random.normal(2, 2, 7).transpose(1, 2), "weight": random.normal(7),
+        "context": random.normal(2, 7), "attention": random.normal(2, 2).abs(), "need_x": True, "need_weight": True,
+    }  # fmt: skip
+    arguments["context"][0, 0] = math.inf
+    found = backend.ops.attention_pool_backward(*arguments.values())
+    assert not found[1][0].isfinite()
+    compare(found, formulas.attention_pool_backward, arguments, formulas.IN_PARTS["attention_pool_backward"])
 
 
 def test_parameters_of_a_norm_that_is_not_there(backend):
