@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import _checks, _flops, _shapes, reference
+from . import _build, _checks, _flops, _shapes, reference
 
 HOW_TO_BUILD = "build them with `pip install --no-build-isolation .` in a checkout (see Install in README.md)"
 
@@ -100,7 +100,10 @@ def has_kernels(x: Tensor) -> bool:
 def why_no_kernels(device: str) -> str:
     """One sentence: why tensors on this device do without compiled kernels, and what to do about it."""
     if load_error is not None:
-        return f"the compiled kernels could not be loaded ({type(load_error).__name__}: {load_error}); {HOW_TO_BUILD}"
+        told = f"the compiled kernels could not be loaded ({type(load_error).__name__}: {load_error}); {HOW_TO_BUILD}"
+        if isinstance(load_error, ModuleNotFoundError) and _build.CSRC.is_dir():
+            told += f". If you have installed gcnet_ext, run in another folder: here Python imports the checkout {_build.ROOT}"
+        return told
     if device == "cuda" and cuda_error is not None:
         return cuda_error
     return f"there are no kernels for {device}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import grid
@@ -188,6 +189,8 @@ def test_library_that_cannot_be_loaded(python):
     assert told.startswith("1 RuntimeWarning gcnet_ext uses plain PyTorch on cpu: the compiled kernels could not be loaded (")
     assert "import of gcnet_ext._C halted" in told
     assert "build them with `pip install --no-build-isolation .`" in told
+    in_the_checkout = f"run in another folder: here Python imports the checkout {Path(_library.__file__).parents[1]}"
+    assert (in_the_checkout in told) == (Path(_library.__file__).parents[1] / "csrc").is_dir()
 
 
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])

@@ -85,7 +85,10 @@ def hidden_units(inplanes: int, ratio: float, planes: int | None) -> int:
         check_count("planes", planes)
         return planes
     if isinstance(ratio, str):
-        raise ValueError(f"ratio must be a number, got the string {ratio!r}; YAML has no fractions, so write 1/16 as 0.0625")
+        raise ValueError(
+            f"ratio must be a number, got the string {ratio!r}; pass 1/16 without quotes, and in YAML, which has no fractions, "
+            "0.0625"
+        )
     if not isinstance(ratio, numbers.Real) or not -math.inf <= ratio <= math.inf:
         raise ValueError(f"ratio must be a number, got {ratio!r}")
     if ratio > 1:
