@@ -161,10 +161,13 @@ def _architectures(gpus: list[int]) -> tuple[str, str]:
         return wanted, "TORCH_CUDA_ARCH_LIST"
     all_of_torch = sorted({int(number) for number in re.findall(r"sm_(\d+)\b", torch._C._cuda_getArchFlags() or "")})
     served = sorted({number for gpu in gpus if (number := architecture_for(gpu, all_of_torch)) is not None})
-    name = lambda number: f"{number // 10}.{number % 10}"  # noqa: E731
+
+    def names(numbers: list[int]) -> str:
+        return ";".join(f"{number // 10}.{number % 10}" for number in numbers)
+
     if gpus and all(architecture_for(gpu, served) is not None for gpu in gpus):
-        return ";".join(map(name, served)), "the GPUs of this machine; TORCH_CUDA_ARCH_LIST names others"
-    return ";".join(map(name, all_of_torch)) + "+PTX", (
+        return names(served), "the GPUs of this machine; TORCH_CUDA_ARCH_LIST names others"
+    return names(all_of_torch) + "+PTX", (
         "all that torch is built for, which takes minutes; TORCH_CUDA_ARCH_LIST=9.0 would build for one of them, "
         "GCNET_EXT_CUDA=0 for the CPU only"
     )

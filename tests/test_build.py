@@ -86,6 +86,13 @@ def test_a_missing_piece_is_one_sentence(prelude, environment, sentence):
     assert "would build" not in result.stdout
 
 
+def script(path: Path, line: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{line}\n")
+    path.chmod(0o755)
+    return path
+
+
 @pytest.fixture
 def checkout(tmp_path):
     """What a build needs of this one."""
@@ -102,10 +109,7 @@ def toolkit(tmp_path):
     """Makes a CUDA toolkit of that version, as far as its compiler tells."""
 
     def make(version: str) -> str:
-        nvcc = tmp_path / "bin" / "nvcc"
-        nvcc.parent.mkdir(exist_ok=True)
-        nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {version}, V{version}.99'\n")
-        nvcc.chmod(0o755)
+        script(tmp_path / "bin" / "nvcc", f"echo 'Cuda compilation tools, release {version}, V{version}.99'")
         return CUDA_TORCH.format(home=str(tmp_path))
 
     return make
@@ -116,10 +120,8 @@ def gpus(tmp_path):
     """Makes a machine with GPUs of these compute capabilities, as far as nvidia-smi tells: a PATH."""
 
     def make(*capabilities: str) -> str:
-        tool = tmp_path / "tools" / "nvidia-smi"
-        tool.parent.mkdir(exist_ok=True)
-        tool.write_text("#!/bin/sh\n" + ("\n".join(f"echo {number}" for number in capabilities) or "exit 9") + "\n")
-        tool.chmod(0o755)
+        answer = "\n".join(f"echo {number}" for number in capabilities) or "exit 9"
+        tool = script(tmp_path / "tools" / "nvidia-smi", answer)
         return os.pathsep.join([str(tool.parent), os.environ["PATH"]])
 
     return make
@@ -224,9 +226,7 @@ def test_debug_information_is_for_those_who_ask(debug):
     "answers", ["exit 1", '[ "$1" = --version ] && echo c++ 9.1 || { echo "no such option: -std=c++20"; exit 1; }']
 )
 def test_a_compiler_that_fails_is_one_sentence(checkout, tmp_path, answers):
-    compiler = tmp_path / "c++"
-    compiler.write_text(f"#!/bin/sh\n{answers}\n")
-    compiler.chmod(0o755)
+    compiler = script(tmp_path / "c++", answers)
     environment = {**os.environ, "GCNET_EXT_CUDA": "0", "CXX": str(compiler)}
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
@@ -267,13 +267,6 @@ def make(checkout, tmp_path):
         return done.returncode, done.stdout + done.stderr
 
     return run
-
-
-def script(path: Path, line: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{line}\n")
-    path.chmod(0o755)
-    return path
 
 
 def test_make_names_a_python_that_is_too_old(make, tmp_path):
