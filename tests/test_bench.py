@@ -160,9 +160,11 @@ def test_the_pictures_are_those_of_the_results():
 
 def test_another_figure_is_noticed():
     tables = module("tables")
-    read = lambda path: json.loads(path.read_text())  # noqa: E731
-    changed = lambda *results: {page.name for page, text in tables.pages(*results).items() if text != page.read_text()}  # noqa: E731
-    results, gpu_results = read(tables.RESULTS), read(tables.GPU_RESULTS)
+
+    def changed(*results: dict) -> set[str]:
+        return {page.name for page, text in tables.pages(*results).items() if text != page.read_text()}
+
+    results, gpu_results = json.loads(tables.RESULTS.read_text()), json.loads(tables.GPU_RESULTS.read_text())
     assert changed(results, gpu_results) == set()
     ours = next(row for row in results["block"] if row["candidate"] == "ours" and row["x"] == "8x256x56x56")
     ours["clones"] *= 2
@@ -170,7 +172,7 @@ def test_another_figure_is_noticed():
     for row in results["block"]:
         row["microseconds"] *= 1 + (row["candidate"] == "ours")
     assert changed(results, gpu_results) == {"README.md", "benchmarks.md"}
-    results = read(tables.RESULTS)
+    results = json.loads(tables.RESULTS.read_text())
     for row in gpu_results["timings"]["rows"]:
         row["candidates"]["ours"]["forward"]["graph_cold"] *= 2
     assert changed(results, gpu_results) == {"README.md", "benchmarks.md"}
