@@ -45,7 +45,7 @@ def require_room(megabytes: int) -> None:
             with tempfile.TemporaryFile(dir=folder) as file:
                 file.write(bytes(megabytes << 20))
     except OSError as error:
-        stop(f"{folder} does not take {megabytes} MB ({error}); make room there, or name another place: a copy, or TMPDIR.")
+        stop(f"{folder} does not take {megabytes} MB ({error}); make room there, or move the checkout, or set TMPDIR.")
 
 
 def require_torch(build) -> None:

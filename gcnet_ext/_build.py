@@ -102,7 +102,7 @@ def require_plain_path(path: str) -> None:
         BuildStop: the path has such a character.
     """
     if found := re.search(r"[$:|\n\r]", path):
-        raise BuildStop(f"ninja does not take {found.group()!r} in the path {path!r}; move it to a path without.")
+        raise BuildStop(f"ninja does not take {found.group()!r} in the path {path!r}; use a path without it.")
 
 
 def _nvcc() -> tuple[str, str] | None:
@@ -150,10 +150,10 @@ def covers(architectures: str, gpu: int) -> bool:
 
 
 def _architectures(gpus: list[int]) -> tuple[str, str]:
-    """For what the kernels are compiled, as TORCH_CUDA_ARCH_LIST has it, and who says so.
+    """The architectures to compile for, as in TORCH_CUDA_ARCH_LIST, and who chose them.
 
-    Without that variable it is what torch itself was built for, the newest also as PTX for the GPUs to come; of that only what
-    the GPUs of this machine run, if there are any and it serves them all.
+    Without that variable: those that the GPUs of this machine run, if torch has machine code for all of them; otherwise all
+    that torch is built for, with PTX of the newest for later GPUs.
     """
     import torch
 
@@ -166,7 +166,7 @@ def _architectures(gpus: list[int]) -> tuple[str, str]:
         return ";".join(f"{number // 10}.{number % 10}" for number in numbers)
 
     if gpus and all(architecture_for(gpu, served) is not None for gpu in gpus):
-        return names(served), "the GPUs of this machine; TORCH_CUDA_ARCH_LIST names others"
+        return names(served), "the GPUs found here; set TORCH_CUDA_ARCH_LIST for others"
     return names(all_of_torch) + "+PTX", (
         "all that torch is built for, which takes minutes; TORCH_CUDA_ARCH_LIST=9.0 would build for one of them, "
         "GCNET_EXT_CUDA=0 for the CPU only"
@@ -209,12 +209,12 @@ def decide_cuda() -> CudaDecision:
     if nvcc is None:
         return without(
             f"torch {torch.__version__} is built with CUDA {cuda} and no nvcc was found",
-            f"install the CUDA {cuda} toolkit, point CUDA_HOME at it",
+            f"install CUDA toolkit {cuda} and point CUDA_HOME at it",
         )
     path, version = nvcc
     if version.split(".")[0] != cuda.split(".")[0]:
         return without(
-            f"torch {torch.__version__} is built with CUDA {cuda} and nvcc was of CUDA {version}: the majors must agree",
+            f"torch {torch.__version__} is built with CUDA {cuda}, nvcc is {version}: the major versions must agree",
             f"point CUDA_HOME at a toolkit of CUDA {cuda.split('.')[0]}",
         )
     architectures, chosen_by = _architectures(gpus)
@@ -228,7 +228,7 @@ def debug() -> bool:
 
 
 def cuda_flags(cuda: CudaDecision) -> list[str]:
-    """Those of nvcc; a kernel that finds no machine code for its GPU tells for which there is some."""
+    """The flags of nvcc; the define is for the error on a GPU for which nothing was compiled."""
     return [*CUDA_FLAGS, _define("GCNET_EXT_CUDA_ARCHITECTURES", cuda.architectures)]
 
 

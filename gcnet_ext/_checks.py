@@ -31,7 +31,7 @@ def _fail(op: str, message: str) -> None:
 def is_tensor(x: object) -> None:
     """
     Raises:
-        TypeError: x is none. The other arguments are the operator's to check; by the device of x it is chosen.
+        TypeError: x is not a tensor. Only x is checked here, because its device decides which operator runs.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor, got {type(x).__name__}")

@@ -61,7 +61,7 @@ def _version() -> str:
     library = _build_info()["version"]
     if library == __version__:
         return __version__
-    return f"{__version__}, but the library is {library}, left over from another version; {_library.HOW_TO_BUILD}"
+    return f"{__version__}, but the compiled kernels are of version {library}; {_library.HOW_TO_BUILD}"
 
 
 def _torch() -> str:

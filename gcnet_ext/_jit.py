@@ -37,7 +37,7 @@ def require_plain_paths(quoted: list[str], unquoted: list[str]) -> None:
         _build.require_plain_path(path)
     for path in unquoted:
         if shlex.quote(path) != path:
-            raise _build.BuildStop(f"a shell would not take {path!r} for one path; move it to a path without such characters.")
+            raise _build.BuildStop(f"the path {path!r} has spaces or characters special to a shell; move or rename it.")
 
 
 def load() -> ModuleType:

@@ -39,7 +39,7 @@ def _load() -> tuple[ModuleType | None, Exception | None]:
 
 
 compiled, load_error = _load()
-"""The compiled module ``gcnet_ext._C``, or None; and then the exception that says why."""
+"""The module ``gcnet_ext._C`` and None, or None and the error that loading it raised."""
 
 
 def _load_cuda() -> str | None:
@@ -54,7 +54,7 @@ def _load_cuda() -> str | None:
     if built["cuda"].split(".")[0] != torch.version.cuda.split(".")[0]:
         return (
             f"the CUDA kernels are built with CUDA {built['cuda']} and torch {torch.__version__} with CUDA "
-            f"{torch.version.cuda}, and the majors must agree; {HOW_TO_BUILD}, which uses the torch that is installed"
+            f"{torch.version.cuda}: the major versions must agree; {HOW_TO_BUILD}, which uses the installed torch"
         )
     try:
         (library,) = Path(str(compiled.__file__)).parent.glob("**/_C_cuda*.so")
@@ -77,7 +77,7 @@ def kernel_devices() -> frozenset[str]:
 
 
 def has_kernels(x: Tensor) -> bool:
-    """Whether x goes to compiled kernels. Where there could be some for its device, their absence is told, once.
+    """Whether x goes to compiled kernels. Warns once per device if CPU or CUDA kernels are missing.
 
     Inside torch.func transforms (grad, vmap, jvp) it does not: plain PyTorch is differentiable and batched in every way. Nor in
     an export to ONNX, which has standard operators only.
@@ -127,8 +127,8 @@ def _needed(needed: bool, like: Tensor | None) -> Tensor | None:
 def through_reference(function: Callable[..., Tensor], inputs: tuple, needs: tuple[bool, ...], grad: Tensor) -> tuple:
     """The gradients by way of plain PyTorch, which can be differentiated again; for create_graph=True.
 
-    They are taken with respect to aliases. The inputs are part of the caller's graph, where one may depend on another or be
-    given twice: the way back must end at each of them, and not go through one to another, which the caller's graph does.
+    They are taken with respect to aliases. In the caller's graph one input may depend on another or be given twice. Here
+    backward must stop at each input; the path from one input to another belongs to the caller's graph.
     """
     with torch.enable_grad():
         aliases = [tensor.view_as(tensor) if need else tensor for tensor, need in zip(inputs, needs, strict=True)]
@@ -254,7 +254,7 @@ def call(name: str, *args: Any) -> Any:
 
 
 def global_context(*args: Any) -> Tensor:
-    """The output of that operator alone. Where nothing needs a gradient, nothing is kept for one (but in a captured graph)."""
+    """The output alone. If nothing requires a gradient, nothing is saved for backward, except in a captured graph."""
     if is_compiling():
         return torch.ops.gcnet_ext.global_context.default(*args)[0]
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
@@ -277,7 +277,7 @@ def _without_gradient(name: str, args: tuple) -> None:
 
 
 def call_in_place(name: str, *args: Any) -> None:
-    """The operator with a trailing underscore, with the same short cut."""
+    """Calls the in-place operator in the same way as `call`."""
     if is_compiling():
         getattr(torch.ops.gcnet_ext, name).default(*args)
     else:

@@ -5,9 +5,9 @@ With l = log sum_r exp(l_r) the share of a process is s_r = exp(l_r - l), and ov
 
     context = sum_r s_r c_r,    m = s_r m_r,
 
-so one collective of [N, C + 1] numbers is all that forward needs, and one of [N, C], for the gradient of the context, backward.
-Where the gradients are to be differentiated again, they are taken of the same in plain PyTorch, with sums over the processes
-that autograd can go through in both directions.
+so forward needs one collective of [N, C + 1] numbers, and backward one of [N, C], for the gradient of the context.
+Gradients that will be differentiated again are computed in plain PyTorch instead, with sums over the processes that
+autograd can differentiate any number of times.
 """
 
 from __future__ import annotations

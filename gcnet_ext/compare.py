@@ -47,7 +47,7 @@ class Runs(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=positive, default=3, help="epochs of training per net")
-    parser.add_argument("--seeds", type=positive, default=3, help="number of seeds per net: each net is trained once from each")
+    parser.add_argument("--seeds", type=positive, default=3, help="number of random seeds; each net is trained once per seed")
     parser.add_argument(
         "--output",
         type=Path,
@@ -139,7 +139,7 @@ def cost_of(kind: str, digits: Digits) -> Cost:
 def table(runs: dict[str, Runs], costs: dict[str, Cost]) -> str:
     """One line per kind. The spread is that of the seeds: half the way from the least to the most accurate."""
     plain = runs["none"].seconds
-    lines = [f"{'':<6}{'test accuracy':>18}{'parameters':>12}{'MFLOPs':>9}{'s per epoch':>13}{'to none':>9}{'peak MB':>9}"]
+    lines = [f"{'':<6}{'test accuracy':>18}{'parameters':>12}{'MFLOPs':>9}{'s per epoch':>13}{'vs none':>9}{'peak MB':>9}"]
     for kind, of in runs.items():
         mean, spread = statistics.mean(of.accuracies), (max(of.accuracies) - min(of.accuracies)) / 2
         ratio = statistics.median(mine / other for mine, other in zip(of.seconds, plain, strict=True))

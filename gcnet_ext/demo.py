@@ -87,12 +87,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def require(name: str) -> ModuleType:
-    """Imports a module that only the demo needs; failing that, ends the program with a sentence that says what to install."""
+    """Imports a module that only demo and compare need, or ends the program with a sentence that says what to install."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
-        raise SystemExit(f"the demo needs {package} ({error}): pip install matplotlib mlxtend tqdm") from error
+        raise SystemExit(f"{package} is required ({error}): pip install matplotlib mlxtend tqdm") from error
 
 
 # ---- the check ---------------------------------------------------------------------------------------------------------------

@@ -57,9 +57,9 @@ class _Left(Exception):  # noqa: N818
 
 
 def replace_blocks(model: nn.Module) -> Report:
-    """Exchange, in place, every block of the family that the model contains for the compiled one with the same weights.
+    """Replace, in place, every block of the GC family in the model by this package's block with the same weights.
 
-    Known are mmcv's ``ContextBlock`` and ``NonLocal1d``, ``2d`` and ``3d``, timm's ``GlobalContext`` and ``SEModule``,
+    It replaces mmcv's ``ContextBlock`` and ``NonLocal1d``, ``2d`` and ``3d``, timm's ``GlobalContext`` and ``SEModule``,
     torchvision's ``SqueezeExcitation``, and any class with the submodules of the GC block (``conv_mask``, ``channel_add_conv``,
     ``channel_mul_conv``) that computes on a random input what ours computes.
 
@@ -93,7 +93,7 @@ def replace_blocks(model: nn.Module) -> Report:
 
 
 def to_peer_state_dict(model: nn.Module, peer: str, *, spatial_dims: int = 2) -> dict[str, Tensor]:
-    """The state dict of the model, with the names and shapes of a peer below every block of ours.
+    """The state dict of the model; every block of this package gets the peer's names and shapes.
 
     Args:
         model: any module, or a block.
@@ -170,7 +170,7 @@ def _converted(old: nn.Module, convert: Callable[[Any], nn.Module]) -> nn.Module
     kept = set(new.modules())
     for name, module in old.named_modules():
         if module is not old and module not in kept and any(module.__dict__.get(hooks) for hooks in HOOKS):
-            raise _Left(f"its submodule {name} has a hook and would go")
+            raise _Left(f"a hook of submodule {name} would be lost")
     _take_hooks(new, old)
     for module in new.modules():
         if module not in set(old.modules()):

@@ -3,7 +3,7 @@
 Source of the formulas: Y. Cao, J. Xu, S. Lin, F. Wei, H. Hu, "GCNet: Non-local Networks Meet Squeeze-Excitation Networks and
 Beyond", 2019, https://arxiv.org/abs/1904.11492 ("the paper" below).
 
-Shapes: N samples, C channels, one to any number of spatial dimensions, P positions in all of them together, H hidden units.
+Shapes: N samples, C channels, one or more spatial dimensions, P positions (their product), H hidden units.
 Dtypes: x is float16, bfloat16, float32 or float64; every other tensor has the dtype of x or float32. Sums are taken in float32
 (float64 for a float64 x). Under autocast nothing is cast. x may have any strides; NCHW and channels_last are read as they are,
 anything else is made contiguous once, and the output has the memory format of x.
@@ -112,8 +112,8 @@ def global_context(
     """The whole Global Context block (the paper, equation 5) as one operator per direction.
 
     ``context = attention_pool(x)``, then per branch ``t = w2 act(norm(w1 context + b1)) + b2``, then
-    ``out = x * gate(t_scale) + t_shift``: the multiplication first, both branches from the same context. Backward keeps x and
-    buffers of N*P or N*C elements.
+    ``out = x * gate(t_scale) + t_shift``: the multiplication first, both branches from the same context. Forward saves x and
+    buffers of N*P, N*C and N*H values.
 
     Args:
         x: ``[N, C, *spatial]``, at least one position.
@@ -132,9 +132,9 @@ def global_context(
         Like x. Differentiable in x and every weight.
 
     Raises:
-        RuntimeError: an argument has a wrong shape, dtype or device, both branches are missing, or with ``inplace`` something
-            requires a gradient or x shares memory among its elements. The message names it.
-        TypeError: x is no tensor, or a branch no `Transform`.
+        RuntimeError: no branch is given, an argument has a wrong value, shape, dtype or device, or with ``inplace`` it
+            requires a gradient or elements of x share memory. The message names it.
+        TypeError: x is not a tensor, or a branch is not a `Transform`.
     """
     _checks.choices("global_context", activation, gate)
     _checks.transform("global_context", "scale", scale)

@@ -89,11 +89,11 @@ def _residual_places(model: nn.Module, stages: Sequence[int], position: str) -> 
     for stage in stages:
         layer = getattr(model, f"layer{stage}", None)
         if stage not in (1, 2, 3, 4) or layer is None:
-            raise ValueError(f"stages must be stages of the model, layer1 to layer4, got {stage!r}; or name modules=")
+            raise ValueError(f"stages must be stages of the model, layer1 to layer4, got {stage!r}; or pass modules=")
         for index, residual in layer.named_children():
             norm = _last_norm(residual)
             if norm is None:
-                raise ValueError(f"layer{stage}.{index} has neither bn3 nor bn2, so name modules=")
+                raise ValueError(f"layer{stage}.{index} has no bn3 or bn2; pass modules= instead")
             path = f"layer{stage}.{index}"
             yield f"{path}.{norm}" if position == "after_conv3" else path, getattr(residual, norm).num_features
 

@@ -21,7 +21,7 @@ class Transform(NamedTuple):
     """The weights of one branch of the transform, ``t = w2 act(norm(w1 context + b1)) + b2``.
 
     Attributes:
-        w1: ``[H, C]``, the first 1x1 convolution. Here and below trailing ones are free: ``[H, C, 1, 1]`` is the same.
+        w1: ``[H, C]``, the first 1x1 convolution. All may have trailing dimensions of size 1: ``[H, C, 1, 1]``.
         b1: ``[H]`` or None.
         norm_weight, norm_bias: ``[H]`` or None, the affine part of the LayerNorm.
         w2: ``[C, H]``, the second 1x1 convolution. None: the branch is ``t = w1 context + b1`` with w1 ``[C, C]``.

@@ -159,7 +159,7 @@ def test_report_of_a_sound_library(monkeypatch):
 def test_report_of_an_unsound_library(monkeypatch):
     library(monkeypatch, version="0.0.1", openmp="", debug=True)
     told = rows(_info.describe())
-    assert told["version"].startswith(f"{gcnet_ext.__version__}, but the library is 0.0.1")
+    assert told["version"].startswith(f"{gcnet_ext.__version__}, but the compiled kernels are of version 0.0.1")
     assert told["OpenMP"].startswith("no: ")
     assert told["optimised"].startswith("no: a debug build")
 
@@ -369,7 +369,7 @@ def test_missing_dependency_is_told_in_a_sentence(name, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, name, None)  # this is how Python marks a module that cannot be imported
     with pytest.raises(SystemExit, match=re.escape("pip install matplotlib mlxtend tqdm")) as end:
         command_line.main(["demo", "--output", str(tmp_path)])
-    assert str(end.value).startswith(f"the demo needs {name} (")
+    assert str(end.value).startswith(f"{name} is required (")
     assert "\n" not in str(end.value)
 
 

@@ -160,8 +160,9 @@ def test_words_about_kernels_of_another_cuda(kernels, monkeypatch):
     monkeypatch.setattr(_library, "compiled", SimpleNamespace(build_info=lambda: info, __file__=_library.compiled.__file__))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert _library._load_cuda() == (
-        f"the CUDA kernels are built with CUDA 12.8 and torch {torch.__version__} with CUDA 13.0, and the majors must agree; "
-        f"{_library.HOW_TO_BUILD}, which uses the torch that is installed"
+        f"the CUDA kernels are built with CUDA 12.8 and torch {torch.__version__} with CUDA 13.0: "
+        f"the major versions must agree; "
+        f"{_library.HOW_TO_BUILD}, which uses the installed torch"
     )
 
 

@@ -290,7 +290,7 @@ def test_frozen_parameters_stay_frozen(name):
 def test_a_hook_that_would_go():
     block = timm_context()
     block.mlp_scale.register_forward_hook(lambda *_: None)
-    assert replace_blocks(nn.Sequential(block)).left == {"0": "its submodule mlp_scale has a hook and would go"}
+    assert replace_blocks(nn.Sequential(block)).left == {"0": "a hook of submodule mlp_scale would be lost"}
 
 
 MODELS = {

@@ -284,11 +284,11 @@ MISSING = {
     "pybind11": ({"packages": ("setuptools", "wheel")}, "pybind11 is not installed; pip install pybind11"),
     "nvcc": (
         {"cuda": "13.0", "CUDA_HOME": "/nowhere", "GCNET_EXT_CUDA": "1"},
-        "no nvcc was found; install the CUDA 13.0 toolkit, point CUDA_HOME at it, or set",
+        "no nvcc was found; install CUDA toolkit 13.0 and point CUDA_HOME at it, or set",
     ),
     "nvcc of torch's major": (
         {"cuda": "13.0", "nvcc": "echo release 12.4,", "GCNET_EXT_CUDA": "1"},
-        "is built with CUDA 13.0 and nvcc was of CUDA 12.4: the majors must agree; point CUDA_HOME",
+        "is built with CUDA 13.0, nvcc is 12.4: the major versions must agree; point CUDA_HOME",
     ),
     "nvcc that runs": (
         {"cuda": "13.0", "nvcc": "exit 1"},

@@ -231,7 +231,7 @@ def test_a_path_does_not_become_a_command(tmp_path, name, script):
     done = build(checkout(tmp_path, NAMES[name]), script)
     assert list(tmp_path.rglob("executed")) == []
     if name == "dollar":
-        assert re.search(r"ninja does not take '\$' in the path .*; move it to a path without", done.stderr), done.stderr
+        assert re.search(r"ninja does not take '\$' in the path .*; use a path without it", done.stderr), done.stderr
         return
     assert done.returncode == 0, done.stderr[-3000:]
     assert list(tmp_path.rglob("_C*.so"))
@@ -247,5 +247,5 @@ def test_a_torch_whose_path_is_a_command_is_refused(jit, monkeypatch):
     """torch writes the path of its libraries into the command line as it is."""
     monkeypatch.setattr(cpp_extension, "TORCH_LIB_PATH", "/home/a b;touch executed/torch/lib")
     monkeypatch.setattr(cpp_extension, "load", lambda **_: pytest.fail("it was compiled"))
-    with pytest.raises(_build.BuildStop, match=r"a shell would not take .*touch executed/torch/lib' for one path; move it"):
+    with pytest.raises(_build.BuildStop, match=r"touch executed/torch/lib' has spaces or characters special to a shell"):
         jit.load()

@@ -152,7 +152,7 @@ def alone(tmp_path):
 def test_a_mask_that_is_not_the_plain_layer(alone):
     block = block_of("att", torch.float32, alone)
     block.conv_mask = torch.nn.Sequential(block.conv_mask)
-    with pytest.raises(RuntimeError, match="conv_mask must be the plain 1x1 convolution with a process_group"):
+    with pytest.raises(RuntimeError, match="conv_mask must be a plain 1x1 convolution without hooks"):
         block(torch.ones(1, 16, 2, 2))
 
 

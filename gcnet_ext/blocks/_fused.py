@@ -1,7 +1,7 @@
 """The fused operator for a block, as long as its submodules are the plain layers.
 
-Ten submodules lie all over memory: to ask each of them in every call whether it is plain costs as much as a small kernel. So
-they are asked once, and whether what made them plain is still there is one call of `_C.unchanged`.
+To check in every call that each of some ten submodules is plain costs as much as a small kernel. So this is checked once;
+after that, one call of `_C.unchanged` tells whether anything has changed since the check.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class _Seen:
         self.arguments = tuple(kinds), tuple(fields), tuple(sizes), tuple(children), tuple(wanted)
 
     def parameters(self, block: FusedBlock) -> list[Tensor | None] | None:
-        """Of the layers, if they are what they were."""
+        """The parameters of the layers; None if a layer has changed."""
         if self.block is not block.__dict__:  # block is a replica of the one that was looked at
             return None
         return unchanged(*self.arguments)

@@ -123,7 +123,7 @@ def check_channels(x: Tensor, inplanes: int) -> None:
 
 
 def _torchs_methods(kind: type[nn.Module], *names: str) -> dict[str, Any]:
-    """The methods of torch's layer. In the place of one that was replaced before this package was imported stands another."""
+    """The methods of torch's layer; for one replaced before this package was imported, a value that never matches."""
     found = {}
     for name in ("_call_impl", *names):
         owner = next(cls for cls in kind.__mro__ if name in vars(cls))
@@ -184,10 +184,10 @@ def is_pointwise(module: nn.Module) -> TypeGuard[nn.Conv2d]:
 
 
 def input_dtype(module: nn.Module, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a module is given a tensor that has this one: the same, or a wider one of its parameters.
+    """The dtype to which a tensor of this dtype is cast for a module: this one, or a wider one of its parameters.
 
-    A mixed block takes what the fused operator takes, an x in half precision and parameters in float32. Never is the dtype
-    narrower: parameters may be stored in fewer bits than the module computes in, and integers are no dtype of a feature map.
+    So x may have half precision and the parameters float32, as in the fused operator. The dtype never becomes narrower:
+    parameters may be stored in fewer bits than the module computes in. Parameters of integers are ignored.
     """
     for parameter in module.parameters():
         if parameter.dtype in _checks.FLOATING:
@@ -196,7 +196,7 @@ def input_dtype(module: nn.Module, dtype: torch.dtype) -> torch.dtype:
 
 
 def call(module: nn.Module, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """What the module, called as the module it is, makes of the tensor, given in this dtype or a wider one of its own."""
+    """Calls the module on the tensor, cast to this dtype or to a wider dtype of the module's parameters."""
     return module(tensor.to(input_dtype(module, dtype)))
 
 
@@ -211,7 +211,7 @@ def call_on_context(module: nn.Module, image: Tensor, x: Tensor) -> Tensor:
 
 
 def _is_for_images(mask: nn.Module) -> bool:
-    """Whether a mask, which may be wrapped, convolves images, by the first of its weights that could do that or more."""
+    """Whether a mask, maybe wrapped, is a 2-D convolution: its first weight of 4 or 5 dimensions has 4."""
     return next((parameter.dim() for parameter in mask.parameters() if parameter.dim() in (4, 5)), None) == 4
 
 

@@ -41,9 +41,9 @@ def _without_ones(sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def accept(names: Mapping[str, str], module: nn.Module, state_dict: MutableMapping[str, Any], prefix: str, *_: Any) -> None:
-    """A load_state_dict pre-hook: gives their keys our names, and a tensor of as many elements our shape.
+    """A load_state_dict pre-hook: renames keys of other libraries and reshapes tensors to ours.
 
-    The shapes differ in ones only: LayerNorm weights (P,) or (P, 1, 1), Conv1d, Conv2d, Conv3d and Linear weights.
+    The shapes differ only in sizes of 1: LayerNorm weights (P,) or (P, 1, 1), Conv1d, Conv2d, Conv3d and Linear weights.
     """
     own = module.state_dict(keep_vars=True)
     for key in [key for key in state_dict if key.startswith(prefix)]:

@@ -43,9 +43,9 @@ class GlobalContextBlock(FusedBlock):
         activation: ``"relu"`` or ``"silu"``, between the two layers.
         gate: what the scale goes through: ``"sigmoid"``, or ``"hard_sigmoid"`` for ``clip(gate_alpha t + gate_beta, 0, 1)``.
         gate_alpha, gate_beta: of the hard sigmoid; torch uses 1/6 and 1/2, ONNX 0.2 and 0.5.
-        process_group: of torch.distributed, when each process holds its own part of every image, split along a spatial
-            dimension: the context is then that of the whole image, for one collective of ``N (C + 1)`` numbers per call and
-            one of ``N C`` backward. The gradient of a parameter is the sum over the processes. It cannot be copied.
+        process_group: a torch.distributed group; each of its processes holds a part of every image, split along a spatial
+            dimension. The context is that of the whole image: one collective of ``N (C + 1)`` numbers in forward, one of
+            ``N C`` in backward. The caller sums the gradients of the parameters over the group. deepcopy of the block fails.
         inplace: overwrite the input with the output, as nn.ReLU can. For inference: with autograd it is an error.
         device, dtype: of the parameters, as in every nn.Module.
 
@@ -54,13 +54,13 @@ class GlobalContextBlock(FusedBlock):
         memory format. The input is float16, bfloat16, float32 or float64, the parameters of its dtype or float32.
 
     Raises:
-        ValueError: an argument of the constructor is not among the valid ones, which the message lists.
-        TypeError: inplanes is missing, or given by both of its names.
+        ValueError: an argument of the constructor is not valid. The message says what is valid.
+        TypeError: inplanes is missing, or both inplanes and in_channels are given.
         RuntimeError: the input has a wrong rank, dtype, device, number of channels, or no positions; or it would be overwritten
             where autograd needs it. The message says what.
 
-    A submodule may be replaced, parametrized or hooked: what is no longer the plain layer is called as a module, with the
-    compiled pooling and fusion around it.
+    Submodules may be parametrized, replaced or hooked (then they are called). The fusion stays compiled, and so does the
+    pooling if conv_mask is unchanged.
     """
 
     if TYPE_CHECKING:  # that of nn.Module takes and returns Any
@@ -168,7 +168,7 @@ class GlobalContextBlock(FusedBlock):
         if self.process_group is not None:
             mask = self.conv_mask
             if mask is not None and not _layers.is_pointwise(mask):
-                raise RuntimeError("conv_mask must be the plain 1x1 convolution with a process_group, got another or a hook")
+                raise RuntimeError("with process_group, conv_mask must be a plain 1x1 convolution without hooks, got another")
             weight, bias = (None, None) if mask is None else (mask.weight, mask.bias)
             return _split.attention_pool(x, weight, bias, self.process_group)
         if self.conv_mask is None:

@@ -52,9 +52,9 @@ class NonLocalBlock(nn.Module):
         between is computed in the dtype of the parameters.
 
     Raises:
-        ValueError: an argument of the constructor is not among the valid ones, which the message lists.
-        TypeError: inplanes is missing, or given by both of its names.
-        RuntimeError: the input has a wrong rank or number of channels. The message says what.
+        ValueError: an argument of the constructor is not valid. The message says what is valid.
+        TypeError: inplanes is missing, or both inplanes and in_channels are given.
+        RuntimeError: the input has a wrong shape, dtype or device. The message says which.
 
     The block starts as the identity.
     """

@@ -28,10 +28,10 @@ class SimplifiedNonLocalBlock(FusedBlock):
         Input ``[N, C, *spatial]``; the output is like it, in its dtype and memory format.
 
     Raises:
-        TypeError: inplanes is missing, or given by both of its names.
+        TypeError: inplanes is missing, or both inplanes and in_channels are given.
         RuntimeError: the input has a wrong rank, dtype, device, number of channels, or no positions. The message says what.
 
-    Runs on the fused operator. When a submodule was replaced or hooked, it is called as a module, with the compiled kernels
+    Runs on the fused operator. A submodule that was replaced or hooked is called as a module, with the compiled kernels
     around it. The block starts as the identity: W is zero.
     """
 

@@ -37,8 +37,8 @@ class SqueezeExcitation(FusedBlock):
         Input ``[N, C, *spatial]``; the output is like it, in its dtype and memory format.
 
     Raises:
-        ValueError: an argument of the constructor is not among the valid ones, which the message lists.
-        TypeError: inplanes is missing, or given by both of its names.
+        ValueError: an argument of the constructor is not valid. The message says what is valid.
+        TypeError: inplanes is missing, or both inplanes and in_channels are given.
         RuntimeError: the input has a wrong rank, dtype, device, number of channels, or no positions. The message says what.
 
     Runs on the fused operator. The default initialisation is torch's, so the block starts near half its input, as the gate of
