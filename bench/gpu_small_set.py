@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import gcnet_ext
-from gcnet_ext import Transform, reference
+from gcnet_ext import Branch, reference
 
 SHAPES = ((2, 16, 9, 9), (1, 64, 28, 28), (2, 300, 5, 7), (1, 2048, 7, 7))
 
@@ -26,7 +26,7 @@ def main() -> None:
                 out.backward(torch.randn_like(out))
                 mask = block.conv_mask.weight, block.conv_mask.bias
                 branches = [
-                    Transform(conv.weight, conv.bias, norm.weight, norm.bias, last.weight, last.bias)
+                    Branch(conv.weight, conv.bias, norm.weight, norm.bias, last.weight, last.bias)
                     for conv, norm, _, last in (block.channel_mul_conv, block.channel_add_conv)
                 ]
                 expected = reference.global_context(x, *mask, *branches)

@@ -60,6 +60,16 @@ bool is_native(const Tensor& x, bool channels_last) {
 
 }  // namespace
 
+int64_t positions(const Tensor& x) {
+  int64_t product = 1;
+  for (int64_t dim = 2; dim < x.dim(); dim++) product *= x.size(dim);
+  return product;
+}
+
+ScalarType accumulation_dtype(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 bool has_own_memory(const Tensor& x) {
   std::vector<std::pair<int64_t, int64_t>> strides_and_sizes;
   for (int64_t dim = 0; dim < x.dim(); dim++) {
@@ -89,9 +99,12 @@ bool is_channels_last(const Tensor& x) {
 
 Layout layout_of(const Tensor& x) {
   const bool channels_last = is_channels_last(x);
-  int64_t count = 1;
-  for (int64_t dim = 2; dim < x.dim(); dim++) count *= x.size(dim);
-  return {x.size(0),    x.size(1), count, x.stride(0), channels_last ? 1 : x.stride(1), channels_last ? collapsed_stride(x) : 1,
+  return {x.size(0),
+          x.size(1),
+          positions(x),
+          x.stride(0),
+          channels_last ? 1 : x.stride(1),
+          channels_last ? collapsed_stride(x) : 1,
           channels_last};
 }
 

@@ -16,17 +16,21 @@ struct Layout {
   bool channels_last;                                      // channel_stride is 1, otherwise position_stride is
 };
 
-// Channels next to each other and positions apart: the rule of gcnet_ext/_library.py, word for word.
+// Channels next to each other and positions apart: the rule of gcnet_ext/_shapes.py, word for word.
 bool is_channels_last(const Tensor& x);
+// The positions of x: the product of its spatial sizes.
+int64_t positions(const Tensor& x);
+// The dtype in which sums over x are taken: float64 for float64, float32 for everything else.
+ScalarType accumulation_dtype(const Tensor& x);
 // The layout of a tensor that native() returned.
 Layout layout_of(const Tensor& x);
 // x itself when it lies in one of the two layouts, otherwise a dense copy in the memory format it is nearest to.
 Tensor native(const Tensor& x);
 // x itself when it is dense in one of the two layouts, otherwise a dense copy.
 Tensor native_dense(const Tensor& x);
-// What was computed on such a copy of x, into x; nothing where the map is x itself.
+// Copies what was computed on a dense copy of x back into x; does nothing where the map is x itself.
 void write_back(const Tensor& map, const Tensor& x);
-// The same with the memory format of `like`: for a gradient that has to be walked together with x.
+// grad itself where it lies as native(like) does, otherwise a dense copy that does: the two are walked together.
 Tensor native_like(const Tensor& grad, const Tensor& like);
 // Whether no two elements of x share memory, so that each can be overwritten.
 bool has_own_memory(const Tensor& x);

@@ -1,68 +1,63 @@
-// Every operator of the package, on one screen. Kernels register themselves for their device (csrc/cpu, csrc/cuda);
-// shape functions and autograd live in gcnet_ext/_library.py.
+// Every operator of the package, on one screen. Kernels register themselves for their device (csrc/cpu, csrc/cuda); the shapes
+// of the results are in gcnet_ext/_shapes.py, the gradients in gcnet_ext/_library.py.
 //
 // N samples, C channels, P positions, H hidden units of a branch. "acc" is the accumulation dtype: float64 for a float64 x,
 // float32 otherwise. A gradient that is not needed comes back as an empty tensor. An operator with a trailing underscore
 // overwrites x with its result, and has no gradient.
+//
+//   x, residual         [N, C, *spatial]; the residual is added to the result
+//   valid               bool, [N or 1, *spatial]: the positions that count in the pool
+//   mask                [weight, bias] of the attention pool's 1x1 convolution; without a weight the pool averages
+//   scale, shift        [w1, b1, norm_weight, norm_bias, w2, b2] of a branch t = w2 act(norm(w1 context + b1)) + b2;
+//                       without a w2 it is t = w1 context + b1, and without a w1 there is no such branch
+//   norm_eps            None: no norm
+//   activation          act: 0 none, 1 ReLU, 2 SiLU, 3 GELU by erf, 4 GELU by tanh, 5 Hardswish, 6 LeakyReLU with the slope
+//   hard_gate           [alpha, beta] of the gate clip(alpha t + beta, 0, 1); None: the gate is a sigmoid
+//   final_activation    of the result: 0 none, 1 ReLU
+//   positive            what backward needs of the final ReLU: a bit for each element of out, 1 where it is above 0, packed into
+//                       uint8 [N, ceil(C P / 8)] in the order of a sample's memory; [N, 0] without that ReLU
+//
+// A list always has all its elements, None among them: AOTInductor cannot pass an empty one. Choices are numbers, because torch
+// 2.13 leaks a str argument in every call (pytorch#191340). csrc/check.h refuses what has no kernel yet: residual, valid, the
+// final ReLU, and the activations but ReLU and SiLU.
 #include "stable.h"
 
 STABLE_TORCH_LIBRARY(gcnet_ext, m) {
   // -> context [N, C] acc; attention [N, P] acc, the softmax over positions ([N, 0] without a weight: average pooling)
-  m.def("attention_pool(Tensor x, Tensor? weight, Tensor? bias) -> (Tensor context, Tensor attention)");
+  m.def("attention_pool(Tensor x, Tensor? weight, Tensor? bias, Tensor? valid) -> (Tensor context, Tensor attention)");
+  // needs: x, weight
   m.def(
-      "attention_pool_backward(Tensor grad_context, Tensor x, Tensor? weight, Tensor context, Tensor attention, "
-      "bool need_x, bool need_weight) -> (Tensor grad_x, Tensor grad_weight)");
+      "attention_pool_backward(Tensor grad_context, Tensor x, Tensor? weight, Tensor? valid, Tensor context, Tensor attention, "
+      "bool[] needs) -> (Tensor grad_x, Tensor grad_weight)");
 
-  // -> x * scale + shift; scale and shift are [N, C]
-  m.def("channel_fuse(Tensor x, Tensor? scale, Tensor? shift) -> Tensor");
-  m.def("channel_fuse_(Tensor(a!) x, Tensor? scale, Tensor? shift) -> ()");
+  // -> act(x * scale + shift + residual); scale and shift are [N, C]
   m.def(
-      "channel_fuse_backward(Tensor grad, Tensor x, Tensor? scale, Tensor? shift, "
-      "bool need_x, bool need_scale, bool need_shift) -> (Tensor grad_x, Tensor grad_scale, Tensor grad_shift)");
+      "channel_fuse(Tensor x, Tensor? scale, Tensor? shift, Tensor? residual, int final_activation) "
+      "-> (Tensor out, Tensor positive)");
+  m.def("channel_fuse_(Tensor(a!) x, Tensor? scale, Tensor? shift, Tensor? residual, int final_activation) -> ()");
+  // needs: x, scale, shift, residual
+  m.def(
+      "channel_fuse_backward(Tensor grad, Tensor x, Tensor? scale, Tensor? shift, int final_activation, Tensor positive, "
+      "bool[] needs) -> (Tensor grad_x, Tensor grad_scale, Tensor grad_shift, Tensor grad_residual)");
 
-  // The whole block. act is ReLU or SiLU, the gate a sigmoid or clip(gate_alpha t + gate_beta, 0, 1); the choices are bools
-  // because torch 2.13 leaks a str argument in every call (pytorch#191340). A branch is t = w2 act(norm(w1 context + b1)) + b2,
-  // or t = w1 context + b1 without a w2.
+  // The whole block: act(x * gate(t_scale) + t_shift + residual), with the context of x in both branches.
   // -> out like x; context [N, C] acc; attention [N, P] acc; hidden [N, H of scale + H of shift] acc, before the norm;
-  //    gate_values [N, C] acc, the sigmoid that x was multiplied with, or gate_alpha t + gate_beta before it was clipped
-  //    ([N, 0] without a scale branch)
+  //    gate_values [N, C] acc, the sigmoid that x was multiplied with, or alpha t + beta before it was clipped ([N, 0] without
+  //    a scale branch); positive
   m.def(
-      "global_context(Tensor x, Tensor? mask_weight, Tensor? mask_bias, "
-      "Tensor? scale_w1, Tensor? scale_b1, Tensor? scale_norm_weight, Tensor? scale_norm_bias, Tensor? scale_w2, Tensor? "
-      "scale_b2, "
-      "Tensor? shift_w1, Tensor? shift_b1, Tensor? shift_norm_weight, Tensor? shift_norm_bias, Tensor? shift_w2, Tensor? "
-      "shift_b2, "
-      "bool norm, float eps, bool silu, bool hard_sigmoid, float gate_alpha, float gate_beta) "
-      "-> (Tensor out, Tensor context, Tensor attention, Tensor hidden, Tensor gate_values)");
-  // The same, for where nothing is differentiated: out alone.
+      "global_context(Tensor x, Tensor?[] mask, Tensor?[] scale, Tensor?[] shift, Tensor? residual, Tensor? valid, "
+      "float? norm_eps, int activation, float slope, float[]? hard_gate, int final_activation) "
+      "-> (Tensor out, Tensor context, Tensor attention, Tensor hidden, Tensor gate_values, Tensor positive)");
+  // The first of these results alone, where nothing is differentiated.
   m.def(
-      "global_context_inference(Tensor x, Tensor? mask_weight, Tensor? mask_bias, "
-      "Tensor? scale_w1, Tensor? scale_b1, Tensor? scale_norm_weight, Tensor? scale_norm_bias, Tensor? scale_w2, Tensor? "
-      "scale_b2, "
-      "Tensor? shift_w1, Tensor? shift_b1, Tensor? shift_norm_weight, Tensor? shift_norm_bias, Tensor? shift_w2, Tensor? "
-      "shift_b2, "
-      "bool norm, float eps, bool silu, bool hard_sigmoid, float gate_alpha, float gate_beta) "
-      "-> Tensor");
+      "global_context_inference(Tensor x, Tensor?[] mask, Tensor?[] scale, Tensor?[] shift, Tensor? residual, Tensor? valid, "
+      "float? norm_eps, int activation, float slope, float[]? hard_gate, int final_activation) -> Tensor");
   m.def(
-      "global_context_(Tensor(a!) x, Tensor? mask_weight, Tensor? mask_bias, "
-      "Tensor? scale_w1, Tensor? scale_b1, Tensor? scale_norm_weight, Tensor? scale_norm_bias, Tensor? scale_w2, Tensor? "
-      "scale_b2, "
-      "Tensor? shift_w1, Tensor? shift_b1, Tensor? shift_norm_weight, Tensor? shift_norm_bias, Tensor? shift_w2, Tensor? "
-      "shift_b2, "
-      "bool norm, float eps, bool silu, bool hard_sigmoid, float gate_alpha, float gate_beta) "
-      "-> ()");
+      "global_context_(Tensor(a!) x, Tensor?[] mask, Tensor?[] scale, Tensor?[] shift, Tensor? residual, Tensor? valid, "
+      "float? norm_eps, int activation, float slope, float[]? hard_gate, int final_activation) -> ()");
+  // saved: context, attention, hidden, gate_values, positive. needs: x, the mask's weight, scale, shift, residual.
   m.def(
-      "global_context_backward(Tensor grad, Tensor x, Tensor? mask_weight, "
-      "Tensor? scale_w1, Tensor? scale_b1, Tensor? scale_norm_weight, Tensor? scale_norm_bias, Tensor? scale_w2, Tensor? "
-      "scale_b2, "
-      "Tensor? shift_w1, Tensor? shift_b1, Tensor? shift_norm_weight, Tensor? shift_norm_bias, Tensor? shift_w2, Tensor? "
-      "shift_b2, "
-      "bool norm, float eps, bool silu, bool hard_sigmoid, float gate_alpha, float gate_beta, "
-      "Tensor context, Tensor attention, Tensor hidden, Tensor gate_values, "
-      "bool need_x, bool need_mask, bool need_scale, bool need_shift) "
-      "-> (Tensor grad_x, Tensor grad_mask_weight, "
-      "Tensor grad_scale_w1, Tensor grad_scale_b1, Tensor grad_scale_norm_weight, Tensor grad_scale_norm_bias, "
-      "Tensor grad_scale_w2, Tensor grad_scale_b2, "
-      "Tensor grad_shift_w1, Tensor grad_shift_b1, Tensor grad_shift_norm_weight, Tensor grad_shift_norm_bias, "
-      "Tensor grad_shift_w2, Tensor grad_shift_b2)");
+      "global_context_backward(Tensor grad, Tensor x, Tensor?[] mask, Tensor?[] scale, Tensor?[] shift, Tensor? valid, "
+      "float? norm_eps, int activation, float slope, float[]? hard_gate, int final_activation, Tensor[] saved, bool[] needs) "
+      "-> (Tensor grad_x, Tensor grad_mask_weight, Tensor[] grad_scale, Tensor[] grad_shift, Tensor grad_residual)");
 }

@@ -1,5 +1,7 @@
 #include "plan_cpu.h"
 
+#include "cpu/kernels.h"
+
 #include <algorithm>
 
 namespace gcnet_ext {
@@ -7,7 +9,6 @@ namespace {
 
 constexpr int64_t kTileBytes = 256 << 10;  // half of a small second-level cache
 constexpr int64_t kMinTile = 64;           // positions: four vectors of 16 floats
-constexpr int64_t kMaxTile = 4096;         // what the kernels have scratch space for
 constexpr int64_t kMaxSplits = 64;         // partial results of a sample: 64 C elements at most
 constexpr int64_t kSweepBytes = 128 << 10;
 constexpr int64_t kSmallSample = 1 << 20;       // bytes of a sample that is cut by channels: it is read twice, from a cache
@@ -35,7 +36,7 @@ bool by_channels(int64_t channels, int64_t positions, int64_t element_size, bool
 PoolPlan plan_cpu_pool(int64_t channels, int64_t positions, int64_t element_size, bool channels_last) {
   if (by_channels(channels, positions, element_size, channels_last)) return {true, positions, positions, 1};
   const int64_t fitting = kTileBytes / (channels * element_size) / kMinTile * kMinTile;
-  const int64_t tile = std::clamp(fitting, kMinTile, kMaxTile);
+  const int64_t tile = std::clamp(fitting, kMinTile, cpu::kMaxTile);
   const int64_t tiles = std::max<int64_t>(1, ceil_div(positions, tile));
   const int64_t tiles_per_split = ceil_div(tiles, kMaxSplits);
   return {false, tile, tile * tiles_per_split, ceil_div(tiles, tiles_per_split)};

@@ -53,14 +53,30 @@ inline bool holds_just(PyObject* dictionary, PyObject* items) {
   return true;
 }
 
-// unchanged(kinds, fields, sizes, children, wanted), of flat tuples:
+// The list of dictionary[name] for each pair of a flat tuple; null if there is none, with or without an exception.
+inline PyObject* values_of(PyObject* flat) {
+  if (!PyTuple_Check(flat)) {
+    PyErr_SetString(PyExc_TypeError, "unchanged takes a tuple of tuples as wanted");
+    return nullptr;
+  }
+  PyObject* values = PyList_New(0);
+  const bool all = values && all_of<2>(flat, [&](PyObject* dictionary, PyObject* name) {
+                     PyObject* value = PyDict_GetItemWithError(dictionary, name);
+                     return value && PyList_Append(values, value) == 0;
+                   });
+  if (all) return values;
+  Py_XDECREF(values);
+  return nullptr;
+}
+
+// unchanged(kinds, fields, sizes, children, wanted), of flat tuples, the last one of a tuple of such:
 //   kinds      object, class, version:    type(object) is class, and class_version(class) == version
 //   fields     dictionary, name, value:   dictionary[name] is value, or there is none and value is None
 //   sizes      dictionary, length:        len(dictionary) == length
 //   children   dictionary, items:         the dictionary has these names and values, in this order, and no others
 //   wanted     dictionary, name:          the result has dictionary[name]
 //
-// The list of the wanted values, or None where one of these no longer holds.
+// A list of the wanted values for each tuple of them, or None where one of these no longer holds.
 inline PyObject* unchanged(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (count != 5 || !std::all_of(arguments, arguments + 5, [](PyObject* tuple) { return PyTuple_Check(tuple); })) {
     PyErr_SetString(PyExc_TypeError, "unchanged takes five tuples: kinds, fields, sizes, children, wanted");
@@ -68,8 +84,8 @@ inline PyObject* unchanged(PyObject*, PyObject* const* arguments, Py_ssize_t cou
   }
   PyObject *kinds = arguments[0], *fields = arguments[1], *sizes = arguments[2], *children = arguments[3];
   PyObject* wanted = arguments[4];
-  PyObject* values = PyList_New(0);
-  const bool same = values &&
+  PyObject* lists = PyList_New(0);
+  const bool same = lists &&
                     all_of<3>(kinds,
                               [](PyObject* object, PyObject* type, PyObject* version) {
                                 const unsigned long now = version_of(Py_TYPE(object));
@@ -83,12 +99,14 @@ inline PyObject* unchanged(PyObject*, PyObject* const* arguments, Py_ssize_t cou
                               }) &&
                     all_of<2>(sizes, [](PyObject* dictionary,
                                         PyObject* length) { return PyDict_Size(dictionary) == PyLong_AsSsize_t(length); }) &&
-                    all_of<2>(children, holds_just) && all_of<2>(wanted, [&](PyObject* dictionary, PyObject* name) {
-                      PyObject* value = PyDict_GetItemWithError(dictionary, name);
-                      return value && PyList_Append(values, value) == 0;
+                    all_of<2>(children, holds_just) && all_of<1>(wanted, [&](PyObject* flat) {
+                      PyObject* values = values_of(flat);
+                      const bool kept = values && PyList_Append(lists, values) == 0;
+                      Py_XDECREF(values);
+                      return kept;
                     });
-  if (same) return values;
-  Py_XDECREF(values);
+  if (same) return lists;
+  Py_XDECREF(lists);
   if (PyErr_Occurred()) return nullptr;
   Py_RETURN_NONE;
 }

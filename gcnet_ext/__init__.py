@@ -3,15 +3,15 @@
 from ._version import __version__
 from .blocks import GlobalContextBlock, NonLocalBlock, SimplifiedNonLocalBlock, SqueezeExcitation
 from .drop_in import replace_blocks, to_peer_state_dict
-from .functional import Transform, attention_map, attention_pool, channel_fuse, global_context
+from .functional import Branch, attention_map, attention_pool, channel_fuse, global_context
 from .insert import insert_blocks
 
 __all__ = [
+    "Branch",
     "GlobalContextBlock",
     "NonLocalBlock",
     "SimplifiedNonLocalBlock",
     "SqueezeExcitation",
-    "Transform",
     "__version__",
     "attention_map",
     "attention_pool",

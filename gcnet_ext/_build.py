@@ -54,7 +54,7 @@ def sources() -> list[str]:
 
 def cuda_sources() -> list[str]:
     """The sources of ``gcnet_ext._C_cuda``: implementations for CUDA, and what they share with the CPU library."""
-    shared = [CSRC / name for name in ("check.cpp", "layout.cpp", "plan_cuda.cpp")]
+    shared = [CSRC / name for name in ("arguments.cpp", "check.cpp", "layout.cpp", "plan_cuda.cpp")]
     return sorted(str(path.relative_to(ROOT)) for path in (*(CSRC / "cuda").glob("*.cu"), *shared))
 
 

@@ -1,15 +1,19 @@
-"""What the operators accept, in words.
+"""What the operators accept, in words. Every error names the argument, what it must be and what it was.
 
-The reference and the shape functions call these; `csrc/check.cpp` says the same words in C++, and
-`tests/test_bad_input.py` holds the two to each other. Every error names the argument, what it must be and what it was.
+The reference and the shape functions call these, and so does whoever called a kernel that refused its arguments: the rules of
+`csrc/check.h` name the argument and no more. `tests/test_bad_input.py` compares the two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from ._arguments import ACTIVATIONS as NUMBERS
+from ._arguments import FINAL_ACTIVATIONS, IN_LISTS, Arguments, BackwardArguments, Branch, Saved, per_weight
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ACTIVATIONS = ("relu", "silu")
@@ -43,18 +47,26 @@ def given(op: str, name: str, tensor: object) -> None:
         _fail(op, f"{name} must be a tensor, got None")
 
 
-def strided(op: str, names: Sequence[str], args: Sequence[object]) -> None:
-    """For an operator that the dispatcher found no kernel for: sparse, MKL-DNN, quantized and nested tensors have none."""
-    for name, tensor in zip(names, args, strict=True):
-        if isinstance(tensor, Tensor) and (tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested):
-            kind = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else _name(tensor.layout)
-            _fail(op, f"{name} must be a strided tensor, got a {kind} one")
-
-
-def transform(op: str, name: str, weights: object) -> None:
-    """A branch of the whole block: its six weights, or none."""
+def branch_type(op: str, name: str, weights: object) -> None:
+    """
+    Raises:
+        TypeError: a branch of the whole block is neither its six weights nor None.
+    """
     if weights is not None and not (isinstance(weights, tuple) and len(weights) == 6):
-        raise TypeError(f"gcnet_ext::{op}: {name} must be a Transform or None, got {type(weights).__name__}")
+        raise TypeError(f"gcnet_ext::{op}: {name} must be a Branch or None, got {type(weights).__name__}")
+
+
+def strided(op: str, name: str, tensor: object) -> None:
+    """Sparse, MKL-DNN, quantized and nested tensors have no kernels."""
+    if isinstance(tensor, Tensor) and (tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested):
+        kind = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else _name(tensor.layout)
+        _fail(op, f"{name} must be a strided tensor, got a {kind} one")
+
+
+def not_yet(op: str, name: str, given: object) -> None:
+    """For an argument that the schema has and no kernel."""
+    if given:
+        _fail(op, f"{name} is not implemented yet")
 
 
 def _has_shape(tensor: Tensor, sizes: Sequence[int]) -> bool:
@@ -94,9 +106,14 @@ def in_place(op: str, x: Tensor) -> None:
         reach += stride * (size - 1)
 
 
+def _requires_gradient(args: Sequence[object]) -> bool:
+    opened = [part for value in args for part in (value if isinstance(value, list | tuple) else [value])]
+    return torch._C._any_requires_grad(*opened)
+
+
 def no_gradient(op: str, args: Sequence[object]) -> None:
     """What overwrites x leaves autograd without it."""
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+    if torch.is_grad_enabled() and _requires_gradient(args):
         _fail(
             op,
             "x must not be overwritten (inplace=True) where autograd needs it, got an argument that requires a gradient; "
@@ -106,7 +123,7 @@ def no_gradient(op: str, args: Sequence[object]) -> None:
 
 def not_differentiated(op: str, args: Sequence[object]) -> None:
     """The operators of the backward pass have no derivative of their own."""
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+    if torch.is_grad_enabled() and _requires_gradient(args):
         _fail(
             op,
             "its arguments must not require a gradient, got one that does; for second derivatives differentiate "
@@ -125,7 +142,7 @@ def gradient(op: str, grad: Tensor, x: Tensor) -> None:
         _fail(op, f"grad must have shape {_shape(x.shape)}, got {_shape(grad.shape)}")
 
 
-def side(op: str, name: str, tensor: Tensor, x: Tensor, sizes: Sequence[int]) -> None:
+def saved(op: str, name: str, tensor: Tensor, x: Tensor, sizes: Sequence[int]) -> None:
     """A tensor of the accumulation dtype that the forward op returned and the backward op takes."""
     given(op, name, tensor)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -135,6 +152,29 @@ def side(op: str, name: str, tensor: Tensor, x: Tensor, sizes: Sequence[int]) ->
         _fail(op, f"{name} must be {_name(dtype)}, got {_name(tensor.dtype)}")
     if not _has_shape(tensor, sizes):
         _fail(op, f"{name} must have shape {_shape(sizes)}, got {_shape(tensor.shape)}")
+
+
+def bits(op: str, tensor: Tensor, x: Tensor) -> None:
+    """Those of the final ReLU, of which there are none without it."""
+    given(op, "positive", tensor)
+    if tensor.device != x.device:
+        _fail(op, f"positive must be on x's device ({x.device.type}), got {tensor.device.type}")
+    if tensor.dtype != torch.uint8:
+        _fail(op, f"positive must be uint8, got {_name(tensor.dtype)}")
+    if not _has_shape(tensor, (x.shape[0], 0)):
+        _fail(op, f"positive must have shape {_shape((x.shape[0], 0))}, got {_shape(tensor.shape)}")
+
+
+def positions(x: Tensor) -> int:
+    """P, the product of the spatial sizes."""
+    product = 1
+    for size in x.shape[2:]:
+        product = product * size
+    return product
+
+
+def hidden_units(w1: Tensor | None) -> int:
+    return 0 if w1 is None else w1.shape[0]
 
 
 def parameter(op: str, name: str, tensor: Tensor | None, x: Tensor, sizes: Sequence[int]) -> None:
@@ -167,38 +207,176 @@ def attended(op: str, weight: object) -> None:
         _fail(op, "weight must be given for an attention map, got None")
 
 
-def branch(op: str, prefix: str, params: Sequence[Tensor | None], x: Tensor) -> None:
+def branch(op: str, prefix: str, weights: Sequence[Tensor | None], x: Tensor) -> None:
     """One branch of the transform: w1 [H, C], b1 [H], norm [H], w2 [C, H], b2 [C]; without w2: w1 [C, C], b1 [C]."""
-    w1, b1, norm_weight, norm_bias, w2, b2 = params
+    given = per_weight(weights)
     channels = x.shape[1]
-    if w1 is None:
-        for name, tensor in zip(("b1", "norm_weight", "norm_bias", "w2", "b2"), params[1:], strict=True):
-            if tensor is not None:
-                _fail(op, f"{prefix}_{name} must come with a {prefix}_w1, got {prefix}_w1 None")
-        return
-    if w2 is None:
-        for name, tensor in (("norm_weight", norm_weight), ("norm_bias", norm_bias), ("b2", b2)):
-            if tensor is not None:
-                _fail(op, f"{prefix}_{name} must come with a {prefix}_w2, got {prefix}_w2 None")
+
+    def come_with(needed: str, *names: str) -> None:
+        for name in names:
+            if getattr(given, name) is not None:
+                _fail(op, f"{prefix}_{name} must come with a {prefix}_{needed}, got {prefix}_{needed} None")
+
+    if given.w1 is None:
+        return come_with("w1", *Branch._fields[1:])
+    if given.w2 is None:
+        come_with("w2", "norm_weight", "norm_bias", "b2")
         hidden = channels
     else:
-        hidden = w1.shape[0] if w1.dim() > 0 else 0
+        hidden = given.w1.shape[0] if given.w1.dim() > 0 else 0
         if hidden == 0:
-            _fail(op, f"{prefix}_w1 must have at least one row, got shape {_shape(w1.shape)}")
-    parameter(op, f"{prefix}_w1", w1, x, (hidden, channels))
-    parameter(op, f"{prefix}_b1", b1, x, (hidden,))
-    parameter(op, f"{prefix}_norm_weight", norm_weight, x, (hidden,))
-    parameter(op, f"{prefix}_norm_bias", norm_bias, x, (hidden,))
-    parameter(op, f"{prefix}_w2", w2, x, (channels, hidden))
-    parameter(op, f"{prefix}_b2", b2, x, (channels,))
+            _fail(op, f"{prefix}_w1 must have at least one row, got shape {_shape(given.w1.shape)}")
+    sizes = [(hidden, channels), (hidden,), (hidden,), (hidden,), (channels, hidden), (channels,)]
+    for name, tensor, size in zip(Branch._fields, given, sizes, strict=True):
+        parameter(op, f"{prefix}_{name}", tensor, x, size)
+    return None
 
 
-def branches(op: str, scale: Sequence[Tensor | None], shift: Sequence[Tensor | None], x: Tensor) -> None:
-    """At least one branch, and each of them sound."""
-    if scale[0] is None and shift[0] is None:
+def count(op: str, name: str, values: Sequence[object], wanted: int) -> None:
+    """A list of the schema has as many elements as it must."""
+    if len(values) != wanted:
+        _fail(op, f"{name} must have {wanted} elements, got {len(values)}")
+
+
+def final(op: str, number: int) -> None:
+    if number not in FINAL_ACTIVATIONS.values():
+        _fail(op, f"final_activation must be one of {FINAL_ACTIVATIONS}, got {number}")
+    not_yet(op, "final_activation", number)
+
+
+# ---- each operator -----------------------------------------------------------------------------------------------------------
+
+
+def attention_pool(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, valid: Tensor | None = None) -> None:
+    feature_map(op, x)
+    mask(op, "", weight, bias, x)
+    not_yet(op, "valid", valid is not None)
+
+
+def attention_pool_backward(
+    op: str,
+    grad_context: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    valid: Tensor | None,
+    context: Tensor,
+    attention: Tensor,
+    needs: Sequence[bool],
+) -> None:
+    attention_pool(op, x, weight, None, valid)
+    samples, channels = x.shape[:2]
+    saved(op, "grad_context", grad_context, x, (samples, channels))
+    saved(op, "context", context, x, (samples, channels))
+    saved(op, "attention", attention, x, (samples, 0 if weight is None else positions(x)))
+    count(op, "needs", needs, 2)
+
+
+def channel_fuse(
+    op: str, x: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None = None, final_activation: int = 0
+) -> None:
+    feature_map(op, x, pooled=False)
+    parameter(op, "scale", scale, x, x.shape[:2])
+    parameter(op, "shift", shift, x, x.shape[:2])
+    not_yet(op, "residual", residual is not None)
+    final(op, final_activation)
+
+
+def channel_fuse_(op: str, x: Tensor, *rest: Any) -> None:
+    channel_fuse(op, x, *rest)
+    in_place(op, x)
+
+
+def channel_fuse_backward(
+    op: str,
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    final_activation: int,
+    positive: Tensor,
+    needs: Sequence[bool],
+) -> None:
+    channel_fuse(op, x, scale, shift, None, final_activation)
+    gradient(op, grad, x)
+    bits(op, positive, x)
+    count(op, "needs", needs, 4)
+    not_yet(op, "needs", needs[3])
+
+
+def global_context(op: str, call: Arguments) -> None:
+    x = call.x
+    for name, values, wanted in (("mask", call.mask, 2), ("scale", call.scale, 6), ("shift", call.shift, 6)):
+        count(op, name, values, wanted)
+    options(op, call)
+    feature_map(op, x)
+    weight, bias = call.mask
+    mask(op, "mask_", weight, bias, x)
+    if call.scale[0] is None and call.shift[0] is None:
         _fail(op, "scale_w1 or shift_w1 must be given, got None for both")
-    branch(op, "scale", scale, x)
-    branch(op, "shift", shift, x)
+    branch(op, "scale", call.scale, x)
+    branch(op, "shift", call.shift, x)
+    not_yet(op, "residual", call.residual is not None)
+    not_yet(op, "valid", call.valid is not None)
+
+
+def global_context_(op: str, call: Arguments) -> None:
+    global_context(op, call)
+    in_place(op, call.x)
+
+
+def options(op: str, call: Arguments | BackwardArguments) -> None:
+    if call.activation not in NUMBERS.values():
+        _fail(op, f"activation must be one of {NUMBERS}, got {call.activation}")
+    not_yet(op, "activation", call.activation not in (NUMBERS["relu"], NUMBERS["silu"]))
+    if call.hard_gate is not None:
+        count(op, "hard_gate", call.hard_gate, 2)
+    final(op, call.final_activation)
+
+
+def global_context_backward(op: str, call: BackwardArguments) -> None:
+    count(op, "needs", call.needs, 5)
+    count(op, "saved", call.saved, 5)
+    global_context(op, call.forward())
+    x, kept = call.x, Saved(*call.saved)
+    samples, channels = x.shape[:2]
+    gradient(op, call.grad, x)
+    units = sum(hidden_units(w1) for w1 in (call.scale[0], call.shift[0]))
+    saved(op, "context", kept.context, x, (samples, channels))
+    saved(op, "attention", kept.attention, x, (samples, 0 if call.mask[0] is None else positions(x)))
+    saved(op, "hidden", kept.hidden, x, (samples, units))
+    saved(op, "gate_values", kept.gate_values, x, (samples, 0 if call.scale[0] is None else channels))
+    bits(op, kept.positive, x)
+    not_yet(op, "needs", call.needs[4])
+
+
+OPERATORS: dict[str, Callable[..., None]] = {
+    "attention_pool": attention_pool,
+    "attention_pool_backward": attention_pool_backward,
+    "channel_fuse": channel_fuse,
+    "channel_fuse_": channel_fuse_,
+    "channel_fuse_backward": channel_fuse_backward,
+    "global_context": lambda op, *args: global_context(op, Arguments(*args)),
+    "global_context_inference": lambda op, *args: global_context(op, Arguments(*args)),
+    "global_context_": lambda op, *args: global_context_(op, Arguments(*args)),
+    "global_context_backward": lambda op, *args: global_context_backward(op, BackwardArguments(*args)),
+}
+
+
+def operator(name: str, args: Sequence[Any]) -> None:
+    """All checks of that operator, as it is called."""
+    OPERATORS[name](name.removesuffix("_inference"), *args)
+
+
+def explain(name: str, names: Sequence[str], args: Sequence[Any]) -> None:
+    """Says in words what a kernel or the dispatcher refused; returns where it was nothing of these."""
+    for argument, value in zip(names, args, strict=True):
+        listed = isinstance(value, list | tuple) and argument in IN_LISTS
+        for own, tensor in zip(IN_LISTS[argument], value, strict=False) if listed else ((argument, value),):
+            strided(name.removesuffix("_inference"), own, tensor)
+    operator(name, args)
+
+
+# ---- the functions -----------------------------------------------------------------------------------------------------------
 
 
 def choices(op: str, activation: str, gate: str) -> None:

@@ -6,11 +6,14 @@ there either. Shapes stand for tensors.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
+
+from ._arguments import Arguments, BackwardArguments, Needs, per_weight
 
 Shape = tuple[int, ...]
 
@@ -31,16 +34,18 @@ def _pool_backward(x: Shape, weight: Shape | None, need_x: bool, need_weight: bo
     return 2 * _positions(x) * (2 * need_x + (need_x or need_weight) + need_weight)
 
 
-def _branch(x: Shape, w1: Shape | None, w2: Shape | None) -> int:
-    return 2 * x[0] * sum(prod(weight) for weight in (w1, w2) if weight is not None)
+def _branch(x: Shape, weights: Sequence[Shape | None]) -> int:
+    branch = per_weight(weights)
+    return 2 * x[0] * sum(prod(weight) for weight in (branch.w1, branch.w2) if weight is not None)
 
 
-def _branch_backward(x: Shape, w1: Shape | None, w2: Shape | None, need_context: bool, need_weights: bool) -> int:
-    if w1 is None:
+def _branch_backward(x: Shape, weights: Sequence[Shape | None], need_context: bool, need_weights: bool) -> int:
+    branch = per_weight(weights)
+    if branch.w1 is None:
         return 0
-    gradients = 2 * x[0] * prod(w1) * (need_context + need_weights)
-    if w2 is not None:
-        gradients += 2 * x[0] * prod(w2) * ((need_context or need_weights) + need_weights)
+    gradients = 2 * x[0] * prod(branch.w1) * (need_context + need_weights)
+    if branch.w2 is not None:
+        gradients += 2 * x[0] * prod(branch.w2) * ((need_context or need_weights) + need_weights)
     return gradients
 
 
@@ -54,22 +59,25 @@ def register() -> None:
 
     @register_flop_formula(ops.attention_pool_backward)
     def attention_pool_backward(_grad: Shape, x: Shape, weight: Shape | None, *rest: Any, **_: Any) -> int:
-        return _pool_backward(x, weight, *rest[-2:])
+        need_x, need_weight = rest[-1]
+        return _pool_backward(x, weight, need_x, need_weight)
 
     @register_flop_formula([ops.channel_fuse, ops.channel_fuse_, ops.channel_fuse_backward])
     def channel_fuse(*_: Any, **__: Any) -> int:
         return 0
 
     @register_flop_formula([ops.global_context, ops.global_context_inference, ops.global_context_])
-    def global_context(x: Shape, mask_weight: Shape | None, _mask_bias: Shape | None, *rest: Any, **_: Any) -> int:
-        return _pool(x, mask_weight) + _branch(x, rest[0], rest[4]) + _branch(x, rest[6], rest[10])
+    def global_context(*args: Any, **_: Any) -> int:
+        call = Arguments(*args)
+        return _pool(call.x, call.mask[0]) + _branch(call.x, call.scale) + _branch(call.x, call.shift)
 
     @register_flop_formula(ops.global_context_backward)
-    def global_context_backward(_grad: Shape, x: Shape, mask_weight: Shape | None, *rest: Any, **_: Any) -> int:
-        need_x, need_mask, need_scale, need_shift = rest[-4:]
-        need_context = need_x or (need_mask and mask_weight is not None)
+    def global_context_backward(*args: Any, **_: Any) -> int:
+        call = BackwardArguments(*args)
+        weight, needs = call.mask[0], Needs(*call.needs)
+        need_context = needs.x or (needs.mask and weight is not None)
         return (
-            _pool_backward(x, mask_weight, need_x, need_mask)
-            + _branch_backward(x, rest[0], rest[4], need_context, need_scale)
-            + _branch_backward(x, rest[6], rest[10], need_context, need_shift)
+            _pool_backward(call.x, weight, needs.x, needs.mask)
+            + _branch_backward(call.x, call.scale, need_context, needs.scale)
+            + _branch_backward(call.x, call.shift, need_context, needs.shift)
         )

@@ -10,6 +10,7 @@ import importlib
 import os
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import _build, _checks, _flops, _shapes, reference
+from ._arguments import Arguments, Options, flat, in_lists
 
 HOW_TO_BUILD = "build them with `pip install --no-build-isolation .` in a checkout (see Install in README.md)"
 
@@ -115,9 +117,20 @@ def why_no_kernels(device: str) -> str:
 
 
 def below_autograd(name: str, args: tuple) -> Any:
-    """The kernel itself, without a second look at the autograd key."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return _operators[name](*args)
+    """The kernel itself, without a second look at the autograd key; what it refuses is said in words."""
+    try:
+        with torch._C._AutoDispatchBelowAutograd():
+            return _operators[name](*args)
+    except RuntimeError as error:
+        # The dispatcher says NotImplementedError of a sparse tensor, and the rules of csrc/check.h begin with the operator.
+        operator = name.removesuffix("_inference")
+        if isinstance(error, NotImplementedError) or str(error).startswith(f"gcnet_ext::{operator}: "):
+            schema = getattr(torch.ops.gcnet_ext, name).default._schema
+            try:
+                _checks.explain(name, [argument.name for argument in schema.arguments], args)
+            except RuntimeError as words:
+                raise words from None
+        raise
 
 
 def _needed(needed: bool, like: Tensor | None) -> Tensor | None:
@@ -149,21 +162,16 @@ def constant(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.detach()
 
 
+def _reference_block(options: Options, *tensors: Any) -> Tensor:
+    """global_context, to be differentiated."""
+    call = Arguments(*in_lists(tensors), *options)
+    weight, bias = call.mask
+    return reference.block(call._replace(mask=(weight, constant(bias))))
+
+
 def _reference_context(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """attention_pool as the operator returns it, in the accumulation dtype, to be differentiated."""
     return reference.attention_pool(x, weight, constant(bias)).to(reference.accumulation_dtype(x))
-
-
-def reference_block(x, mask_weight, mask_bias, *rest) -> Tensor:
-    """global_context with the arguments of the operator."""
-    branches = (rest[i : i + 6] for i in (0, 6))
-    scale, shift = (reference.Transform(*branch) if any(w is not None for w in branch) else None for branch in branches)
-    norm, eps, silu, hard_sigmoid, gate_alpha, gate_beta = rest[12:]
-    activation, gate = "silu" if silu else "relu", "hard_sigmoid" if hard_sigmoid else "sigmoid"
-    return reference.global_context(
-        x, mask_weight, mask_bias, scale, shift,
-        norm=norm, eps=eps, activation=activation, gate=gate, gate_alpha=gate_alpha, gate_beta=gate_beta,
-    )  # fmt: skip
 
 
 class _AttentionPool(torch.autograd.Function):
@@ -178,70 +186,80 @@ class _AttentionPool(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_context, _grad_attention):
         if grad_context is None:
-            return None, None, None
-        x, weight, bias, context, attention = ctx.saved_tensors
+            return None, None, None, None
+        x, weight, bias, valid, context, attention = ctx.saved_tensors
+        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            return through_reference(_reference_context, (x, weight, bias), ctx.needs_input_grad, grad_context)
-        need_x, need_weight, need_bias = ctx.needs_input_grad
-        args = grad_context, x, weight, context, attention, need_x, need_weight
+            needs = need_x, need_weight, need_bias
+            return *through_reference(_reference_context, (x, weight, bias), needs, grad_context), None
+        args = grad_context, x, weight, valid, context, attention, [need_x, need_weight]
         grad_x, grad_weight = below_autograd("attention_pool_backward", args)
-        return _needed(need_x, grad_x), _needed(need_weight, grad_weight), torch.zeros_like(bias) if need_bias else None
+        grad_bias = torch.zeros_like(bias) if need_bias else None
+        return _needed(need_x, grad_x), _needed(need_weight, grad_weight), grad_bias, None
 
 
 class _ChannelFuse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *args):
-        ctx.save_for_backward(*args)
-        return below_autograd("channel_fuse", args)
+    def forward(ctx, x, scale, shift, residual, final_activation):
+        out, positive = below_autograd("channel_fuse", (x, scale, shift, residual, final_activation))
+        ctx.mark_non_differentiable(positive)
+        ctx.set_materialize_grads(False)
+        ctx.final_activation = final_activation
+        ctx.save_for_backward(x, scale, shift, positive)
+        return out, positive
 
     @staticmethod
-    def backward(ctx, grad):
-        needs = ctx.needs_input_grad
+    def backward(ctx, grad, _grad_positive):
+        needs = ctx.needs_input_grad[:4]
+        if grad is None:
+            return (None,) * 5
+        x, scale, shift, positive = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return through_reference(reference.channel_fuse, ctx.saved_tensors, needs, grad)
-        return tuple(map(_needed, needs, below_autograd("channel_fuse_backward", (grad, *ctx.saved_tensors, *needs))))
+            return *through_reference(reference.channel_fuse, (x, scale, shift), needs[:3], grad), None, None
+        args = grad, x, scale, shift, ctx.final_activation, positive, list(needs)
+        return *map(_needed, needs, below_autograd("channel_fuse_backward", args)), None
 
 
 class _GlobalContext(torch.autograd.Function):
+    """Of the options and of each tensor by itself: autograd finds none in a list."""
+
     @staticmethod
-    def forward(ctx, *args):
-        outputs = below_autograd("global_context", args)
-        side = outputs[1:]
-        ctx.mark_non_differentiable(*side)
+    def forward(ctx, options, *tensors):
+        outputs = below_autograd("global_context", (*in_lists(tensors), *options))
+        kept = outputs[1:]
+        ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
-        ctx.options = args[15:]
-        ctx.save_for_backward(*args[:15], *side)
+        ctx.options = options
+        ctx.save_for_backward(*tensors, *kept)
         return outputs
 
     @staticmethod
-    def backward(ctx, grad, *_grad_side):
-        needs = ctx.needs_input_grad
+    def backward(ctx, grad, *_grad_kept):
+        needs = ctx.needs_input_grad[1:]
         if grad is None:
-            return (None,) * len(needs)
-        x, mask_weight, mask_bias, *rest = ctx.saved_tensors
-        parameters, side = rest[:12], rest[12:]
+            return (None, *(None for _ in needs))
+        saved, options = ctx.saved_tensors, ctx.options
+        tensors, kept = saved[: len(needs)], saved[len(needs) :]
         if torch.is_grad_enabled():
-            inputs = (x, mask_weight, mask_bias, *parameters, *ctx.options)
-            return through_reference(lambda x, w, b, *rest: reference_block(x, w, constant(b), *rest), inputs, needs, grad)
-        wanted = needs[0], needs[1], any(needs[3:9]), any(needs[9:15])
-        args = grad, x, mask_weight, *parameters, *ctx.options, *side, *wanted
-        grads = below_autograd("global_context_backward", args)
-        grad_mask_bias = torch.zeros_like(mask_bias) if needs[2] else None
-        return (
-            _needed(needs[0], grads[0]),
-            _needed(needs[1], grads[1]),
-            grad_mask_bias,
-            *map(_needed, needs[3:15], grads[2:]),
-            *(None for _ in ctx.options),
-        )
+            return None, *through_reference(partial(_reference_block, options), tensors, needs, grad)
+        x, (weight, bias), scale, shift, _, valid = in_lists(tensors)
+        need_x, (need_weight, need_bias), need_scale, need_shift, need_residual, _ = in_lists(needs)
+        wanted = need_x, need_weight, any(need_scale), any(need_shift), need_residual
+        args = grad, x, (weight, None), scale, shift, valid, *options, kept, wanted
+        grad_x, grad_weight, grad_scale, grad_shift, grad_residual = below_autograd("global_context_backward", args)
+        grad_mask = _needed(need_weight, grad_weight), torch.zeros_like(bias) if need_bias else None
+        grad_scale, grad_shift = map(_needed, need_scale, grad_scale), map(_needed, need_shift, grad_shift)
+        return flat(_needed(need_x, grad_x), grad_mask, grad_scale, grad_shift, _needed(need_residual, grad_residual), None)
 
 
 _FUNCTIONS = {"attention_pool": _AttentionPool, "channel_fuse": _ChannelFuse, "global_context": _GlobalContext}
 
 
 def _differentiable(name: str, args: tuple) -> Any:
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-        return _FUNCTIONS[name].apply(*args)
+    if torch.is_grad_enabled():
+        by_themselves = flat(*args) if name == "global_context" else args
+        if torch._C._any_requires_grad(*by_themselves):  # it does not look into a list that has a None
+            return _FUNCTIONS[name].apply(*by_themselves)
     return below_autograd(name, args)
 
 
@@ -257,8 +275,10 @@ def global_context(*args: Any) -> Tensor:
     """The output alone. If nothing requires a gradient, nothing is saved for backward, except in a captured graph."""
     if is_compiling():
         return torch.ops.gcnet_ext.global_context.default(*args)[0]
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-        return _GlobalContext.apply(*args)[0]
+    if torch.is_grad_enabled():
+        by_themselves = flat(*args)
+        if torch._C._any_requires_grad(*by_themselves):
+            return _GlobalContext.apply(*by_themselves)[0]
     return below_autograd("global_context_inference", args)
 
 
@@ -290,9 +310,9 @@ _implementations = torch.library.Library("gcnet_ext", "IMPL")
 def _register_autograd(name: str) -> None:
     """Makes the operator differentiable.
 
-    Does what torch.library.register_autograd does, which takes 0.2 ms a call for an operator of 21 arguments: it looks up the
-    defaults of every argument, each time. For the same reason the functions have no setup_context, which binds the signature
-    anew in each call; torch.func needs it, and gets plain PyTorch instead (has_kernels).
+    Does what torch.library.register_autograd does, which takes 0.2 ms a call for the block: it looks up the defaults of every
+    argument, each time. For the same reason the functions have no setup_context, which binds the signature anew in each call;
+    torch.func needs it, and gets plain PyTorch instead (has_kernels).
     """
     _implementations.impl(name, lambda *args: _differentiable(name, args), "Autograd")
 
@@ -303,18 +323,6 @@ def _without_second_derivative(name: str, args: tuple) -> Any:
     return below_autograd(name, args)
 
 
-# Of tensors that are not strided; without a kernel for them torch would say so, but not which argument it was.
-_REFUSED = (
-    *("MkldnnCPU", "QuantizedCPU", "QuantizedCUDA"),
-    *(f"{kind}{device}" for kind in ("Sparse", "SparseCsr", "NestedTensor") for device in ("CPU", "CUDA", "Meta")),
-)
-
-
-def _refuse(name: str, args: tuple) -> None:
-    schema = getattr(torch.ops.gcnet_ext, name).default._schema
-    _checks.strided(name.removesuffix("_inference"), [argument.name for argument in schema.arguments], args)
-
-
 def _register() -> frozenset[str]:
     """Attaches shapes and gradients to the operators of the loaded library; returns the devices that have kernels."""
     for shapes in _shapes.OPERATORS:
@@ -322,8 +330,6 @@ def _register() -> frozenset[str]:
         torch.library.register_fake(f"gcnet_ext::{name}", shapes)
         # What the overload calls: its own __call__ is one more frame of Python, 3 to 5 us when nothing of it is in a cache.
         _operators[name] = getattr(torch.ops.gcnet_ext, name).default._op
-        for key in _REFUSED:
-            _implementations.impl(name, lambda *args, name=name: _refuse(name, args), key)
     for name in _FUNCTIONS:
         _register_autograd(name)
     _implementations.impl("global_context_inference", global_context, "Autograd")

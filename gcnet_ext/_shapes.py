@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from . import _checks, reference
+from ._arguments import Arguments, BackwardArguments, Gradients, Needs, per_weight
+from ._checks import hidden_units, positions
 
 
 def _acc(x: Tensor) -> torch.dtype:
@@ -28,13 +30,6 @@ def _empty_like_map(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _positions(x: Tensor) -> int:
-    positions = 1
-    for size in x.shape[2:]:
-        positions = positions * size
-    return positions
-
-
 def _gradient(needed: bool, parameter: Tensor | None, x: Tensor) -> Tensor:
     if not needed or parameter is None:
         return x.new_empty((0,))
@@ -43,71 +38,62 @@ def _gradient(needed: bool, parameter: Tensor | None, x: Tensor) -> Tensor:
     return parameter.new_empty(parameter.shape)
 
 
-def attention_pool(x, weight, bias):
-    _checks.feature_map("attention_pool", x)
-    _checks.mask("attention_pool", "", weight, bias, x)
+def _no_bits(x: Tensor) -> Tensor:
+    """What stands for the bits of the final ReLU where there is none."""
+    return x.new_empty((x.shape[0], 0), dtype=torch.uint8)
+
+
+def _no_gradient(x: Tensor) -> Tensor:
+    return x.new_empty((0,))
+
+
+def attention_pool(x, weight, bias, valid):
+    _checks.operator("attention_pool", (x, weight, bias, valid))
     samples, channels = x.shape[:2]
     return (
         x.new_empty((samples, channels), dtype=_acc(x)),
-        x.new_empty((samples, 0 if weight is None else _positions(x)), dtype=_acc(x)),
+        x.new_empty((samples, 0 if weight is None else positions(x)), dtype=_acc(x)),
     )
 
 
-def attention_pool_backward(grad_context, x, weight, context, attention, need_x, need_weight):
-    op = "attention_pool_backward"
-    _checks.feature_map(op, x)
-    samples, channels = x.shape[:2]
-    _checks.mask(op, "", weight, None, x)
-    _checks.side(op, "grad_context", grad_context, x, (samples, channels))
-    _checks.side(op, "context", context, x, (samples, channels))
-    _checks.side(op, "attention", attention, x, (samples, 0 if weight is None else _positions(x)))
-    return _empty_like_map(x) if need_x else x.new_empty((0,)), _gradient(need_weight, weight, x)
+def attention_pool_backward(grad_context, x, weight, valid, context, attention, needs):
+    _checks.operator("attention_pool_backward", (grad_context, x, weight, valid, context, attention, needs))
+    need_x, need_weight = needs
+    return _empty_like_map(x) if need_x else _no_gradient(x), _gradient(need_weight, weight, x)
 
 
-def channel_fuse(x, scale, shift):
-    _checks.feature_map("channel_fuse", x, pooled=False)
-    _checks.parameter("channel_fuse", "scale", scale, x, x.shape[:2])
-    _checks.parameter("channel_fuse", "shift", shift, x, x.shape[:2])
-    return _empty_like_map(x)
+def channel_fuse(x, scale, shift, residual, final_activation):
+    _checks.operator("channel_fuse", (x, scale, shift, residual, final_activation))
+    return _empty_like_map(x), _no_bits(x)
 
 
-def channel_fuse_(x, scale, shift):
-    _checks.feature_map("channel_fuse_", x, pooled=False)
-    _checks.parameter("channel_fuse_", "scale", scale, x, x.shape[:2])
-    _checks.parameter("channel_fuse_", "shift", shift, x, x.shape[:2])
-    _checks.in_place("channel_fuse_", x)
+def channel_fuse_(x, scale, shift, residual, final_activation):
+    _checks.operator("channel_fuse_", (x, scale, shift, residual, final_activation))
 
 
-def channel_fuse_backward(grad, x, scale, shift, need_x, need_scale, need_shift):
-    op = "channel_fuse_backward"
-    _checks.feature_map(op, x, pooled=False)
-    _checks.parameter(op, "scale", scale, x, x.shape[:2])
-    _checks.parameter(op, "shift", shift, x, x.shape[:2])
-    _checks.gradient(op, grad, x)
+def channel_fuse_backward(grad, x, scale, shift, final_activation, positive, needs):
+    _checks.operator("channel_fuse_backward", (grad, x, scale, shift, final_activation, positive, needs))
+    need_x, need_scale, need_shift, _need_residual = needs
     return (
-        _empty_like_map(x) if need_x else x.new_empty((0,)),
+        _empty_like_map(x) if need_x else _no_gradient(x),
         _gradient(need_scale, scale, x),
         _gradient(need_shift, shift, x),
+        _no_gradient(x),
     )
 
 
-def _hidden_units(w1: Tensor | None) -> int:
-    return 0 if w1 is None else w1.shape[0]
-
-
-def global_context(x, mask_weight, mask_bias, *rest):
-    op = "global_context"
-    scale, shift = rest[:6], rest[6:12]
-    _checks.feature_map(op, x)
-    _checks.mask(op, "mask_", mask_weight, mask_bias, x)
-    _checks.branches(op, scale, shift, x)
+def global_context(*args):
+    _checks.operator("global_context", args)
+    call = Arguments(*args)
+    x, scale, shift = call.x, per_weight(call.scale), per_weight(call.shift)
     samples, channels = x.shape[:2]
     return (
         _empty_like_map(x),
         x.new_empty((samples, channels), dtype=_acc(x)),
-        x.new_empty((samples, 0 if mask_weight is None else _positions(x)), dtype=_acc(x)),
-        x.new_empty((samples, _hidden_units(scale[0]) + _hidden_units(shift[0])), dtype=_acc(x)),
-        x.new_empty((samples, 0 if scale[0] is None else channels), dtype=_acc(x)),
+        x.new_empty((samples, 0 if call.mask[0] is None else positions(x)), dtype=_acc(x)),
+        x.new_empty((samples, hidden_units(scale.w1) + hidden_units(shift.w1)), dtype=_acc(x)),
+        x.new_empty((samples, 0 if scale.w1 is None else channels), dtype=_acc(x)),
+        _no_bits(x),
     )
 
 
@@ -115,33 +101,22 @@ def global_context_inference(*args):
     return global_context(*args)[0]
 
 
-def global_context_(x, mask_weight, mask_bias, *rest):
-    _checks.feature_map("global_context_", x)
-    _checks.mask("global_context_", "mask_", mask_weight, mask_bias, x)
-    _checks.branches("global_context_", rest[:6], rest[6:12], x)
-    _checks.in_place("global_context_", x)
+def global_context_(*args):
+    _checks.operator("global_context_", args)
 
 
-def global_context_backward(grad, x, mask_weight, *rest):
-    op = "global_context_backward"
-    scale, shift = rest[:6], rest[6:12]
-    context, attention, hidden, gate_values = rest[18:22]
-    need_x, need_mask, need_scale, need_shift = rest[22:]
-    _checks.feature_map(op, x)
-    _checks.mask(op, "mask_", mask_weight, None, x)
-    _checks.branches(op, scale, shift, x)
-    _checks.gradient(op, grad, x)
-    samples, channels = x.shape[:2]
-    _checks.side(op, "context", context, x, (samples, channels))
-    _checks.side(op, "attention", attention, x, (samples, 0 if mask_weight is None else _positions(x)))
-    units = _hidden_units(scale[0]) + _hidden_units(shift[0])
-    _checks.side(op, "hidden", hidden, x, (samples, units))
-    _checks.side(op, "gate_values", gate_values, x, (samples, 0 if scale[0] is None else channels))
-    return (
-        _empty_like_map(x) if need_x else x.new_empty((0,)),
-        _gradient(need_mask, mask_weight, x),
-        *(_gradient(need_scale, parameter, x) for parameter in scale),
-        *(_gradient(need_shift, parameter, x) for parameter in shift),
+def global_context_backward(*args):
+    _checks.operator("global_context_backward", args)
+    call = BackwardArguments(*args)
+    x, needs = call.x, Needs(*call.needs)
+    return tuple(
+        Gradients(
+            x=_empty_like_map(x) if needs.x else _no_gradient(x),
+            mask_weight=_gradient(needs.mask, call.mask[0], x),
+            scale=[_gradient(needs.scale, weight, x) for weight in call.scale],
+            shift=[_gradient(needs.shift, weight, x) for weight in call.shift],
+            residual=_no_gradient(x),
+        )
     )
 
 

@@ -67,7 +67,7 @@ class SplitAttentionPool(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
-        context, attention = _library.below_autograd("attention_pool", (x, weight, bias))
+        context, attention = _library.below_autograd("attention_pool", (x, weight, bias, None))
         if weight is None:  # every position counts alike
             positions = x.flatten(2).shape[2]
             log_denominator = torch.full_like(context[:, 0], positions).log()
@@ -95,7 +95,7 @@ class SplitAttentionPool(torch.autograd.Function):
         if weight is None:
             grad = grad * ctx.share
         need_x, need_weight, need_bias, _ = ctx.needs_input_grad
-        args = grad, x, weight, context, attention * ctx.share, need_x, need_weight
+        args = grad, x, weight, None, context, attention * ctx.share, [need_x, need_weight]
         grad_x, grad_weight = _library.below_autograd("attention_pool_backward", args)
         return (
             grad_x if need_x else None,

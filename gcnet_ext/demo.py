@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import _library, reference
 from .blocks import GlobalContextBlock
-from .reference import Transform
+from .reference import Branch
 
 HELP = "check the block, train a small net on handwritten digits with and without it, draw where it looks"
 TOLERANCE = 1e-5
@@ -120,8 +120,8 @@ def check_block(seed: int = 0) -> dict[str, float]:
         exact_x,
         exact_block.conv_mask.weight,
         exact_block.conv_mask.bias,
-        scale=Transform(*exact_block.channel_mul_conv.parameters()),
-        shift=Transform(*exact_block.channel_add_conv.parameters()),
+        scale=Branch(*exact_block.channel_mul_conv.parameters()),
+        shift=Branch(*exact_block.channel_add_conv.parameters()),
     )
     exact.backward(grad.double())
 

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from . import _checks, _library, reference
-from .reference import NO_TRANSFORM, Transform
+from ._arguments import Arguments, Branch, Options, Tensors, options_of
 
-__all__ = ["Transform", "attention_map", "attention_pool", "channel_fuse", "global_context"]
+__all__ = ["Branch", "attention_map", "attention_pool", "channel_fuse", "global_context"]
 
 
 def attention_pool(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
@@ -40,7 +40,7 @@ def attention_pool(x: Tensor, weight: Tensor | None = None, bias: Tensor | None 
         TypeError: x is no tensor.
     """
     if _library.has_kernels(x):
-        return _library.call("attention_pool", x, weight, bias)[0].to(x.dtype)
+        return _library.call("attention_pool", x, weight, bias, None)[0].to(x.dtype)
     return reference.attention_pool(x, weight, bias)
 
 
@@ -58,7 +58,7 @@ def attention_map(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     """
     _checks.attended("attention_pool", weight)
     if _library.has_kernels(x):
-        attention = _library.call("attention_pool", x, weight, bias)[1]
+        attention = _library.call("attention_pool", x, weight, bias, None)[1]
         return attention.detach().reshape(x.shape[:1] + x.shape[2:])
     return reference.attention_map(x, weight, bias).detach()
 
@@ -85,12 +85,12 @@ def channel_fuse(x: Tensor, scale: Tensor | None = None, shift: Tensor | None = 
     """
     if inplace:
         if _library.has_kernels(x):
-            _library.call_in_place("channel_fuse_", x, scale, shift)
+            _library.call_in_place("channel_fuse_", x, scale, shift, None, 0)
             return x
         _checks.no_gradient("channel_fuse_", (x, scale, shift))
         return x.copy_(reference.channel_fuse(x, scale, shift))
     if _library.has_kernels(x):
-        return _library.call("channel_fuse", x, scale, shift)
+        return _library.call("channel_fuse", x, scale, shift, None, 0)[0]
     return reference.channel_fuse(x, scale, shift)
 
 
@@ -98,8 +98,8 @@ def global_context(
     x: Tensor,
     mask_weight: Tensor | None = None,
     mask_bias: Tensor | None = None,
-    scale: Transform | None = None,
-    shift: Transform | None = None,
+    scale: Branch | None = None,
+    shift: Branch | None = None,
     *,
     norm: bool = True,
     eps: float = 1e-5,
@@ -134,24 +134,26 @@ def global_context(
     Raises:
         RuntimeError: no branch is given, an argument has a wrong value, shape, dtype or device, or with ``inplace`` it
             requires a gradient or elements of x share memory. The message names it.
-        TypeError: x is not a tensor, or a branch is not a `Transform`.
+        TypeError: x is not a tensor, or a branch is not a `Branch`.
     """
     _checks.choices("global_context", activation, gate)
-    _checks.transform("global_context", "scale", scale)
-    _checks.transform("global_context", "shift", shift)
-    weights = (mask_weight, mask_bias, *(scale or NO_TRANSFORM), *(shift or NO_TRANSFORM))
-    options = (norm, eps, activation == "silu", gate == "hard_sigmoid", gate_alpha, gate_beta)
-    return fused(x, weights, options, inplace=inplace)
+    _checks.branch_type("global_context", "scale", scale)
+    _checks.branch_type("global_context", "shift", shift)
+    options = options_of(norm, eps, activation, gate, gate_alpha, gate_beta)
+    call = Arguments.of_branches(x, [mask_weight, mask_bias], scale, shift, options)
+    return fused(x, (call.mask, call.scale, call.shift), options, inplace=inplace)
 
 
-def fused(x: Tensor, weights: Sequence[Tensor | None], options: Sequence[bool | float], *, inplace: bool) -> Tensor:
-    """`global_context` with the arguments of the operator as they are: 2 + 6 + 6 weights, and 6 options."""
+def fused(x: Tensor, weights: Sequence[Tensors], options: Options, *, inplace: bool) -> Tensor:
+    """`global_context` with the lists of the operator, each complete: of the mask, of the scale and of the shift."""
+    mask, scale, shift = weights
     if _library.has_kernels(x):
         if not inplace:
-            return _library.global_context(x, *weights, *options)
-        _library.call_in_place("global_context_", x, *weights, *options)
+            return _library.global_context(x, mask, scale, shift, None, None, *options)
+        _library.call_in_place("global_context_", x, mask, scale, shift, None, None, *options)
         return x
+    call = Arguments(x, mask, scale, shift, None, None, *options)
     if inplace:
-        _checks.no_gradient("global_context_", (x, *weights))
-    out = _library.reference_block(x, *weights, *options)
+        _checks.no_gradient("global_context_", call)
+    out = reference.block(call)
     return x.copy_(out) if inplace else out

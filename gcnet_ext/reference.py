@@ -7,7 +7,7 @@ in float32 (float64 for a float64 x), whatever the storage dtype, and ignore aut
 from __future__ import annotations
 
 import contextlib
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,28 +15,9 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import _checks
+from ._arguments import ACTIVATIONS, Arguments, Branch, Options, options_of
 
-
-class Transform(NamedTuple):
-    """The weights of one branch of the transform, ``t = w2 act(norm(w1 context + b1)) + b2``.
-
-    Attributes:
-        w1: ``[H, C]``, the first 1x1 convolution. All may have trailing dimensions of size 1: ``[H, C, 1, 1]``.
-        b1: ``[H]`` or None.
-        norm_weight, norm_bias: ``[H]`` or None, the affine part of the LayerNorm.
-        w2: ``[C, H]``, the second 1x1 convolution. None: the branch is ``t = w1 context + b1`` with w1 ``[C, C]``.
-        b2: ``[C]`` or None.
-    """
-
-    w1: Tensor
-    b1: Tensor | None = None
-    norm_weight: Tensor | None = None
-    norm_bias: Tensor | None = None
-    w2: Tensor | None = None
-    b2: Tensor | None = None
-
-
-NO_TRANSFORM = (None,) * 6
+DEFAULTS = Options()
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -124,23 +105,19 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def attention_map(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`gcnet_ext.attention_map` in plain PyTorch."""
-    _checks.feature_map("attention_pool", x)
-    _checks.mask("attention_pool", "", weight, bias, x)
+    _checks.attention_pool("attention_pool", x, weight, bias)
     return _attention(x.flatten(2).to(accumulation_dtype(x)), weight, bias).reshape(x.shape[:1] + x.shape[2:])
 
 
 def attention_pool(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """`gcnet_ext.attention_pool` in plain PyTorch."""
-    _checks.feature_map("attention_pool", x)
-    _checks.mask("attention_pool", "", weight, bias, x)
+    _checks.attention_pool("attention_pool", x, weight, bias)
     return _pool(x.flatten(2).to(accumulation_dtype(x)), weight, bias).to(x.dtype)
 
 
 def channel_fuse(x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
     """`gcnet_ext.channel_fuse` in plain PyTorch."""
-    _checks.feature_map("channel_fuse", x, pooled=False)
-    _checks.parameter("channel_fuse", "scale", scale, x, x.shape[:2])
-    _checks.parameter("channel_fuse", "shift", shift, x, x.shape[:2])
+    _checks.channel_fuse("channel_fuse", x, scale, shift)
     acc = accumulation_dtype(x)
     per_channel = x.shape[:2] + (1,) * (x.dim() - 2)
     out = x.to(acc)
@@ -151,14 +128,7 @@ def channel_fuse(x: Tensor, scale: Tensor | None = None, shift: Tensor | None = 
     return x.clone() if scale is None and shift is None else out.to(x.dtype)
 
 
-def transform(
-    context: Tensor,
-    weights: Transform,
-    *,
-    norm: bool = True,
-    eps: float = 1e-5,
-    activation: str = "relu",
-) -> Tensor:
+def branch(context: Tensor, weights: Branch, options: Options = DEFAULTS) -> Tensor:
     """t = w2 act(norm(w1 context + b1)) + b2 of context [N, C] -> [N, C], in the dtype of the context."""
     w1, b1, norm_weight, norm_bias, w2, b2 = weights
     channels = context.shape[1]
@@ -166,27 +136,44 @@ def transform(
     if w2 is None:
         return hidden
     units = hidden.shape[1]
-    if norm:
-        hidden = F.layer_norm(hidden, (units,), _flat(norm_weight, context), _flat(norm_bias, context), eps)
-    hidden = F.relu(hidden) if activation == "relu" else F.silu(hidden)
+    if options.norm_eps is not None:
+        hidden = F.layer_norm(hidden, (units,), _flat(norm_weight, context), _flat(norm_bias, context), options.norm_eps)
+    hidden = F.relu(hidden) if options.activation == ACTIVATIONS["relu"] else F.silu(hidden)
     return _linear(hidden, w2.to(context.dtype).reshape(channels, units), b2)
 
 
-def apply_gate(t: Tensor, gate: str = "sigmoid", gate_alpha: float = 1 / 6, gate_beta: float = 0.5) -> Tensor:
-    """sigmoid(t), or the hard sigmoid clip(alpha t + beta, 0, 1), which passes the gradient at its corners."""
-    if gate == "sigmoid":
+def apply_gate(t: Tensor, hard_gate: Sequence[float] | None = None) -> Tensor:
+    """sigmoid(t), or with [alpha, beta] clip(alpha t + beta, 0, 1), which passes the gradient at its corners."""
+    if hard_gate is None:
         return t.sigmoid()
-    line = gate_alpha * t + gate_beta
+    alpha, beta = hard_gate
+    line = alpha * t + beta
     # The gradient of torch.clamp at its corners depends on the version of torch: it passes up to 2.13 and stops in 2.14.
     return line.where((line >= 0) & (line <= 1), line.detach().clamp(0, 1))
+
+
+def block(arguments: Arguments) -> Tensor:
+    """The operator global_context, its output alone."""
+    _checks.global_context("global_context", arguments)
+    x, options = arguments.x, arguments.options()
+    scale, shift = arguments.branches()
+    acc = accumulation_dtype(x)
+    per_channel = x.shape[:2] + (1,) * (x.dim() - 2)
+    out = x.to(acc)
+    context = _pool(out.flatten(2), *arguments.mask)
+    if scale is not None:
+        out = out * apply_gate(branch(context, scale, options), options.hard_gate).reshape(per_channel)
+    if shift is not None:
+        out = out + branch(context, shift, options).reshape(per_channel)
+    return out.to(x.dtype)
 
 
 def global_context(
     x: Tensor,
     mask_weight: Tensor | None = None,
     mask_bias: Tensor | None = None,
-    scale: Transform | None = None,
-    shift: Transform | None = None,
+    scale: Branch | None = None,
+    shift: Branch | None = None,
     *,
     norm: bool = True,
     eps: float = 1e-5,
@@ -196,18 +183,6 @@ def global_context(
     gate_beta: float = 0.5,
 ) -> Tensor:
     """`gcnet_ext.global_context` in plain PyTorch."""
-    _checks.feature_map("global_context", x)
-    _checks.mask("global_context", "mask_", mask_weight, mask_bias, x)
-    _checks.branches("global_context", scale or NO_TRANSFORM, shift or NO_TRANSFORM, x)
     _checks.choices("global_context", activation, gate)
-    acc = accumulation_dtype(x)
-    per_channel = x.shape[:2] + (1,) * (x.dim() - 2)
-    out = x.to(acc)
-    context = _pool(out.flatten(2), mask_weight, mask_bias)
-    options: dict[str, Any] = {"norm": norm, "eps": eps, "activation": activation}
-    if scale is not None:
-        t = transform(context, scale, **options)
-        out = out * apply_gate(t, gate, gate_alpha, gate_beta).reshape(per_channel)
-    if shift is not None:
-        out = out + transform(context, shift, **options).reshape(per_channel)
-    return out.to(x.dtype)
+    options = options_of(norm, eps, activation, gate, gate_alpha, gate_beta)
+    return block(Arguments.of_branches(x, [mask_weight, mask_bias], scale, shift, options))

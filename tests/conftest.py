@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "native"))
 import brief  # noqa: E402
 import emulated  # noqa: E402
+import schema  # noqa: E402
 
 # Here and not in a test file: pytest --hypothesis-profile=explore looks for the name before it reads one.
 settings.register_profile("gcnet_ext", deadline=None, max_examples=40, derandomize=True)
@@ -32,24 +33,13 @@ settings.register_profile(
 )
 settings.load_profile("gcnet_ext")
 
-OPS = (
-    "attention_pool",
-    "attention_pool_backward",
-    "channel_fuse",
-    "channel_fuse_",
-    "channel_fuse_backward",
-    "global_context",
-    "global_context_inference",
-    "global_context_",
-    "global_context_backward",
-)
-
 
 class Backend:
     """What the tests of an op call. A backend that computes in another way overrides `ops`, the functions and `to`.
 
-    The functions are differentiable and have the signatures of gcnet_ext; `ops` holds the raw operators with the signatures
-    of csrc/ops.cpp. `to` moves a dense tensor to where the backend computes; views are taken after that, so strides survive.
+    The functions are differentiable and have the signatures of gcnet_ext; `ops` holds the raw operators, with flat
+    arguments (schema.py). `to` moves a dense tensor to where the backend computes; views are taken after that, so strides
+    survive.
     """
 
     attention_pool = staticmethod(gcnet_ext.attention_pool)
@@ -69,7 +59,7 @@ class Backend:
     def ops(self) -> SimpleNamespace:
         if not self.has_kernels:
             pytest.skip(f"no compiled kernels for {self.name}: {_library.why_no_kernels(self.name)}")
-        return SimpleNamespace(**{name: getattr(torch.ops.gcnet_ext, name).default for name in OPS})
+        return SimpleNamespace(**{name: schema.Flat(name) for name in emulated.operators("gcnet_ext")})
 
     def to(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device)

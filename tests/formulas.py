@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import schema
 import torch
 from torch import Tensor
 
 from gcnet_ext import reference
+from gcnet_ext._arguments import ACTIVATIONS
 
 Arguments = dict[str, Any]
 Outputs = tuple[Tensor | None, ...]
@@ -30,11 +32,17 @@ def _per_channel(tensor: Tensor, x: Tensor) -> Tensor:
     return tensor.reshape(*x.shape[:2], *(1 for _ in x.shape[2:]))
 
 
+def _logits(positions: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """w . x_p + b, added in one order for all positions: those that are alike have one logit, however large its rounding is."""
+    first, *others = (positions * weight.reshape(1, -1, 1)).unbind(1)
+    return sum(others, start=first) + (0 if bias is None else bias.reshape(()))
+
+
 def _pool(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     positions = _positions(x)
     if weight is None:
         return positions.mean(2), x.new_empty(x.shape[0], 0)
-    logits = (positions * weight.reshape(1, -1, 1)).sum(1) + (0 if bias is None else bias.reshape(()))
+    logits = _logits(positions, weight, bias)
     powers = (logits - logits.detach().amax(1, keepdim=True)).exp()
     attention = powers / powers.sum(1, keepdim=True)
     return (positions * attention.unsqueeze(1)).sum(2), attention
@@ -89,7 +97,7 @@ def attention_pool_backward(a: Arguments, *, in_parts: bool = False) -> Outputs:
 
 
 def channel_fuse(a: Arguments) -> Outputs:
-    return (reference.channel_fuse(a["x"], a["scale"], a["shift"]),)
+    return reference.channel_fuse(a["x"], a["scale"], a["shift"]), schema.no_bits(a["x"])
 
 
 def channel_fuse_backward(a: Arguments) -> Outputs:
@@ -99,6 +107,7 @@ def channel_fuse_backward(a: Arguments) -> Outputs:
         (grad if scale is None else grad * _per_channel(scale, x)) if a["need_x"] else None,
         sums[0].reshape(scale.shape) if a["need_scale"] and scale is not None else None,
         sums[1].reshape(shift.shape) if a["need_shift"] and shift is not None else None,
+        None,
     )
 
 
@@ -108,11 +117,14 @@ def _branch(a: Arguments, name: str) -> list[Tensor | None]:
 
 def _gate(a: Arguments, t: Tensor) -> Tensor:
     """The values of the gate: those of a hard sigmoid are not clipped yet."""
-    return a["gate_alpha"] * t + a["gate_beta"] if a["hard_sigmoid"] else t.sigmoid()
+    if a["hard_gate"] is None:
+        return t.sigmoid()
+    alpha, beta = a["hard_gate"]
+    return alpha * t + beta
 
 
 def _scale(a: Arguments, gate: Tensor) -> Tensor:
-    return gate.clamp(0, 1) if a["hard_sigmoid"] else gate
+    return gate if a["hard_gate"] is None else gate.clamp(0, 1)
 
 
 def _first(context: Tensor, w1: Tensor, b1: Tensor | None) -> Tensor:
@@ -125,14 +137,14 @@ def _second(a: Arguments, hidden: Tensor, norm_weight, norm_bias, w2, b2) -> Ten
     if w2 is None:
         return hidden
     units = hidden.shape[1]
-    if a["norm"]:
+    if a["norm_eps"] is not None:
         centred = hidden - hidden.mean(1, keepdim=True)
-        hidden = centred * ((centred * centred).mean(1, keepdim=True) + a["eps"]).rsqrt()
+        hidden = centred * ((centred * centred).mean(1, keepdim=True) + a["norm_eps"]).rsqrt()
         if norm_weight is not None:
             hidden = hidden * norm_weight.reshape(1, -1)
         if norm_bias is not None:
             hidden = hidden + norm_bias.reshape(1, -1)
-    active = torch.nn.functional.silu(hidden) if a["silu"] else hidden.relu()
+    active = torch.nn.functional.silu(hidden) if a["activation"] == ACTIVATIONS["silu"] else hidden.relu()
     return _first(active, w2.reshape(-1, units), b2)
 
 
@@ -148,7 +160,7 @@ def global_context(a: Arguments, pool: Pool = _pool) -> Outputs:
             if name == "scale":
                 gate = _gate(a, t)
             out = out * _per_channel(_scale(a, gate), x) if name == "scale" else out + _per_channel(t, x)
-    return out, context, attention, torch.cat(hidden, 1), gate
+    return out, context, attention, torch.cat(hidden, 1), gate, schema.no_bits(x)
 
 
 def _branch_backward(a: Arguments, name: str, grad_t: Tensor, hidden: Tensor, context: Tensor) -> tuple[Tensor, Outputs]:
@@ -182,8 +194,10 @@ def global_context_backward(a: Arguments, *, in_parts: bool = False) -> Outputs:
             continue
         grad_t = _positions(grad * x if name == "scale" else grad).sum(2)
         if name == "scale":
-            sloped = torch.where((s >= 0) & (s <= 1), grad_t * a["gate_alpha"], torch.zeros_like(s))
-            grad_t = sloped if a["hard_sigmoid"] else grad_t * (s * (1 - s))
+            if a["hard_gate"] is None:
+                grad_t = grad_t * (s * (1 - s))
+            else:
+                grad_t = torch.where((s >= 0) & (s <= 1), grad_t * a["hard_gate"][0], torch.zeros_like(s))
         units = w1.shape[0]
         own = hidden[:, :units] if name == "scale" else hidden[:, -units:]
         more, grads = _branch_backward(a, name, grad_t, own, context)
@@ -196,6 +210,7 @@ def global_context_backward(a: Arguments, *, in_parts: bool = False) -> Outputs:
         dw if a["need_mask"] else None,
         *(found[0] if a["need_scale"] else (None,) * 6),
         *(found[1] if a["need_shift"] else (None,) * 6),
+        None,
     )
 
 
@@ -203,7 +218,7 @@ OPS = {
     "attention_pool": attention_pool,
     "attention_pool_backward": attention_pool_backward,
     "channel_fuse": channel_fuse,
-    "channel_fuse_": channel_fuse,
+    "channel_fuse_": lambda a: channel_fuse(a)[:1],
     "channel_fuse_backward": channel_fuse_backward,
     "global_context": global_context,
     "global_context_inference": lambda a: global_context(a)[:1],

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import formulas
 import grid
 import numpy as np
+import schema
 import torch
 from hypothesis import HealthCheck, assume, settings
 from hypothesis import strategies as st
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from gcnet_ext import reference
+from gcnet_ext._arguments import IN_LISTS
 
 Arguments = dict[str, Any]
 Formula = Callable[[Arguments], Sequence[Tensor | None]]
@@ -186,12 +188,23 @@ def good(draw: st.DrawFn, op: str) -> Arguments:
     for name in names:
         if name in sides:
             found[name] = draw(tensors(sides[name], acc))
-        elif name.startswith("need_") or name in ("norm", "silu", "hard_sigmoid"):
-            found[name] = draw(MOSTLY if name.startswith("need_") else st.booleans())
-        elif name == "eps":  # not 0: where all units are alike the norm would be 0/0, but for a rounding
-            found[name] = draw(st.sampled_from((1e-5, 1e-5, 1e-3, 1e-12, 1.0)))
-        elif name in ("gate_alpha", "gate_beta"):
-            found[name] = draw(st.sampled_from((1 / 6, 0.2, 0.5, 1.0, 0.0, -1.0)))
+        elif name == "positive":
+            found[name] = draw(tensors((n, 0), torch.uint8))
+        elif name == "need_residual":
+            found[name] = False
+        elif name.startswith("need_"):
+            found[name] = draw(MOSTLY)
+        elif name == "norm_eps":  # not 0: where all units are alike the norm would be 0/0, but for a rounding
+            found[name] = draw(st.sampled_from((1e-5, None, 1e-5, 1e-3, 1e-12, 1.0)))
+        elif name == "activation":
+            found[name] = draw(st.sampled_from((1, 2)))
+        elif name == "slope":
+            found[name] = draw(st.sampled_from((0.01, 0.0, math.nan)))
+        elif name == "hard_gate":
+            of_hard_gate = st.sampled_from((1 / 6, 0.2, 0.5, 1.0, 0.0, -1.0))
+            found[name] = draw(st.none() | st.lists(of_hard_gate, min_size=2, max_size=2))
+        elif name == "final_activation":
+            found[name] = 0
     return {name: found.get(name) for name in names}
 
 
@@ -204,7 +217,7 @@ def calls(draw: st.DrawFn, op: str, keep: Sequence[str] = ()) -> Arguments:
     arguments = draw(good(op))
     names = [name for name in arguments if name not in keep]
     for name in draw(st.lists(st.sampled_from(names), min_size=1, max_size=2, unique=True)):
-        arguments[name] = draw(NO_TENSOR if isinstance(arguments[name], bool | float) else ANYTHING)
+        arguments[name] = draw(NO_TENSOR if name in schema.OPTIONS or name.startswith("need_") else ANYTHING)
     # For both at once torch has no dispatch key that a kernel can have, and so only words of its own.
     assume(not {"quantized", "meta"} <= {value.kind for value in arguments.values() if isinstance(value, Drawn)})
     return arguments
@@ -216,8 +229,8 @@ def made(arguments: Arguments, to: Callable[[Tensor], Tensor] = lambda tensor: t
 
 def names_an_argument(message: str, names: Sequence[str]) -> bool:
     """In our words, or in those of torch about a schema: nothing else tells a user what to change."""
-    any_name = "|".join(names)
-    return bool(re.match(rf"(gcnet_ext::\w+: )?({any_name})\b[^,]* must ", message)) or bool(
+    any_name = "|".join((*names, *IN_LISTS, "needs"))
+    return bool(re.match(rf"(gcnet_ext::\w+: )?({any_name})\b([^,]* must | is not implemented yet)", message)) or bool(
         re.search(rf"for argument '({any_name})' but instead found type", message)
     )
 
@@ -344,7 +357,7 @@ def outcome(call: Callable[[], Any]) -> tuple[Tensor, ...] | Exception:
         found = call()
     except (RuntimeError, TypeError, ValueError) as error:
         return error
-    return found if isinstance(found, tuple) else (found,)
+    return schema.opened(found) if isinstance(found, tuple) else (found,)
 
 
 def refused(found: object, names: tuple[str, ...], *, sound: bool) -> bool:
@@ -374,9 +387,10 @@ def bits(tensor: Tensor) -> Tensor:
 
 def plain(arguments: Arguments) -> Arguments:
     """Options as an operator converts them."""
-    flags = ("norm", "silu", "hard_sigmoid")
-    options = {name: bool(value) if name in flags or name.startswith("need_") else value for name, value in arguments.items()}
-    return {name: float(value) if name in ("eps", "gate_alpha", "gate_beta") else value for name, value in options.items()}
+    plain = {name: bool(value) if name.startswith("need_") else value for name, value in arguments.items()}
+    if plain.get("hard_gate") is not None:
+        plain["hard_gate"] = [float(value) for value in plain["hard_gate"]]
+    return {name: int(value) if name == "activation" else value for name, value in plain.items()}
 
 
 def compare(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gcnet_ext import Transform, reference
+from gcnet_ext import Branch, reference
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HALF = (torch.bfloat16, torch.float16)
@@ -217,7 +217,7 @@ def flat(global_context: Callable[..., Tensor], **options: Any) -> Callable[...,
     """global_context as a function of its fifteen tensors."""
 
     def call(x: Tensor, mask_weight: Tensor | None, mask_bias: Tensor | None, *branches: Tensor | None) -> Tensor:
-        scale, shift = (None if branch[0] is None else Transform(*branch) for branch in (branches[:6], branches[6:]))
+        scale, shift = (None if branch[0] is None else Branch(*branch) for branch in (branches[:6], branches[6:]))
         return global_context(x, mask_weight, mask_bias, scale, shift, **options)
 
     return call

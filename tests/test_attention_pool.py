@@ -348,7 +348,7 @@ def test_raw(backend, case):
     grad = gradient_of(case, backend)
     want = grid.run(backend.attention_pool, (x, weight, bias), grad).grads
     for needs in itertools.product([False, True], repeat=2):
-        got = ops.attention_pool_backward(grad.to(acc), x, weight, context, attention, *needs)
+        got = ops.attention_pool_backward(grad.to(acc), x, weight, None, context, attention, *needs)
         for need, ours, theirs in zip(needs, got, want, strict=False):
             if need and theirs is not None:
                 assert torch.equal(ours, theirs)

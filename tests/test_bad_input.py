@@ -1,7 +1,7 @@
 """Bad input by the raw operator, its shape function, the function, the reference and the module: the same words from all.
 
-A message names the argument, what it must be and what it was. C++ (csrc/check.cpp) and Python (gcnet_ext/_checks.py) both have
-the words; every case of this file gives them once more, and compares.
+A message names the argument, what it must be and what it was. The words are in gcnet_ext/_checks.py; the rules of csrc/check.h,
+which a call from C++ meets, name the operator and the argument. Every case of this file gives the words once more.
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ from __future__ import annotations
 import pytest
 import torch
 from grid import GLOBAL_CONTEXT_INPUTS
+from schema import OPTIONS, Flat
+from torch.utils._pytree import tree_map_only
 
 import gcnet_ext
-from gcnet_ext import GlobalContextBlock, Transform, reference
+from gcnet_ext import Branch, GlobalContextBlock, reference
+from gcnet_ext._arguments import ACTIVATIONS, FINAL_ACTIVATIONS
 
 N, C, H = 2, 8, 4
 
@@ -33,45 +36,53 @@ WEIGHTS = {
         f"{branch}_b2": t(C),
     }.items()
 }
-OPTIONS = {"norm": True, "eps": 1e-5, "silu": False, "hard_sigmoid": False, "gate_alpha": 1 / 6, "gate_beta": 0.5}
-SIDES = {"context": t(N, C), "attention": t(N, 20), "hidden": t(N, 2 * H), "gate_values": t(N, C)}
+NO_BITS = t(N, 0, dtype=torch.uint8)
+SAVED = {"context": t(N, C), "attention": t(N, 20), "hidden": t(N, 2 * H), "gate_values": t(N, C), "positive": NO_BITS}
+BLOCK = {**X, "mask_weight": t(C), "mask_bias": t(1), **WEIGHTS, "residual": None, "valid": None, **OPTIONS}
 # Good arguments of every operator, in the order of its schema
 GOOD = {
-    "attention_pool": {**X, "weight": t(C), "bias": t(1)},
+    "attention_pool": {**X, "weight": t(C), "bias": t(1), "valid": None},
     "attention_pool_backward": {
         "grad_context": t(N, C),
         **X,
         "weight": t(C),
+        "valid": None,
         "context": t(N, C),
         "attention": t(N, 20),
         "need_x": True,
         "need_weight": True,
     },
-    "channel_fuse": {**X, "scale": t(N, C), "shift": t(N, C)},
-    "channel_fuse_": {**X, "scale": t(N, C), "shift": t(N, C)},
+    "channel_fuse": {**X, "scale": t(N, C), "shift": t(N, C), "residual": None, "final_activation": 0},
+    "channel_fuse_": {**X, "scale": t(N, C), "shift": t(N, C), "residual": None, "final_activation": 0},
     "channel_fuse_backward": {
         "grad": t(N, C, 4, 5),
         **X,
         "scale": t(N, C),
         "shift": t(N, C),
+        "final_activation": 0,
+        "positive": NO_BITS,
         "need_x": True,
         "need_scale": True,
         "need_shift": True,
+        "need_residual": False,
     },
-    "global_context": {**X, "mask_weight": t(C), "mask_bias": t(1), **WEIGHTS, **OPTIONS},
-    "global_context_inference": {**X, "mask_weight": t(C), "mask_bias": t(1), **WEIGHTS, **OPTIONS},
-    "global_context_": {**X, "mask_weight": t(C), "mask_bias": t(1), **WEIGHTS, **OPTIONS},
+    "global_context": BLOCK,
+    "global_context_inference": BLOCK,
+    "global_context_": BLOCK,
     "global_context_backward": {
         "grad": t(N, C, 4, 5),
         **X,
         "mask_weight": t(C),
+        "mask_bias": None,
         **WEIGHTS,
+        "valid": None,
         **OPTIONS,
-        **SIDES,
+        **SAVED,
         "need_x": True,
         "need_mask": True,
         "need_scale": True,
         "need_shift": True,
+        "need_residual": False,
     },
 }
 FORWARD = ("attention_pool", "channel_fuse", "global_context")
@@ -98,7 +109,7 @@ def parameter_cases():
     sizes |= {name: list(tensor.shape) for name, tensor in WEIGHTS.items()}
     for op, good in GOOD.items():
         for name in good:
-            if name not in sizes:
+            if name not in sizes or good[name] is None:
                 continue
             size = sizes[name]
             yield op, {name: t(*size, device="meta")}, f"{name} must be on x's device (cpu), got meta"
@@ -150,7 +161,7 @@ def gradient_cases():
             yield op, {"grad": grad}, f"grad must have shape [2, 8, 4, 5], got {list(grad.shape)}"
     for op, names in (
         ("attention_pool_backward", ("grad_context", "context", "attention")),
-        ("global_context_backward", tuple(SIDES)),
+        ("global_context_backward", tuple(SAVED)[:-1]),
     ):
         for name in names:
             size = list(GOOD[op][name].shape)
@@ -163,14 +174,41 @@ def gradient_cases():
             yield op, x64, f"{first} must be float64, got float32"
     change = {"weight": None}
     yield "attention_pool_backward", change, "attention must have shape [2, 0], got [2, 20]"
+    for op in ("channel_fuse_backward", "global_context_backward"):
+        yield op, {"positive": t(N, 0, device="meta", dtype=torch.uint8)}, "positive must be on x's device (cpu), got meta"
+        yield op, {"positive": t(N, 0)}, "positive must be uint8, got float32"
+        yield op, {"positive": t(N, 20, dtype=torch.uint8)}, "positive must have shape [2, 0], got [2, 20]"
+
+
+def choice_cases():
+    """Numbers that are none of a choice, and what has no kernels yet."""
+    for op, good in GOOD.items():
+        if "activation" in good:
+            for number in (-1, 7):
+                yield op, {"activation": number}, f"activation must be one of {ACTIVATIONS}, got {number}"
+            for number in (0, 3, 4, 5, 6):
+                yield op, {"activation": number}, "activation is not implemented yet"
+            for gate in ([], [0.2], [0.2, 0.5, 1.0]):
+                yield op, {"hard_gate": gate}, f"hard_gate must have 2 elements, got {len(gate)}"
+        if "final_activation" in good:
+            for number in (-1, 2):
+                yield op, {"final_activation": number}, f"final_activation must be one of {FINAL_ACTIVATIONS}, got {number}"
+            yield op, {"final_activation": 1}, "final_activation is not implemented yet"
+        if "residual" in good:
+            yield op, {"residual": t(N, C, 4, 5)}, "residual is not implemented yet"
+        if "valid" in good:
+            yield op, {"valid": t(N, 4, 5, dtype=torch.bool)}, "valid is not implemented yet"
+        if "need_residual" in good:
+            yield op, {"need_residual": True}, "needs is not implemented yet"
 
 
 CASES = [
     pytest.param(op, change, f"gcnet_ext::{op.removesuffix('_inference')}: {message}", id=f"{op}-{message}")
-    for cases in (feature_map_cases, parameter_cases, missing_cases, gradient_cases)
+    for cases in (feature_map_cases, parameter_cases, missing_cases, gradient_cases, choice_cases)
     for op, change, message in cases()
 ]
-FORWARD_CASES = [case for case in CASES if case.values[0] in FORWARD]
+OF_THE_FUNCTIONS = {*X, "weight", "bias", "scale", "shift", "mask_weight", "mask_bias", *WEIGHTS}
+FORWARD_CASES = [case for case in CASES if case.values[0] in FORWARD and set(case.values[1]) <= OF_THE_FUNCTIONS]
 
 
 def message_of(call) -> str:
@@ -180,19 +218,19 @@ def message_of(call) -> str:
 
 
 def raw(op, arguments):
-    return getattr(torch.ops.gcnet_ext, op)(*arguments.values())
+    return Flat(op)(**arguments)
 
 
 def function_of(module, op):
     """The function, called with the arguments of the raw operator."""
     if op != "global_context":
-        return lambda arguments: getattr(module, op)(**arguments)
+        return lambda arguments: getattr(module, op)(
+            **{name: arguments[name] for name in arguments if name in OF_THE_FUNCTIONS}
+        )
 
     def call(arguments):
         tensors = [arguments[name] for name in GLOBAL_CONTEXT_INPUTS]
-        branches = [
-            Transform(*branch) if any(p is not None for p in branch) else None for branch in (tensors[3:9], tensors[9:])
-        ]
+        branches = [Branch(*branch) if any(p is not None for p in branch) else None for branch in (tensors[3:9], tensors[9:])]
         return module.global_context(*tensors[:3], *branches)
 
     return call
@@ -206,14 +244,45 @@ def test_good_arguments(kernels, op):
 
 @pytest.mark.parametrize("op", GOOD)
 def test_names_of_the_arguments(kernels, op):
-    """Every argument can be given by its name; the tests below take the names of this file for those of the schema."""
-    assert [argument.name for argument in getattr(torch.ops.gcnet_ext, op).default._schema.arguments] == list(GOOD[op])
+    """The tests below take the names of this file for those of the schema."""
+    assert Flat(op).names == list(GOOD[op])
 
 
 @pytest.mark.parametrize(("op", "change", "message"), CASES)
 def test_raw(kernels, op, change, message):
     arguments = {**GOOD[op], **change}
     assert message_of(lambda: raw(op, arguments)) == message
+
+
+@pytest.mark.parametrize(("op", "change", "message"), CASES)
+def test_without_python(kernels, op, change, message):
+    """As a call from C++ meets it, past the autograd key: the operator and the argument, and no more."""
+    arguments = {**GOOD[op], **change}
+    with torch.inference_mode():
+        found = message_of(lambda: raw(op, arguments))
+    operator, argument, *_ = message.split(": ", 1)[0], *message.split(": ", 1)[1].split()
+    if not message.endswith("got meta"):  # a mixture goes to the shape function, which is Python
+        what = "is not implemented yet" if message.endswith("is not implemented yet") else "is not valid"
+        assert found == f"{operator}: {argument} {what}"
+
+
+@pytest.mark.parametrize("op", [op for op in GOOD if op.startswith("global_context")])
+def test_lists_of_a_wrong_length(kernels, op):
+    flat = Flat(op)
+    lists = [name for name, names in flat.lists.items() if names]
+    assert lists
+    for name in lists:
+        for change in (lambda elements: elements[:-1], lambda elements: [*elements, elements[-1]], lambda _: []):
+            nested = dict(zip(flat.lists, flat.nested(**GOOD[op]), strict=True))
+            wanted, nested[name] = len(nested[name]), change(nested[name])
+            for named in (nested, {key: on_meta(value) for key, value in nested.items()}):
+                found = message_of(lambda named=named: flat.op(**named))
+                expected = f"{name} must have {wanted} elements, got {len(nested[name])}"
+                assert found == f"gcnet_ext::{op.removesuffix('_inference')}: {expected}"
+
+
+def on_meta(value):
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), value)
 
 
 @pytest.mark.parametrize(("op", "change", "message"), CASES)
@@ -244,7 +313,7 @@ def test_function_and_reference(op, change, message):
 def test_unknown_choice(choice, message):
     for module in (gcnet_ext, reference):
         with pytest.raises(RuntimeError, match=f"^gcnet_ext::global_context: {message}$"):
-            module.global_context(t(N, C, 4, 5), scale=Transform(t(C, C)), **choice)
+            module.global_context(t(N, C, 4, 5), scale=Branch(t(C, C)), **choice)
 
 
 # ---- the module --------------------------------------------------------------------------------------------------------------

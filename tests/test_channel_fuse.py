@@ -8,6 +8,7 @@ import math
 import eager
 import grid
 import pytest
+import schema
 import torch
 from grid import Case, Random
 
@@ -130,8 +131,9 @@ def test_a_copy_bit_for_bit(backend, shape, dtype, layout):
     shift = Random(0, backend.to).normal(*shape[:2], dtype=dtype)
     for grad_layout in (layout, "contiguous"):
         grad = any_bits(shape, dtype, grad_layout, backend.to, 1)
-        for others, needs in (((None, None), (True, False, False)), ((None, shift), (True, False, True))):
-            assert same_bits(backend.ops.channel_fuse_backward(grad, x, *others, *needs)[0], grad)
+        for other, need in ((None, False), (shift, True)):
+            named = {"scale": None, "shift": other, "need_x": True, "need_scale": False, "need_shift": need}
+            assert same_bits(backend.ops.channel_fuse_backward(grad, x, **named)[0], grad)
     if not layout.startswith("expanded"):
         kept = x.clone()
         backend.ops.channel_fuse_(x, None, None)
@@ -254,10 +256,12 @@ def test_raw_backward(backend, case):
     inputs = inputs_of(case, backend)
     grad = Random(1, backend.to).feature_map(case.shape, case.dtype, case.layout)
     want = grid.run(backend.channel_fuse, inputs, grad)
-    assert torch.equal(ops.channel_fuse(*inputs), want.out)
+    assert torch.equal(ops.channel_fuse(*inputs)[0], want.out)
     for needs in itertools.product([False, True], repeat=3):
-        got = ops.channel_fuse_backward(grad, *inputs, *needs)
-        for need, ours, theirs in zip(needs, got, want.grads, strict=True):
+        named = dict(zip(schema.NEEDS["channel_fuse_backward"], needs, strict=False))
+        got = ops.channel_fuse_backward(grad, *inputs, **named)
+        assert got[3].shape == (0,)
+        for need, ours, theirs in zip(needs, got[:3], want.grads, strict=True):
             if need and theirs is not None:
                 assert torch.equal(ours, theirs)
             else:

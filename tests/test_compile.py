@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import grid
 import pytest
+import schema
 import torch
 from functorch.compile import make_boxed_compiler
 from grid import Case, Random
@@ -15,7 +16,6 @@ import gcnet_ext
 from gcnet_ext import GlobalContextBlock, insert_blocks
 
 SHAPES = ((2, 12, 6, 7), (3, 12, 5, 9), (4, 12, 8, 8), (2, 12, 3, 11))
-OPTIONS = (True, 1e-5, False, False, 1 / 6, 0.5)
 
 
 @pytest.fixture(autouse=True)
@@ -195,9 +195,10 @@ def test_a_call_in_between_compiles_nothing_anew(kernels, cpu):
 # ---- opcheck -----------------------------------------------------------------------------------------------------------------
 
 
-def opcheck(op: str, *arguments) -> None:
+def opcheck(op: str, *arguments, **more) -> None:
     """Schema, fake tensors, autograd registration and compilation of one call."""
-    results = torch.library.opcheck(getattr(torch.ops.gcnet_ext, op).default, arguments)
+    flat = schema.Flat(op)
+    results = torch.library.opcheck(flat.op, flat.nested(*arguments, **more))
     assert set(results.values()) == {"SUCCESS"}
 
 
@@ -223,7 +224,7 @@ def test_opcheck_attention_pool(kernels, backend, case):
     opcheck("attention_pool", *leaves((x, weight, bias)))
     context, attention = backend.ops.attention_pool(x, weight, bias)
     for needs in ((True, True), (True, False), (False, True)):
-        opcheck("attention_pool_backward", context, x, weight, context, attention, *needs)
+        opcheck("attention_pool_backward", context, x, weight, None, context, attention, *needs)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -234,19 +235,20 @@ def test_opcheck_channel_fuse(kernels, backend, case):
     shift = random.normal(*case.shape[:2], dtype=torch.float32) if case.fusion != "mul" else None
     opcheck("channel_fuse", *leaves((x, scale, shift)))
     for needs in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
-        opcheck("channel_fuse_backward", x, x, scale, shift, *needs)
+        opcheck(
+            "channel_fuse_backward", x, x, scale, shift, **dict(zip(schema.NEEDS["channel_fuse_backward"], needs, strict=False))
+        )
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_opcheck_global_context(kernels, backend, case):
     inputs = case.inputs(backend.to)
     x = inputs[0]
-    opcheck("global_context", *leaves(inputs), *OPTIONS)
-    opcheck("global_context_inference", *leaves(inputs), *OPTIONS)
-    _, *sides = backend.ops.global_context(*inputs, *OPTIONS)
-    weights = (*inputs[1:2], *inputs[3:])
+    opcheck("global_context", *leaves(inputs))
+    opcheck("global_context_inference", *leaves(inputs))
+    _, *saved = backend.ops.global_context(*inputs)
     for needs in ((True, True, True, True), (True, False, False, False), (False, True, True, False)):
-        opcheck("global_context_backward", x, x, *weights, *OPTIONS, *sides, *needs)
+        opcheck("global_context_backward", **schema.backward(x, inputs, saved, needs))
 
 
 @pytest.mark.parametrize("hard_sigmoid", [False, True])
@@ -256,4 +258,4 @@ def test_opcheck_global_context(kernels, backend, case):
 def test_opcheck_of_options(kernels, backend, missing, hard_sigmoid):
     hidden = 6 if "scale_w2" in missing else 3
     inputs = Case((2, 6, 4, 5), hidden=hidden, missing=missing).inputs(backend.to)
-    opcheck("global_context", *leaves(inputs), False, 1e-6, True, hard_sigmoid, 0.2, 0.5)
+    opcheck("global_context", *leaves(inputs), norm_eps=None, activation=2, hard_gate=[0.2, 0.5] if hard_sigmoid else None)

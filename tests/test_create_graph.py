@@ -18,7 +18,7 @@ from grid import Case, Random
 from torch import Tensor, nn
 
 import gcnet_ext
-from gcnet_ext import GlobalContextBlock, SimplifiedNonLocalBlock, SqueezeExcitation, Transform, reference
+from gcnet_ext import Branch, GlobalContextBlock, SimplifiedNonLocalBlock, SqueezeExcitation, reference
 
 DOUBLE = torch.float64
 SHAPE = (2, 4, 3, 2)
@@ -80,7 +80,7 @@ def functions(backend):
     x, mask_weight, mask_bias, *branches = case.inputs(backend.to)
     random = Random(1, backend.to)
     scale, shift = (random.normal(*SHAPE[:2], dtype=DOUBLE) for _ in range(2))
-    names = [f"{branch}_{name}" for branch in ("scale", "shift") for name in Transform._fields]
+    names = [f"{branch}_{name}" for branch in ("scale", "shift") for name in Branch._fields]
     return {
         "attention_pool": (
             backend.attention_pool,
@@ -157,7 +157,7 @@ def test_the_same_tensor_twice(backend):
 
     def call(function):
         def with_shared(x, square, both):
-            shared = Transform(square, both, both, both, square, both)
+            shared = Branch(square, both, both, both, square, both)
             return function(x, both, None, shared, shared)
 
         return with_shared
@@ -175,7 +175,7 @@ def test_options(backend, name):
             tensors = dict(zip(list(arguments)[1:], given, strict=True))
             tensors["scale_w1"] = made_from(x, tensors["scale_w1"])
             values = list(tensors.values())
-            scale, shift = Transform(*values[2:8]), Transform(*values[8:])
+            scale, shift = Branch(*values[2:8]), Branch(*values[8:])
             return function(x, *values[:2], scale, shift, **OPTIONS[name])
 
         return with_options
@@ -188,7 +188,7 @@ def test_nothing_but_what_is_off_needs_a_gradient(backend, needed):
     _, _, arguments = functions(backend)["global_context"]
     tensors = {name: tensor.detach().clone().requires_grad_(name == needed) for name, tensor in arguments.items()}
     values = list(tensors.values())
-    out = backend.global_context(*values[:3], Transform(*values[3:9]), Transform(*values[9:]), norm=False)
+    out = backend.global_context(*values[:3], Branch(*values[3:9]), Branch(*values[9:]), norm=False)
     (gradient,) = torch.autograd.grad(out.sum(), [tensors[needed]], create_graph=True)
     assert torch.equal(gradient, torch.zeros_like(gradient))
 

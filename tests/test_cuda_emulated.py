@@ -11,11 +11,11 @@ from collections.abc import Callable
 
 import emulated
 import pytest
+import schema
 import torch
 from grid import FUSIONS, GLOBAL_CONTEXT_INPUTS, LAYOUTS, POOLINGS, Case, Random
 from torch import Tensor
 
-OPTIONS = (True, 1e-5, False, False, 1 / 6, 0.5)
 SIZES = ((2, 16, 6, 8), (3, 20, 7, 7), (1, 300, 4, 6))
 ONCE, TWICE, NEVER = (1, 1), (2, 2), (0, 0)
 SCHEDULES = [(schedule, seed) for schedule in ("depth-first", "round-robin") for seed in (0, 1, 2)]
@@ -55,13 +55,13 @@ def maps(size: tuple[int, ...], layout: str, dtype: torch.dtype = torch.float32)
 
 
 def global_context(inputs: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
-    return torch.ops.gcnet_ext.global_context.default(*inputs, *OPTIONS)
+    return schema.Flat("global_context")(*inputs)
 
 
 def global_context_backward(grad: Tensor, inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    x, mask_weight, _mask_bias, *branches = inputs
+    _x, mask_weight, _mask_bias, *branches = inputs
     needs = (True, mask_weight is not None, branches[0] is not None, branches[6] is not None)
-    return torch.ops.gcnet_ext.global_context_backward.default(grad, x, mask_weight, *branches, *OPTIONS, *outputs[1:], *needs)
+    return schema.Flat("global_context_backward")(**schema.backward(grad, inputs, outputs[1:], needs))
 
 
 # ---- bytes -------------------------------------------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ def test_pool_reads_x_once(module, size, layout, dtype):
     x, _ = maps(size, layout, dtype)
     weight, bias = Random(1).mask(size[1], dtype)
     for parameters in ((weight, bias), (None, None)):
-        found = traffic(module, lambda parameters=parameters: torch.ops.gcnet_ext.attention_pool.default(x, *parameters), x=x)
+        found = traffic(module, lambda parameters=parameters: schema.Flat("attention_pool")(x, *parameters), x=x)
         assert found["x"] == ONCE
 
 
@@ -83,10 +83,13 @@ def test_pool_reads_x_once(module, size, layout, dtype):
 def test_pool_backward_reads_x_once_and_writes_its_gradient_once(module, size, layout):
     x, _ = maps(size, layout)
     weight, bias = Random(1).mask(size[1], torch.float32)
-    context, attention = torch.ops.gcnet_ext.attention_pool.default(x, weight, bias)
+    context, attention = schema.Flat("attention_pool")(x, weight, bias)
     grad = Random(2).normal(*context.shape)
-    backward = torch.ops.gcnet_ext.attention_pool_backward.default
-    assert traffic(module, lambda: backward(grad, x, weight, context, attention, True, True), x=x) == {"x": ONCE, "out": ONCE}
+    backward = schema.Flat("attention_pool_backward")
+    assert traffic(module, lambda: backward(grad, x, weight, None, context, attention, True, True), x=x) == {
+        "x": ONCE,
+        "out": ONCE,
+    }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -94,10 +97,11 @@ def test_pool_backward_reads_x_once_and_writes_its_gradient_once(module, size, l
 def test_fusion_reads_and_writes_once(module, size, layout):
     x, grad = maps(size, layout)
     scale, shift = Random(1).normal(*size[:2]), Random(2).normal(*size[:2])
-    found = traffic(module, lambda: torch.ops.gcnet_ext.channel_fuse.default(x, scale, shift), x=x)
+    found = traffic(module, lambda: schema.Flat("channel_fuse")(x, scale, shift), x=x)
     assert found == {"x": ONCE, "out": ONCE}
-    backward = torch.ops.gcnet_ext.channel_fuse_backward.default
-    found = traffic(module, lambda: backward(grad, x, scale, shift, True, True, True), grad=grad, x=x)
+    needs = {"need_x": True, "need_scale": True, "need_shift": True}
+    backward = schema.Flat("channel_fuse_backward")
+    found = traffic(module, lambda: backward(grad, x, scale, shift, **needs), grad=grad, x=x)
     assert found == {"grad": ONCE, "x": ONCE, "out": ONCE}
 
 
@@ -165,7 +169,7 @@ def test_a_sample_alone_equals_itself_in_a_batch(layout, channels, hidden, dtype
 def test_a_schedule_that_does_not_exist(monkeypatch):
     monkeypatch.setenv("GCNET_EMULATION_SCHEDULE", "breadth-first")
     with pytest.raises(RuntimeError, match="GCNET_EMULATION_SCHEDULE must be depth-first or round-robin, got breadth-first"):
-        torch.ops.gcnet_ext.attention_pool.default(torch.ones(1, 2, 3), torch.ones(2), None)
+        torch.ops.gcnet_ext.attention_pool.default(torch.ones(1, 2, 3), torch.ones(2), None, None)
 
 
 def test_unwritten_memory_would_be_seen(module):

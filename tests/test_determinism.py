@@ -99,20 +99,19 @@ def test_from_many_python_threads():
 THREADS = """
 import os, torch, gcnet_ext
 from gcnet_ext import _library
+from schema import Flat, backward
 def count(): return len(os.listdir("/proc/self/task"))
 torch.set_num_threads(1)
 x = torch.randn(4, 64, 64, 64)
 inputs = (x, torch.randn(64), torch.randn(1), torch.randn(4, 64), None, None, None, torch.randn(64, 4), None, *[None] * 6)
-options = (True, 1e-5, False, False, 1 / 6, 0.5)
 before = count()
 torch.set_num_threads({number})
-ops = torch.ops.gcnet_ext
-out, *side = ops.global_context(*inputs, *options)
-ops.global_context_backward(x, x, inputs[1], *inputs[3:], *options, *side, True, True, True, True)
-context, attention = ops.attention_pool(*inputs[:3])
-ops.attention_pool_backward(context, x, inputs[1], context, attention, True, True)
-ops.channel_fuse(x, context, None)
-ops.channel_fuse_backward(x, x, context, None, True, True, False)
+out, *saved = Flat("global_context")(*inputs)
+Flat("global_context_backward")(**backward(x, inputs, saved, (True,) * 4))
+context, attention = Flat("attention_pool")(*inputs[:3])
+Flat("attention_pool_backward")(context, x, inputs[1], None, context, attention, True, True)
+Flat("channel_fuse")(x, context, None)
+Flat("channel_fuse_backward")(x, x, context, None, need_x=True, need_scale=True, need_shift=False)
 print(count() - before)
 """
 

@@ -21,7 +21,7 @@ FUNCTIONS = {
     "attention_pool": lambda x: gcnet_ext.attention_pool(x, x[0].flatten(1)[:, 0]),
     "attention_map": lambda x: gcnet_ext.attention_map(x, x[0].flatten(1)[:, 0]),
     "channel_fuse": lambda x: gcnet_ext.channel_fuse(x, x.flatten(2)[:, :, 0]),
-    "global_context": lambda x: gcnet_ext.global_context(x, scale=gcnet_ext.Transform(torch.eye(6, device=x.device))),
+    "global_context": lambda x: gcnet_ext.global_context(x, scale=gcnet_ext.Branch(torch.eye(6, device=x.device))),
     "GlobalContextBlock": lambda x: GlobalContextBlock(6, 0.5, device=x.device)(x),
 }
 
@@ -123,9 +123,9 @@ def test_fallback_of_the_attention_map(kernels, monkeypatch, cpu):
 def test_fallback_refuses_what_the_kernels_refuse(no_kernels, monkeypatch):
     """A branch without its first weight is a mistake, not a branch that is missing."""
     monkeypatch.setattr(_library, "_warned", {"cpu"})
-    branch = reference.Transform(torch.ones(6, 6))
+    branch = reference.Branch(torch.ones(6, 6))
     with pytest.raises(RuntimeError, match="scale_b1 must come with a scale_w1, got scale_w1 None"):
-        gcnet_ext.global_context(torch.ones(2, 6, 4), scale=reference.Transform(None, torch.ones(6)), shift=branch)
+        gcnet_ext.global_context(torch.ones(2, 6, 4), scale=reference.Branch(None, torch.ones(6)), shift=branch)
 
 
 def test_other_devices_fall_back_without_a_word(no_kernels):

@@ -42,8 +42,8 @@ def by_formulas(program: dict[str, Any], inputs: tuple[Tensor | None, ...], grad
     ctx = reference.attention_pool(x, w, b)
     s = torch.ones_like(ctx)
     if scale is not None:
-        of_transform = {name: options[name] for name in ("norm", "activation")}
-        t = reference.transform(ctx, reference.Transform(*scale), **of_transform)
+        of_branches = reference.Options(1e-5 if options["norm"] else None, reference.ACTIVATIONS[options["activation"]])
+        t = reference.branch(ctx, reference.Branch(*scale), of_branches)
         s = t.sigmoid() if options["gate"] == "sigmoid" else options["gate_alpha"] * t + 0.5
     dx, dw, db, dscale, dshift = program["block_backward"](
         grad.flatten(2), positions, w, scale, shift, m, ctx, s,

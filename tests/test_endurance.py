@@ -24,11 +24,14 @@ def operator_arguments(ops: Any, op: str, case: Case, to: Callable[[Tensor], Ten
     inputs = dict(zip(grid.GLOBAL_CONTEXT_INPUTS, case.inputs(to), strict=True))
     random, (samples, channels) = Random(1, to), case.shape[:2]
     acc = grid.accumulation(inputs["x"])
-    sides = ops.global_context(*inputs.values(), *OPTIONS.values())[1:]
+    saved = ops.global_context(*inputs.values(), **OPTIONS)[1:]
     available = {
         **inputs,
         **OPTIONS,
-        **dict(zip(("context", "attention", "hidden", "gate_values"), sides, strict=True)),
+        **dict(zip(("context", "attention", "hidden", "gate_values", "positive"), saved, strict=True)),
+        "residual": None,
+        "valid": None,
+        "need_residual": False,
         "weight": inputs["mask_weight"],
         "bias": inputs["mask_bias"],
         "scale": random.normal(samples, channels, dtype=case.dtype),
@@ -36,7 +39,7 @@ def operator_arguments(ops: Any, op: str, case: Case, to: Callable[[Tensor], Ten
         "grad": random.feature_map(case.shape, case.dtype, case.layout),
         "grad_context": random.normal(samples, channels, dtype=acc),
     }
-    return {name: True if name.startswith("need_") else available[name] for name in GOOD[op]}
+    return {name: available.get(name, True) for name in GOOD[op]}
 
 
 def steps(case: Case) -> dict[str, Callable[[], object]]:
@@ -182,7 +185,7 @@ class Guarded:
 
 def guarded(value: Any, layout: str, to: Callable[[Tensor], Tensor]) -> Any:
     """A map in its layout, a matrix with a guard behind every row, a vector; what is no tensor as it is."""
-    if not torch.is_tensor(value):
+    if not torch.is_tensor(value) or value.numel() == 0:
         return value
     if value.dim() > 2:
         return Guarded(value, layout, to)

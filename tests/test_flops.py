@@ -27,10 +27,10 @@ def flops(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, bac
 def fused(block: FusedBlock) -> Callable[[torch.Tensor], torch.Tensor]:
     """The one operator of the block. The counter has hooks of all modules, with which a block itself calls its submodules."""
     layers = block._plain_layers()
-    parameters = [parameter(*source) for source in layers.parameters]
+    weights = [[parameter(*source) for source in sources] for sources in layers.weights]
 
     def call(x: torch.Tensor) -> torch.Tensor:
-        return functional.fused(x, parameters, layers.options, inplace=False)
+        return functional.fused(x, weights, layers.options, inplace=False)
 
     return call
 

@@ -23,6 +23,7 @@ from test_bad_input import GOOD
 from torch import Tensor, nn
 
 from gcnet_ext import GlobalContextBlock, NonLocalBlock, SimplifiedNonLocalBlock, SqueezeExcitation
+from gcnet_ext._arguments import ACTIVATIONS
 
 BOTTLENECK = {
     "planes": (None, 1, 4),
@@ -95,12 +96,11 @@ def truth(
         for name, value in a.items():
             layer, _, parameter = name.rpartition(".")
             arguments[LAYERS[layer][parameter == "bias"] if layer else name] = value
-        arguments |= {
-            name: options.get(name, default) for name, default in (("eps", 1e-5), ("gate_alpha", 0), ("gate_beta", 0))
-        }
-        norm = options.get("norm", False) if isinstance(module, GlobalContextBlock) else False
-        kinds = {"silu": options.get("activation") == "silu", "hard_sigmoid": options.get("gate") == "hard_sigmoid"}
-        return block({**arguments, "norm": norm, **kinds})
+        normed = isinstance(module, GlobalContextBlock) and options.get("norm", False)
+        hard_gate = [options["gate_alpha"], options["gate_beta"]] if options.get("gate") == "hard_sigmoid" else None
+        activation = ACTIVATIONS[options.get("activation", "relu")]
+        norm_eps = options.get("eps", 1e-5) if normed else None
+        return block({**arguments, "norm_eps": norm_eps, "activation": activation, "hard_gate": hard_gate})
 
     return call
 

@@ -8,10 +8,11 @@ import math
 import eager
 import grid
 import pytest
+import schema
 import torch
 from grid import GLOBAL_CONTEXT_INPUTS, Case, Random
 
-from gcnet_ext import reference
+from gcnet_ext import Branch, reference
 
 
 def check(backend, case: Case, grad_layout: str | None = None, seed: int = 0, **options) -> grid.Result:
@@ -364,8 +365,6 @@ def test_large_values_in_float16(backend):
 
 # ---- the raw operators -------------------------------------------------------------------------------------------------------
 
-DEFAULTS = (True, 1e-5, False, False, 1 / 6, 0.5)
-
 
 @pytest.mark.parametrize("case", grid.combinations(), ids=str)
 def test_raw(backend, case):
@@ -373,8 +372,9 @@ def test_raw(backend, case):
     ops = backend.ops
     inputs = case.inputs(backend.to)
     x, acc = inputs[0], grid.accumulation(inputs[0])
-    out, context, attention, hidden, gate = ops.global_context(*inputs, *DEFAULTS)
-    assert torch.equal(out, ops.global_context_inference(*inputs, *DEFAULTS))
+    out, *saved = ops.global_context(*inputs)
+    context, attention, hidden, gate, positive = saved
+    assert torch.equal(out, ops.global_context_inference(*inputs))
     assert torch.equal(out, grid.flat(backend.global_context)(*inputs))
     doubles = [None if tensor is None else tensor.cpu().double() for tensor in inputs]
     want_context = reference.attention_pool(*doubles[:3])
@@ -384,18 +384,18 @@ def test_raw(backend, case):
     first_layers = [want_context @ doubles[i].t() + doubles[i + 1] for i in (3, 9) if doubles[i] is not None]
     grid.assert_close(hidden, torch.cat(first_layers, 1), acc, "hidden")
     if case.fusion != "add":
-        grid.assert_close(gate, reference.transform(want_context, doubles[3:9]).sigmoid(), acc, "gate")
+        grid.assert_close(gate, reference.branch(want_context, Branch(*doubles[3:9])).sigmoid(), acc, "gate")
     assert attention.shape == (x.shape[0], 49 if case.pooling == "att" else 0)
     assert gate.shape == (x.shape[0], 0 if case.fusion == "add" else 10)
+    assert (positive.shape, positive.dtype) == ((x.shape[0], 0), torch.uint8)
     assert context.dtype == attention.dtype == hidden.dtype == gate.dtype == acc
 
     grad = Random(1, backend.to).feature_map(case.shape, case.dtype, case.layout)
     want = grid.run(grid.flat(backend.global_context), inputs, grad).grads
-    weights = (*inputs[1:2], *inputs[3:])
     for needs in itertools.product([False, True], repeat=4):
-        got = ops.global_context_backward(grad, x, *weights, *DEFAULTS, context, attention, hidden, gate, *needs)
-        each = (needs[0], needs[1], *[needs[2]] * 6, *[needs[3]] * 6)
-        for need, ours, theirs in zip(each, got, (*want[:2], *want[3:]), strict=True):
+        got = ops.global_context_backward(**schema.backward(grad, inputs, saved, needs))
+        each = (needs[0], needs[1], *[needs[2]] * 6, *[needs[3]] * 6, False)
+        for need, ours, theirs in zip(each, got, (*want[:2], *want[3:], None), strict=True):
             if need and theirs is not None:
                 assert torch.equal(ours, theirs)
             else:

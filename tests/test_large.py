@@ -49,19 +49,19 @@ def context_of(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tup
 def test_more_than_32_bits(x):
     random = Random(1)
     weight, bias = random.mask(CHANNELS, torch.float32)
-    scale, shift = (gcnet_ext.Transform(*random.branch(CHANNELS, 8, torch.float32)) for _ in range(2))
+    scale, shift = (gcnet_ext.Branch(*random.branch(CHANNELS, 8, torch.float32)) for _ in range(2))
     context, attention = context_of(x, weight, bias)
     got = gcnet_ext.attention_map(x, weight, bias)[0]
     assert torch.allclose(got.double(), attention, rtol=1e-3, atol=0)
     assert abs(float(got.double().sum()) - 1) < 1e-4
     del got, attention
-    pooled = torch.ops.gcnet_ext.attention_pool(x, weight, bias)[0][0]
+    pooled = torch.ops.gcnet_ext.attention_pool(x, weight, bias, None)[0][0]
     assert torch.allclose(pooled.double(), context, rtol=1e-4, atol=1e-5)
 
     out = gcnet_ext.global_context(x, weight, bias, scale, shift)
     assert out.stride() == x.stride()
-    double = [gcnet_ext.Transform(*(tensor.double() for tensor in branch)) for branch in (scale, shift)]
-    gate, added = (reference.transform(context[None], branch)[0, :, None] for branch in double)
+    double = [gcnet_ext.Branch(*(tensor.double() for tensor in branch)) for branch in (scale, shift)]
+    gate, added = (reference.branch(context[None], branch)[0, :, None] for branch in double)
     gate = gate.sigmoid()
     last = POSITIONS - 1
     positions = torch.tensor([0, 1, 63, WIDTH, 2**24 - 1, POSITIONS // 2, last - 1, last])

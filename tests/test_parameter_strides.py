@@ -6,6 +6,7 @@ from __future__ import annotations
 import eager
 import grid
 import pytest
+import schema
 import torch
 from grid import GLOBAL_CONTEXT_INPUTS, Case, Random
 
@@ -66,11 +67,10 @@ def test_the_shape_functions_tell_them(backend, memory_format):
     """torch.library.opcheck compares what they say with what the operators return, strides included."""
     ops = backend.ops
     inputs = as_convolutions(Case((2, 8, 4, 5)).inputs(backend.to), memory_format)
-    options = (True, 1e-5, False, False, 1 / 6, 0.5)
-    saved = ops.global_context(*inputs, *options)[1:]
-    arguments = (inputs[0], inputs[0], inputs[1], *inputs[3:], *options, *saved, True, True, True, True)
-    assert set(torch.library.opcheck(ops.global_context_backward, arguments).values()) == {"SUCCESS"}
-    assert ops.global_context_backward(*arguments)[1].stride() == inputs[1].stride()
+    backward = ops.global_context_backward
+    arguments = schema.backward(inputs[0], inputs, ops.global_context(*inputs)[1:], (True,) * 4)
+    assert set(torch.library.opcheck(backward.op, backward.nested(**arguments)).values()) == {"SUCCESS"}
+    assert backward(**arguments)[1].stride() == inputs[1].stride()
 
 
 @pytest.mark.parametrize("layout", grid.LAYOUTS)

@@ -148,10 +148,9 @@ def test_any_arguments_at_all(kernels, op):
     """Kernel and shape function agree: both refuse in the same words, or both give the same shapes. Nothing else happens."""
     schema = getattr(torch.ops.gcnet_ext, op).default._schema
     optional = {True: st.none() | tensors(SIZES), False: tensors(SIZES)}
-    arguments = st.tuples(*(
-        st.booleans() if str(argument.type) == "bool" else optional[str(argument.type).startswith("Optional")]
-        for argument in schema.arguments
-    ))  # fmt: skip
+    needs = st.lists(st.booleans(), min_size=1, max_size=5)
+    of_types = {"Tensor": optional[False], "Optional[Tensor]": optional[True], "List[bool]": needs, "int": st.integers(-1, 3)}
+    arguments = st.tuples(*(of_types[str(argument.type)] for argument in schema.arguments))
 
     def outcome(arguments):
         try:

@@ -33,7 +33,7 @@ gcnet_ext.channel_fuse(x, x, x, True)  # call-arg
 gcnet_ext.global_context(x, scale=x)  # arg-type
 gcnet_ext.attention_pool(x, bias=0.5)  # arg-type
 gcnet_ext.attention_map(x)  # call-arg
-gcnet_ext.Transform()  # call-arg
+gcnet_ext.Branch()  # call-arg
 gcnet_ext.insert_blocks(nn.Identity(), stages=2)  # arg-type
 gcnet_ext.replace_blocks(nn.Identity()).kept  # attr-defined
 count: int = gcnet_ext.to_peer_state_dict(nn.Identity(), "timm")  # assignment

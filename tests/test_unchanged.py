@@ -31,7 +31,7 @@ def seen():
         (fields, "hooks", hooks, fields, "forward", None),
         (hooks, 0),
         (children, tuple(part for item in children.items() for part in item)),
-        (fields, "weight"),
+        ((fields, "weight"), (), (fields, "weight", fields, "children")),
     )
     return thing, fields, hooks, arguments
 
@@ -42,10 +42,10 @@ def unchanged(arguments):
 
 def test_returns_what_is_wanted_now(seen):
     _, fields, _, arguments = seen
-    assert unchanged(arguments) == [fields["weight"]]
+    assert unchanged(arguments) == [[fields["weight"]], [], [fields["weight"], fields["children"]]]
     fields["weight"] = None
     fields["another"] = 1
-    assert unchanged(arguments) == [None]
+    assert unchanged(arguments) == [[None], [], [None, fields["children"]]]
 
 
 def other_kind(thing, fields, hooks):
@@ -136,7 +136,8 @@ def test_an_ordered_dictionary_of_children_is_never_unchanged(seen):
         ((object(), object, "version"), (), (), (), ()),
         ((), (1, "a", None), (), (), ()),
         ((), (), (1, 0), (), ()),
-        ((), (), (), (), (None, "weight")),
+        ((), (), (), (), ((None, "weight"),)),
+        ((), (), (), (), ({}, "weight")),
         ((), ({}, [], None), (), (), ()),
         ((), (), (), ()),
         ((), [], (), (), ()),
@@ -146,6 +147,7 @@ def test_an_ordered_dictionary_of_children_is_never_unchanged(seen):
         "field of no dictionary",
         "length of no dictionary",
         "wanted of no dictionary",
+        "wanted in no tuples",
         "a name without a hash",
         "too few tuples",
         "a list",

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 import gcnet_ext
 from gcnet_ext import (
+    Branch,
     GlobalContextBlock,
     NonLocalBlock,
     SimplifiedNonLocalBlock,
     SqueezeExcitation,
-    Transform,
     attention_map,
     attention_pool,
     channel_fuse,
@@ -43,7 +43,7 @@ def functions(x: Tensor) -> Tensor:
     samples, channels = x.shape[:2]
     weight, bias = torch.randn(channels), torch.zeros(1)
     context = attention_pool(x, weight, bias) + attention_pool(x)
-    branch = Transform(torch.randn(4, channels), torch.zeros(4), w2=torch.randn(channels, 4), b2=None)
+    branch = Branch(torch.randn(4, channels), torch.zeros(4), w2=torch.randn(channels, 4), b2=None)
     out: Tensor = global_context(x, weight, bias, scale=branch, shift=None, norm=False, gate="sigmoid", eps=1e-6)
     mean: float = attention_map(x, weight).mean().item()
     assert branch.norm_weight is None

@@ -135,9 +135,9 @@ GCNET_EXT_INSTANTIATE(BFloat16)
 
 namespace {
 
-std::tuple<Tensor, Tensor> attention_pool(const Tensor& x_in, const OptionalTensor& weight, const OptionalTensor& bias) {
-  check::feature_map("attention_pool", x_in);
-  check::mask("attention_pool", "", weight, bias, x_in);
+std::tuple<Tensor, Tensor> attention_pool(const Tensor& x_in, const OptionalTensor& weight, const OptionalTensor& bias,
+                                          const OptionalTensor& valid) {
+  check_attention_pool("attention_pool", x_in, {weight, bias}, valid);
   const Tensor x = native(x_in);
   const int64_t samples = x.size(0), count = positions(x);
   const Tensor context = empty(x, {samples, x.size(1)}, accumulation_dtype(x));
@@ -174,14 +174,12 @@ void average_pool_backward(const Tensor& grad_context, const Tensor& grad_x) {
 }
 
 std::tuple<Tensor, Tensor> attention_pool_backward(const Tensor& grad_context_in, const Tensor& x_in,
-                                                   const OptionalTensor& weight, const Tensor& context_in,
-                                                   const Tensor& attention_in, bool need_x, bool need_weight) {
-  const char* op = "attention_pool_backward";
-  check::feature_map(op, x_in);
-  check::mask(op, "", weight, std::nullopt, x_in);
-  check::side(op, "grad_context", grad_context_in, x_in, {x_in.size(0), x_in.size(1)});
-  check::side(op, "context", context_in, x_in, {x_in.size(0), x_in.size(1)});
-  check::side(op, "attention", attention_in, x_in, {x_in.size(0), weight ? positions(x_in) : 0});
+                                                   const OptionalTensor& weight, const OptionalTensor& valid,
+                                                   const Tensor& context_in, const Tensor& attention_in,
+                                                   const std::vector<bool>& needs) {
+  check_attention_pool_backward(grad_context_in, x_in, weight, valid, context_in, attention_in);
+  check::count("attention_pool_backward", "needs", needs.size(), 2);
+  const bool need_x = needs[0], need_weight = needs[1];
   const Tensor grad_context = dense(grad_context_in), context = dense(context_in), attention = dense(attention_in);
   const Tensor grad_x = need_x ? empty_like_map(x_in) : no_gradient(x_in);
   const Tensor grad_weight = gradient_of(need_weight, weight, x_in);

@@ -57,12 +57,6 @@ GCNET_EXT_INSTANTIATE(BFloat16)
 
 namespace {
 
-void check_arguments(const char* op, const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift) {
-  check::feature_map(op, x, /*pooled=*/false);
-  check::parameter(op, {"", "scale"}, scale, x, {x.size(0), x.size(1)});
-  check::parameter(op, {"", "shift"}, shift, x, {x.size(0), x.size(1)});
-}
-
 // x and out are native; out may be x.
 void fuse_into(const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift, const Tensor& out) {
   dispatch(x.scalar_type(), [&](auto kind) {
@@ -72,15 +66,17 @@ void fuse_into(const Tensor& x, const OptionalTensor& scale, const OptionalTenso
   });
 }
 
-Tensor channel_fuse(const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift) {
-  check_arguments("channel_fuse", x, scale, shift);
+std::tuple<Tensor, Tensor> channel_fuse(const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift,
+                                        const OptionalTensor& residual, int64_t final_activation) {
+  check_channel_fuse("channel_fuse", x, scale, shift, residual, final_activation);
   const Tensor out = empty_like_map(x);
   fuse_into(native(x), scale, shift, out);
-  return out;
+  return {out, no_bits(x)};
 }
 
-void channel_fuse_(const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift) {
-  check_arguments("channel_fuse_", x, scale, shift);
+void channel_fuse_(const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift, const OptionalTensor& residual,
+                   int64_t final_activation) {
+  check_channel_fuse("channel_fuse_", x, scale, shift, residual, final_activation);
   check::in_place("channel_fuse_", x);
   if (!scale && !shift) return;
   const Tensor map = native(x);
@@ -88,12 +84,12 @@ void channel_fuse_(const Tensor& x, const OptionalTensor& scale, const OptionalT
   write_back(map, x);
 }
 
-std::tuple<Tensor, Tensor, Tensor> channel_fuse_backward(const Tensor& grad_in, const Tensor& x_in, const OptionalTensor& scale,
-                                                         const OptionalTensor& shift, bool need_x, bool need_scale,
-                                                         bool need_shift) {
-  const char* op = "channel_fuse_backward";
-  check_arguments(op, x_in, scale, shift);
-  check::gradient(op, grad_in, x_in);
+std::tuple<Tensor, Tensor, Tensor, Tensor> channel_fuse_backward(const Tensor& grad_in, const Tensor& x_in,
+                                                                 const OptionalTensor& scale, const OptionalTensor& shift,
+                                                                 int64_t final_activation, const Tensor& positive,
+                                                                 const std::vector<bool>& needs) {
+  check_channel_fuse_backward(grad_in, x_in, scale, shift, final_activation, positive, needs);
+  const bool need_x = needs[0], need_scale = needs[1] && scale, need_shift = needs[2] && shift;
   const Tensor grad = native_like(grad_in, x_in), x = native(x_in);
   const Tensor grad_x = need_x ? empty_like_map(x_in) : no_gradient(x_in);
   const Tensor grad_scale = gradient_of(need_scale, scale, x), grad_shift = gradient_of(need_shift, shift, x);
@@ -101,8 +97,7 @@ std::tuple<Tensor, Tensor, Tensor> channel_fuse_backward(const Tensor& grad_in, 
     using scalar_t = decltype(kind);
     using acc = acc_t<scalar_t>;
     const auto scales = to_acc<acc>(scale);
-    std::vector<acc> sum_g(need_shift && shift ? x.size(0) * x.size(1) : 0),
-        sum_gx(need_scale && scale ? x.size(0) * x.size(1) : 0);
+    std::vector<acc> sum_g(need_shift ? x.size(0) * x.size(1) : 0), sum_gx(need_scale ? x.size(0) * x.size(1) : 0);
     const auto g = read_map<scalar_t>(grad), x_map = read_map<scalar_t>(x);
     const auto grad_x_map = write_map_if<scalar_t>(need_x, grad_x, grad, x);
     const int64_t sample_bytes = 2 * x.size(1) * positions(x) * sizeof(scalar_t);
@@ -116,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor> channel_fuse_backward(const Tensor& grad_in, 
     if (!sum_gx.empty()) from_acc(sum_gx.data(), grad_scale);
     if (!sum_g.empty()) from_acc(sum_g.data(), grad_shift);
   });
-  return {grad_x, grad_scale, grad_shift};
+  return {grad_x, grad_scale, grad_shift, no_gradient(x)};
 }
 
 }  // namespace

@@ -16,6 +16,11 @@ using c10::Half;
 template <typename scalar_t>
 using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 
+// The most positions of a block that attention_pool and attention_pool_backward take: they have an array of so many numbers on
+// the stack, which is 8 MiB as a rule and 2 MiB in some threads.
+constexpr int64_t kMaxTile = 4096;
+static_assert(kMaxTile * sizeof(double) <= 64 << 10);
+
 // A block of a feature map: some channels of some positions of one sample.
 template <typename scalar_t>
 struct Block {
@@ -57,7 +62,7 @@ struct MapKernels {
   void (*position_dots)(Block<const scalar_t> x, const acc* w, acc* dots);
   // sums[c] += sum_p a_p x_cp
   void (*channel_dots)(Block<const scalar_t> x, const acc* a, acc* sums);
-  // dx = g*scale + m_p dctx + dl_p w, grad_weight += sum_p dl_p x_p; what may be missing may be missing here, too.
+  // dx = g*scale + m_p dctx + dl_p w, grad_weight += sum_p dl_p x_p; grad, dx and grad_weight may be null.
   void (*pool_gradient)(Block<const scalar_t> grad, Block<const scalar_t> x, const acc* attention, const acc* dl,
                         const PoolGradient<acc>& sample, Block<scalar_t> grad_x, acc* grad_weight);
   // out = x*scale + shift; null scale is 1, null shift is -0, which changes no number; without both, x bit for bit.
@@ -83,18 +88,27 @@ struct VectorKernels {
   void (*sigmoid)(acc* t, int64_t count);
 };
 
-// Products of rows [n, K] and [n, M] of acc with a matrix W [M, K] of weight_t. Leading dimensions are given as strides.
+// A view of a matrix whose rows lie `stride` elements apart.
+template <typename T>
+struct Matrix {
+  T* data;
+  int64_t rows, columns, stride;
+
+  T* row(int64_t i) const { return data + i * stride; }
+  Matrix some_rows(int64_t begin, int64_t end) const { return {row(begin), end - begin, columns, stride}; }
+  Matrix some_columns(int64_t begin, int64_t end) const { return {data + begin, rows, end - begin, stride}; }
+  operator Matrix<const T>() const { return {data, rows, columns, stride}; }
+};
+
+// Products of x [N, K] and y [N, M] of acc with a matrix W [M, K] of weight_t, whose rows follow one another.
 template <typename acc, typename weight_t>
 struct MatrixKernels {
-  // y[n, m] = bias[m] + sum_k W[m, k] x[n, k] for rows m0 <= m < m1.
-  void (*linear)(const acc* x, int64_t x_stride, int64_t samples, const weight_t* weight, int64_t columns, const acc* bias,
-                 int64_t m0, int64_t m1, acc* y, int64_t y_stride);
-  // grad_x[n, k] = sum_{m0 <= m < m1} grad_y[n, m] W[m, k] for columns k0 <= k < k1.
-  void (*linear_backward_input)(const acc* grad_y, int64_t y_stride, int64_t samples, const weight_t* weight, int64_t columns,
-                                int64_t m0, int64_t m1, int64_t k0, int64_t k1, acc* grad_x, int64_t x_stride);
-  // grad_W[m, k] = sum_n grad_y[n, m] x[n, k] for rows m0 <= m < m1.
-  void (*linear_backward_weight)(const acc* grad_y, int64_t y_stride, const acc* x, int64_t x_stride, int64_t samples,
-                                 int64_t columns, int64_t m0, int64_t m1, weight_t* grad_weight);
+  // y[n, m] = bias[m] + sum_k W[m, k] x[n, k]; a null bias is 0.
+  void (*linear)(Matrix<const acc> x, Matrix<const weight_t> weight, const acc* bias, Matrix<acc> y);
+  // grad_x[n, k] = sum_m grad_y[n, m] W[m, k]
+  void (*linear_backward_input)(Matrix<const acc> grad_y, Matrix<const weight_t> weight, Matrix<acc> grad_x);
+  // grad_W[m, k] = sum_n grad_y[n, m] x[n, k]
+  void (*linear_backward_weight)(Matrix<const acc> grad_y, Matrix<const acc> x, Matrix<weight_t> grad_weight);
 };
 
 // Everything that is compiled for one capability.

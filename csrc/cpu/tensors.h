@@ -4,12 +4,11 @@
 #include <algorithm>
 #include <memory>
 #include <new>
-#include <stdexcept>
 #include <vector>
 
-#include "../check.h"
-#include "../layout.h"
+#include "../arguments.h"
 #include "../plan_cpu.h"
+#include "../tensors.h"
 #include "kernels.h"
 
 namespace gcnet_ext::cpu {
@@ -21,18 +20,6 @@ constexpr ScalarType kDtype = std::is_same_v<scalar_t, double>  ? ScalarType::Do
                               : std::is_same_v<scalar_t, float> ? ScalarType::Float
                               : std::is_same_v<scalar_t, Half>  ? ScalarType::Half
                                                                 : ScalarType::BFloat16;
-
-// Calls body with a value of the type that x is stored in.
-template <typename Body>
-auto dispatch(ScalarType dtype, const Body& body) {
-  switch (dtype) {
-    case ScalarType::Double: return body(double{});
-    case ScalarType::Float: return body(float{});
-    case ScalarType::Half: return body(Half{});
-    case ScalarType::BFloat16: return body(BFloat16{});
-    default: throw std::runtime_error("gcnet_ext: no CPU kernels for this dtype");
-  }
-}
 
 // Uninitialised memory that starts where a cache line does: a vector across two of them is two accesses.
 struct FreeAligned {
@@ -60,8 +47,6 @@ scalar_t* mutable_data(const Tensor& tensor) {
   return static_cast<scalar_t*>(tensor.data_ptr());
 }
 
-inline Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
-
 // A feature map and its layout; `first` and `count` cut blocks out of it.
 template <typename scalar_t>
 struct Map {
@@ -87,7 +72,7 @@ Map<scalar_t> write_map(const Tensor& tensor, const auto&... read) {
   const int64_t bytes = (1 + sizeof...(read)) * tensor.numel() * sizeof(scalar_t);
   return {mutable_data<scalar_t>(tensor), layout_of(tensor), !in_place && plan_cpu_past_caches(bytes)};
 }
-// The same, or one without data when it is not needed (the tensor is then empty).
+// A map to write to, or one without data when it is not needed (the tensor is then empty).
 template <typename scalar_t>
 Map<scalar_t> write_map_if(bool needed, const Tensor& tensor, const auto&... read) {
   return needed ? write_map<scalar_t>(tensor, read...) : Map<scalar_t>{};
@@ -114,12 +99,6 @@ template <typename acc>
 void from_acc(const acc* values, const Tensor& tensor) {
   dispatch(tensor.scalar_type(),
            [&](auto kind) { std::copy(values, values + tensor.numel(), mutable_data<decltype(kind)>(tensor)); });
-}
-
-inline Tensor no_gradient(const Tensor& x) { return empty(x, {0}, x.scalar_type()); }
-// An uninitialised gradient of a parameter, empty when it is not needed.
-inline Tensor gradient_of(bool needed, const OptionalTensor& parameter, const Tensor& x) {
-  return needed && parameter ? empty_like_parameter(*parameter) : no_gradient(x);
 }
 
 }  // namespace gcnet_ext::cpu

@@ -38,9 +38,9 @@ OptionalTensor dense_weight(const OptionalTensor& weight) {
 
 // t -> sigmoid(t), or alpha t + beta for the hard sigmoid, in place.
 template <typename acc>
-void apply_gate(const TransformOptions& options, acc* t, int64_t count) {
-  if (!options.hard_sigmoid) return vector_kernels<acc>().sigmoid(t, count);
-  const acc alpha = static_cast<acc>(options.gate_alpha), beta = static_cast<acc>(options.gate_beta);
+void apply_gate(const Options& options, acc* t, int64_t count) {
+  if (!options.hard_gate) return vector_kernels<acc>().sigmoid(t, count);
+  const acc alpha = static_cast<acc>(options.hard_gate->alpha), beta = static_cast<acc>(options.hard_gate->beta);
   for (int64_t i = 0; i < count; i++) t[i] = alpha * t[i] + beta;
 }
 
@@ -53,19 +53,20 @@ acc silu_gradient(acc z) {
 }  // namespace
 
 template <typename acc>
-Branch<acc>::Branch(const BranchTensors& tensors, const TransformOptions& options, int64_t samples, int64_t channels)
+BranchPass<acc>::BranchPass(const Branch& branch, const Options& options, int64_t samples, int64_t channels)
     : options_(options),
+      silu_(options.activation == Activation::silu),
       samples_(samples),
       channels_(channels),
-      units_(gcnet_ext::hidden_units(tensors)),
-      two_layers_(tensors[4]),
+      units_(branch.units()),
+      two_layers_(branch.w2),
       weight_bytes_(0),
-      w1_(dense_weight<acc>(tensors[0])),
-      w2_(dense_weight<acc>(tensors[4])),
-      b1_(to_acc<acc>(tensors[1])),
-      norm_weight_(to_acc<acc>(tensors[2])),
-      norm_bias_(to_acc<acc>(tensors[3])),
-      b2_(to_acc<acc>(tensors[5])) {
+      w1_(dense_weight<acc>(branch.w1)),
+      w2_(dense_weight<acc>(branch.w2)),
+      b1_(to_acc<acc>(branch.b1)),
+      norm_weight_(to_acc<acc>(branch.norm_weight)),
+      norm_bias_(to_acc<acc>(branch.norm_bias)),
+      b2_(to_acc<acc>(branch.b2)) {
   for (const auto* weight : {&w1_, &w2_}) {
     if (*weight) weight_bytes_ += (*weight)->numel() * static_cast<int64_t>((*weight)->element_size());
   }
@@ -73,35 +74,40 @@ Branch<acc>::Branch(const BranchTensors& tensors, const TransformOptions& option
 }
 
 template <typename acc>
-void Branch<acc>::linear(const Tensor& weight, const acc* x, int64_t x_stride, const std::vector<acc>& bias, int64_t rows,
-                         int64_t columns, int64_t count, bool gated, acc* y, int64_t y_stride) const {
-  with_weight<acc>(weight, [&](const auto* w) {
-    const auto kernel = matrix_kernels<acc, std::remove_cvref_t<decltype(*w)>>().linear;
+void BranchPass<acc>::linear(const Tensor& weight, Matrix<const acc> x, const std::vector<acc>& bias, bool gated,
+                             Matrix<acc> y) const {
+  with_weight<acc>(weight, [&](auto* w) {
+    const auto kernel = matrix_kernels<acc, std::remove_pointer_t<decltype(w)>>().linear;
     const auto some_rows = [&](int64_t m0, int64_t m1) {
-      kernel(x, x_stride, count, w, columns, pointer(bias), m0, m1, y, y_stride);
-      for (int64_t n = 0; gated && n < count; n++) apply_gate(options_, y + n * y_stride + m0, m1 - m0);
+      const Matrix<acc> part = y.some_columns(m0, m1);
+      kernel(x, {w + m0 * x.columns, m1 - m0, x.columns, x.columns}, bias.empty() ? nullptr : bias.data() + m0, part);
+      for (int64_t n = 0; gated && n < part.rows; n++) apply_gate(options_, part.row(n), part.columns);
     };
-    if (!row_parallel()) return some_rows(0, rows);
-    parallel_ranges(ceil_div(rows, kRowsPerItem), count * rows * columns,
-                    [&](int64_t begin, int64_t end) { some_rows(begin * kRowsPerItem, std::min(rows, end * kRowsPerItem)); });
+    if (!row_parallel()) return some_rows(0, y.columns);
+    parallel_ranges(ceil_div(y.columns, kRowsPerItem), x.rows * y.columns * x.columns, [&](int64_t begin, int64_t end) {
+      some_rows(begin * kRowsPerItem, std::min(y.columns, end * kRowsPerItem));
+    });
   });
 }
 
 template <typename acc>
-void Branch<acc>::linear_backward_input(const Tensor& weight, const acc* grad_y, int64_t rows, int64_t columns, int64_t count,
-                                        acc* grad_x) const {
-  with_weight<acc>(weight, [&](const auto* w) {
-    const auto kernel = matrix_kernels<acc, std::remove_cvref_t<decltype(*w)>>().linear_backward_input;
-    if (!row_parallel()) return kernel(grad_y, rows, count, w, columns, 0, rows, 0, columns, grad_x, columns);
+void BranchPass<acc>::linear_backward_input(const Tensor& weight, Matrix<const acc> grad_y, Matrix<acc> grad_x) const {
+  const int64_t count = grad_y.rows, rows = grad_y.columns, columns = grad_x.columns;
+  with_weight<acc>(weight, [&](auto* w) {
+    using weight_t = std::remove_pointer_t<decltype(w)>;
+    const auto kernel = matrix_kernels<acc, weight_t>().linear_backward_input;
+    const Matrix<const weight_t> all{w, rows, columns, columns};
+    if (!row_parallel()) return kernel(grad_y, all, grad_x);
     const int64_t partials = ceil_div(rows, kRowsPerPartial), slices = ceil_div(columns, kColumnsPerItem);
     const auto partial = buffer<acc>(partials * count * columns);
     parallel_for(partials * slices, count * rows * columns, [&](int64_t i) {
-      const int64_t m0 = i / slices * kRowsPerPartial, k0 = i % slices * kColumnsPerItem;
-      kernel(grad_y, rows, count, w, columns, m0, std::min(rows, m0 + kRowsPerPartial), k0,
-             std::min(columns, k0 + kColumnsPerItem), partial.get() + i / slices * count * columns, columns);
+      const int64_t m0 = i / slices * kRowsPerPartial, m1 = std::min(rows, m0 + kRowsPerPartial);
+      const int64_t k0 = i % slices * kColumnsPerItem, k1 = std::min(columns, k0 + kColumnsPerItem);
+      const Matrix<acc> part{partial.get() + i / slices * count * columns, count, columns, columns};
+      kernel(grad_y.some_columns(m0, m1), all.some_rows(m0, m1).some_columns(k0, k1), part.some_columns(k0, k1));
     });
     parallel_for(count, partials * count * columns, [&](int64_t n) {
-      acc* total = grad_x + n * columns;
+      acc* total = grad_x.row(n);
       std::fill_n(total, columns, acc(0));
       for (int64_t part = 0; part < partials; part++) {
         const acc* values = partial.get() + (part * count + n) * columns;
@@ -112,16 +118,18 @@ void Branch<acc>::linear_backward_input(const Tensor& weight, const acc* grad_y,
 }
 
 template <typename acc>
-void Branch<acc>::linear_backward_weight(const acc* grad_y, int64_t rows, const acc* x, int64_t columns,
-                                         const Tensor& gradient) const {
+void BranchPass<acc>::linear_backward_weight(Matrix<const acc> grad_y, Matrix<const acc> x, const Tensor& gradient) const {
   if (gradient.numel() == 0) return;
+  const int64_t rows = grad_y.columns, columns = x.columns;
   const bool widened = std::is_same_v<acc, double> && gradient.scalar_type() == ScalarType::Float;
   const Tensor target = widened ? empty(gradient, {rows, columns}, ScalarType::Double) : gradient;
   with_weight<acc>(target, [&](auto* w) {
-    const auto kernel = matrix_kernels<acc, std::remove_cvref_t<decltype(*w)>>().linear_backward_weight;
-    parallel_for(ceil_div(rows, kRowsPerItem), samples_ * rows * columns, [&](int64_t i) {
-      const int64_t m0 = i * kRowsPerItem;
-      kernel(grad_y, rows, x, columns, samples_, columns, m0, std::min(rows, m0 + kRowsPerItem), w);
+    using weight_t = std::remove_pointer_t<decltype(w)>;
+    const auto kernel = matrix_kernels<acc, weight_t>().linear_backward_weight;
+    const Matrix<weight_t> all{w, rows, columns, columns};
+    parallel_for(ceil_div(rows, kRowsPerItem), x.rows * rows * columns, [&](int64_t i) {
+      const int64_t m0 = i * kRowsPerItem, m1 = std::min(rows, m0 + kRowsPerItem);
+      kernel(grad_y.some_columns(m0, m1), x, all.some_rows(m0, m1));
     });
   });
   if (widened) from_acc(data<acc>(target), gradient);
@@ -129,55 +137,55 @@ void Branch<acc>::linear_backward_weight(const acc* grad_y, int64_t rows, const 
 
 // z = norm(hidden), activated = act(z), for one sample. Returns what the norm multiplies by.
 template <typename acc>
-acc Branch<acc>::activate(const acc* hidden, int64_t sample) {
+acc BranchPass<acc>::activate(const acc* hidden, int64_t sample) {
   acc* activated = activated_.get() + sample * units_;
   acc mean = 0, inverse_std = 1;
-  if (options_.norm) {
+  if (options_.norm_eps) {
     acc variance;
     vector_kernels<acc>().moments(hidden, units_, &mean, &variance);
-    inverse_std = acc(1) / std::sqrt(variance + acc(options_.eps));
+    inverse_std = acc(1) / std::sqrt(variance + acc(*options_.norm_eps));
   }
   for (int64_t j = 0; j < units_; j++) {
     const acc normalised = (hidden[j] - mean) * inverse_std;
     if (normalised_) normalised_[sample * units_ + j] = normalised;
     acc z = normalised;
-    if (options_.norm && !norm_weight_.empty()) z *= norm_weight_[j];
-    if (options_.norm && !norm_bias_.empty()) z += norm_bias_[j];
+    if (options_.norm_eps && !norm_weight_.empty()) z *= norm_weight_[j];
+    if (options_.norm_eps && !norm_bias_.empty()) z += norm_bias_[j];
     // A NaN stays one: relu(z) is z < 0 ? 0 : z.
-    activated[j] = options_.silu ? z / (acc(1) + std::exp(-z)) : (z < acc(0) ? acc(0) : z);
+    activated[j] = silu_ ? z / (acc(1) + std::exp(-z)) : (z < acc(0) ? acc(0) : z);
   }
   return inverse_std;
 }
 
 // grad_hidden from grad_activated for one sample; normalised_ and inverse_std are those of activate().
 template <typename acc>
-void Branch<acc>::activate_backward(const acc* grad_activated, acc inverse_std, int64_t sample) {
+void BranchPass<acc>::activate_backward(const acc* grad_activated, acc inverse_std, int64_t sample) {
   const acc* normalised = normalised_.get() + sample * units_;
   acc* grad_normalised = grad_normalised_.get() + sample * units_;  // first dz, the gradient of the affine output
   acc* grad_hidden = grad_hidden_.get() + sample * units_;
   acc sum = 0, dot = 0;
   for (int64_t j = 0; j < units_; j++) {
     acc z = normalised[j];
-    if (options_.norm && !norm_weight_.empty()) z *= norm_weight_[j];
-    if (options_.norm && !norm_bias_.empty()) z += norm_bias_[j];
-    grad_normalised[j] = options_.silu ? grad_activated[j] * silu_gradient(z) : (z <= acc(0) ? acc(0) : grad_activated[j]);
-    const acc scaled = options_.norm && !norm_weight_.empty() ? grad_normalised[j] * norm_weight_[j] : grad_normalised[j];
+    if (options_.norm_eps && !norm_weight_.empty()) z *= norm_weight_[j];
+    if (options_.norm_eps && !norm_bias_.empty()) z += norm_bias_[j];
+    grad_normalised[j] = silu_ ? grad_activated[j] * silu_gradient(z) : (z <= acc(0) ? acc(0) : grad_activated[j]);
+    const acc scaled = options_.norm_eps && !norm_weight_.empty() ? grad_normalised[j] * norm_weight_[j] : grad_normalised[j];
     grad_hidden[j] = scaled;
     sum += scaled;
     dot += scaled * normalised[j];
   }
-  if (!options_.norm) return;
+  if (!options_.norm_eps) return;
   for (int64_t j = 0; j < units_; j++) {
     grad_hidden[j] = inverse_std * (grad_hidden[j] - (sum + normalised[j] * dot) / acc(units_));
   }
 }
 
 template <typename acc>
-void Branch<acc>::forward(const acc* context, int64_t first, int64_t count, acc* hidden, int64_t hidden_stride, bool gated,
-                          acc* t) {
+void BranchPass<acc>::forward(const acc* context, int64_t first, int64_t count, acc* hidden, int64_t hidden_stride, bool gated,
+                              acc* t) {
   const auto samples = [&](int64_t begin, int64_t n) {
-    acc* h = hidden + begin * hidden_stride;
-    linear(*w1_, context + begin * channels_, channels_, b1_, units_, channels_, n, /*gated=*/false, h, hidden_stride);
+    const Matrix<acc> h{hidden + begin * hidden_stride, n, units_, hidden_stride};
+    linear(*w1_, {context + begin * channels_, n, channels_, channels_}, b1_, /*gated=*/false, h);
     if (!two_layers_) {
       for (int64_t i = begin; i < begin + n; i++) {
         std::copy_n(hidden + i * hidden_stride, channels_, t + i * channels_);
@@ -185,27 +193,28 @@ void Branch<acc>::forward(const acc* context, int64_t first, int64_t count, acc*
       }
       return;
     }
-    for (int64_t i = 0; i < n; i++) activate(h + i * hidden_stride, begin + i);
-    linear(*w2_, activated_.get() + begin * units_, units_, b2_, channels_, units_, n, gated, t + begin * channels_, channels_);
+    for (int64_t i = 0; i < n; i++) activate(h.row(i), begin + i);
+    linear(*w2_, {activated_.get() + begin * units_, n, units_, units_}, b2_, gated,
+           {t + begin * channels_, n, channels_, channels_});
   };
   if (row_parallel()) return samples(first, count);
   parallel_for(count, count * channels_ * units_, [&](int64_t i) { samples(first + i, 1); });
 }
 
 template <typename acc>
-void Branch<acc>::prepare_backward() {
+void BranchPass<acc>::prepare_backward() {
   if (!two_layers_) return;
   for (auto* values : {&grad_hidden_, &grad_normalised_, &normalised_}) *values = buffer<acc>(samples_ * units_);
 }
 
 template <typename acc>
-void Branch<acc>::backward(const acc* grad_t, const acc* hidden, int64_t hidden_stride, int64_t first, int64_t count,
-                           acc* grad_context) {
+void BranchPass<acc>::backward(const acc* grad_t, const acc* hidden, int64_t hidden_stride, int64_t first, int64_t count,
+                               acc* grad_context) {
   const auto samples = [&](int64_t begin, int64_t n) {
     const acc* grad_first = grad_t + begin * channels_;  // the gradient of w1 ctx + b1
     if (two_layers_) {
       const auto grad_activated = buffer<acc>(n * units_);
-      linear_backward_input(*w2_, grad_first, channels_, units_, n, grad_activated.get());
+      linear_backward_input(*w2_, {grad_first, n, channels_, channels_}, {grad_activated.get(), n, units_, units_});
       for (int64_t i = 0; i < n; i++) {
         const acc inverse_std = activate(hidden + (begin + i) * hidden_stride, begin + i);
         activate_backward(grad_activated.get() + i * units_, inverse_std, begin + i);
@@ -213,7 +222,7 @@ void Branch<acc>::backward(const acc* grad_t, const acc* hidden, int64_t hidden_
       grad_first = grad_hidden_.get() + begin * units_;
     }
     const auto grad_input = buffer<acc>(n * channels_);
-    linear_backward_input(*w1_, grad_first, units_, channels_, n, grad_input.get());
+    linear_backward_input(*w1_, {grad_first, n, units_, units_}, {grad_input.get(), n, channels_, channels_});
     for (int64_t i = 0; i < n * channels_; i++) grad_context[begin * channels_ + i] += grad_input[i];
   };
   if (row_parallel()) return samples(first, count);
@@ -221,7 +230,7 @@ void Branch<acc>::backward(const acc* grad_t, const acc* hidden, int64_t hidden_
 }
 
 template <typename acc>
-void Branch<acc>::parameter_gradients(const acc* grad_t, const acc* context, const std::array<Tensor, 6>& gradients) const {
+void BranchPass<acc>::parameter_gradients(const acc* grad_t, const acc* context, const PerWeight<Tensor>& gradients) const {
   const auto column_sums = [&](const acc* values, const acc* factors, int64_t columns, const Tensor& gradient,
                                bool used = true) {
     if (gradient.numel() == 0) return;
@@ -232,13 +241,14 @@ void Branch<acc>::parameter_gradients(const acc* grad_t, const acc* context, con
     from_acc(sums.data(), gradient);
   };
   const acc* grad_first = two_layers_ ? grad_hidden_.get() : grad_t;
-  linear_backward_weight(grad_first, units_, context, channels_, gradients[0]);
-  column_sums(grad_first, nullptr, units_, gradients[1]);
+  const auto matrix = [&](const acc* values, int64_t columns) { return Matrix<const acc>{values, samples_, columns, columns}; };
+  linear_backward_weight(matrix(grad_first, units_), matrix(context, channels_), gradients.w1);
+  column_sums(grad_first, nullptr, units_, gradients.b1);
   if (!two_layers_) return;
-  column_sums(grad_normalised_.get(), normalised_.get(), units_, gradients[2], options_.norm);
-  column_sums(grad_normalised_.get(), nullptr, units_, gradients[3], options_.norm);
-  linear_backward_weight(grad_t, channels_, activated_.get(), units_, gradients[4]);
-  column_sums(grad_t, nullptr, channels_, gradients[5]);
+  column_sums(grad_normalised_.get(), normalised_.get(), units_, gradients.norm_weight, options_.norm_eps.has_value());
+  column_sums(grad_normalised_.get(), nullptr, units_, gradients.norm_bias, options_.norm_eps.has_value());
+  linear_backward_weight(matrix(grad_t, channels_), matrix(activated_.get(), units_), gradients.w2);
+  column_sums(grad_t, nullptr, channels_, gradients.b2);
 }
 
 template <typename acc>
@@ -247,10 +257,10 @@ void clip_gate(const acc* gate, int64_t count, acc* scale) {
 }
 
 template <typename acc>
-void apply_gate_backward(const TransformOptions& options, const acc* gate, acc* grad, int64_t count) {
-  const acc alpha = static_cast<acc>(options.gate_alpha);
+void apply_gate_backward(const Options& options, const acc* gate, acc* grad, int64_t count) {
+  const acc alpha = options.hard_gate ? static_cast<acc>(options.hard_gate->alpha) : acc(0);
   for (int64_t i = 0; i < count; i++) {
-    if (!options.hard_sigmoid) {
+    if (!options.hard_gate) {
       grad[i] *= gate[i] * (acc(1) - gate[i]);
     } else {
       grad[i] = gate[i] >= acc(0) && gate[i] <= acc(1) ? grad[i] * alpha : acc(0);  // where it is flat not even a NaN passes
@@ -258,11 +268,11 @@ void apply_gate_backward(const TransformOptions& options, const acc* gate, acc* 
   }
 }
 
-template class Branch<double>;
-template class Branch<float>;
+template class BranchPass<double>;
+template class BranchPass<float>;
 template void clip_gate(const double*, int64_t, double*);
 template void clip_gate(const float*, int64_t, float*);
-template void apply_gate_backward(const TransformOptions&, const double*, double*, int64_t);
-template void apply_gate_backward(const TransformOptions&, const float*, float*, int64_t);
+template void apply_gate_backward(const Options&, const double*, double*, int64_t);
+template void apply_gate_backward(const Options&, const float*, float*, int64_t);
 
 }  // namespace gcnet_ext::cpu

@@ -1,5 +1,6 @@
-// The transform of the block, on [N, C] buffers: per branch t = w2 act(norm(w1 ctx + b1)) + b2, or t = w1 ctx + b1 without a
-// w2.
+// The transform of the block, on [N, C] buffers: per branch
+//
+//   t = w2 act(norm(w1 ctx + b1)) + b2,    or t = w1 ctx + b1 without a w2.
 #pragma once
 
 #include <memory>
@@ -8,23 +9,11 @@
 
 namespace gcnet_ext::cpu {
 
-// What both branches share.
-struct TransformOptions {
-  bool norm;
-  double eps;
-  bool silu;          // act: SiLU, otherwise ReLU
-  bool hard_sigmoid;  // gate: clip(alpha t + beta, 0, 1), otherwise the sigmoid
-  double gate_alpha, gate_beta;
-
-  TransformOptions(bool norm, double eps, bool silu, bool hard_sigmoid, double alpha, double beta)
-      : norm(norm), eps(eps), silu(silu), hard_sigmoid(hard_sigmoid), gate_alpha(alpha), gate_beta(beta) {}
-};
-
-// One branch: its weights, ready for the kernels, and the buffers of its forward or backward pass.
+// One branch in a forward or backward pass: its weights, ready for the kernels, and its buffers.
 template <typename acc>
-class Branch {
+class BranchPass {
  public:
-  Branch(const BranchTensors& tensors, const TransformOptions& options, int64_t samples, int64_t channels);
+  BranchPass(const Branch& branch, const Options& options, int64_t samples, int64_t channels);
 
   // Bytes of w1 and w2: what one application of the branch reads.
   int64_t weight_bytes() const { return weight_bytes_; }
@@ -41,14 +30,13 @@ class Branch {
   // grad_context += the gradient through the branch, for those samples. grad_t is kept for parameter_gradients().
   void backward(const acc* grad_t, const acc* hidden, int64_t hidden_stride, int64_t first, int64_t count, acc* grad_context);
   // After backward() of all samples: the gradients of the six weights, sums over n in order. grad_t is of all samples.
-  void parameter_gradients(const acc* grad_t, const acc* context, const std::array<Tensor, 6>& gradients) const;
+  void parameter_gradients(const acc* grad_t, const acc* context, const PerWeight<Tensor>& gradients) const;
 
  private:
-  void linear(const Tensor& weight, const acc* x, int64_t x_stride, const std::vector<acc>& bias, int64_t rows, int64_t columns,
-              int64_t count, bool gated, acc* y, int64_t y_stride) const;
-  void linear_backward_input(const Tensor& weight, const acc* grad_y, int64_t rows, int64_t columns, int64_t count,
-                             acc* grad_x) const;
-  void linear_backward_weight(const acc* grad_y, int64_t rows, const acc* x, int64_t columns, const Tensor& gradient) const;
+  // y = x W^T + bias, and the gradients of x and of W.
+  void linear(const Tensor& weight, Matrix<const acc> x, const std::vector<acc>& bias, bool gated, Matrix<acc> y) const;
+  void linear_backward_input(const Tensor& weight, Matrix<const acc> grad_y, Matrix<acc> grad_x) const;
+  void linear_backward_weight(Matrix<const acc> grad_y, Matrix<const acc> x, const Tensor& gradient) const;
   acc activate(const acc* hidden, int64_t sample);
   void activate_backward(const acc* grad_activated, acc inverse_std, int64_t sample);
 
@@ -56,7 +44,8 @@ class Branch {
   // (Their number, not their bytes: what this saves is loads and conversions.)
   static constexpr int64_t kBatchedWeights = 64 << 10;
 
-  TransformOptions options_;
+  Options options_;
+  bool silu_;  // act: SiLU, otherwise ReLU
   int64_t samples_, channels_, units_;
   bool two_layers_;
   int64_t weight_bytes_;
@@ -72,6 +61,6 @@ void clip_gate(const acc* gate, int64_t count, acc* scale);
 
 // grad -> grad * gate'(t), in place, from the values of the gate. The slope of the hard sigmoid is alpha at its corners too.
 template <typename acc>
-void apply_gate_backward(const TransformOptions& options, const acc* gate, acc* grad, int64_t count);
+void apply_gate_backward(const Options& options, const acc* gate, acc* grad, int64_t count);
 
 }  // namespace gcnet_ext::cpu

@@ -11,10 +11,9 @@ GCNET_EXT_FOR_ALL_TYPES(GCNET_EXT_HERE)
 
 namespace {
 
-std::tuple<Tensor, Tensor> attention_pool_op(const Tensor& x_in, const OptionalTensor& weight_in,
-                                             const OptionalTensor& bias_in) {
-  check::feature_map("attention_pool", x_in);
-  check::mask("attention_pool", "", weight_in, bias_in, x_in);
+std::tuple<Tensor, Tensor> attention_pool_op(const Tensor& x_in, const OptionalTensor& weight_in, const OptionalTensor& bias_in,
+                                             const OptionalTensor& valid) {
+  check_attention_pool("attention_pool", x_in, {weight_in, bias_in}, valid);
   Call call(x_in);
   const Tensor x = native(x_in);
   const OptionalTensor weight = dense(weight_in), bias = dense(bias_in);
@@ -30,14 +29,12 @@ std::tuple<Tensor, Tensor> attention_pool_op(const Tensor& x_in, const OptionalT
 }
 
 std::tuple<Tensor, Tensor> attention_pool_backward_op(const Tensor& grad_context_in, const Tensor& x_in,
-                                                      const OptionalTensor& weight_in, const Tensor& context_in,
-                                                      const Tensor& attention_in, bool need_x, bool need_weight) {
-  const char* op = "attention_pool_backward";
-  check::feature_map(op, x_in);
-  check::mask(op, "", weight_in, std::nullopt, x_in);
-  check::side(op, "grad_context", grad_context_in, x_in, {x_in.size(0), x_in.size(1)});
-  check::side(op, "context", context_in, x_in, {x_in.size(0), x_in.size(1)});
-  check::side(op, "attention", attention_in, x_in, {x_in.size(0), weight_in ? positions(x_in) : 0});
+                                                      const OptionalTensor& weight_in, const OptionalTensor& valid,
+                                                      const Tensor& context_in, const Tensor& attention_in,
+                                                      const std::vector<bool>& needs) {
+  check_attention_pool_backward(grad_context_in, x_in, weight_in, valid, context_in, attention_in);
+  check::count("attention_pool_backward", "needs", needs.size(), 2);
+  const bool need_x = needs[0], need_weight = needs[1];
   Call call(x_in);
   const Tensor x = weight_in ? native(x_in) : x_in;  // average pooling does not read it
   const OptionalTensor weight = dense(weight_in);

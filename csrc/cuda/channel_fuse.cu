@@ -11,12 +11,6 @@ GCNET_EXT_FOR_ALL_TYPES(GCNET_EXT_HERE)
 
 namespace {
 
-void check_arguments(const char* op, const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift) {
-  check::feature_map(op, x, /*pooled=*/false);
-  check::parameter(op, {"", "scale"}, scale, x, {x.size(0), x.size(1)});
-  check::parameter(op, {"", "shift"}, shift, x, {x.size(0), x.size(1)});
-}
-
 // to = from, bit for bit, which no arithmetic is: not even x*1 keeps the bits of a NaN.
 void copy(const Tensor& from, Tensor to) { torch::stable::copy_(to, from); }
 
@@ -31,8 +25,9 @@ void fuse_into(const Tensor& x, const OptionalTensor& scale_in, const OptionalTe
   });
 }
 
-Tensor channel_fuse_op(const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift) {
-  check_arguments("channel_fuse", x, scale, shift);
+std::tuple<Tensor, Tensor> channel_fuse_op(const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift,
+                                           const OptionalTensor& residual, int64_t final_activation) {
+  check_channel_fuse("channel_fuse", x, scale, shift, residual, final_activation);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Tensor out = empty_like_map(x);
   if (scale || shift) {
@@ -40,11 +35,12 @@ Tensor channel_fuse_op(const Tensor& x, const OptionalTensor& scale, const Optio
   } else {
     copy(x, out);
   }
-  return out;
+  return {out, no_bits(x)};
 }
 
-void channel_fuse_inplace_op(const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift) {
-  check_arguments("channel_fuse_", x, scale, shift);
+void channel_fuse_inplace_op(const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift,
+                             const OptionalTensor& residual, int64_t final_activation) {
+  check_channel_fuse("channel_fuse_", x, scale, shift, residual, final_activation);
   check::in_place("channel_fuse_", x);
   if (!scale && !shift) return;
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
@@ -53,12 +49,12 @@ void channel_fuse_inplace_op(const Tensor& x, const OptionalTensor& scale, const
   write_back(map, x);
 }
 
-std::tuple<Tensor, Tensor, Tensor> channel_fuse_backward_op(const Tensor& grad_in, const Tensor& x_in,
-                                                            const OptionalTensor& scale_in, const OptionalTensor& shift,
-                                                            bool need_x, bool need_scale, bool need_shift) {
-  const char* op = "channel_fuse_backward";
-  check_arguments(op, x_in, scale_in, shift);
-  check::gradient(op, grad_in, x_in);
+std::tuple<Tensor, Tensor, Tensor, Tensor> channel_fuse_backward_op(const Tensor& grad_in, const Tensor& x_in,
+                                                                    const OptionalTensor& scale_in, const OptionalTensor& shift,
+                                                                    int64_t final_activation, const Tensor& positive,
+                                                                    const std::vector<bool>& needs) {
+  check_channel_fuse_backward(grad_in, x_in, scale_in, shift, final_activation, positive, needs);
+  const bool need_x = needs[0], need_scale = needs[1], need_shift = needs[2];
   Call call(x_in);
   const Tensor grad = native_like(grad_in, x_in), x = native(x_in);
   const OptionalTensor scale = dense(scale_in);
@@ -66,7 +62,7 @@ std::tuple<Tensor, Tensor, Tensor> channel_fuse_backward_op(const Tensor& grad_i
   const Tensor grad_scale = gradient_of(need_scale, scale, x), grad_shift = gradient_of(need_shift, shift, x);
   if (!scale && !(need_shift && shift)) {  // nothing is summed
     if (need_x) copy(grad, grad_x);
-    return {grad_x, grad_scale, grad_shift};
+    return {grad_x, grad_scale, grad_shift, no_gradient(x)};
   }
   dispatch(x.scalar_type(), [&](auto kind) {
     using T = decltype(kind);
@@ -74,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor> channel_fuse_backward_op(const Tensor& grad_i
                               parameter<T>(scale), mutable_parameter<T>(grad_scale), mutable_parameter<T>(grad_shift)},
                              call, call.stream());
   });
-  return {grad_x, grad_scale, grad_shift};
+  return {grad_x, grad_scale, grad_shift, no_gradient(x)};
 }
 
 }  // namespace

@@ -1,33 +1,18 @@
 // From tensors to the plain structs that the kernels take. For the torch glue only.
 #pragma once
 
-#include "../check.h"
-#include "../layout.h"
+#include "../arguments.h"
+#include "../tensors.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include <stdexcept>
-#include <string>
-#include <tuple>
 #include <vector>
 
 #include "launch.h"
 #include "transform.cuh"
 
 namespace gcnet_ext::cuda {
-
-// Calls body with a value of the type that x is stored in.
-template <typename Body>
-void dispatch(ScalarType dtype, const Body& body) {
-  switch (dtype) {
-    case ScalarType::Double: return body(double{});
-    case ScalarType::Float: return body(float{});
-    case ScalarType::Half: return body(Half{});
-    case ScalarType::BFloat16: return body(BFloat16{});
-    default: throw std::runtime_error("gcnet_ext: no CUDA kernels for this dtype");
-  }
-}
 
 // One call: x's device is current while it lasts, its launches go to the current stream, and its workspace outlives them,
 // because the caching allocator hands memory out again in the order of the stream.
@@ -51,9 +36,6 @@ class Call : public Workspace {
   cudaStream_t stream_ = nullptr;
   std::vector<Tensor> kept_;
 };
-
-inline Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
-inline OptionalTensor dense(const OptionalTensor& tensor) { return tensor ? OptionalTensor(dense(*tensor)) : std::nullopt; }
 
 inline Extent extent_of(const Tensor& x) {
   const Layout layout = layout_of(x);
@@ -87,12 +69,6 @@ template <typename T>
 MutableParameter<T> mutable_parameter(const Tensor& tensor) {
   if (tensor.numel() == 0) return {};
   return MutableParameter<T>(tensor.data_ptr(), tensor.scalar_type() == ScalarType::Float);
-}
-
-inline Tensor no_gradient(const Tensor& x) { return empty(x, {0}, x.scalar_type()); }
-// An uninitialised gradient of a parameter, dense; empty when it is not needed.
-inline Tensor gradient_of(bool needed, const OptionalTensor& parameter, const Tensor& x) {
-  return needed && parameter ? empty_like_parameter(*parameter) : no_gradient(x);
 }
 
 }  // namespace gcnet_ext::cuda

@@ -5,14 +5,18 @@
 
 #include <cstdio>
 #include <optional>
+#include <tuple>
 
-using ChannelFuse = at::Tensor(const at::Tensor&, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&);
+using OptionalTensor = std::optional<at::Tensor>;
+// x, scale, shift, residual, final_activation -> out, and bits that only a final ReLU leaves
+using ChannelFuse = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                                       const OptionalTensor&, int64_t);
 
 int main() {
   const auto channel_fuse = c10::Dispatcher::singleton().findSchemaOrThrow("gcnet_ext::channel_fuse", "").typed<ChannelFuse>();
 
   const at::Tensor x = at::randn({2, 64, 14, 14}), scale = at::rand({2, 64}), shift = at::randn({2, 64});
-  const at::Tensor got = channel_fuse.call(x, scale, shift);
+  const at::Tensor got = std::get<0>(channel_fuse.call(x, scale, shift, std::nullopt, 0));
   const at::Tensor want = x * scale.view({2, 64, 1, 1}) + shift.view({2, 64, 1, 1});
 
   const double error = (got - want).abs().max().item<double>();

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from .. import functional
+from .._arguments import ACTIVATIONS, Branch, Options
 from .._library import compiled
 from ._layers import GLOBAL_HOOKS, HOOKS, SETTINGS, Gate, check_channels, is_plain, is_pointwise
 
@@ -19,36 +20,37 @@ unchanged: Any = getattr(compiled, "unchanged", None)
 class_version: Any = getattr(compiled, "class_version", None)
 Source = tuple[nn.Module | None, str]
 NOTHING: Source = (None, "weight")
+NO_WEIGHTS = (NOTHING,) * len(Branch._fields)
 
 
 class Between(NamedTuple):
     """What stands between the two layers of a branch; the same in both branches."""
 
-    norm: bool = False
-    eps: float = 1e-5
-    silu: bool = False
+    norm_eps: float | None = None
+    activation: str = "relu"
 
 
-class Branch(NamedTuple):
+class PlainBranch(NamedTuple):
     """The layers of a branch, all of them plain, and what the operator takes from them."""
 
     modules: tuple[nn.Module, ...]
-    parameters: tuple[Source, ...]  # w1, b1, norm_weight, norm_bias, w2, b2
+    weights: tuple[Source, ...]  # in the order of functional.Branch
     between: Between = Between()
 
 
 class Layers(NamedTuple):
-    """The same of a block."""
+    """The layers of a block, all of them plain, and what the operator takes from them."""
 
     modules: tuple[nn.Module, ...]
-    parameters: tuple[Source, ...]  # weight and bias of the mask, then those of the scale and of the shift
-    options: tuple[bool, float, bool, bool, float, float]  # norm, eps, silu, hard_sigmoid, gate_alpha, gate_beta
+    weights: tuple[tuple[Source, ...], ...]  # of the mask, of the scale and of the shift
+    options: Options
 
     def computed(self) -> bool:
         """Whether one of the weights is not just a parameter: computed in every call anew, or set in place of it."""
         return any(
             name not in module._parameters or name in module.__dict__ or hasattr(type(module), name)
-            for module, name in self.parameters
+            for sources in self.weights
+            for module, name in sources
             if module is not None
         )
 
@@ -57,7 +59,7 @@ def _weight_and_bias(layer: nn.Module | None) -> tuple[Source, Source]:
     return (layer, "weight"), (layer, "bias")
 
 
-def two_layers(first: nn.Module, norm: nn.Module | None, activation: nn.Module, last: nn.Module) -> Branch | None:
+def two_layers(first: nn.Module, norm: nn.Module | None, activation: nn.Module, last: nn.Module) -> PlainBranch | None:
     """The branch ``last(activation(norm(first(context))))``; None if one of the layers is not the plain one."""
     silu = is_plain(activation, nn.SiLU)
     if not (silu or is_plain(activation, nn.ReLU)) or not is_pointwise(first) or not is_pointwise(last):
@@ -67,30 +69,30 @@ def two_layers(first: nn.Module, norm: nn.Module | None, activation: nn.Module, 
         if not is_plain(norm, nn.LayerNorm) or norm.normalized_shape != (first.out_channels, 1, 1):
             return None
         normalised = norm
-    return Branch(
+    return PlainBranch(
         tuple(module for module in (first, norm, activation, last) if module is not None),
         (*_weight_and_bias(first), *_weight_and_bias(normalised), *_weight_and_bias(last)),
-        Between(silu=silu) if normalised is None else Between(True, normalised.eps, silu),
+        Between(None if normalised is None else normalised.eps, "silu" if silu else "relu"),
     )
 
 
-def one_layer(layer: nn.Module) -> Branch | None:
+def one_layer(layer: nn.Module) -> PlainBranch | None:
     """The branch ``layer(context)``."""
-    return Branch((layer,), (*_weight_and_bias(layer), *[NOTHING] * 4)) if is_pointwise(layer) else None
+    return PlainBranch((layer,), (*_weight_and_bias(layer), *NO_WEIGHTS[2:])) if is_pointwise(layer) else None
 
 
-def layers(mask: nn.Module | None, scale: Branch | None, shift: Branch | None, gate: Gate) -> Layers | None:
+def layers(mask: nn.Module | None, scale: PlainBranch | None, shift: PlainBranch | None, gate: Gate) -> Layers | None:
     """Those of a block with this mask, which must be plain, and these branches; None if the two do not match."""
     given = [branch for branch in (scale, shift) if branch is not None]
     between = given[0].between if given else Between()
     if any(branch.between != between for branch in given):
         return None
     modules = tuple(module for branch in given for module in branch.modules)
-    parameters = (source for branch in (scale, shift) for source in (branch.parameters if branch else [NOTHING] * 6))
+    of_branches = (NO_WEIGHTS if branch is None else branch.weights for branch in (scale, shift))
     return Layers(
         modules if mask is None else (mask, *modules),
-        (*_weight_and_bias(mask), *parameters),
-        (*between, gate.kind == "hard_sigmoid", gate.alpha, gate.beta),
+        (_weight_and_bias(mask), *of_branches),
+        Options(between.norm_eps, ACTIVATIONS[between.activation], hard_gate=gate.hard()),
     )
 
 
@@ -109,7 +111,6 @@ class _Seen:
         fields: list[Any] = []
         sizes: list[Any] = []
         children: list[Any] = []
-        wanted: list[Any] = []
         for name in ("gate", "process_group"):
             fields += self.block, name, self.block.get(name)
         for name in GLOBAL_HOOKS:
@@ -127,11 +128,13 @@ class _Seen:
         for parent in (block, *(module for module in modules if module._modules)):
             fields += parent.__dict__, "_modules", parent._modules
             children += parent._modules, tuple(part for item in parent._modules.items() for part in item)
-        for owner, name in found.parameters:
-            wanted += {name: None} if owner is None else owner._parameters, name
-        self.arguments = tuple(kinds), tuple(fields), tuple(sizes), tuple(children), tuple(wanted)
+        wanted = tuple(
+            tuple(part for owner, name in sources for part in ({name: None} if owner is None else owner._parameters, name))
+            for sources in found.weights
+        )
+        self.arguments = tuple(kinds), tuple(fields), tuple(sizes), tuple(children), wanted
 
-    def parameters(self, block: FusedBlock) -> list[Tensor | None] | None:
+    def weights(self, block: FusedBlock) -> list[list[Tensor | None]] | None:
         """The parameters of the layers; None if a layer has changed."""
         if self.block is not block.__dict__:  # block is a replica of the one that was looked at
             return None
@@ -156,10 +159,10 @@ class FusedBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         seen = None if is_compiling() else self._seen
-        parameters = None if seen is None else seen.parameters(self)
-        if seen is not None and parameters is not None:
+        weights = None if seen is None else seen.weights(self)
+        if seen is not None and weights is not None:
             try:
-                return functional.fused(x, parameters, seen.options, inplace=self.inplace)
+                return functional.fused(x, weights, seen.options, inplace=self.inplace)
             except RuntimeError:
                 check_channels(x, self.inplanes)  # says more than the operator can
                 raise
@@ -169,7 +172,9 @@ class FusedBlock(nn.Module):
             self._seen = None if unchanged is None or found is None or found.computed() else _Seen(self, found)
         if found is None:
             return self._with_called_layers(x)
-        return functional.fused(x, [parameter(*source) for source in found.parameters], found.options, inplace=self.inplace)
+        return functional.fused(
+            x, [[parameter(*source) for source in sources] for sources in found.weights], found.options, inplace=self.inplace
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_seen"}

@@ -34,7 +34,11 @@ class Gate(NamedTuple):
     beta: float = 0.5
 
     def __call__(self, t: Tensor) -> Tensor:
-        return reference.apply_gate(t, *self)
+        return reference.apply_gate(t, self.hard())
+
+    def hard(self) -> list[float] | None:
+        """[alpha, beta] of a hard sigmoid, as the operators take it."""
+        return [self.alpha, self.beta] if self.kind == "hard_sigmoid" else None
 
 
 def check_choice(name: str, value: object, valid: Iterable[object]) -> None:

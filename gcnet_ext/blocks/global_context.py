@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import _split, functional
 from . import _layers, _state_dict
-from ._fused import Branch, FusedBlock, Layers, layers, two_layers
+from ._fused import FusedBlock, Layers, PlainBranch, layers, two_layers
 from ._layers import ACTIVATIONS, GATES, Gate
 
 POOLING_TYPES = ("att", "avg")
@@ -178,7 +178,7 @@ class GlobalContextBlock(FusedBlock):
         return _layers.called_context(self.conv_mask, x)
 
 
-def _branch(branch: Any) -> Branch | None:
+def _branch(branch: Any) -> PlainBranch | None:
     """conv, LayerNorm over all it gets or nothing, activation, conv; else None."""
     if not _layers.is_plain(branch, nn.Sequential) or len(branch._modules) != 4:
         return None

@@ -92,8 +92,8 @@ MUTANTS = (
     Mutant(
         "linear-row-of-the-gradient",
         "csrc/cpu/kernels/transform.h",
-        "sums[i] += «grad_y[n * y_stride + m + i]» * xk;",
-        "grad_y[n * y_stride + m]",
+        "sums[i] += «grad_y.row(n)[m + i]» * xk;",
+        "grad_y.row(n)[m]",
         "Four rows of a weight's gradient are that of the first.",
         (LAYOUTS, BLOCK),
     ),

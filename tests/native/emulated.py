@@ -25,17 +25,6 @@ from torch.utils import cpp_extension
 
 NATIVE = Path(__file__).resolve().parent
 ROOT = NATIVE.parents[1]
-OPS = (
-    "attention_pool",
-    "attention_pool_backward",
-    "channel_fuse",
-    "channel_fuse_",
-    "channel_fuse_backward",
-    "global_context",
-    "global_context_inference",
-    "global_context_",
-    "global_context_backward",
-)
 FLAGS = ["-O2", "-std=c++20", "-DUSE_CUDA", "-fvisibility=hidden", "-Wall", "-Wextra"]
 FLAGS += ["-Wno-unused-parameter", "-Wno-unknown-pragmas"]  # torch's headers; #pragma unroll
 
@@ -55,13 +44,18 @@ def find_ninja() -> bool:
     return cpp_extension.is_ninja_available()
 
 
+def operators(namespace: str) -> list[str]:
+    """The names of its operators, asked from the dispatcher: each is emulated, or the missing one shows."""
+    return [name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"{namespace}::")]
+
+
 @functools.cache
 def load() -> ModuleType:
     """Compiles what has changed, once per process, and registers torch.ops.gcnet_ext_emulated."""
     find_ninja()
     build = Path(os.environ.get("GCNET_EMULATED_BUILD_DIR", ROOT / "build" / f"emulated-{torch.__version__}"))
     build.mkdir(parents=True, exist_ok=True)
-    shared = [ROOT / "csrc" / name for name in ("check.cpp", "layout.cpp", "plan_cuda.cpp")]
+    shared = [ROOT / "csrc" / name for name in ("arguments.cpp", "check.cpp", "layout.cpp", "plan_cuda.cpp")]
     sources = [*sorted((NATIVE / "emulated").glob("*.cpp")), NATIVE / "cuda_emulation.cpp", *shared]
     return cpp_extension.load(
         name="gcnet_ext_emulated",
@@ -90,7 +84,7 @@ def installed() -> Iterator[ModuleType]:
     library = torch.library.Library("gcnet_ext", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")  # that they are overridden is the point
-        for name in OPS:
+        for name in operators("gcnet_ext"):
             op = getattr(torch.ops.gcnet_ext_emulated, name).default
             library.impl(name, functools.partial(call_on_unwritten_memory, op), "CPU")
     try:

@@ -11,7 +11,6 @@
 
 namespace gcnet_ext::cpu::GCNET_CAPABILITY {
 
-constexpr int64_t kMaxTile = 4096;                        // positions of one block
 constexpr int64_t kRowsPerSum = 32;                       // of a sum over rows: a chain of all of them would round as often
 constexpr int kStrip = kVectorBytes == 64 ? 16 : 8;       // vectors of a sum over rows: what the registers hold
 constexpr int kRowsAtOnce = 4;                            // that share a load and a store of what they are added to

@@ -5,15 +5,17 @@
 
 namespace gcnet_ext::cpu::GCNET_CAPABILITY {
 
-inline const Kernels kTable{kMap<double>,
-                            kMap<float>,
-                            kMap<Half>,
-                            kMap<BFloat16>,
-                            kVector<double>,
-                            kVector<float>,
-                            kMatrix<double, double>,
-                            kMatrix<float, float>,
-                            kMatrix<float, Half>,
-                            kMatrix<float, BFloat16>};
+inline const Kernels kTable{
+    .map_double = kMap<double>,
+    .map_float = kMap<float>,
+    .map_half = kMap<Half>,
+    .map_bfloat16 = kMap<BFloat16>,
+    .vector_double = kVector<double>,
+    .vector_float = kVector<float>,
+    .matrix_double_double = kMatrix<double, double>,
+    .matrix_float_float = kMatrix<float, float>,
+    .matrix_float_half = kMatrix<float, Half>,
+    .matrix_float_bfloat16 = kMatrix<float, BFloat16>,
+};
 
 }  // namespace gcnet_ext::cpu::GCNET_CAPABILITY

@@ -9,14 +9,29 @@
 namespace gcnet_ext::cpu::GCNET_CAPABILITY {
 
 template <typename scalar_t>
-constexpr MapKernels<scalar_t> kMap{attention_pool<scalar_t>, attention_pool_backward<scalar_t>, position_dots<scalar_t>,
-                                    channel_dots<scalar_t>,   pool_gradient<scalar_t>,           channel_fuse<scalar_t>,
-                                    channel_sums<scalar_t>};
+constexpr MapKernels<scalar_t> kMap{
+    .attention_pool = attention_pool<scalar_t>,
+    .attention_pool_backward = attention_pool_backward<scalar_t>,
+    .position_dots = position_dots<scalar_t>,
+    .channel_dots = channel_dots<scalar_t>,
+    .pool_gradient = pool_gradient<scalar_t>,
+    .channel_fuse = channel_fuse<scalar_t>,
+    .channel_sums = channel_sums<scalar_t>,
+};
 template <typename acc>
-constexpr VectorKernels<acc> kVector{softmax<acc>,     softmax_of_sum<acc>, logit_gradient<acc>,
-                                     context_dot<acc>, moments<acc>,        sigmoid<acc>};
+constexpr VectorKernels<acc> kVector{
+    .softmax = softmax<acc>,
+    .softmax_of_sum = softmax_of_sum<acc>,
+    .logit_gradient = logit_gradient<acc>,
+    .context_dot = context_dot<acc>,
+    .moments = moments<acc>,
+    .sigmoid = sigmoid<acc>,
+};
 template <typename acc, typename weight_t>
-constexpr MatrixKernels<acc, weight_t> kMatrix{linear<acc, weight_t>, linear_backward_input<acc, weight_t>,
-                                               linear_backward_weight<acc, weight_t>};
+constexpr MatrixKernels<acc, weight_t> kMatrix{
+    .linear = linear<acc, weight_t>,
+    .linear_backward_input = linear_backward_input<acc, weight_t>,
+    .linear_backward_weight = linear_backward_weight<acc, weight_t>,
+};
 
 }  // namespace gcnet_ext::cpu::GCNET_CAPABILITY

@@ -1,4 +1,4 @@
-// The products of the transform: rows [n, K] of context or hidden units with a weight matrix W [M, K].
+// The products of the transform: x [N, K], of context or hidden units, with a weight matrix W [M, K].
 //
 // One sample's result never depends on how many others are worked on with it: every output element has its own accumulator and
 // its own fixed order of additions.
@@ -17,23 +17,26 @@ constexpr int64_t kRowPanel = 64;                         // rows of W that go t
 constexpr int64_t kWeightsAhead = 4096;                   // W may come from memory: ask for it so many elements early
 constexpr int64_t kWeightRowsAhead = 16;                  // a column block of W is short rows far apart: so many rows early
 
-// y[n, m] = start + sum_k W[m, k] x[n, k] for J samples, I rows and `count` columns; start is y[n, m] for those that go on with
-// a sum, otherwise bias[m]. The rows at `next` are fetched meanwhile, into the second-level cache. (Not inlined: several in one
-// function run out of registers.)
+// y[n, m] = start + sum_k W[m, k] x[n, k] for the J samples of x and y and the I rows of W; start is y[n, m] for those that go on
+// with a sum, otherwise bias[m]. The rows at `next` are fetched meanwhile, into the second-level cache. (Not inlined: several in
+// one function run out of registers.)
 template <int J, int I, typename acc, typename weight_t>
-[[gnu::noinline]] void linear_block(const acc* x, int64_t x_stride, const weight_t* weight, int64_t columns, int64_t count,
-                                    const weight_t* next, const acc* bias, bool go_on, acc* y, int64_t y_stride) {
+[[gnu::noinline]] void linear_block(const Matrix<const acc>& x, const Matrix<const weight_t>& weight, const weight_t* next,
+                                    const acc* bias, bool go_on, const Matrix<acc>& y) {
   constexpr int kRead = 0, kSecondLevel = 2;
+  const acc* const x_data = x.data;
+  const weight_t* const w_data = weight.data;
+  const int64_t x_stride = x.stride, w_stride = weight.stride;
   Vec<acc> sums[J * I];
   clear(sums);
-  for_each_vector<acc>(count, [&](int64_t k, auto lanes) {
+  for_each_vector<acc>(x.columns, [&](int64_t k, auto lanes) {
     Vec<acc> xk[J];
 #pragma GCC unroll kSampleBlock  // early enough for the sums to stay in registers
-    for (int j = 0; j < J; j++) xk[j] = load(x + j * x_stride + k, lanes);
+    for (int j = 0; j < J; j++) xk[j] = load(x_data + j * x_stride + k, lanes);
 #pragma GCC unroll kRowBlock
     for (int i = 0; i < I; i++) {
-      __builtin_prefetch(next + i * columns + k, kRead, kSecondLevel);
-      const Vec<acc> w = load(weight + i * columns + k, lanes);
+      __builtin_prefetch(next + i * w_stride + k, kRead, kSecondLevel);
+      const Vec<acc> w = load(w_data + i * w_stride + k, lanes);
 #pragma GCC unroll kSampleBlock
       for (int j = 0; j < J; j++) sums[j * I + i] += w * xk[j];
     }
@@ -43,7 +46,7 @@ template <int J, int I, typename acc, typename weight_t>
   alignas(kVectorBytes) acc totals[J * I];
   sum_each(sums, totals);
   for (int j = 0; j < J; j++) {
-    acc* yj = y + j * y_stride;
+    acc* yj = y.row(j);
     if (go_on) {
       for (int i = 0; i < I; i++) yj[i] += totals[j * I + i];
     } else {
@@ -53,25 +56,26 @@ template <int J, int I, typename acc, typename weight_t>
 }
 
 template <typename acc, typename weight_t>
-void linear(const acc* x, int64_t x_stride, int64_t samples, const weight_t* weight, int64_t columns, const acc* bias,
-            int64_t m0, int64_t m1, acc* y, int64_t y_stride) {
+void linear(Matrix<const acc> x, Matrix<const weight_t> weight, const acc* bias, Matrix<acc> y) {
   // The columns of a few samples, side by side: rows that are a power of two apart would throw each other out of the cache.
   constexpr int64_t kStride = kColumnsAtOnce + kLanes<acc>;
   alignas(kVectorBytes) acc some_x[kSampleBlock * kStride];
-  for (int64_t k0 = 0; k0 < columns; k0 += kColumnsAtOnce) {
-    const int64_t count = std::min(kColumnsAtOnce, columns - k0);
+  for (int64_t k0 = 0; k0 < weight.columns; k0 += kColumnsAtOnce) {
+    const int64_t count = std::min(kColumnsAtOnce, weight.columns - k0);
     const int64_t ahead = std::max<int64_t>(kRowBlock, kWeightsAhead / count);
-    for (int64_t panel = m0; panel < m1; panel += kRowPanel) {
-      for_each_batch<kSampleBlock>(samples, [&](int64_t n, auto block) {
-        for (int j = 0; j < block; j++) std::copy_n(x + (n + j) * x_stride + k0, count, some_x + j * kStride);
-        for_each_rows<kRowBlock>(panel, std::min(m1, panel + kRowPanel), [&](int64_t m, auto rows) {
+    for (int64_t panel = 0; panel < weight.rows; panel += kRowPanel) {
+      for_each_batch<kSampleBlock>(x.rows, [&](int64_t n, auto block) {
+        for (int j = 0; j < block; j++) std::copy_n(x.row(n + j) + k0, count, some_x + j * kStride);
+        for_each_rows<kRowBlock>(panel, std::min(weight.rows, panel + kRowPanel), [&](int64_t m, auto rows) {
           constexpr int some = rows * block > kSums ? 2 : rows;
           for (int64_t i = m; i < m + rows; i += some) {
             // Behind the last row come the next columns of the first ones.
-            const int64_t next = i + ahead < m1 ? ahead * columns : (m0 + ahead - m1) * columns + kColumnsAtOnce;
-            const weight_t* wi = weight + i * columns + k0;
-            linear_block<block, some>(some_x, kStride, wi, columns, count, wi + next, bias ? bias + i : nullptr,
-                                      /*go_on=*/k0 > 0, y + n * y_stride + i, y_stride);
+            const int64_t next =
+                i + ahead < weight.rows ? ahead * weight.stride : (ahead - weight.rows) * weight.stride + kColumnsAtOnce;
+            const Matrix<const weight_t> wi = weight.some_rows(i, i + some).some_columns(k0, k0 + count);
+            linear_block<block, some, acc, weight_t>({some_x, block, count, kStride}, wi, wi.data + next,
+                                                     bias ? bias + i : nullptr,
+                                                     /*go_on=*/k0 > 0, {y.row(n) + i, block, some, y.stride});
           }
         });
       });
@@ -80,46 +84,45 @@ void linear(const acc* x, int64_t x_stride, int64_t samples, const weight_t* wei
 }
 
 template <typename acc, typename weight_t>
-void linear_backward_input(const acc* grad_y, int64_t y_stride, int64_t samples, const weight_t* weight, int64_t columns,
-                           int64_t m0, int64_t m1, int64_t k0, int64_t k1, acc* grad_x, int64_t x_stride) {
+void linear_backward_input(Matrix<const acc> grad_y, Matrix<const weight_t> weight, Matrix<acc> grad_x) {
   constexpr int64_t kSpan = kColumnBlock * kLanes<acc>;
-  for_each_rows<4>(0, samples, [&](int64_t n, auto block) {
-    int64_t k = k0;
-    for (; k + kSpan <= k1; k += kSpan) {
+  const int64_t rows = weight.rows, columns = weight.columns;
+  for_each_rows<4>(0, grad_y.rows, [&](int64_t n, auto block) {
+    int64_t k = 0;
+    for (; k + kSpan <= columns; k += kSpan) {
       Vec<acc> sums[kColumnBlock][block.value] = {};
-      for (int64_t m = m0; m < m1; m++) {
-        __builtin_prefetch(weight + (m + kWeightRowsAhead) * columns + k);
+      for (int64_t m = 0; m < rows; m++) {
+        __builtin_prefetch(weight.row(m + kWeightRowsAhead) + k);
         for (int i = 0; i < kColumnBlock; i++) {
-          const Vec<acc> w = load(weight + m * columns + k + i * kLanes<acc>);
-          for (int j = 0; j < block; j++) sums[i][j] += grad_y[(n + j) * y_stride + m] * w;
+          const Vec<acc> w = load(weight.row(m) + k + i * kLanes<acc>);
+          for (int j = 0; j < block; j++) sums[i][j] += grad_y.row(n + j)[m] * w;
         }
       }
       for (int i = 0; i < kColumnBlock; i++) {
-        for (int j = 0; j < block; j++) store(grad_x + (n + j) * x_stride + k + i * kLanes<acc>, sums[i][j]);
+        for (int j = 0; j < block; j++) store(grad_x.row(n + j) + k + i * kLanes<acc>, sums[i][j]);
       }
     }
-    for_each_vector<acc>(k1 - k, [&](int64_t i, auto lanes) {
+    for_each_vector<acc>(columns - k, [&](int64_t i, auto lanes) {
       Vec<acc> sums[block.value] = {};
-      for (int64_t m = m0; m < m1; m++) {
-        const Vec<acc> w = load(weight + m * columns + k + i, lanes);
-        for (int j = 0; j < block; j++) sums[j] += grad_y[(n + j) * y_stride + m] * w;
+      for (int64_t m = 0; m < rows; m++) {
+        const Vec<acc> w = load(weight.row(m) + k + i, lanes);
+        for (int j = 0; j < block; j++) sums[j] += grad_y.row(n + j)[m] * w;
       }
-      for (int j = 0; j < block; j++) store(grad_x + (n + j) * x_stride + k + i, sums[j], lanes);
+      for (int j = 0; j < block; j++) store(grad_x.row(n + j) + k + i, sums[j], lanes);
     });
   });
 }
 
 template <typename acc, typename weight_t>
-void linear_backward_weight(const acc* grad_y, int64_t y_stride, const acc* x, int64_t x_stride, int64_t samples,
-                            int64_t columns, int64_t m0, int64_t m1, weight_t* grad_weight) {
-  for_each_rows<kRowBlock>(m0, m1, [&](int64_t m, auto rows) {
-    for_each_vector<acc>(columns, [&](int64_t k, auto lanes) {
+void linear_backward_weight(Matrix<const acc> grad_y, Matrix<const acc> x, Matrix<weight_t> grad_weight) {
+  for_each_rows<kRowBlock>(0, grad_weight.rows, [&](int64_t m, auto rows) {
+    for_each_vector<acc>(x.columns, [&](int64_t k, auto lanes) {
       Vec<acc> sums[rows.value] = {};
-      for (int64_t n = 0; n < samples; n++) {
-        const Vec<acc> xk = load(x + n * x_stride + k, lanes);
-        for (int i = 0; i < rows; i++) sums[i] += grad_y[n * y_stride + m + i] * xk;
+      for (int64_t n = 0; n < x.rows; n++) {
+        const Vec<acc> xk = load(x.row(n) + k, lanes);
+        for (int i = 0; i < rows; i++) sums[i] += grad_y.row(n)[m + i] * xk;
       }
-      for (int i = 0; i < rows; i++) store(grad_weight + (m + i) * columns + k, sums[i], lanes);
+      for (int i = 0; i < rows; i++) store(grad_weight.row(m + i) + k, sums[i], lanes);
     });
   });
 }

@@ -209,9 +209,13 @@ void fuzz_matrix(Source& from, const MatrixKernels<acc, W>& kernels) {
   std::vector<W> dw(M * K);
   const int64_t m0 = from.upto(M - 1), m1 = m0 + 1 + from.upto(M - m0 - 1), k0 = from.upto(K - 1),
                 k1 = k0 + 1 + from.upto(K - k0 - 1);
-  kernels.linear(x.data(), K, N, weight.data(), K, with_bias ? bias.data() : nullptr, m0, m1, y.data(), M);
-  kernels.linear_backward_input(dy.data(), M, N, weight.data(), K, m0, m1, k0, k1, dx.data(), K);
-  kernels.linear_backward_weight(dy.data(), M, x.data(), K, N, K, m0, m1, dw.data());
+  const Matrix<const acc> all_x{x.data(), N, K, K}, all_dy{dy.data(), N, M, M};
+  const Matrix<const W> all_w{weight.data(), M, K, K};
+  const Matrix<acc> all_y{y.data(), N, M, M}, all_dx{dx.data(), N, K, K};
+  const auto some_w = all_w.some_rows(m0, m1);
+  kernels.linear(all_x, some_w, with_bias ? bias.data() + m0 : nullptr, all_y.some_columns(m0, m1));
+  kernels.linear_backward_input(all_dy.some_columns(m0, m1), some_w.some_columns(k0, k1), all_dx.some_columns(k0, k1));
+  kernels.linear_backward_weight(all_dy.some_columns(m0, m1), all_x, Matrix<W>{dw.data(), M, K, K}.some_rows(m0, m1));
   const auto w = [&](int64_t m, int64_t k) { return static_cast<double>(weight[m * K + k]); };
   for (int64_t n = 0; n < N; n++) {
     for (int64_t m = m0; m < m1; m++) {
@@ -270,7 +274,7 @@ void fuzz_plans(Source& from) {
   const bool channels_last = from.flag();
   const PoolPlan pool = plan_cpu_pool(C, P, bytes, channels_last);
   require(pool.splits >= 1 && (pool.splits - 1) * pool.split < P && P <= pool.splits * pool.split, "splits cover P");
-  require(pool.tile >= 1 && pool.split % pool.tile == 0 && (pool.by_channels || pool.tile <= 4096), "tiles cover a split");
+  require(pool.tile >= 1 && pool.split % pool.tile == 0 && (pool.by_channels || pool.tile <= kMaxTile), "tiles cover a split");
   const SweepPlan sweep = plan_cpu_sweep(C, P, bytes, channels_last);
   require((sweep.channel_blocks - 1) * sweep.channels < C && C <= sweep.channel_blocks * sweep.channels, "blocks cover C");
   require((sweep.position_blocks - 1) * sweep.positions < P && P <= sweep.position_blocks * sweep.positions, "blocks cover P");

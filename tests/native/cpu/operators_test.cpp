@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -30,13 +31,22 @@ void expect(bool good, const std::string& what) {
   std::fprintf(stderr, "FAILED: %s\n", what.c_str());
 }
 
-// The outputs of an operator of gcnet_ext.
+// The outputs of an operator of gcnet_ext, those of a list one by one.
 Tensors call(const char* name, std::vector<c10::IValue> stack) {
   c10::Dispatcher::singleton().findSchemaOrThrow((std::string("gcnet_ext::") + name).c_str(), "").callBoxed(&stack);
   Tensors outputs;
-  for (const c10::IValue& value : stack) outputs.push_back(value.toTensor());
+  for (const c10::IValue& value : stack) {
+    if (value.isTensor()) {
+      outputs.push_back(value.toTensor());
+    } else {
+      for (const at::Tensor& tensor : value.toTensorVector()) outputs.push_back(tensor);
+    }
+  }
   return outputs;
 }
+
+// An optional tensor: none where it is undefined.
+c10::IValue optional(const at::Tensor& tensor) { return tensor.defined() ? c10::IValue(tensor) : c10::IValue(); }
 
 // The values in memory of exactly their size, and in their strides.
 at::Tensor exact(const at::Tensor& values) {
@@ -66,55 +76,69 @@ at::Tensor feature_map(const Case& of) {
   return exact(x.to(of.dtype));
 }
 
-// x, mask_weight, mask_bias, then w1, b1, norm_weight, norm_bias, w2, b2 of scale and of shift; undefined where there is none.
-Tensors inputs_of(const Case& of, int64_t hidden) {
+// The tensors of the block; undefined where there is none.
+struct Inputs {
+  at::Tensor x;
+  Tensors mask;          // weight, bias
+  Tensors scale, shift;  // w1, b1, norm_weight, norm_bias, w2, b2
+
+  Inputs map(const std::function<at::Tensor(const at::Tensor&)>& f) const {
+    const auto each = [&](const Tensors& tensors) {
+      Tensors mapped;
+      for (const at::Tensor& tensor : tensors) mapped.push_back(tensor.defined() ? f(tensor) : tensor);
+      return mapped;
+    };
+    return {f(x), each(mask), each(scale), each(shift)};
+  }
+};
+
+Inputs inputs_of(const Case& of, int64_t hidden) {
   const int64_t channels = of.sizes[1];
   const auto parameter = [&](std::vector<int64_t> sizes, double std) {
     return exact((at::randn(sizes, at::kDouble) * std).to(of.dtype));
   };
-  Tensors inputs{feature_map(of)};
-  inputs.push_back(of.attention ? parameter({channels}, 1.5 / std::sqrt(channels)) : at::Tensor());
-  inputs.push_back(of.attention ? parameter({1}, 1) : at::Tensor());
-  for (const bool there : {of.mul, of.add}) {
-    if (!there) {
-      inputs.insert(inputs.end(), 6, at::Tensor());
-      continue;
-    }
-    inputs.push_back(parameter({hidden, channels}, 2 / std::sqrt(channels)));
-    for (int i = 0; i < 3; i++) inputs.push_back(parameter({hidden}, 1));
-    inputs.push_back(parameter({channels, hidden}, 1.5 / std::sqrt(hidden)));
-    inputs.push_back(parameter({channels}, 1));
-  }
+  const auto branch = [&](bool there) -> Tensors {
+    if (!there) return Tensors(6);
+    const at::Tensor w1 = parameter({hidden, channels}, 2 / std::sqrt(channels)), b1 = parameter({hidden}, 1);
+    const at::Tensor norm_weight = parameter({hidden}, 1), norm_bias = parameter({hidden}, 1);
+    const at::Tensor w2 = parameter({channels, hidden}, 1.5 / std::sqrt(hidden)), b2 = parameter({channels}, 1);
+    return {w1, b1, norm_weight, norm_bias, w2, b2};
+  };
+  Inputs inputs{feature_map(of), Tensors(2), {}, {}};
+  if (of.attention) inputs.mask = {parameter({channels}, 1.5 / std::sqrt(channels)), parameter({1}, 1)};
+  inputs.scale = branch(of.mul);
+  inputs.shift = branch(of.add);
   return inputs;
 }
 
-at::Tensor reference(const Tensors& in) {
-  const at::Tensor x = in[0].flatten(2);  // [N, C, P]
+at::Tensor reference(const Inputs& in) {
+  const at::Tensor x = in.x.flatten(2);  // [N, C, P]
   at::Tensor context = x.mean(2);
-  if (in[1].defined()) {
-    const at::Tensor attention = at::softmax(at::einsum("ncp,c->np", {x, in[1]}) + in[2], 1);
+  if (in.mask[0].defined()) {
+    const at::Tensor attention = at::softmax(at::einsum("ncp,c->np", {x, in.mask[0]}) + in.mask[1], 1);
     context = at::einsum("ncp,np->nc", {x, attention});
   }
-  const auto branch = [&](size_t first) {
-    const at::Tensor hidden = at::linear(context, in[first], in[first + 1]);
-    return at::linear(at::relu(at::layer_norm(hidden, {hidden.size(1)}, in[first + 2], in[first + 3])), in[first + 4],
-                      in[first + 5]);
+  const auto branch = [&](const Tensors& of) {
+    const at::Tensor hidden = at::linear(context, of[0], of[1]);
+    return at::linear(at::relu(at::layer_norm(hidden, {hidden.size(1)}, of[2], of[3])), of[4], of[5]);
   };
   at::Tensor out = x;
-  if (in[3].defined()) out = out * at::sigmoid(branch(3)).unsqueeze(2);
-  if (in[9].defined()) out = out + branch(9).unsqueeze(2);
-  return out.view(in[0].sizes());
+  if (in.scale[0].defined()) out = out * at::sigmoid(branch(in.scale)).unsqueeze(2);
+  if (in.shift[0].defined()) out = out + branch(in.shift).unsqueeze(2);
+  return out.view(in.x.sizes());
 }
 
-std::vector<c10::IValue> stack_of(const Tensors& tensors) {
-  std::vector<c10::IValue> stack;
-  for (const at::Tensor& tensor : tensors) stack.emplace_back(tensor.defined() ? c10::IValue(tensor) : c10::IValue());
-  for (const c10::IValue& option : {c10::IValue(true), c10::IValue(1e-5), c10::IValue(false), c10::IValue(false)}) {
-    stack.push_back(option);  // norm, eps, silu, hard_sigmoid
-  }
-  stack.emplace_back(1. / 6);
-  stack.emplace_back(.5);
-  return stack;
+c10::IValue list_of(const Tensors& tensors) {
+  c10::List<std::optional<at::Tensor>> list;
+  for (const at::Tensor& tensor : tensors) list.push_back(tensor.defined() ? std::optional(tensor) : std::nullopt);
+  return list;
+}
+
+// The arguments of a forward operator: the tensors, and a norm, ReLU and a sigmoid.
+std::vector<c10::IValue> stack_of(const Inputs& in) {
+  const c10::IValue none;
+  return {in.x,         list_of(in.mask), list_of(in.scale), list_of(in.shift),  /*residual=*/none,     /*valid=*/none,
+          /*eps=*/1e-5, /*activation=*/1, /*slope=*/.01,     /*hard_gate=*/none, /*final_activation=*/0};
 }
 
 bool same_bits(const at::Tensor& a, const at::Tensor& b) {
@@ -124,35 +148,37 @@ bool same_bits(const at::Tensor& a, const at::Tensor& b) {
 }
 
 // Everything that the operators of the block, and those of its parts, return.
-Tensors outputs_of(const Tensors& inputs, const at::Tensor& grad) {
-  Tensors forward = call("global_context", stack_of(inputs));
-  Tensors backward_inputs = inputs;
-  backward_inputs.erase(backward_inputs.begin() + 2);  // mask_bias
-  backward_inputs.insert(backward_inputs.begin(), grad);
-  std::vector<c10::IValue> stack = stack_of(backward_inputs);
-  for (size_t i = 1; i < forward.size(); i++) stack.emplace_back(forward[i]);
-  for (int need = 0; need < 4; need++) stack.emplace_back(true);
+Tensors outputs_of(const Inputs& inputs, const at::Tensor& grad) {
+  const c10::IValue none;
+  const Tensors forward = call("global_context", stack_of(inputs));
+  const Tensors saved(forward.begin() + 1, forward.end());
+  std::vector<c10::IValue> stack = stack_of({inputs.x, {inputs.mask[0], at::Tensor()}, inputs.scale, inputs.shift});
+  stack.erase(stack.begin() + 4);  // the residual
+  stack.insert(stack.begin(), grad);
+  stack.emplace_back(saved);
+  stack.emplace_back(c10::List<bool>{true, true, true, true, false});
   Tensors outputs = call("global_context_backward", stack);
   outputs.insert(outputs.begin(), forward.begin(), forward.end());
 
-  const c10::IValue weight = inputs[1].defined() ? c10::IValue(inputs[1]) : c10::IValue();
-  const at::Tensor& context = forward[1];
+  const at::Tensor &x = inputs.x, &weight = inputs.mask[0], &context = forward[1], &attention = forward[2];
+  const at::Tensor& positive = forward[5];
+  for (const at::Tensor& part : call("attention_pool_backward", {context, x, optional(weight), none, context, attention,
+                                                                 c10::List<bool>{true, weight.defined()}})) {
+    outputs.push_back(part);
+  }
+  const at::Tensor factors = context.to(x.scalar_type());
   for (const at::Tensor& part :
-       call("attention_pool_backward", {context, inputs[0], weight, context, forward[2], true, inputs[1].defined()})) {
+       call("channel_fuse_backward", {grad, x, factors, factors, 0, positive, c10::List<bool>{true, true, true, false}})) {
     outputs.push_back(part);
   }
-  const at::Tensor factors = context.to(inputs[0].scalar_type());
-  for (const at::Tensor& part : call("channel_fuse_backward", {grad, inputs[0], factors, factors, true, true, true})) {
-    outputs.push_back(part);
-  }
-  const at::Tensor x = exact(inputs[0]);
-  call("channel_fuse_", {x, factors, c10::IValue()});
-  outputs.push_back(x);
+  const at::Tensor fused = exact(x);
+  call("channel_fuse_", {fused, factors, none, none, 0});
+  outputs.push_back(fused);
 
-  Tensors overwritten = inputs;
-  overwritten[0] = exact(inputs[0]);
+  Inputs overwritten = inputs;
+  overwritten.x = exact(x);
   call("global_context_", stack_of(overwritten));
-  for (const at::Tensor& out : {call("global_context_inference", stack_of(inputs))[0], overwritten[0]}) {
+  for (const at::Tensor& out : {call("global_context_inference", stack_of(inputs))[0], overwritten.x}) {
     expect(same_bits(out, outputs[0]), "the output where nothing is kept");
   }
   return outputs;
@@ -166,7 +192,7 @@ void close(const at::Tensor& got, const at::Tensor& want, double tolerance, cons
 
 void run(const Case& of, int64_t hidden) {
   at::manual_seed(1);
-  const Tensors inputs = inputs_of(of, hidden);
+  const Inputs inputs = inputs_of(of, hidden);
   const at::Tensor grad = feature_map(of);
   gcnet_ext::cpu::set_threads(1);
   const Tensors outputs = outputs_of(inputs, grad);
@@ -178,19 +204,16 @@ void run(const Case& of, int64_t hidden) {
     }
   }
 
-  Tensors leaves;
-  for (const at::Tensor& input : inputs) {
-    leaves.push_back(input.defined() ? input.to(at::kDouble).clone().requires_grad_() : at::Tensor());
-  }
+  const Inputs leaves = inputs.map([](const at::Tensor& input) { return input.to(at::kDouble).clone().requires_grad_(); });
   const at::Tensor want = reference(leaves);
   const double tolerance = of.dtype == at::kDouble ? 1e-10 : of.dtype == at::kFloat ? 2e-4 : 3e-2;
   close(outputs[0], want.detach(), tolerance, of.name() + ": out");
-  Tensors wanted{leaves[0]};
-  if (leaves[1].defined()) wanted.push_back(leaves[1]);
+  Tensors wanted{leaves.x};
+  if (leaves.mask[0].defined()) wanted.push_back(leaves.mask[0]);
   const auto grads = torch::autograd::grad({want}, wanted, {grad.to(at::kDouble)});
-  close(outputs[5], grads[0], tolerance, of.name() + ": dx");
-  if (leaves[1].defined()) {  // a sum over all positions
-    close(outputs[6], grads[1], tolerance * 10, of.name() + ": dw");
+  close(outputs[6], grads[0], tolerance, of.name() + ": dx");
+  if (leaves.mask[0].defined()) {  // a sum over all positions
+    close(outputs[7], grads[1], tolerance * 10, of.name() + ": dw");
   }
 }
 
@@ -203,7 +226,7 @@ void overrun() {
   const std::shared_ptr<char[]> memory(new char[4 * 99]);
   std::memset(memory.get(), 0, 4 * 99);
   const at::Tensor x = at::from_blob(memory.get(), {1, 10, 10}, [memory](void*) {}, at::kFloat);
-  call("attention_pool", {x, at::ones({10}), c10::IValue()});
+  call("attention_pool", {x, at::ones({10}), c10::IValue(), c10::IValue()});
 }
 
 }  // namespace

@@ -1,0 +1,156 @@
+// The arguments of the operators by name, for both devices: the lists of csrc/ops.cpp are unpacked and checked here, and nowhere
+// else.
+#pragma once
+
+#include "check.h"
+#include "stable.h"
+
+#include <cstdint>
+#include <optional>
+#include <utility>
+#include <vector>
+
+namespace gcnet_ext {
+
+using TensorList = std::vector<OptionalTensor>;
+// The results of the schema.
+using ForwardResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using BackwardResults = std::tuple<Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>, Tensor>;
+
+// The numbers of the schema.
+enum class Activation : int64_t { none, relu, silu, gelu, gelu_tanh, hardswish, leaky_relu };
+enum class FinalActivation : int64_t { none, relu };
+
+// The 1x1 convolution of the attention pool; without a weight the pool averages.
+struct Mask {
+  OptionalTensor weight, bias;
+};
+
+// Something for each weight of a branch.
+template <typename T>
+struct PerWeight {
+  T w1, b1, norm_weight, norm_bias, w2, b2;
+
+  // f of each of them.
+  template <typename F>
+  auto map(const F& f) const -> PerWeight<decltype(f(w1))> {
+    return {f(w1), f(b1), f(norm_weight), f(norm_bias), f(w2), f(b2)};
+  }
+  std::vector<T> list() const { return {w1, b1, norm_weight, norm_bias, w2, b2}; }
+};
+
+// The weights of one branch of the transform, t = w2 act(norm(w1 ctx + b1)) + b2; without a w1 there is none.
+struct Branch : PerWeight<OptionalTensor> {
+  explicit operator bool() const { return w1.has_value(); }
+  int64_t units() const { return w1 ? w1->size(0) : 0; }
+};
+
+// The gate clip(alpha t + beta, 0, 1).
+struct HardGate {
+  double alpha, beta;
+};
+
+struct Options {
+  std::optional<double> norm_eps;
+  Activation activation;
+  double slope;
+  std::optional<HardGate> hard_gate;
+  FinalActivation final_activation;
+};
+
+// Those of global_context, of its inference, and in place.
+struct Arguments {
+  Tensor x;
+  Mask mask;
+  Branch scale, shift;
+  OptionalTensor residual, valid;
+  Options options;
+
+  int64_t units() const { return scale.units() + shift.units(); }
+  void check(const char* op) const;
+};
+
+// What the forward pass keeps for the backward pass.
+struct Saved {
+  Tensor context, attention, hidden, gate_values, positive;
+};
+
+// Whose gradients are needed.
+struct Needs {
+  bool x, mask, scale, shift, residual;
+};
+
+struct BackwardArguments {
+  Tensor grad;
+  Arguments forward;  // without the mask's bias and the residual
+  Saved saved;
+  Needs needs;
+
+  void check(const char* op) const;
+};
+
+// The gradients, uninitialised; empty tensors where they are not needed.
+struct BackwardTensors {
+  Tensor x, mask_weight;
+  PerWeight<Tensor> scale, shift;
+  Tensor residual;
+
+  BackwardResults results() const { return {x, mask_weight, scale.list(), shift.list(), residual}; }
+};
+BackwardTensors gradients_of(const BackwardArguments& call);
+
+// The parts of a list of the schema. They are moved out: TORCH_BOX passes references to values of its own.
+Mask mask_of(const char* op, TensorList& list);
+Branch branch_of(const char* op, const char* name, TensorList& list);
+Options options_of(const char* op, std::optional<double> norm_eps, int64_t activation, double slope,
+                   const std::optional<std::vector<double>>& hard_gate, int64_t final_activation);
+Saved saved_of(const char* op, std::vector<Tensor>& list);
+Needs needs_of(const char* op, const std::vector<bool>& list);
+
+inline constexpr char kGlobalContext[] = "global_context";
+inline constexpr char kGlobalContextInPlace[] = "global_context_";
+inline constexpr char kGlobalContextBackward[] = "global_context_backward";
+
+// A forward operator with the arguments of its schema, for TORCH_BOX: body gets them by name, checked.
+template <const char* op, auto body>
+auto forward(Tensor& x, TensorList& mask, TensorList& scale, TensorList& shift, OptionalTensor& residual, OptionalTensor& valid,
+             std::optional<double> norm_eps, int64_t activation, double slope, std::optional<std::vector<double>>& hard_gate,
+             int64_t final_activation) {
+  Arguments arguments{std::move(x),
+                      mask_of(op, mask),
+                      branch_of(op, "scale", scale),
+                      branch_of(op, "shift", shift),
+                      std::move(residual),
+                      std::move(valid),
+                      options_of(op, norm_eps, activation, slope, hard_gate, final_activation)};
+  arguments.check(op);
+  return body(std::move(arguments));
+}
+
+// The backward operator likewise.
+template <auto body>
+BackwardResults backward(Tensor& grad, Tensor& x, TensorList& mask, TensorList& scale, TensorList& shift, OptionalTensor& valid,
+                         std::optional<double> norm_eps, int64_t activation, double slope,
+                         std::optional<std::vector<double>>& hard_gate, int64_t final_activation, std::vector<Tensor>& saved,
+                         std::vector<bool>& needs) {
+  const char* op = kGlobalContextBackward;
+  const BackwardArguments arguments{
+      std::move(grad),
+      {std::move(x), mask_of(op, mask), branch_of(op, "scale", scale), branch_of(op, "shift", shift),
+       /*residual=*/std::nullopt, std::move(valid), options_of(op, norm_eps, activation, slope, hard_gate, final_activation)},
+      saved_of(op, saved),
+      needs_of(op, needs)};
+  arguments.check(op);
+  return body(arguments);
+}
+
+// The arguments of the other operators, which are few.
+void check_attention_pool(const char* op, const Tensor& x, const Mask& mask, const OptionalTensor& valid);
+void check_attention_pool_backward(const Tensor& grad_context, const Tensor& x, const OptionalTensor& weight,
+                                   const OptionalTensor& valid, const Tensor& context, const Tensor& attention);
+void check_channel_fuse(const char* op, const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift,
+                        const OptionalTensor& residual, int64_t final_activation);
+void check_channel_fuse_backward(const Tensor& grad, const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift,
+                                 int64_t final_activation, const Tensor& positive, const std::vector<bool>& needs);
+
+}  // namespace gcnet_ext

@@ -1,0 +1,36 @@
+// What the operators of both devices do with tensors, before their kernels see plain pointers.
+#pragma once
+
+#include "layout.h"
+
+#include <stdexcept>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+namespace gcnet_ext {
+
+// Calls body with a value of the type that x is stored in.
+template <typename Body>
+auto dispatch(ScalarType dtype, const Body& body) {
+  switch (dtype) {
+    case ScalarType::Double: return body(double{});
+    case ScalarType::Float: return body(float{});
+    case ScalarType::Half: return body(c10::Half{});
+    case ScalarType::BFloat16: return body(c10::BFloat16{});
+    default: throw std::runtime_error("gcnet_ext: there are no kernels for this dtype");
+  }
+}
+
+inline Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+inline OptionalTensor dense(const OptionalTensor& tensor) { return tensor ? OptionalTensor(dense(*tensor)) : std::nullopt; }
+
+// What stands for a gradient that is not needed: an empty tensor.
+inline Tensor no_gradient(const Tensor& x) { return empty(x, {0}, x.scalar_type()); }
+// An uninitialised gradient of a parameter, dense; empty when it is not needed.
+inline Tensor gradient_of(bool needed, const OptionalTensor& parameter, const Tensor& x) {
+  return needed && parameter ? empty_like_parameter(*parameter) : no_gradient(x);
+}
+// What stands for the bits of the final ReLU where there is none.
+inline Tensor no_bits(const Tensor& x) { return empty(x, {x.size(0), 0}, ScalarType::Byte); }
+
+}  // namespace gcnet_ext

@@ -1,0 +1,73 @@
+"""The operators with flat arguments: a test names every weight by itself, where the schema of csrc/ops.cpp has lists."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gcnet_ext._arguments import IN_LISTS
+
+NEEDS = {
+    "attention_pool_backward": ("need_x", "need_weight"),
+    "channel_fuse_backward": ("need_x", "need_scale", "need_shift", "need_residual"),
+    "global_context_backward": ("need_x", "need_mask", "need_scale", "need_shift", "need_residual"),
+}
+OPTIONS = {"norm_eps": 1e-5, "activation": 1, "slope": 0.01, "hard_gate": None, "final_activation": 0}
+"""The choices of the block, by default."""
+DEFAULTS = {"bias": None, "residual": None, "valid": None, "need_residual": False, **OPTIONS}
+"""For those that a test does not name."""
+
+
+class Flat:
+    """An operator, called with one value for each element of its lists; lists in its results are opened, too."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.op = getattr(torch.ops.gcnet_ext, name).default
+        lists = {**IN_LISTS, "needs": NEEDS.get(name, ())}
+        self.lists = {argument.name: lists.get(argument.name) for argument in self.op._schema.arguments}
+        self.lists |= {name: None for name in ("scale", "shift") if "fuse" in self.name and name in self.lists}
+        self.names = [name for argument, names in self.lists.items() for name in names or (argument,)]
+
+    def named(self, *args: Any, **more: Any) -> dict[str, Any]:
+        """All arguments by name; those that are not given have their defaults. The saved tensors follow one another."""
+        given = {**dict(zip(self.names, args, strict=False)), **more}
+        assert len(args) <= len(self.names), f"{self.name} has {len(self.names)} arguments, got {len(args)}"
+        if "positive" in self.names and "positive" not in given:
+            given["positive"] = no_bits(given["x"])
+        assert given.keys() <= set(self.names), given.keys() - set(self.names)
+        return {name: given[name] if name in given else DEFAULTS[name] for name in self.names}
+
+    def nested(self, *args: Any, **more: Any) -> tuple[Any, ...]:
+        """The arguments of the schema."""
+        given = self.named(*args, **more)
+        return tuple(
+            given[argument] if names is None else [given[name] for name in names] for argument, names in self.lists.items()
+        )
+
+    def __call__(self, *args: Any, **more: Any) -> Any:
+        return opened(self.op(*self.nested(*args, **more)))
+
+
+def backward(grad: Tensor, inputs: Sequence[Tensor | None], saved: Sequence[Tensor], needs: Sequence[bool]) -> dict[str, Any]:
+    """The arguments of global_context_backward: of the inputs and other results of the forward operator, x to shift_b2."""
+    names = ("x", *IN_LISTS["mask"], *IN_LISTS["scale"], *IN_LISTS["shift"])
+    named = {"grad": grad, **dict(zip(names, inputs, strict=True)), **dict(zip(IN_LISTS["saved"], saved, strict=True))}
+    return {**named, "mask_bias": None, **dict(zip(NEEDS["global_context_backward"], needs, strict=False))}
+
+
+def opened(results: Any) -> Any:
+    """Each tensor of the results by itself."""
+    if results is None or isinstance(results, Tensor):
+        return results
+    return tuple(tensor for result in results for tensor in (result if isinstance(result, list | tuple) else [result]))
+
+
+def no_bits(x: Tensor | None) -> Tensor:
+    """What stands for the bits of the final ReLU where there is none."""
+    return torch.empty(
+        (0 if x is None or x.dim() == 0 else x.shape[0], 0), dtype=torch.uint8, device=None if x is None else x.device
+    )
