@@ -6,7 +6,7 @@ namespace gcnet_ext {
 namespace {
 
 // w1 [H, C], b1 [H], norm [H], w2 [C, H], b2 [C]; without a w2: w1 [C, C], b1 [C]; without a w1: nothing.
-void check_branch(const char* op, const char* prefix, const Branch& branch, const Tensor& x) {
+void check_branch(const char* op, const char* prefix, const Branch& branch, const check::Like& x, int64_t channels) {
   const auto& [w1, b1, norm_weight, norm_bias, w2, b2] = static_cast<const PerWeight<OptionalTensor>&>(branch);
   const auto given_with = [&](bool needed, const OptionalTensor& tensor, const char* name) {
     check::require(needed || !tensor, op, {prefix, name});
@@ -17,7 +17,6 @@ void check_branch(const char* op, const char* prefix, const Branch& branch, cons
   given_with(w1.has_value(), w2, "w2");
   given_with(w2.has_value(), b2, "b2");
   if (!w1) return;
-  const int64_t channels = x.size(1);
   const int64_t hidden = !w2 ? channels : w1->dim() > 0 ? w1->size(0) : 0;
   check::require(hidden > 0, op, {prefix, "w1"});
   check::parameter(op, {prefix, "w1"}, w1, x, {hidden, channels});
@@ -71,8 +70,9 @@ void Arguments::check(const char* op) const {
   check::feature_map(op, x);
   check::mask(op, "mask_", mask.weight, mask.bias, x);
   check::require(scale || shift, op, {"scale_", "w1"});
-  check_branch(op, "scale_", scale, x);
-  check_branch(op, "shift_", shift, x);
+  const check::Like like(x);
+  check_branch(op, "scale_", scale, like, x.size(1));
+  check_branch(op, "shift_", shift, like, x.size(1));
   check::not_yet(residual.has_value(), op, "residual");
   check::not_yet(valid.has_value(), op, "valid");
 }

@@ -111,7 +111,7 @@ inline constexpr char kGlobalContext[] = "global_context";
 inline constexpr char kGlobalContextInPlace[] = "global_context_";
 inline constexpr char kGlobalContextBackward[] = "global_context_backward";
 
-// A forward operator with the arguments of its schema, for TORCH_BOX: body gets them by name, checked.
+// A forward operator with the arguments of its schema, for TORCH_BOX: body gets them by name, checked, and may release them.
 template <const char* op, auto body>
 auto forward(Tensor& x, TensorList& mask, TensorList& scale, TensorList& shift, OptionalTensor& residual, OptionalTensor& valid,
              std::optional<double> norm_eps, int64_t activation, double slope, std::optional<std::vector<double>>& hard_gate,
@@ -124,7 +124,7 @@ auto forward(Tensor& x, TensorList& mask, TensorList& scale, TensorList& shift, 
                       std::move(valid),
                       options_of(op, norm_eps, activation, slope, hard_gate, final_activation)};
   arguments.check(op);
-  return body(std::move(arguments));
+  return body(arguments);
 }
 
 // The backward operator likewise.

@@ -61,12 +61,11 @@ void positive(const char* op, const Tensor& tensor, const Tensor& x) {
           op, {"", "positive"});
 }
 
-void parameter(const char* op, Name name, const OptionalTensor& tensor, const Tensor& x, Sizes sizes) {
+void parameter(const char* op, Name name, const OptionalTensor& tensor, const Like& x, Sizes sizes) {
   if (!tensor) return;
   const ScalarType dtype = tensor->scalar_type();
-  require(
-      tensor->device() == x.device() && (dtype == ScalarType::Float || dtype == x.scalar_type()) && has_shape(*tensor, sizes),
-      op, name);
+  require(tensor->device() == x.device && (dtype == ScalarType::Float || dtype == x.dtype) && has_shape(*tensor, sizes), op,
+          name);
 }
 
 void mask(const char* op, const char* prefix, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& x) {

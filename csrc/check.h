@@ -19,6 +19,14 @@ struct Name {
   const char* rest;
 };
 
+// What a parameter has in common with x, asked once for all of them: each question is a call into libtorch.
+struct Like {
+  torch::stable::Device device;
+  ScalarType dtype;
+
+  Like(const Tensor& x) : device(x.device()), dtype(x.scalar_type()) {}
+};
+
 // Throws "gcnet_ext::op: name is not valid" unless the rule holds.
 void require(bool holds, const char* op, Name name);
 // A list of the schema has as many elements as it must.
@@ -37,7 +45,7 @@ void saved(const char* op, const char* name, const Tensor& tensor, const Tensor&
 // The bits of the final ReLU, of which there are none without it.
 void positive(const char* op, const Tensor& tensor, const Tensor& x);
 // A parameter: on x's device, of x's dtype or float32, of these sizes (trailing ones are free).
-void parameter(const char* op, Name name, const OptionalTensor& tensor, const Tensor& x, Sizes sizes);
+void parameter(const char* op, Name name, const OptionalTensor& tensor, const Like& x, Sizes sizes);
 // The 1x1 convolution of the attention pool: weight [C] or [1, C], bias [1]; neither for average pooling.
 void mask(const char* op, const char* prefix, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& x);
 

@@ -24,7 +24,7 @@ int64_t weight_bytes(const std::optional<BranchPass<acc>>& scale, const std::opt
 }
 
 // x and out are native; out may be x. Nothing is kept without `saved`.
-void forward_into(const Tensor& x, Arguments given, const Tensor& out, const Saved* saved) {
+void forward_into(const Tensor& x, Arguments& given, const Tensor& out, const Saved* saved) {
   const int64_t samples = x.size(0), channels = x.size(1), attended = given.mask.weight ? positions(x) : 0;
   const int64_t scale_units = given.scale.units(), units = given.units();
   const bool clips = given.scale && given.options.hard_gate;
@@ -71,29 +71,29 @@ void forward_into(const Tensor& x, Arguments given, const Tensor& out, const Sav
   });
 }
 
-ForwardResults global_context(Arguments given) {
-  const Tensor x = given.x;
+ForwardResults global_context(Arguments& given) {
+  const Tensor& x = given.x;
   const int64_t samples = x.size(0), channels = x.size(1);
   const ScalarType dtype = accumulation_dtype(x);
   const Tensor out = empty_like_map(x);
   const Saved saved{empty(x, {samples, channels}, dtype), empty(x, {samples, given.mask.weight ? positions(x) : 0}, dtype),
                     empty(x, {samples, given.units()}, dtype), empty(x, {samples, given.scale ? channels : 0}, dtype),
                     no_bits(x)};
-  forward_into(native(x), std::move(given), out, &saved);
+  forward_into(native(x), given, out, &saved);
   return {out, saved.context, saved.attention, saved.hidden, saved.gate_values, saved.positive};
 }
 
-Tensor global_context_inference(Arguments given) {
-  const Tensor x = given.x, out = empty_like_map(x);
-  forward_into(native(x), std::move(given), out, nullptr);
+Tensor global_context_inference(Arguments& given) {
+  const Tensor out = empty_like_map(given.x);
+  forward_into(native(given.x), given, out, nullptr);
   return out;
 }
 
-void global_context_(Arguments given) {
-  const Tensor x = given.x, map = native(x);
-  check::in_place(kGlobalContextInPlace, x);
-  forward_into(map, std::move(given), map, nullptr);
-  write_back(map, x);
+void global_context_(Arguments& given) {
+  check::in_place(kGlobalContextInPlace, given.x);
+  const Tensor map = native(given.x);
+  forward_into(map, given, map, nullptr);
+  write_back(map, given.x);
 }
 
 BackwardResults global_context_backward(const BackwardArguments& call) {

@@ -65,8 +65,8 @@ class RowTile {
     for (int i = 0; i < Shape::rows; i++) hide_from_optimizer(rows_[i]);
   }
 
-  // sums[warp][p] = sum_c coefficient[c] x_cp over the channels of this warp; coefficient [Shape::channels] and sums are
-  // shared.
+  // sums[warp][p] = sum_c coefficient[c] x_cp over the channels of this warp. coefficient [Shape::channels] and sums are
+  // in shared memory.
   __device__ void sum_over_channels(const A* coefficient, A* sums) const {
     A sum[V];
 #pragma unroll

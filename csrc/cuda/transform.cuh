@@ -82,12 +82,19 @@ constexpr int kAffineSteps = sizeof(W) == 2   ? 4
                              : sizeof(W) == 4 ? 2
                                               : 1;
 
+// A weight matrix whose rows follow one another.
+template <typename W>
+struct Rows {
+  const W* data;
+  int64_t rows, columns;
+};
+
 // sum[i] += the part of row (first_row + i*hop) . input that belongs to lane `part` of `lanes`.
 template <int V, typename A, typename W>
-__device__ __forceinline__ void partial_dots(const W* matrix, int64_t first_row, int64_t hop, int64_t rows, int64_t columns,
-                                             const A* input, int part, int lanes, A (&sum)[kAffineRows]) {
+__device__ __forceinline__ void partial_dots(const Rows<W>& matrix, int64_t first_row, int64_t hop, const A* input, int part,
+                                             int lanes, A (&sum)[kAffineRows]) {
   constexpr int kSteps = kAffineSteps<W>;
-  for (int64_t first = part * V; first < columns; first += kSteps * lanes * V) {
+  for (int64_t first = part * V; first < matrix.columns; first += kSteps * lanes * V) {
     Vector<W, V> values[kSteps][kAffineRows];
 #pragma unroll
     for (int step = 0; step < kSteps; step++) {
@@ -96,13 +103,15 @@ __device__ __forceinline__ void partial_dots(const W* matrix, int64_t first_row,
       for (int i = 0; i < kAffineRows; i++) {
         const int64_t row = first_row + i * hop;
         values[step][i] = {};
-        if (k < columns && row < rows) values[step][i] = load_vector<V>(matrix + row * columns + k);
+        if (k < matrix.columns && row < matrix.rows) {
+          values[step][i] = load_vector<V>(matrix.data + row * matrix.columns + k);
+        }
       }
     }
 #pragma unroll
     for (int step = 0; step < kSteps; step++) {
       const int64_t k = first + step * lanes * V;
-      if (k >= columns) break;
+      if (k >= matrix.columns) break;
 #pragma unroll
       for (int j = 0; j < V; j++) {
 #pragma unroll
@@ -126,10 +135,11 @@ __device__ __forceinline__ void affine_by_block(const Parameter<T>& matrix, cons
     const int64_t first_row = start + threadIdx.x / lanes;
     A sum[kAffineRows] = {};
     const auto add = [&](const auto* values) {
+      const Rows<std::remove_cvref_t<decltype(*values)>> all{values, rows, columns};
       if (vector_rows(values, columns)) {
-        partial_dots<kMatrixVector>(values, first_row, groups, rows, columns, input, part, lanes, sum);
+        partial_dots<kMatrixVector>(all, first_row, groups, input, part, lanes, sum);
       } else {
-        partial_dots<1>(values, first_row, groups, rows, columns, input, part, lanes, sum);
+        partial_dots<1>(all, first_row, groups, input, part, lanes, sum);
       }
     };
     with_values(matrix, add);

@@ -128,8 +128,8 @@ MUTANTS = (
     Mutant(
         "check-dtype-of-a-parameter",
         "csrc/check.cpp",
-        "&& («dtype == ScalarType::Float || dtype == x.scalar_type()») &&",
-        "dtype == ScalarType::Float || dtype == x.scalar_type() || dtype == ScalarType::Half",
+        "&& («dtype == ScalarType::Float || dtype == x.dtype») &&",
+        "dtype == ScalarType::Float || dtype == x.dtype || dtype == ScalarType::Half",
         "A float16 parameter of an x of another dtype is let through.",
         (BAD_INPUT,),
     ),

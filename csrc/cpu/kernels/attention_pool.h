@@ -227,18 +227,22 @@ inline void grad_channels(Block<const scalar_t> grad, Block<const scalar_t> x, c
   }
 }
 
-// The same for R neighbouring positions in channels_last: the vectors over channels are shared by them.
+// dx and dw of R neighbouring positions from p on, in channels_last: the vectors over channels are shared by them.
 template <int R, typename scalar_t, bool past_caches, bool has_grad, bool has_scale, bool has_weight_grad>
-inline void grad_positions(const scalar_t* g, int64_t g_stride, const scalar_t* x, int64_t x_stride, const acc_t<scalar_t>* m,
-                           const acc_t<scalar_t>* dl, int64_t channels, const PoolGradient<acc_t<scalar_t>>& sample,
-                           scalar_t* dx, int64_t dx_stride, acc_t<scalar_t>* dw) {
+inline void grad_positions(const Block<const scalar_t>& grad, const Block<const scalar_t>& x_block,
+                           const acc_t<scalar_t>* attention, const acc_t<scalar_t>* all_dl,
+                           const PoolGradient<acc_t<scalar_t>>& sample, const Block<scalar_t>& grad_x, int64_t p,
+                           acc_t<scalar_t>* dw) {
   using acc = acc_t<scalar_t>;
+  const int64_t g_stride = grad.position_stride, x_stride = x_block.position_stride, dx_stride = grad_x.position_stride;
+  const scalar_t *g = grad.data + p * g_stride, *x = x_block.data + p * x_stride;
+  scalar_t* dx = grad_x.data + p * dx_stride;
   Vec<acc> mr[R], dlr[R];
   for (int r = 0; r < R; r++) {
-    mr[r] = broadcast(m[r]);
-    dlr[r] = broadcast(dl[r]);
+    mr[r] = broadcast(attention[p + r]);
+    dlr[r] = broadcast(all_dl[p + r]);
   }
-  for_each_vector_to<past_caches>(dx, channels, [&](int64_t c, auto lanes) {
+  for_each_vector_to<past_caches>(dx, x_block.channels, [&](int64_t c, auto lanes) {
     const Vec<acc> dctx = load(sample.grad_context + c, lanes), w = load(sample.weight + c, lanes);
     Vec<acc> scale{}, total{};
     if constexpr (has_scale) scale = load(sample.scale + c, lanes);
@@ -256,8 +260,8 @@ inline void grad_positions(const scalar_t* g, int64_t g_stride, const scalar_t* 
   });
 }
 
-// dctx . ctx in the very order in which position_dots adds: where the softmax is saturated, ctx is one x_p, and u_p - dctx .
-// ctx must then vanish, not leave a rounding error.
+// dctx . ctx in the very order in which position_dots adds: where the softmax is saturated, ctx is one x_p, and
+// u_p - dctx . ctx must then vanish, not leave a rounding error.
 template <typename acc>
 acc context_dot(const acc* grad_context, const acc* context, int64_t channels, bool channels_last) {
   acc dot;
@@ -279,10 +283,8 @@ void pool_gradient(Block<const scalar_t> grad, Block<const scalar_t> x, const ac
     with_flags(
         [&](auto past_caches, auto has_grad, auto has_scale, auto has_weight_grad) {
           for_each_rows<4>(0, x.positions, [&](int64_t p, auto rows) {
-            grad_positions<rows, scalar_t, past_caches, has_grad, has_scale, has_weight_grad>(
-                grad.data + p * grad.position_stride, grad.position_stride, x.data + p * x.position_stride, x.position_stride,
-                attention + p, dl + p, x.channels, sample, grad_x.data + p * grad_x.position_stride, grad_x.position_stride,
-                grad_weight);
+            grad_positions<rows, scalar_t, past_caches, has_grad, has_scale, has_weight_grad>(grad, x, attention, dl, sample,
+                                                                                              grad_x, p, grad_weight);
           });
         },
         grad_x.past_caches && grad_x.position_stride % kLine<scalar_t> == 0, grad.data != nullptr, sample.scale != nullptr,

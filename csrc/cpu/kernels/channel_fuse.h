@@ -1,5 +1,6 @@
-// Channel fusion of one block, out = x*scale + shift, and the sums over positions that its backward pass and average pooling
-// need.
+// Channel fusion of one block, and the sums over positions that its backward pass and average pooling need.
+//
+//   out = x*scale + shift        sum_a = sum_p a_p        sum_ab = sum_p a_p b_p
 #pragma once
 
 #include "simd.h"

@@ -1,7 +1,6 @@
 // Vectors of acc (float or double) of the capability's width, from the compiler's vector extension: operators come with it, and
 // the same source compiles to SSE, AVX2, AVX-512 or NEON. What the extension lacks (16-bit loads, masks, sums across lanes) is
-// in simd_<capability>.h, which is included before this file and defines kVectorBytes; GCNET_CAPABILITY is the namespace of
-// all.
+// in simd_<capability>.h, which is included before this file and defines kVectorBytes. GCNET_CAPABILITY is their namespace.
 #pragma once
 
 #include <algorithm>
