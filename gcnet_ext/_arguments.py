@@ -62,13 +62,13 @@ class Arguments(NamedTuple):
     mask: Any  # weight, bias
     scale: Any  # w1, b1, norm_weight, norm_bias, w2, b2
     shift: Any
-    residual: Any = None
-    valid: Any = None
-    norm_eps: Any = 1e-5
-    activation: Any = ACTIVATIONS["relu"]
-    slope: Any = 0.01
-    hard_gate: Any = None
-    final_activation: Any = FINAL_ACTIVATIONS["none"]
+    residual: Any
+    valid: Any
+    norm_eps: Any
+    activation: Any
+    slope: Any
+    hard_gate: Any
+    final_activation: Any
 
     @classmethod
     def of_branches(cls, x: Any, mask: Any, scale: Branch | None, shift: Branch | None, options: Options) -> Arguments:
@@ -76,7 +76,7 @@ class Arguments(NamedTuple):
         return cls(x, mask, list(scale or NO_BRANCH), list(shift or NO_BRANCH), None, None, *options)
 
     def options(self) -> Options:
-        return Options(*self[6:])
+        return Options(self.norm_eps, self.activation, self.slope, self.hard_gate, self.final_activation)
 
     def branches(self) -> tuple[Branch | None, Branch | None]:
         """The scale and the shift; None for one that has no weights at all."""
@@ -132,7 +132,8 @@ class BackwardArguments(NamedTuple):
     needs: Any
 
     def forward(self) -> Arguments:
-        return Arguments(self.x, self.mask, self.scale, self.shift, None, *self[5:11])
+        options = self.norm_eps, self.activation, self.slope, self.hard_gate, self.final_activation
+        return Arguments(self.x, self.mask, self.scale, self.shift, None, self.valid, *options)
 
 
 class Gradients(NamedTuple):

@@ -220,17 +220,22 @@ class _ChannelFuse(torch.autograd.Function):
         return *map(_needed, needs, below_autograd("channel_fuse_backward", args)), None
 
 
+def _block(ctx: Any, options: tuple, tensors: tuple) -> tuple[Tensor, ...]:
+    """The results of global_context; what backward needs is saved."""
+    outputs = below_autograd("global_context", (*in_lists(tensors), *options))
+    ctx.set_materialize_grads(False)
+    ctx.options = options
+    ctx.save_for_backward(*tensors, *outputs[1:])
+    return outputs
+
+
 class _GlobalContext(torch.autograd.Function):
     """Of the options and of each tensor by itself: autograd finds none in a list."""
 
     @staticmethod
     def forward(ctx, options, *tensors):
-        outputs = below_autograd("global_context", (*in_lists(tensors), *options))
-        kept = outputs[1:]
-        ctx.set_materialize_grads(False)
-        ctx.options = options
-        ctx.save_for_backward(*tensors, *kept)
-        ctx.mark_non_differentiable(*kept)
+        outputs = _block(ctx, options, tensors)
+        ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
     @staticmethod
@@ -248,8 +253,8 @@ class _GlobalContext(torch.autograd.Function):
         args = grad, x, (weight, None), scale, shift, valid, *options, kept, wanted
         grad_x, grad_weight, grad_scale, grad_shift, grad_residual = below_autograd("global_context_backward", args)
         grad_mask = _needed(need_weight, grad_weight), torch.zeros_like(bias) if need_bias else None
-        grad_scale = [grad if need else None for grad, need in zip(grad_scale, need_scale, strict=True)]
-        grad_shift = [grad if need else None for grad, need in zip(grad_shift, need_shift, strict=True)]
+        grad_scale = [gradient if need else None for gradient, need in zip(grad_scale, need_scale, strict=True)]
+        grad_shift = [gradient if need else None for gradient, need in zip(grad_shift, need_shift, strict=True)]
         return flat(_needed(need_x, grad_x), grad_mask, grad_scale, grad_shift, _needed(need_residual, grad_residual), None)
 
 
@@ -258,14 +263,14 @@ class _GlobalContextOutput(_GlobalContext):
 
     @staticmethod
     def forward(ctx, options, *tensors):
-        out, *kept = below_autograd("global_context", (*in_lists(tensors), *options))
-        ctx.set_materialize_grads(False)
-        ctx.options = options
-        ctx.save_for_backward(*tensors, *kept)
-        return out
+        return _block(ctx, options, tensors)[0]
 
 
-_FUNCTIONS = {"attention_pool": _AttentionPool, "channel_fuse": _ChannelFuse, "global_context": _GlobalContext}
+_FUNCTIONS = {
+    "attention_pool": _AttentionPool,
+    "channel_fuse": _ChannelFuse,
+    "global_context": _GlobalContext,
+}
 
 
 def _differentiable(name: str, args: tuple) -> Any:
