@@ -62,8 +62,8 @@ Saved saved_of(const char* op, std::vector<Tensor>& list) {
 }
 
 Needs needs_of(const char* op, const std::vector<bool>& list) {
-  check::count(op, "needs", list.size(), 5);
-  return {list[0], list[1], list[2], list[3], list[4]};
+  check::count(op, "needs", list.size(), 6);
+  return {list[0], list[1], list[2], list[3], list[4], list[5]};
 }
 
 void Arguments::check(const char* op) const {
@@ -97,8 +97,12 @@ BackwardTensors gradients_of(const BackwardArguments& call) {
   const auto of_branch = [&](bool needed, const Branch& branch) {
     return branch.map([&](const OptionalTensor& weight) { return gradient_of(needed, weight, x); });
   };
-  return {needs.x ? empty_like_map(x) : no_gradient(x), gradient_of(needs.mask, forward.mask.weight, x),
-          of_branch(needs.scale, forward.scale), of_branch(needs.shift, forward.shift), no_gradient(x)};
+  return {needs.x ? empty_like_map(x) : no_gradient(x),
+          gradient_of(needs.mask_weight, forward.mask.weight, x),
+          zero_gradient_of(needs.mask_bias, forward.mask.bias, x),
+          of_branch(needs.scale, forward.scale),
+          of_branch(needs.shift, forward.shift),
+          no_gradient(x)};
 }
 
 void check_attention_pool(const char* op, const Tensor& x, const Mask& mask, const OptionalTensor& valid) {
@@ -107,14 +111,15 @@ void check_attention_pool(const char* op, const Tensor& x, const Mask& mask, con
   check::not_yet(valid.has_value(), op, "valid");
 }
 
-void check_attention_pool_backward(const Tensor& grad_context, const Tensor& x, const OptionalTensor& weight,
-                                   const OptionalTensor& valid, const Tensor& context, const Tensor& attention) {
+void check_attention_pool_backward(const Tensor& grad_context, const Tensor& x, const Mask& mask, const OptionalTensor& valid,
+                                   const Tensor& context, const Tensor& attention, const std::vector<bool>& needs) {
   const char* op = "attention_pool_backward";
-  check_attention_pool(op, x, {weight, /*bias=*/std::nullopt}, valid);
+  check_attention_pool(op, x, mask, valid);
   const int64_t samples = x.size(0), channels = x.size(1);
   check::saved(op, "grad_context", grad_context, x, {samples, channels});
   check::saved(op, "context", context, x, {samples, channels});
-  check::saved(op, "attention", attention, x, {samples, weight ? positions(x) : 0});
+  check::saved(op, "attention", attention, x, {samples, mask.weight ? positions(x) : 0});
+  check::count(op, "needs", needs.size(), 3);
 }
 
 void check_channel_fuse(const char* op, const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift,

@@ -15,7 +15,7 @@ namespace gcnet_ext {
 using TensorList = std::vector<OptionalTensor>;
 // The results of the schema.
 using ForwardResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-using BackwardResults = std::tuple<Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>, Tensor>;
+using BackwardResults = std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, Tensor>;
 
 // The numbers of the schema.
 enum class Activation : int64_t { none, relu, silu, gelu, gelu_tanh, hardswish, leaky_relu };
@@ -77,25 +77,25 @@ struct Saved {
 
 // Whose gradients are needed.
 struct Needs {
-  bool x, mask, scale, shift, residual;
+  bool x, mask_weight, mask_bias, scale, shift, residual;
 };
 
 struct BackwardArguments {
   Tensor grad;
-  Arguments forward;  // without the mask's bias and the residual
+  Arguments forward;  // without the residual, on which no gradient depends
   Saved saved;
   Needs needs;
 
   void check(const char* op) const;
 };
 
-// The gradients, uninitialised; empty tensors where they are not needed.
+// The gradients, uninitialised but for that of the mask's bias, which is zero; empty tensors where they are not needed.
 struct BackwardTensors {
-  Tensor x, mask_weight;
+  Tensor x, mask_weight, mask_bias;
   PerWeight<Tensor> scale, shift;
   Tensor residual;
 
-  BackwardResults results() const { return {x, mask_weight, scale.list(), shift.list(), residual}; }
+  BackwardResults results() const { return {x, {mask_weight, mask_bias}, scale.list(), shift.list(), residual}; }
 };
 BackwardTensors gradients_of(const BackwardArguments& call);
 
@@ -146,8 +146,8 @@ BackwardResults backward(Tensor& grad, Tensor& x, TensorList& mask, TensorList& 
 
 // The arguments of the other operators, which are few.
 void check_attention_pool(const char* op, const Tensor& x, const Mask& mask, const OptionalTensor& valid);
-void check_attention_pool_backward(const Tensor& grad_context, const Tensor& x, const OptionalTensor& weight,
-                                   const OptionalTensor& valid, const Tensor& context, const Tensor& attention);
+void check_attention_pool_backward(const Tensor& grad_context, const Tensor& x, const Mask& mask, const OptionalTensor& valid,
+                                   const Tensor& context, const Tensor& attention, const std::vector<bool>& needs);
 void check_channel_fuse(const char* op, const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift,
                         const OptionalTensor& residual, int64_t final_activation);
 void check_channel_fuse_backward(const Tensor& grad, const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift,

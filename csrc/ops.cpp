@@ -25,10 +25,10 @@
 STABLE_TORCH_LIBRARY(gcnet_ext, m) {
   // -> context [N, C] acc; attention [N, P] acc, the softmax over positions ([N, 0] without a weight: average pooling)
   m.def("attention_pool(Tensor x, Tensor? weight, Tensor? bias, Tensor? valid) -> (Tensor context, Tensor attention)");
-  // needs: x, weight
+  // needs: x, weight, bias. The gradient of the bias is zero, because it shifts every logit of a softmax alike.
   m.def(
-      "attention_pool_backward(Tensor grad_context, Tensor x, Tensor? weight, Tensor? valid, Tensor context, Tensor attention, "
-      "bool[] needs) -> (Tensor grad_x, Tensor grad_weight)");
+      "attention_pool_backward(Tensor grad_context, Tensor x, Tensor? weight, Tensor? bias, Tensor? valid, Tensor context, "
+      "Tensor attention, bool[] needs) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
 
   // -> act(x * scale + shift + residual); scale and shift are [N, C]
   m.def(
@@ -55,9 +55,9 @@ STABLE_TORCH_LIBRARY(gcnet_ext, m) {
   m.def(
       "global_context_(Tensor(a!) x, Tensor?[] mask, Tensor?[] scale, Tensor?[] shift, Tensor? residual, Tensor? valid, "
       "float? norm_eps, int activation, float slope, float[]? hard_gate, int final_activation) -> ()");
-  // saved: context, attention, hidden, gate_values, positive. needs: x, the mask's weight, scale, shift, residual.
+  // saved: context, attention, hidden, gate_values, positive. needs: x, the mask's weight and bias, scale, shift, residual.
   m.def(
       "global_context_backward(Tensor grad, Tensor x, Tensor?[] mask, Tensor?[] scale, Tensor?[] shift, Tensor? valid, "
       "float? norm_eps, int activation, float slope, float[]? hard_gate, int final_activation, Tensor[] saved, bool[] needs) "
-      "-> (Tensor grad_x, Tensor grad_mask_weight, Tensor[] grad_scale, Tensor[] grad_shift, Tensor grad_residual)");
+      "-> (Tensor grad_x, Tensor[] grad_mask, Tensor[] grad_scale, Tensor[] grad_shift, Tensor grad_residual)");
 }

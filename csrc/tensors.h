@@ -4,6 +4,7 @@
 #include "layout.h"
 
 #include <stdexcept>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -29,6 +30,12 @@ inline Tensor no_gradient(const Tensor& x) { return empty(x, {0}, x.scalar_type(
 // An uninitialised gradient of a parameter, dense; empty when it is not needed.
 inline Tensor gradient_of(bool needed, const OptionalTensor& parameter, const Tensor& x) {
   return needed && parameter ? empty_like_parameter(*parameter) : no_gradient(x);
+}
+// A gradient that is zero whatever the rest is.
+inline Tensor zero_gradient_of(bool needed, const OptionalTensor& parameter, const Tensor& x) {
+  const Tensor gradient = gradient_of(needed, parameter, x);
+  if (gradient.numel() > 0) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(gradient.get()));
+  return gradient;
 }
 // What stands for the bits of the final ReLU where there is none.
 inline Tensor no_bits(const Tensor& x) { return empty(x, {x.size(0), 0}, ScalarType::Byte); }

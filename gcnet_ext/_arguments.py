@@ -108,14 +108,15 @@ class Needs(NamedTuple):
     """Whose gradients backward computes."""
 
     x: Any
-    mask: Any
+    mask_weight: Any
+    mask_bias: Any
     scale: Any
     shift: Any
-    residual: Any = False
+    residual: Any
 
 
 class BackwardArguments(NamedTuple):
-    """Those of global_context_backward. The mask has no bias here, because nothing depends on it."""
+    """Those of global_context_backward."""
 
     grad: Any
     x: Any
@@ -140,7 +141,7 @@ class Gradients(NamedTuple):
     """The results of global_context_backward."""
 
     x: Any
-    mask_weight: Any
+    mask: Any
     scale: Any
     shift: Any
     residual: Any

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._arguments import ACTIVATIONS as NUMBERS
-from ._arguments import FINAL_ACTIVATIONS, IN_LISTS, Arguments, BackwardArguments, Branch, Saved, per_weight
+from ._arguments import FINAL_ACTIVATIONS, IN_LISTS, Arguments, BackwardArguments, Branch, Needs, Saved, per_weight
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ACTIVATIONS = ("relu", "silu")
@@ -258,17 +258,18 @@ def attention_pool_backward(
     grad_context: Tensor,
     x: Tensor,
     weight: Tensor | None,
+    bias: Tensor | None,
     valid: Tensor | None,
     context: Tensor,
     attention: Tensor,
     needs: Sequence[bool],
 ) -> None:
-    attention_pool(op, x, weight, None, valid)
+    attention_pool(op, x, weight, bias, valid)
     samples, channels = x.shape[:2]
     saved(op, "grad_context", grad_context, x, (samples, channels))
     saved(op, "context", context, x, (samples, channels))
     saved(op, "attention", attention, x, (samples, 0 if weight is None else positions(x)))
-    count(op, "needs", needs, 2)
+    count(op, "needs", needs, 3)
 
 
 def channel_fuse(
@@ -334,7 +335,7 @@ def options(op: str, call: Arguments | BackwardArguments) -> None:
 
 
 def global_context_backward(op: str, call: BackwardArguments) -> None:
-    count(op, "needs", call.needs, 5)
+    count(op, "needs", call.needs, 6)
     count(op, "saved", call.saved, 5)
     global_context(op, call.forward())
     x, kept = call.x, Saved(*call.saved)
@@ -346,7 +347,7 @@ def global_context_backward(op: str, call: BackwardArguments) -> None:
     saved(op, "hidden", kept.hidden, x, (samples, units))
     saved(op, "gate_values", kept.gate_values, x, (samples, 0 if call.scale[0] is None else channels))
     bits(op, kept.positive, x)
-    not_yet(op, "needs", call.needs[4])
+    not_yet(op, "needs", Needs(*call.needs).residual)
 
 
 OPERATORS: dict[str, Callable[..., None]] = {

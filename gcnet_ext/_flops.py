@@ -59,7 +59,7 @@ def register() -> None:
 
     @register_flop_formula(ops.attention_pool_backward)
     def attention_pool_backward(_grad: Shape, x: Shape, weight: Shape | None, *rest: Any, **_: Any) -> int:
-        need_x, need_weight = rest[-1]
+        need_x, need_weight, _need_bias = rest[-1]
         return _pool_backward(x, weight, need_x, need_weight)
 
     @register_flop_formula([ops.channel_fuse, ops.channel_fuse_, ops.channel_fuse_backward])
@@ -75,9 +75,9 @@ def register() -> None:
     def global_context_backward(*args: Any, **_: Any) -> int:
         call = BackwardArguments(*args)
         weight, needs = call.mask[0], Needs(*call.needs)
-        need_context = needs.x or (needs.mask and weight is not None)
+        need_context = needs.x or (needs.mask_weight and weight is not None)
         return (
-            _pool_backward(call.x, weight, needs.x, needs.mask)
+            _pool_backward(call.x, weight, needs.x, needs.mask_weight)
             + _branch_backward(call.x, call.scale, need_context, needs.scale)
             + _branch_backward(call.x, call.shift, need_context, needs.shift)
         )

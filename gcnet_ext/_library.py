@@ -112,8 +112,8 @@ def why_no_kernels(device: str) -> str:
 
 
 # ---- gradients ---------------------------------------------------------------------------------------------------------------
-# A gradient that nobody asked for is not computed and is None. The bias of the mask shifts every logit of a softmax alike: its
-# gradient is zero, and a zero, not None, so that DistributedDataParallel does not take it for an unused parameter.
+# A gradient that nobody asked for is not computed and is None. That of the mask's bias is a zero, not None, so that
+# DistributedDataParallel does not take it for an unused parameter.
 
 
 def below_autograd(name: str, args: tuple) -> Any:
@@ -188,14 +188,11 @@ class _AttentionPool(torch.autograd.Function):
         if grad_context is None:
             return None, None, None, None
         x, weight, bias, valid, context, attention = ctx.saved_tensors
-        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+        needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
-            needs = need_x, need_weight, need_bias
             return *through_reference(_reference_context, (x, weight, bias), needs, grad_context), None
-        args = grad_context, x, weight, valid, context, attention, [need_x, need_weight]
-        grad_x, grad_weight = below_autograd("attention_pool_backward", args)
-        grad_bias = torch.zeros_like(bias) if need_bias else None
-        return _needed(need_x, grad_x), _needed(need_weight, grad_weight), grad_bias, None
+        args = grad_context, x, weight, bias, valid, context, attention, needs
+        return *map(_needed, needs, below_autograd("attention_pool_backward", args)), None
 
 
 class _ChannelFuse(torch.autograd.Function):
@@ -247,15 +244,12 @@ class _GlobalContext(torch.autograd.Function):
         tensors, kept = saved[: len(needs)], saved[len(needs) :]
         if torch.is_grad_enabled():
             return None, *through_reference(partial(_reference_block, options), tensors, needs, grad)
-        x, (weight, bias), scale, shift, _, valid = in_lists(tensors)
-        need_x, (need_weight, need_bias), need_scale, need_shift, need_residual, _ = in_lists(needs)
-        wanted = need_x, need_weight, any(need_scale), any(need_shift), need_residual
-        args = grad, x, (weight, None), scale, shift, valid, *options, kept, wanted
-        grad_x, grad_weight, grad_scale, grad_shift, grad_residual = below_autograd("global_context_backward", args)
-        grad_mask = _needed(need_weight, grad_weight), torch.zeros_like(bias) if need_bias else None
-        grad_scale = [gradient if need else None for gradient, need in zip(grad_scale, need_scale, strict=True)]
-        grad_shift = [gradient if need else None for gradient, need in zip(grad_shift, need_shift, strict=True)]
-        return flat(_needed(need_x, grad_x), grad_mask, grad_scale, grad_shift, _needed(need_residual, grad_residual), None)
+        x, mask, scale, shift, _, valid = in_lists(tensors)
+        need_x, need_mask, need_scale, need_shift, need_residual, _ = in_lists(needs)
+        wanted = need_x, *need_mask, any(need_scale), any(need_shift), need_residual
+        args = grad, x, mask, scale, shift, valid, *options, kept, wanted
+        gradients = flat(*below_autograd("global_context_backward", args), None)
+        return None, *(gradient if need else None for gradient, need in zip(gradients[1:], needs, strict=True))
 
 
 class _GlobalContextOutput(_GlobalContext):

@@ -56,10 +56,11 @@ def attention_pool(x, weight, bias, valid):
     )
 
 
-def attention_pool_backward(grad_context, x, weight, valid, context, attention, needs):
-    _checks.operator("attention_pool_backward", (grad_context, x, weight, valid, context, attention, needs))
-    need_x, need_weight = needs
-    return _empty_like_map(x) if need_x else _no_gradient(x), _gradient(need_weight, weight, x)
+def attention_pool_backward(grad_context, x, weight, bias, valid, context, attention, needs):
+    _checks.operator("attention_pool_backward", (grad_context, x, weight, bias, valid, context, attention, needs))
+    need_x, need_weight, need_bias = needs
+    grad_x = _empty_like_map(x) if need_x else _no_gradient(x)
+    return grad_x, _gradient(need_weight, weight, x), _gradient(need_bias, bias, x)
 
 
 def channel_fuse(x, scale, shift, residual, final_activation):
@@ -112,7 +113,7 @@ def global_context_backward(*args):
     return tuple(
         Gradients(
             x=_empty_like_map(x) if needs.x else _no_gradient(x),
-            mask_weight=_gradient(needs.mask, call.mask[0], x),
+            mask=[_gradient(needs.mask_weight, call.mask[0], x), _gradient(needs.mask_bias, call.mask[1], x)],
             scale=[_gradient(needs.scale, weight, x) for weight in call.scale],
             shift=[_gradient(needs.shift, weight, x) for weight in call.shift],
             residual=_no_gradient(x),

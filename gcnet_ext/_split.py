@@ -94,15 +94,10 @@ class SplitAttentionPool(torch.autograd.Function):
         dist.all_reduce(grad, group=ctx.group)  # every process used the same context
         if weight is None:
             grad = grad * ctx.share
-        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
-        args = grad, x, weight, None, context, attention * ctx.share, [need_x, need_weight]
-        grad_x, grad_weight = _library.below_autograd("attention_pool_backward", args)
-        return (
-            grad_x if need_x else None,
-            grad_weight if need_weight else None,
-            torch.zeros_like(bias) if need_bias else None,
-            None,
-        )
+        needs = ctx.needs_input_grad[:3]
+        args = grad, x, weight, bias, None, context, attention * ctx.share, needs
+        gradients = _library.below_autograd("attention_pool_backward", args)
+        return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), None
 
 
 def attention_pool(x: Tensor, weight: Tensor | None, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:

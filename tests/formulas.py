@@ -93,7 +93,12 @@ def attention_pool(a: Arguments, pool: Pool = _pool) -> Outputs:
 def attention_pool_backward(a: Arguments, *, in_parts: bool = False) -> Outputs:
     context, attention = a["context"].flatten(1), a["attention"].flatten(1)
     dx, dw = _pool_backward(a["grad_context"], a["x"], a["weight"], context, attention, in_parts=in_parts)
-    return dx if a["need_x"] else None, dw if a["need_weight"] else None
+    return dx if a["need_x"] else None, dw if a["need_weight"] else None, _zeros(a["need_bias"], a["bias"])
+
+
+def _zeros(needed: bool, bias: Tensor | None) -> Tensor | None:
+    """The gradient of a bias that cancels in the softmax."""
+    return torch.zeros_like(bias) if needed and bias is not None else None
 
 
 def channel_fuse(a: Arguments) -> Outputs:
@@ -207,7 +212,8 @@ def global_context_backward(a: Arguments, *, in_parts: bool = False) -> Outputs:
     dx = dx + (grad if a["scale_w1"] is None else grad * _per_channel(_scale(a, s), x))
     return (
         dx if a["need_x"] else None,
-        dw if a["need_mask"] else None,
+        dw if a["need_mask_weight"] else None,
+        _zeros(a["need_mask_bias"], a["mask_bias"]),
         *(found[0] if a["need_scale"] else (None,) * 6),
         *(found[1] if a["need_shift"] else (None,) * 6),
         None,

@@ -11,9 +11,9 @@ from torch import Tensor
 from gcnet_ext._arguments import IN_LISTS
 
 NEEDS = {
-    "attention_pool_backward": ("need_x", "need_weight"),
+    "attention_pool_backward": ("need_x", "need_weight", "need_bias"),
     "channel_fuse_backward": ("need_x", "need_scale", "need_shift", "need_residual"),
-    "global_context_backward": ("need_x", "need_mask", "need_scale", "need_shift", "need_residual"),
+    "global_context_backward": ("need_x", "need_mask_weight", "need_mask_bias", "need_scale", "need_shift", "need_residual"),
 }
 OPTIONS = {"norm_eps": 1e-5, "activation": 1, "slope": 0.01, "hard_gate": None, "final_activation": 0}
 """The choices of the block, by default."""
@@ -56,7 +56,9 @@ def backward(grad: Tensor, inputs: Sequence[Tensor | None], saved: Sequence[Tens
     """The arguments of global_context_backward: of the inputs and other results of the forward operator, x to shift_b2."""
     names = ("x", *IN_LISTS["mask"], *IN_LISTS["scale"], *IN_LISTS["shift"])
     named = {"grad": grad, **dict(zip(names, inputs, strict=True)), **dict(zip(IN_LISTS["saved"], saved, strict=True))}
-    return {**named, "mask_bias": None, **dict(zip(NEEDS["global_context_backward"], needs, strict=False))}
+    need_x, need_mask, need_scale, need_shift = needs
+    wanted = need_x, need_mask, need_mask, need_scale, need_shift, False
+    return {**named, **dict(zip(NEEDS["global_context_backward"], wanted, strict=True))}
 
 
 def opened(results: Any) -> Any:

@@ -347,9 +347,9 @@ def test_raw(backend, case):
         grid.assert_close(attention, reference.attention_map(*doubles).flatten(1), acc, "attention")
     grad = gradient_of(case, backend)
     want = grid.run(backend.attention_pool, (x, weight, bias), grad).grads
-    for needs in itertools.product([False, True], repeat=2):
-        got = ops.attention_pool_backward(grad.to(acc), x, weight, None, context, attention, *needs)
-        for need, ours, theirs in zip(needs, got, want, strict=False):
+    for needs in itertools.product([False, True], repeat=3):
+        got = ops.attention_pool_backward(grad.to(acc), x, weight, bias, None, context, attention, *needs)
+        for need, ours, theirs in zip(needs, got, want, strict=True):
             if need and theirs is not None:
                 assert torch.equal(ours, theirs)
             else:

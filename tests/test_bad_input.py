@@ -46,11 +46,13 @@ GOOD = {
         "grad_context": t(N, C),
         **X,
         "weight": t(C),
+        "bias": t(1),
         "valid": None,
         "context": t(N, C),
         "attention": t(N, 20),
         "need_x": True,
         "need_weight": True,
+        "need_bias": True,
     },
     "channel_fuse": {**X, "scale": t(N, C), "shift": t(N, C), "residual": None, "final_activation": 0},
     "channel_fuse_": {**X, "scale": t(N, C), "shift": t(N, C), "residual": None, "final_activation": 0},
@@ -73,13 +75,14 @@ GOOD = {
         "grad": t(N, C, 4, 5),
         **X,
         "mask_weight": t(C),
-        "mask_bias": None,
+        "mask_bias": t(1),
         **WEIGHTS,
         "valid": None,
         **OPTIONS,
         **SAVED,
         "need_x": True,
-        "need_mask": True,
+        "need_mask_weight": True,
+        "need_mask_bias": True,
         "need_scale": True,
         "need_shift": True,
         "need_residual": False,
@@ -135,8 +138,10 @@ def parameter_cases():
 
 
 def missing_cases():
-    yield "attention_pool", {"weight": None}, "bias must come with a weight, got weight None"
-    yield "global_context", {"mask_weight": None}, "mask_bias must come with a mask_weight, got mask_weight None"
+    for op in ("attention_pool", "attention_pool_backward"):
+        yield op, {"weight": None}, "bias must come with a weight, got weight None"
+    for op in ("global_context", "global_context_backward"):
+        yield op, {"mask_weight": None}, "mask_bias must come with a mask_weight, got mask_weight None"
     for op in ("global_context", "global_context_backward"):
         yield op, dict.fromkeys(WEIGHTS), "scale_w1 or shift_w1 must be given, got None for both"
         for branch in ("scale", "shift"):
@@ -172,7 +177,7 @@ def gradient_cases():
             x64 = {"x": GOOD[op]["x"].double()} | ({"grad": GOOD[op]["grad"].double()} if "grad" in GOOD[op] else {})
             first = names[0]
             yield op, x64, f"{first} must be float64, got float32"
-    change = {"weight": None}
+    change = {"weight": None, "bias": None}
     yield "attention_pool_backward", change, "attention must have shape [2, 0], got [2, 20]"
     for op in ("channel_fuse_backward", "global_context_backward"):
         yield op, {"positive": t(N, 0, device="meta", dtype=torch.uint8)}, "positive must be on x's device (cpu), got meta"

@@ -223,8 +223,8 @@ def test_opcheck_attention_pool(kernels, backend, case):
     x, weight, bias = case.inputs(backend.to)[:3]
     opcheck("attention_pool", *leaves((x, weight, bias)))
     context, attention = backend.ops.attention_pool(x, weight, bias)
-    for needs in ((True, True), (True, False), (False, True)):
-        opcheck("attention_pool_backward", context, x, weight, None, context, attention, *needs)
+    for needs in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
+        opcheck("attention_pool_backward", context, x, weight, bias, None, context, attention, *needs)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

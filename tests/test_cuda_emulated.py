@@ -86,7 +86,7 @@ def test_pool_backward_reads_x_once_and_writes_its_gradient_once(module, size, l
     context, attention = schema.Flat("attention_pool")(x, weight, bias)
     grad = Random(2).normal(*context.shape)
     backward = schema.Flat("attention_pool_backward")
-    assert traffic(module, lambda: backward(grad, x, weight, None, context, attention, True, True), x=x) == {
+    assert traffic(module, lambda: backward(grad, x, weight, bias, None, context, attention, True, True, True), x=x) == {
         "x": ONCE,
         "out": ONCE,
     }

@@ -248,7 +248,7 @@ def test_an_infinite_context(backend):
     arguments = {
         "grad_context": random.normal(2, 7), "x": random.normal(2, 2, 7).transpose(1, 2), "weight": random.normal(7),
         "context": random.normal(2, 7), "attention": random.normal(2, 2).abs(), "valid": None,
-        "need_x": True, "need_weight": True,
+        "bias": None, "need_x": True, "need_weight": True, "need_bias": True,
     }  # fmt: skip
     arguments["context"][0, 0] = math.inf
     found = backend.ops.attention_pool_backward(**arguments)

@@ -173,21 +173,20 @@ void average_pool_backward(const Tensor& grad_context, const Tensor& grad_x) {
   });
 }
 
-std::tuple<Tensor, Tensor> attention_pool_backward(const Tensor& grad_context_in, const Tensor& x_in,
-                                                   const OptionalTensor& weight, const OptionalTensor& valid,
-                                                   const Tensor& context_in, const Tensor& attention_in,
-                                                   const std::vector<bool>& needs) {
-  check_attention_pool_backward(grad_context_in, x_in, weight, valid, context_in, attention_in);
-  check::count("attention_pool_backward", "needs", needs.size(), 2);
+std::tuple<Tensor, Tensor, Tensor> attention_pool_backward(const Tensor& grad_context_in, const Tensor& x_in,
+                                                           const OptionalTensor& weight, const OptionalTensor& bias,
+                                                           const OptionalTensor& valid, const Tensor& context_in,
+                                                           const Tensor& attention_in, const std::vector<bool>& needs) {
+  check_attention_pool_backward(grad_context_in, x_in, {weight, bias}, valid, context_in, attention_in, needs);
   const bool need_x = needs[0], need_weight = needs[1];
   const Tensor grad_context = dense(grad_context_in), context = dense(context_in), attention = dense(attention_in);
   const Tensor grad_x = need_x ? empty_like_map(x_in) : no_gradient(x_in);
-  const Tensor grad_weight = gradient_of(need_weight, weight, x_in);
+  const Tensor grad_weight = gradient_of(need_weight, weight, x_in), grad_bias = zero_gradient_of(needs[2], bias, x_in);
   if (!weight) {
     if (need_x) average_pool_backward(grad_context, grad_x);
-    return {grad_x, grad_weight};
+    return {grad_x, grad_weight, grad_bias};
   }
-  if (!need_x && !need_weight) return {grad_x, grad_weight};
+  if (!need_x && !need_weight) return {grad_x, grad_weight, grad_bias};
   const Tensor x = native(x_in);
   dispatch(x.scalar_type(), [&](auto kind) {
     using scalar_t = decltype(kind);
@@ -204,7 +203,7 @@ std::tuple<Tensor, Tensor> attention_pool_backward(const Tensor& grad_context_in
     });
     if (need_weight) from_acc(partial.total().data(), grad_weight);
   });
-  return {grad_x, grad_weight};
+  return {grad_x, grad_weight, grad_bias};
 }
 
 }  // namespace

@@ -122,7 +122,7 @@ BackwardResults global_context_backward(const BackwardArguments& call) {
 
     const PoolPlan plan = pool_plan(map);
     const auto grad_weight =
-        needs.mask && mask_weight ? WeightGradient<acc>(samples, plan.splits, channels) : WeightGradient<acc>();
+        needs.mask_weight && mask_weight ? WeightGradient<acc>(samples, plan.splits, channels) : WeightGradient<acc>();
     const auto grad_t_scale = scale ? buffer<acc>(samples * channels) : nullptr;
     const auto grad_t_shift = shift ? buffer<acc>(samples * channels) : nullptr;
     const auto grad_context = zeros<acc>(samples * channels);
@@ -142,13 +142,13 @@ BackwardResults global_context_backward(const BackwardArguments& call) {
       }
       if (shift) shift->backward(grad_t_shift.get(), h + scale_units, units, first, count, grad_context.get());
       if (mask_weight) {
-        if (needs.x || needs.mask) pool_backward_samples(grad_map, map, given, first, count, grad_x_map, grad_weight);
+        if (needs.x || needs.mask_weight) pool_backward_samples(grad_map, map, given, first, count, grad_x_map, grad_weight);
       } else if (needs.x) {
         for (int64_t i = begin; i < begin + count * channels; i++) grad_context[i] /= acc(positions(x));  // m_p = 1/P
         fuse_samples(grad_map, factors, static_cast<const acc*>(grad_context.get()), first, count, grad_x_map);
       }
     });
-    if (needs.mask && mask_weight) from_acc(grad_weight.total().data(), gradients.mask_weight);
+    if (needs.mask_weight && mask_weight) from_acc(grad_weight.total().data(), gradients.mask_weight);
     if (needs.scale && scale) scale->parameter_gradients(grad_t_scale.get(), ctx, gradients.scale);
     if (needs.shift && shift) shift->parameter_gradients(grad_t_shift.get(), ctx, gradients.shift);
   });
@@ -159,9 +159,10 @@ BackwardResults global_context_backward(const BackwardArguments& call) {
 }  // namespace gcnet_ext::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(gcnet_ext, CPU, m) {
-  using namespace gcnet_ext;
-  m.impl("global_context", TORCH_BOX((&forward<kGlobalContext, &cpu::global_context>)));
-  m.impl("global_context_inference", TORCH_BOX((&forward<kGlobalContext, &cpu::global_context_inference>)));
-  m.impl("global_context_", TORCH_BOX((&forward<kGlobalContextInPlace, &cpu::global_context_>)));
-  m.impl("global_context_backward", TORCH_BOX((&backward<&cpu::global_context_backward>)));
+  m.impl("global_context", TORCH_BOX((&gcnet_ext::forward<gcnet_ext::kGlobalContext, &gcnet_ext::cpu::global_context>)));
+  m.impl("global_context_inference",
+         TORCH_BOX((&gcnet_ext::forward<gcnet_ext::kGlobalContext, &gcnet_ext::cpu::global_context_inference>)));
+  m.impl("global_context_",
+         TORCH_BOX((&gcnet_ext::forward<gcnet_ext::kGlobalContextInPlace, &gcnet_ext::cpu::global_context_>)));
+  m.impl("global_context_backward", TORCH_BOX((&gcnet_ext::backward<&gcnet_ext::cpu::global_context_backward>)));
 }

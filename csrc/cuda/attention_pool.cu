@@ -28,19 +28,18 @@ std::tuple<Tensor, Tensor> attention_pool_op(const Tensor& x_in, const OptionalT
   return {context, attention};
 }
 
-std::tuple<Tensor, Tensor> attention_pool_backward_op(const Tensor& grad_context_in, const Tensor& x_in,
-                                                      const OptionalTensor& weight_in, const OptionalTensor& valid,
-                                                      const Tensor& context_in, const Tensor& attention_in,
-                                                      const std::vector<bool>& needs) {
-  check_attention_pool_backward(grad_context_in, x_in, weight_in, valid, context_in, attention_in);
-  check::count("attention_pool_backward", "needs", needs.size(), 2);
+std::tuple<Tensor, Tensor, Tensor> attention_pool_backward_op(const Tensor& grad_context_in, const Tensor& x_in,
+                                                              const OptionalTensor& weight_in, const OptionalTensor& bias,
+                                                              const OptionalTensor& valid, const Tensor& context_in,
+                                                              const Tensor& attention_in, const std::vector<bool>& needs) {
+  check_attention_pool_backward(grad_context_in, x_in, {weight_in, bias}, valid, context_in, attention_in, needs);
   const bool need_x = needs[0], need_weight = needs[1];
   Call call(x_in);
   const Tensor x = weight_in ? native(x_in) : x_in;  // average pooling does not read it
   const OptionalTensor weight = dense(weight_in);
   const Tensor grad_context = dense(grad_context_in), context = dense(context_in), attention = dense(attention_in);
   const Tensor grad_x = need_x ? empty_like_map(x_in) : no_gradient(x_in);
-  const Tensor grad_weight = gradient_of(need_weight, weight, x_in);
+  const Tensor grad_weight = gradient_of(need_weight, weight, x_in), grad_bias = zero_gradient_of(needs[2], bias, x_in);
   dispatch(x.scalar_type(), [&](auto kind) {
     using T = decltype(kind);
     attention_pool_backward<T>(
@@ -48,7 +47,7 @@ std::tuple<Tensor, Tensor> attention_pool_backward_op(const Tensor& grad_context
          acc_data<T>(context), acc_data<T>(attention), mutable_parameter<T>(grad_weight)},
         call, call.stream());
   });
-  return {grad_x, grad_weight};
+  return {grad_x, grad_weight, grad_bias};
 }
 
 }  // namespace

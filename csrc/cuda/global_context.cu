@@ -123,9 +123,10 @@ BackwardResults global_context_backward_op(const BackwardArguments& given) {
 }  // namespace gcnet_ext::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(gcnet_ext, CUDA, m) {
-  using namespace gcnet_ext;
-  m.impl("global_context", TORCH_BOX((&forward<kGlobalContext, &cuda::global_context_op>)));
-  m.impl("global_context_inference", TORCH_BOX((&forward<kGlobalContext, &cuda::global_context_inference_op>)));
-  m.impl("global_context_", TORCH_BOX((&forward<kGlobalContextInPlace, &cuda::global_context_inplace_op>)));
-  m.impl("global_context_backward", TORCH_BOX((&backward<&cuda::global_context_backward_op>)));
+  m.impl("global_context", TORCH_BOX((&gcnet_ext::forward<gcnet_ext::kGlobalContext, &gcnet_ext::cuda::global_context_op>)));
+  m.impl("global_context_inference",
+         TORCH_BOX((&gcnet_ext::forward<gcnet_ext::kGlobalContext, &gcnet_ext::cuda::global_context_inference_op>)));
+  m.impl("global_context_",
+         TORCH_BOX((&gcnet_ext::forward<gcnet_ext::kGlobalContextInPlace, &gcnet_ext::cuda::global_context_inplace_op>)));
+  m.impl("global_context_backward", TORCH_BOX((&gcnet_ext::backward<&gcnet_ext::cuda::global_context_backward_op>)));
 }

@@ -225,7 +225,7 @@ MUTANTS = (
     Mutant(
         "block-mask-alone",
         "csrc/cpu/global_context.cpp",
-        "if («needs.x || needs.mask») pool_backward_samples",
+        "if («needs.x || needs.mask_weight») pool_backward_samples",
         "needs.x",
         "The mask's weight has no gradient where x needs none.",
         (BLOCK,),

@@ -55,8 +55,8 @@ MUTANTS = (
     Mutant(
         "bias-of-the-mask-unused",
         "gcnet_ext/_library.py",
-        "grad_mask = _needed(need_weight, grad_weight), «torch.zeros_like(bias) if need_bias else None»",
-        "None",
+        "wanted = need_x, «*need_mask», any(need_scale)",
+        "need_mask[0], False",
         "The bias of the mask has no gradient, and DistributedDataParallel takes it for unused.",
         (BLOCK,),
     ),

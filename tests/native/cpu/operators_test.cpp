@@ -152,18 +152,18 @@ Tensors outputs_of(const Inputs& inputs, const at::Tensor& grad) {
   const c10::IValue none;
   const Tensors forward = call("global_context", stack_of(inputs));
   const Tensors saved(forward.begin() + 1, forward.end());
-  std::vector<c10::IValue> stack = stack_of({inputs.x, {inputs.mask[0], at::Tensor()}, inputs.scale, inputs.shift});
+  std::vector<c10::IValue> stack = stack_of(inputs);
   stack.erase(stack.begin() + 4);  // the residual
   stack.insert(stack.begin(), grad);
   stack.emplace_back(saved);
-  stack.emplace_back(c10::List<bool>{true, true, true, true, false});
+  stack.emplace_back(c10::List<bool>{true, true, true, true, true, false});
   Tensors outputs = call("global_context_backward", stack);
   outputs.insert(outputs.begin(), forward.begin(), forward.end());
 
   const at::Tensor &x = inputs.x, &weight = inputs.mask[0], &context = forward[1], &attention = forward[2];
   const at::Tensor& positive = forward[5];
-  for (const at::Tensor& part : call("attention_pool_backward", {context, x, optional(weight), none, context, attention,
-                                                                 c10::List<bool>{true, weight.defined()}})) {
+  for (const at::Tensor& part : call("attention_pool_backward", {context, x, optional(weight), optional(inputs.mask[1]), none,
+                                                                 context, attention, c10::List<bool>{true, true, true}})) {
     outputs.push_back(part);
   }
   const at::Tensor factors = context.to(x.scalar_type());
