@@ -1,5 +1,5 @@
 // gcnet_ext._C: what was built and how it decides, for Python. The operators are not here: they are in torch.ops.gcnet_ext.
-// No torch header but version.h: pybind11 depends on CPython's ABI, the kernels on the LibTorch stable ABI, and neither on
+// No torch header but that of its version: pybind11 depends on CPython's ABI, the kernels on the LibTorch stable ABI, and neither on
 // both.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -129,6 +129,29 @@ def test_every_function_of_the_tables_is_in_its_file():
     assert not missing
 
 
+def files_in_comments() -> list[tuple[str, str]]:
+    """The files that comments of C++ and docstrings of Python name, each with the file that names it."""
+    sources = [path for folder in ("csrc", "gcnet_ext") for path in sorted((ROOT / folder).rglob("*.*"))]
+    texts = {path: path.read_text() for path in sources if path.suffix in {".cpp", ".h", ".cu", ".cuh", ".py"}}
+    comment = {path: r"//[^\n]*" if path.suffix != ".py" else r"#[^\n]*|\"{3}.*?\"{3}" for path in texts}
+    return [
+        (str(path.relative_to(ROOT)), name)
+        for path, text in texts.items()
+        for found in re.findall(comment[path], text, re.DOTALL)
+        for name in re.findall(r"[\w/]*\w\.(?:cpp|cuh|cu|h|py)\b", found)
+    ]
+
+
+def test_every_file_that_a_comment_names_is_there():
+    """A signpost to a file that has moved once stood for weeks."""
+    found = files_in_comments()
+    assert len(found) > 30
+    folders = ("csrc", "gcnet_ext", "tests", "bench", "docs", "examples")
+    paths = [*ROOT.glob("*.py"), *(path for folder in folders for path in (ROOT / folder).rglob("*.*"))]
+    missing = [(where, name) for where, name in found if not any(f"/{path}".endswith(f"/{name}") for path in paths)]
+    assert not missing
+
+
 def test_the_figures_are_drawn(kernels, tmp_path, monkeypatch):
     """By docs/figures.py, all that the documents show and no other, from the plan as it is; small enough to be committed."""
     pytest.importorskip("matplotlib")
