@@ -6,6 +6,7 @@ The reference and the shape functions call these, and so does whoever called a k
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -380,8 +381,24 @@ def explain(name: str, names: Sequence[str], args: Sequence[Any]) -> None:
 # ---- the functions -----------------------------------------------------------------------------------------------------------
 
 
-def choices(op: str, activation: str, gate: str) -> None:
+def _number(op: str, name: str, value: object) -> None:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        _fail(op, f"{name} must be a number, got {type(value).__name__}")
+    try:
+        float(value)  # type: ignore[arg-type]
+    except OverflowError:
+        _fail(op, f"{name} must be a number that a float can hold, got more")
+
+
+def choices(
+    op: str, *, norm: object, eps: object, activation: object, gate: object, gate_alpha: object, gate_beta: object
+) -> None:
+    """What a caller of the block chooses. None of it may be taken for something else, as an eps of None for no norm."""
+    if not isinstance(norm, bool):
+        _fail(op, f"norm must be True or False, got {type(norm).__name__}")
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         _fail(op, f"activation must be relu or silu, got {activation}")
     if not isinstance(gate, str) or gate not in GATES:
         _fail(op, f"gate must be sigmoid or hard_sigmoid, got {gate}")
+    for name, value in (("eps", eps), ("gate_alpha", gate_alpha), ("gate_beta", gate_beta)):
+        _number(op, name, value)

@@ -136,7 +136,15 @@ def global_context(
             requires a gradient or elements of x share memory. The message names it.
         TypeError: x is not a tensor, or a branch is not a `Branch`.
     """
-    _checks.choices("global_context", activation, gate)
+    chosen = {
+        "norm": norm,
+        "eps": eps,
+        "activation": activation,
+        "gate": gate,
+        "gate_alpha": gate_alpha,
+        "gate_beta": gate_beta,
+    }
+    _checks.choices("global_context", **chosen)
     _checks.branch_type("global_context", "scale", scale)
     _checks.branch_type("global_context", "shift", shift)
     options = options_of(norm, eps, activation, gate, gate_alpha, gate_beta)

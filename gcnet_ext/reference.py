@@ -183,6 +183,14 @@ def global_context(
     gate_beta: float = 0.5,
 ) -> Tensor:
     """`gcnet_ext.global_context` in plain PyTorch."""
-    _checks.choices("global_context", activation, gate)
+    chosen = {
+        "norm": norm,
+        "eps": eps,
+        "activation": activation,
+        "gate": gate,
+        "gate_alpha": gate_alpha,
+        "gate_beta": gate_beta,
+    }
+    _checks.choices("global_context", **chosen)
     options = options_of(norm, eps, activation, gate, gate_alpha, gate_beta)
     return block(Arguments.of_branches(x, [mask_weight, mask_bias], scale, shift, options))

@@ -6,6 +6,7 @@ which a call from C++ meets, name the operator and the argument. Every case of t
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from grid import GLOBAL_CONTEXT_INPUTS
@@ -313,9 +314,17 @@ def test_function_and_reference(op, change, message):
 @pytest.mark.parametrize(
     ("choice", "message"),
     [({"activation": name}, f"activation must be relu or silu, got {name}") for name in ("gelu", "", "ReLU")]
-    + [({"gate": name}, f"gate must be sigmoid or hard_sigmoid, got {name}") for name in ("tanh", "", "hard-sigmoid")],
+    + [({"gate": name}, f"gate must be sigmoid or hard_sigmoid, got {name}") for name in ("tanh", "", "hard-sigmoid")]
+    + [({"norm": value}, f"norm must be True or False, got {type(value).__name__}") for value in (None, 1, "yes", np.ones(3))]
+    + [
+        ({name: value}, f"{name} must be a number, got {type(value).__name__}")
+        for name in ("eps", "gate_alpha", "gate_beta")
+        for value in (None, True, "1e-5", [1e-5], np.ones(3))
+    ]
+    + [({"eps": 10**400}, "eps must be a number that a float can hold, got more")],
 )
 def test_unknown_choice(choice, message):
+    """None is no epsilon: the operators take it for no norm."""
     for module in (gcnet_ext, reference):
         with pytest.raises(RuntimeError, match=f"^gcnet_ext::global_context: {message}$"):
             module.global_context(t(N, C, 4, 5), scale=Branch(t(C, C)), **choice)
