@@ -168,7 +168,7 @@ def test_a_wheel_works_away_from_the_checkout(wheel, tmp_path):
     why = "is built without CUDA; for CUDA kernels install a CUDA build of torch, and build"
     if not cuda.startswith("None "):
         why = (
-            r"is built with CUDA [\d.]+ and no nvcc was found; for CUDA kernels install the CUDA [\d.]+ toolkit, .*, and build"
+            r"is built with CUDA [\d.]+ and no nvcc was found; for CUDA kernels install CUDA toolkit [\d.]+ and point .*, and build"
         )
     assert re.search(f" this build has no CUDA kernels: torch \\S+ {why} them with `pip install --no-build-isolation", cuda), (
         cuda
