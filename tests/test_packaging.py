@@ -167,7 +167,7 @@ def test_a_wheel_works_away_from_the_checkout(wheel, tmp_path):
     assert float(value) == 72.0  # a mul block starts as x / 2
     why = "is built without CUDA; for CUDA kernels install a CUDA build of torch, and build"
     if not cuda.startswith("None "):
-        why = r"is built with CUDA [\d.]+ and no nvcc was found; for CUDA kernels install CUDA toolkit [\d.]+ and point .*, and build"
+        why = r"is built with CUDA [\d.]+ and no nvcc was found; for CUDA kernels install CUDA toolkit .*, and build"
     assert re.search(f" this build has no CUDA kernels: torch \\S+ {why} them with `pip install --no-build-isolation", cuda), (
         cuda
     )
