@@ -14,7 +14,18 @@ import torch
 from torch import Tensor
 
 from ._arguments import ACTIVATIONS as NUMBERS
-from ._arguments import FINAL_ACTIVATIONS, IN_LISTS, Arguments, BackwardArguments, Branch, Needs, Saved, per_weight
+from ._arguments import (
+    FINAL_ACTIVATIONS,
+    IN_LISTS,
+    Arguments,
+    BackwardArguments,
+    Branch,
+    Needs,
+    Options,
+    Saved,
+    options_of,
+    per_weight,
+)
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ACTIVATIONS = ("relu", "silu")
@@ -143,10 +154,9 @@ def gradient(op: str, grad: Tensor, x: Tensor) -> None:
         _fail(op, f"grad must have shape {_shape(x.shape)}, got {_shape(grad.shape)}")
 
 
-def saved(op: str, name: str, tensor: Tensor, x: Tensor, sizes: Sequence[int]) -> None:
-    """A tensor of the accumulation dtype that the forward op returned and the backward op takes."""
+def _exactly(op: str, name: str, tensor: Tensor, x: Tensor, dtype: torch.dtype, sizes: Sequence[int]) -> None:
+    """A tensor on x's device, of this dtype and of these sizes (trailing ones are free)."""
     given(op, name, tensor)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if tensor.device != x.device:
         _fail(op, f"{name} must be on x's device ({x.device.type}), got {tensor.device.type}")
     if tensor.dtype != dtype:
@@ -155,15 +165,14 @@ def saved(op: str, name: str, tensor: Tensor, x: Tensor, sizes: Sequence[int]) -
         _fail(op, f"{name} must have shape {_shape(sizes)}, got {_shape(tensor.shape)}")
 
 
+def saved(op: str, name: str, tensor: Tensor, x: Tensor, sizes: Sequence[int]) -> None:
+    """A tensor of the accumulation dtype that the forward op returned and the backward op takes."""
+    _exactly(op, name, tensor, x, torch.float64 if x.dtype == torch.float64 else torch.float32, sizes)
+
+
 def bits(op: str, tensor: Tensor, x: Tensor) -> None:
     """Those of the final ReLU, of which there are none without it."""
-    given(op, "positive", tensor)
-    if tensor.device != x.device:
-        _fail(op, f"positive must be on x's device ({x.device.type}), got {tensor.device.type}")
-    if tensor.dtype != torch.uint8:
-        _fail(op, f"positive must be uint8, got {_name(tensor.dtype)}")
-    if not _has_shape(tensor, (x.shape[0], 0)):
-        _fail(op, f"positive must have shape {_shape((x.shape[0], 0))}, got {_shape(tensor.shape)}")
+    _exactly(op, "positive", tensor, x, torch.uint8, (x.shape[0], 0))
 
 
 def positions(x: Tensor) -> int:
@@ -390,10 +399,8 @@ def _number(op: str, name: str, value: object) -> None:
         _fail(op, f"{name} must be a number that a float can hold, got more")
 
 
-def choices(
-    op: str, *, norm: object, eps: object, activation: object, gate: object, gate_alpha: object, gate_beta: object
-) -> None:
-    """What a caller of the block chooses. None of it may be taken for something else, as an eps of None for no norm."""
+def chosen(op: str, norm: Any, eps: Any, activation: Any, gate: Any, gate_alpha: Any, gate_beta: Any) -> Options:
+    """What a caller of the block chooses, as the operators take it: no None may pass for an eps, as that means no norm."""
     if not isinstance(norm, bool):
         _fail(op, f"norm must be True or False, got {type(norm).__name__}")
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
@@ -402,3 +409,4 @@ def choices(
         _fail(op, f"gate must be sigmoid or hard_sigmoid, got {gate}")
     for name, value in (("eps", eps), ("gate_alpha", gate_alpha), ("gate_beta", gate_beta)):
         _number(op, name, value)
+    return options_of(norm, eps, activation, gate, gate_alpha, gate_beta)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from . import _checks, _library, reference
-from ._arguments import Arguments, Branch, Options, Tensors, options_of
+from ._arguments import Arguments, Branch, Options, Tensors
 
 __all__ = ["Branch", "attention_map", "attention_pool", "channel_fuse", "global_context"]
 
@@ -136,18 +136,9 @@ def global_context(
             requires a gradient or elements of x share memory. The message names it.
         TypeError: x is not a tensor, or a branch is not a `Branch`.
     """
-    chosen = {
-        "norm": norm,
-        "eps": eps,
-        "activation": activation,
-        "gate": gate,
-        "gate_alpha": gate_alpha,
-        "gate_beta": gate_beta,
-    }
-    _checks.choices("global_context", **chosen)
+    options = _checks.chosen("global_context", norm, eps, activation, gate, gate_alpha, gate_beta)
     _checks.branch_type("global_context", "scale", scale)
     _checks.branch_type("global_context", "shift", shift)
-    options = options_of(norm, eps, activation, gate, gate_alpha, gate_beta)
     call = Arguments.of_branches(x, [mask_weight, mask_bias], scale, shift, options)
     return fused(x, (call.mask, call.scale, call.shift), options, inplace=inplace)
 

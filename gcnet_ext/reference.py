@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import _checks
-from ._arguments import ACTIVATIONS, Arguments, Branch, Options, options_of
+from ._arguments import ACTIVATIONS, Arguments, Branch, Options
 
 DEFAULTS = Options()
 
@@ -183,14 +183,5 @@ def global_context(
     gate_beta: float = 0.5,
 ) -> Tensor:
     """`gcnet_ext.global_context` in plain PyTorch."""
-    chosen = {
-        "norm": norm,
-        "eps": eps,
-        "activation": activation,
-        "gate": gate,
-        "gate_alpha": gate_alpha,
-        "gate_beta": gate_beta,
-    }
-    _checks.choices("global_context", **chosen)
-    options = options_of(norm, eps, activation, gate, gate_alpha, gate_beta)
+    options = _checks.chosen("global_context", norm, eps, activation, gate, gate_alpha, gate_beta)
     return block(Arguments.of_branches(x, [mask_weight, mask_bias], scale, shift, options))
