@@ -12,11 +12,11 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, NoneType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from . import _build, _checks, _flops, _shapes, reference
@@ -249,7 +249,7 @@ class _GlobalContext(torch.autograd.Function):
         wanted = need_x, *need_mask, any(need_scale), any(need_shift), need_residual
         args = grad, x, mask, scale, shift, valid, *options, kept, wanted
         gradients = flat(*below_autograd("global_context_backward", args), None)
-        return None, *(gradient if need else None for gradient, need in zip(gradients[1:], needs, strict=True))
+        return None, *map(_needed, needs, gradients[1:])
 
 
 class _GlobalContextOutput(_GlobalContext):
@@ -258,6 +258,17 @@ class _GlobalContextOutput(_GlobalContext):
     @staticmethod
     def forward(ctx, options, *tensors):
         return _block(ctx, options, tensors)[0]
+
+
+_PARAMETER = {nn.Parameter, NoneType}
+
+
+def _apply(function: type[torch.autograd.Function], options: Any, x: Tensor, *weights: Tensor | None) -> Any:
+    """``function.apply``, which first looks at each argument for a wrapper that a transform of torch.func has left behind. That
+    takes 2 us, and a parameter is none."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(x) or not _PARAMETER.issuperset(map(type, weights)):
+        return function.apply(options, x, *weights)
+    return super(torch.autograd.Function, function).apply(options, x, *weights)  # type: ignore[misc]
 
 
 _FUNCTIONS = {
@@ -290,7 +301,7 @@ def global_context(*args: Any) -> Tensor:
     if torch.is_grad_enabled():
         by_themselves = flat(*args)
         if torch._C._any_requires_grad(*by_themselves):
-            return _GlobalContextOutput.apply(*by_themselves)
+            return _apply(_GlobalContextOutput, *by_themselves)
     return below_autograd("global_context_inference", args)
 
 

@@ -70,6 +70,21 @@ def test_functional_gradient(backend, op):
     assert torch.allclose(got, want, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("which", [0, 1], ids=["x", "weight"])
+@pytest.mark.parametrize("op", OPS)
+def test_wrappers_that_outlive_their_transform(backend, op, which):
+    """What torch.func.grad has wrapped and somebody has kept: the gradient reaches the tensor within."""
+    function, _, inputs = calls(backend)[op]
+    given = leaves(inputs)
+    kept = []
+    torch.func.grad(lambda tensor: (kept.append(tensor), tensor.sum())[1])(given[which])
+    for call in (*given[:which], *kept, *given[which + 1 :]), given:
+        given[which].grad = None
+        function(*call).square().sum().backward()
+        kept.append(given[which].grad)
+    assert torch.equal(kept[1], kept[2])
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_forward_mode(backend, op):
     """The product of a Jacobian with a vector, forward, is that of two backward passes."""
