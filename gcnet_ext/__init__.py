@@ -2,14 +2,14 @@
 
 from ._version import __version__
 from .blocks import GlobalContextBlock, NonLocalBlock, SimplifiedNonLocalBlock, SqueezeExcitation
-from .drop_in import replace_blocks, to_peer_state_dict
 from .functional import Branch, attention_map, attention_pool, channel_fuse, global_context
-from .insert import insert_blocks
+from .models import Report, insert_blocks, replace_blocks, to_peer_state_dict
 
 __all__ = [
     "Branch",
     "GlobalContextBlock",
     "NonLocalBlock",
+    "Report",
     "SimplifiedNonLocalBlock",
     "SqueezeExcitation",
     "__version__",

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "native"))
 import brief  # noqa: E402
 import emulated  # noqa: E402
+import imitations  # noqa: E402
 import schema  # noqa: E402
 
 # Here and not in a test file: pytest --hypothesis-profile=explore looks for the name before it reads one.
@@ -254,3 +255,10 @@ def pytest_report_header() -> str:
         return f"gcnet_ext: plain PyTorch, {_library.why_no_kernels('cpu')}"
     devices, capability = sorted(_library._kernel_devices), _library.compiled.cpu_capability()
     return f"gcnet_ext: compiled kernels for {devices}, CPU capability {capability}, {_library.compiled.__file__}"
+
+
+@pytest.fixture
+def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An imitation in the place of every library that is not installed."""
+    for name, module in imitations.missing().items():
+        monkeypatch.setitem(sys.modules, name, module)

@@ -10,8 +10,11 @@ import importlib.util
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
+
+INSTALLED = [name for name in ("timm", "torchvision", "mmcv") if importlib.util.find_spec(name) is not None]
 
 
 def of_module(name: str):
@@ -92,7 +95,8 @@ class SEModule(nn.Module):
         hidden = max(rd_divisor, int(channels * rd_ratio) // rd_divisor * rd_divisor)
         self.fc1, self.fc2 = nn.Conv2d(channels, hidden, 1, bias=bias), nn.Conv2d(hidden, channels, 1, bias=bias)
         self.bn = nn.Identity() if norm_layer is None else norm_layer(hidden)
-        self.act, self.gate = act_layer(inplace=True), TIMM_LAYERS.get(gate_layer, gate_layer)()
+        self.act = act_layer(inplace=True) if act_layer in (nn.ReLU, nn.SiLU) else act_layer()
+        self.gate = TIMM_LAYERS.get(gate_layer, gate_layer)()
 
     def forward(self, x: Tensor) -> Tensor:
         context = x.mean((2, 3), keepdim=True)
@@ -112,8 +116,44 @@ class SqueezeExcitation(nn.Module):
         self.fc1, self.fc2 = nn.Conv2d(input_channels, squeeze_channels, 1), nn.Conv2d(squeeze_channels, input_channels, 1)
         self.activation, self.scale_activation = activation(), scale_activation()
 
+    def forward(self, input: Tensor) -> Tensor:
+        return input * self.scale_activation(self.fc2(self.activation(self.fc1(self.avgpool(input)))))
+
+
+@of_module("torchvision.models.resnet")
+class BasicBlock(nn.Module):
+    expansion = 1
+
+    def __init__(self, inplanes, planes, stride=1, downsample=None, norm_layer: Any = nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inplanes, planes, 3, stride, 1, bias=False), norm_layer(planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2, self.bn2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False), norm_layer(planes)
+        self.downsample, self.stride = downsample, stride
+
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.scale_activation(self.fc2(self.activation(self.fc1(self.avgpool(x)))))
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out += x if self.downsample is None else self.downsample(x)
+        return self.relu(out)
+
+
+@of_module("torchvision.models.resnet")
+class Bottleneck(nn.Module):
+    expansion = 4
+
+    def __init__(self, inplanes, planes, stride=1, downsample=None, norm_layer: Any = nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inplanes, planes, 1, bias=False), norm_layer(planes)
+        self.conv2, self.bn2 = nn.Conv2d(planes, planes, 3, stride, 1, bias=False), norm_layer(planes)
+        self.conv3, self.bn3 = nn.Conv2d(planes, 4 * planes, 1, bias=False), norm_layer(4 * planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample, self.stride = downsample, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))
+        out = self.bn3(self.conv3(out))
+        out += x if self.downsample is None else self.downsample(x)
+        return self.relu(out)
 
 
 # ---- mmcv --------------------------------------------------------------------------------------------------------------------
@@ -231,22 +271,37 @@ def _non_local(dims: int) -> type:
 
 
 IMITATIONS = {
-    "timm.layers": SimpleNamespace(GlobalContext=GlobalContext, SEModule=SEModule),
+    "timm.layers": SimpleNamespace(GlobalContext=GlobalContext, SEModule=SEModule, LayerNorm2d=LayerNorm2d),
     "torchvision.ops": SimpleNamespace(SqueezeExcitation=SqueezeExcitation),
+    "torchvision.models.resnet": SimpleNamespace(BasicBlock=BasicBlock, Bottleneck=Bottleneck),
     "mmcv.cnn": SimpleNamespace(ContextBlock=ContextBlock, **{f"NonLocal{dims}d": _non_local(dims) for dims in (1, 2, 3)}),
 }
 
 
 def missing() -> dict[str, ModuleType]:
-    """The imitations of what is not installed, as modules by name."""
-    found = {}
-    for name, contents in IMITATIONS.items():
-        if importlib.util.find_spec(name.partition(".")[0]) is None:
-            found[name] = ModuleType(name)
-            found[name].__dict__.update(vars(contents))
+    """The imitations of what is not installed, as modules by name, with the packages around them."""
+    contents: dict[str, dict[str, Any]] = {name: dict(vars(those)) for name, those in IMITATIONS.items()}
+    for each in (*globals().values(), *vars(IMITATIONS["mmcv.cnn"]).values()):
+        if isinstance(each, type) and each.__module__.partition(".")[0] in ("timm", "torchvision", "mmcv"):
+            contents.setdefault(each.__module__, {})[each.__name__] = each
+    found: dict[str, ModuleType] = {}
+    for name, those in contents.items():
+        library, *inner = name.split(".")
+        if library not in INSTALLED:
+            for depth in range(len(inner) + 1):
+                path = ".".join((library, *inner[:depth]))
+                found.setdefault(path, ModuleType(path))
+            vars(found[name]).update(those)
     return found
 
 
 def library(name: str) -> ModuleType:
     """The library itself, or its imitation while that is in sys.modules."""
+    return importlib.import_module(name)
+
+
+def real(name: str) -> ModuleType:
+    """The library itself; skips the test where it is not installed."""
+    if name.partition(".")[0] not in INSTALLED:
+        pytest.skip(f"{name} is not installed")
     return importlib.import_module(name)

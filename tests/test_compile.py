@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import grid
 import pytest
 import schema
 import torch
 from functorch.compile import make_boxed_compiler
 from grid import Case, Random
-from test_insert import Residual
+from test_insert import residual
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
@@ -95,9 +97,9 @@ def test_block_in_a_net(kernels, backend):
 
 
 def stage_with_blocks() -> nn.Module:
-    """A stage of a ResNet, with the blocks that insert_blocks puts behind its norms."""
-    stage = nn.Sequential(Residual(16), Residual(16)).eval()
-    insert_blocks(stage, modules=["0.bn2", "1.bn2"], ratio=1 / 4, fusion_types=("channel_mul", "channel_add"))
+    """A stage of a ResNet, with the blocks that insert_blocks puts before its additions."""
+    stage = nn.Sequential(OrderedDict(layer1=nn.Sequential(residual(), residual()))).eval()
+    insert_blocks(stage, (1,), 1 / 4, fusion_types=("channel_mul", "channel_add"))
     for name, parameter in stage.named_parameters():
         if "context_block" in name:
             nn.init.normal_(parameter, std=0.3)
@@ -106,7 +108,7 @@ def stage_with_blocks() -> nn.Module:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_modes_in_a_resnet_stage(kernels, mode):
+def test_modes_in_a_resnet_stage(kernels, libraries, mode):
     stage = stage_with_blocks()
     compiled = torch.compile(stage, fullgraph=True, mode=mode)
     for index, shape in enumerate(((2, 16, 8, 6), (3, 16, 9, 7))):
@@ -122,7 +124,7 @@ def test_modes_in_a_resnet_stage(kernels, mode):
             assert torch.allclose(got, want, rtol=1e-3, atol=1e-3 * float(want.abs().max()))
 
 
-def test_a_resnet_stage_is_traced_for_two_sizes_and_no_more(kernels):
+def test_a_resnet_stage_is_traced_for_two_sizes_and_no_more(kernels, libraries):
     """Static at first, dynamic at the second size. (Inductor compiles convolutions anew for every size, blocks or not.)"""
     graphs = []
 

@@ -10,6 +10,7 @@ from gcnet_ext import (
     Branch,
     GlobalContextBlock,
     NonLocalBlock,
+    Report,
     SimplifiedNonLocalBlock,
     SqueezeExcitation,
     attention_map,
@@ -53,11 +54,11 @@ def functions(x: Tensor) -> Tensor:
 def other_models(model: nn.Module) -> dict[str, Tensor]:
     names: list[str] = insert_blocks(model, ratio=1 / 4, kind="gc", modules={"0": 8}, fusion_types="channel_mul")
     insert_blocks(model, (2,), 1 / 2, kind="se", modules=["1"])
-    report = replace_blocks(model)
+    report: Report = replace_blocks(model)
     replaced: dict[str, str] = report.replaced
     changed: nn.Module = report.model
     assert len(names) == 1
-    assert not replaced
+    assert not {**replaced, **report.called, **report.kinds}
     assert str(report)
     return to_peer_state_dict(changed, "mmcv", spatial_dims=2)
 

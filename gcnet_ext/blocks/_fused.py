@@ -6,7 +6,8 @@ after that, one call of `_C.unchanged` tells whether anything has changed since 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
 
 from torch import Tensor, nn
 from torch.compiler import is_compiling
@@ -14,7 +15,7 @@ from torch.compiler import is_compiling
 from .. import functional
 from .._arguments import ACTIVATIONS, Branch, Options
 from .._library import compiled
-from ._layers import GLOBAL_HOOKS, HOOKS, SETTINGS, Gate, check_channels, is_plain, is_pointwise
+from ._layers import GLOBAL_HOOKS, HOOKS, SETTINGS, Gate, check_channels, is_plain, is_pointwise, of_no_tensor
 
 unchanged: Any = getattr(compiled, "unchanged", None)
 class_version: Any = getattr(compiled, "class_version", None)
@@ -59,14 +60,30 @@ def _weight_and_bias(layer: nn.Module | None) -> tuple[Source, Source]:
     return (layer, "weight"), (layer, "bias")
 
 
-def two_layers(first: nn.Module, norm: nn.Module | None, activation: nn.Module, last: nn.Module) -> PlainBranch | None:
-    """The branch ``last(activation(norm(first(context))))``; None if one of the layers is not the plain one."""
+def norm_over_units(norm: nn.Module, dims: int = 2) -> bool:
+    """Whether the module is a LayerNorm over the hidden units [H, 1, ...]. How many there are is the matter of its weights."""
+    return is_plain(norm, nn.LayerNorm) and norm.normalized_shape[1:] == (1,) * dims
+
+
+def two_layers(
+    first: nn.Module,
+    norm: nn.Module | None,
+    activation: nn.Module,
+    last: nn.Module,
+    *,
+    dims: int = 2,
+    is_norm: Callable[..., bool] = norm_over_units,
+) -> PlainBranch | None:
+    """The branch ``last(activation(norm(first(context))))``; None if one of the layers is not the plain one.
+
+    The layers are for this many spatial dimensions, and is_norm tells the LayerNorm over the hidden units.
+    """
     silu = is_plain(activation, nn.SiLU)
-    if not (silu or is_plain(activation, nn.ReLU)) or not is_pointwise(first) or not is_pointwise(last):
+    if not (silu or is_plain(activation, nn.ReLU)) or not is_pointwise(first, dims) or not is_pointwise(last, dims):
         return None
-    normalised: nn.LayerNorm | None = None
+    normalised: Any = None
     if norm is not None and not is_plain(norm, nn.Identity):
-        if not is_plain(norm, nn.LayerNorm) or norm.normalized_shape != (first.out_channels, 1, 1):
+        if not is_norm(norm, dims):
             return None
         normalised = norm
     return PlainBranch(
@@ -106,12 +123,13 @@ class _Seen:
 
     def __init__(self, block: FusedBlock, found: Layers) -> None:
         self.options = found.options
+        self.inplace = block._overwrites()
         self.block = block.__dict__
         kinds: list[Any] = []
         fields: list[Any] = []
         sizes: list[Any] = []
         children: list[Any] = []
-        for name in ("gate", "process_group"):
+        for name in block._decisive():
             fields += self.block, name, self.block.get(name)
         for name in GLOBAL_HOOKS:
             sizes += getattr(nn.modules.module, name), 0
@@ -144,10 +162,17 @@ class _Seen:
 class FusedBlock(nn.Module):
     """A block that one operator computes, as long as its submodules are the plain layers."""
 
-    gate = Gate()
     inplanes: int
-    inplace: bool
+    inplace: bool = False
     _seen: _Seen | None = None
+
+    def _decisive(self) -> tuple[str, ...]:
+        """The attributes of the block that decide what it computes."""
+        return ("gate", "process_group", "inplace")
+
+    def _overwrites(self) -> bool:
+        """Whether the output takes the place of the input."""
+        return self.inplace
 
     def _plain_layers(self) -> Layers | None:
         """The layers, if all of them are the plain ones."""
@@ -157,24 +182,41 @@ class FusedBlock(nn.Module):
         """The output, by calling the submodules."""
         raise NotImplementedError
 
+    def _refused(self, x: Tensor, error: RuntimeError) -> Tensor:
+        """What follows when the operator refuses x."""
+        self._explain(x, error)
+
+    def _explain(self, x: Tensor, error: RuntimeError) -> NoReturn:
+        """Raises the error, or one that says more than an operator or a layer can."""
+        found = self._plain_layers()
+        sources = () if found is None else (source for group in found.weights for source in group)
+        first = next((weight for source in sources if (weight := parameter(*source)) is not None), None)
+        check_channels(x, self.inplanes if first is None else first.size(1))  # a block may have been pruned
+        raise error
+
     def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            return of_no_tensor(self, x)
         seen = None if is_compiling() else self._seen
         weights = None if seen is None else seen.weights(self)
         if seen is not None and weights is not None:
             try:
-                return functional.fused(x, weights, seen.options, inplace=self.inplace)
-            except RuntimeError:
-                check_channels(x, self.inplanes)  # says more than the operator can
-                raise
-        check_channels(x, self.inplanes)
+                return functional.fused(x, weights, seen.options, inplace=seen.inplace)
+            except RuntimeError as error:
+                return self._refused(x, error)
         found = self._plain_layers()
         if not is_compiling():  # a graph that is being captured looks at everything, once, and at nothing that it would guard
             self._seen = None if unchanged is None or found is None or found.computed() else _Seen(self, found)
         if found is None:
-            return self._with_called_layers(x)
-        return functional.fused(
-            x, [[parameter(*source) for source in sources] for sources in found.weights], found.options, inplace=self.inplace
-        )
+            try:
+                return self._with_called_layers(x)
+            except RuntimeError as error:
+                self._explain(x, error)
+        weights = [[parameter(*source) for source in sources] for sources in found.weights]
+        try:
+            return functional.fused(x, weights, found.options, inplace=self._overwrites())
+        except RuntimeError as error:
+            return self._refused(x, error)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_seen"}

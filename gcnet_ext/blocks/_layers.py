@@ -110,20 +110,33 @@ def hidden_units(inplanes: int, ratio: float, planes: int | None) -> int:
     return planes
 
 
-def check_channels(x: Tensor, inplanes: int) -> None:
+def check_channels(x: Tensor, channels: int) -> None:
     """
     Raises:
-        RuntimeError: x has another number of channels than the block was made for.
-        TypeError: x is no tensor.
+        RuntimeError: x has another number of channels than the block is made for.
     """
-    _checks.is_tensor(x)
-    if x.dim() > 1 and x.size(1) != inplanes:  # x.shape would be made anew
+    if x.dim() > 1 and x.size(1) != channels:
         hint = ""
-        if x.dim() > 2 and x.size(-1) == inplanes:
+        if x.dim() > 2 and x.size(-1) == channels:
             hint = "; if the channels are its last dimension, as with tokens and channels-last arrays, pass x.movedim(-1, 1)"
-        elif x.size(0) == inplanes:
+        elif x.size(0) == channels:
             hint = "; if its first dimension is the channels and there is no batch, pass x.unsqueeze(0)"
-        raise RuntimeError(f"x must have {inplanes} channels (inplanes), got shape {list(x.shape)}{hint}")
+        raise RuntimeError(f"x must have {channels} channels (inplanes), got shape {list(x.shape)}{hint}")
+
+
+def of_no_tensor(block: nn.Module, x: Any) -> Any:
+    """What a call of the block with x gives that is no tensor: in a graph that torch.fx traces a node that calls the block.
+
+    Raises:
+        TypeError: x is nothing that stands for a tensor, or the block is all that is traced.
+    """
+    if not isinstance(x, torch.fx.Proxy):
+        _checks.is_tensor(x)
+    if x.tracer.root is block:
+        raise TypeError(
+            f"a {type(block).__name__} is one node to torch.fx: trace a module that holds it, such as nn.Sequential"
+        )
+    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(block), (x,), {})
 
 
 def _torchs_methods(kind: type[nn.Module], *names: str) -> dict[str, Any]:
@@ -137,16 +150,29 @@ def _torchs_methods(kind: type[nn.Module], *names: str) -> dict[str, Any]:
 
 
 CALL = nn.Module.__call__
+CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+"""Torch's by the number of spatial dimensions."""
+AVERAGE_POOLS: dict[int, type[nn.Module]] = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
+"""Likewise."""
 # What runs behind it when a layer is called, up to the function of torch.nn.functional that computes it.
 METHODS: dict[type[nn.Module], dict[str, Any]] = {
-    nn.Conv2d: _torchs_methods(nn.Conv2d, "forward", "_conv_forward"),
+    **{kind: _torchs_methods(kind, "forward", "_conv_forward") for kind in CONVOLUTIONS.values()},
     nn.Sequential: _torchs_methods(nn.Sequential, "forward", "__iter__"),
-    **{kind: _torchs_methods(kind, "forward") for kind in (nn.LayerNorm, nn.ReLU, nn.SiLU, nn.Identity)},
+    **{
+        kind: _torchs_methods(kind, "forward")
+        for kind in (
+            *(nn.LayerNorm, nn.ReLU, nn.SiLU, nn.Identity, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.Dropout),
+            *AVERAGE_POOLS.values(),
+        )
+    },
 }
-# The fields that make such a layer what it is.
+# The fields that make such a layer what it is; those of its subclasses, too.
 SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.Conv2d: ("kernel_size", "stride", "padding", "groups"),
+    **dict.fromkeys(CONVOLUTIONS.values(), ("kernel_size", "stride", "padding", "groups")),
     nn.LayerNorm: ("eps", "normalized_shape"),
+    nn.Softmax: ("dim",),
+    nn.Dropout: ("p",),
+    **dict.fromkeys(AVERAGE_POOLS.values(), ("output_size",)),
 }
 
 
@@ -157,32 +183,39 @@ def is_plain(module: nn.Module, kind: type[Module]) -> TypeGuard[Module]:
     it would have noticed it in the call: it watches what is read, and not whether a name is in a dictionary.
     """
     cls = type(module)
-    if not isinstance(module, kind) or cls.__getattribute__ is not object.__getattribute__:
-        return False
-    if cls.__call__ is not nn.Module.__call__ or cls.__getattr__ is not nn.Module.__getattr__:
-        return False
-    if cls.__call__ is not CALL and not is_compiling():  # torch.export puts its own in the place of nn.Module's
+    if not isinstance(module, kind) or not is_untouched(module):
         return False
     for name, method in METHODS[kind].items():
         if getattr(cls, name) is not method or name in module.__dict__:
             return False
         if getattr(getattr(module, name), "__code__", None) is not method.__code__:
             return False
+    return not any(hasattr(cls, name) for name in SETTINGS.get(kind, ()))
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether calling the module runs the forward of its class, and nothing else: no hook, nothing in place of it."""
+    cls = type(module)
+    if cls.__getattribute__ is not object.__getattribute__ or "forward" in module.__dict__:
+        return False
+    if cls.__call__ is not nn.Module.__call__ or cls.__getattr__ is not nn.Module.__getattr__:
+        return False
+    if cls.__call__ is not CALL and not is_compiling():  # torch.export puts its own in the place of nn.Module's
+        return False
     return not (
         module._compiled_call_impl is not None
-        or any(hasattr(cls, name) for name in SETTINGS.get(kind, ()))
         or any(getattr(module, name) for name in HOOKS)
         or any(getattr(torch.nn.modules.module, name) for name in GLOBAL_HOOKS)
     )
 
 
-def is_pointwise(module: nn.Module) -> TypeGuard[nn.Conv2d]:
-    """Whether the module is a 1x1 convolution, whatever its weights are computed from."""
-    return (
-        is_plain(module, nn.Conv2d)
-        and module.kernel_size == (1, 1)
-        and module.stride == (1, 1)
-        and module.padding == (0, 0)
+def is_pointwise(module: nn.Module, dims: int = 2) -> bool:
+    """Whether the module is a 1x1 convolution of this many spatial dimensions, whatever its weights are computed from."""
+    return bool(
+        is_plain(module, CONVOLUTIONS[dims])
+        and module.kernel_size == (1,) * dims
+        and module.stride == (1,) * dims
+        and module.padding == (0,) * dims
         and module.groups == 1
     )
 

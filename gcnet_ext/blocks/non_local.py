@@ -119,6 +119,8 @@ class NonLocalBlock(nn.Module):
             nn.init.zeros_(self.conv_out.bn.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            return _layers.of_no_tensor(self, x)
         _layers.check_channels(x, self.inplanes)
         self._check(x)
         image = (x if x.dim() == 4 else x.flatten(2).unsqueeze(3)).to(self._dtype(x))
@@ -127,12 +129,8 @@ class NonLocalBlock(nn.Module):
             theta, phi = image.flatten(2), self._attended(image, x)
         else:
             theta, phi = self.theta(image).flatten(2), self._attended(self.phi(image), x)
-        if self.mode == "dot_product":
-            y = _dot_product(theta, phi, g)
-        elif self.mode == "concatenation":
-            y = _concatenation(theta, phi, g, self.concat_project.conv.weight)
-        else:
-            y = _softmax(theta, phi, g, self.mode == "embedded_gaussian" and self.use_scale)
+        weight = self.concat_project.conv.weight if self.mode == "concatenation" else None
+        y = weighted_values(self.mode, theta, phi, g, weight, self.mode == "embedded_gaussian" and self.use_scale)
         out = self.conv_out(y.reshape(y.shape[:2] + image.shape[2:]))
         return x + out.reshape(x.shape).to(x.dtype)
 
@@ -164,6 +162,16 @@ class NonLocalBlock(nn.Module):
             return image.flatten(2)
         pool, window = POOLS[x.dim() - 2]
         return pool(image.reshape(image.shape[:2] + x.shape[2:]), window).flatten(2)
+
+
+def weighted_values(mode: str, theta: Tensor, phi: Tensor, g: Tensor, weight: Tensor | None, scaled: bool) -> Tensor:
+    """y_p = sum_q f(x_p, x_q) g(x_q), [N, D of g, P], in one of the modes; the weight is that of "concatenation"."""
+    if mode == "dot_product":
+        return _dot_product(theta, phi, g)
+    if mode == "concatenation":
+        assert weight is not None
+        return _concatenation(theta, phi, g, weight)
+    return _softmax(theta, phi, g, scaled)
 
 
 def _softmax(theta: Tensor, phi: Tensor, g: Tensor, scaled: bool) -> Tensor:

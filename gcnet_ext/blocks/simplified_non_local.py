@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import functional
 from . import _layers
 from ._fused import FusedBlock, Layers, layers, one_layer
+from ._layers import Gate
 
 
 class SimplifiedNonLocalBlock(FusedBlock):
@@ -75,9 +76,7 @@ class SimplifiedNonLocalBlock(FusedBlock):
     def _plain_layers(self) -> Layers | None:
         shift = one_layer(self.conv_out)
         return (
-            None
-            if shift is None or not _layers.is_pointwise(self.conv_mask)
-            else layers(self.conv_mask, None, shift, self.gate)
+            None if shift is None or not _layers.is_pointwise(self.conv_mask) else layers(self.conv_mask, None, shift, Gate())
         )
 
     def _with_called_layers(self, x: Tensor) -> Tensor:

@@ -1,11 +1,13 @@
-"""replace_blocks and state dicts, against the libraries whose blocks they are, or imitations of those (imitations.py)."""
+"""replace_blocks and state dicts, against the libraries whose blocks they are, or imitations of those (imitations.py).
+
+What somebody has put on a block is in test_replace_keeps.py, what is replaced and what is left in test_replace_report.py.
+"""
 
 from __future__ import annotations
 
 import copy
 import io
 import pickle
-import sys
 
 import eager
 import imitations
@@ -16,14 +18,7 @@ from torch import nn
 import gcnet_ext
 from gcnet_ext import GlobalContextBlock, NonLocalBlock, SqueezeExcitation, replace_blocks, to_peer_state_dict
 
-MISSING = imitations.missing()
-
-
-@pytest.fixture(autouse=True)
-def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An imitation in the place of every library that is not installed."""
-    for name, module in MISSING.items():
-        monkeypatch.setitem(sys.modules, name, module)
+pytestmark = pytest.mark.usefixtures("libraries")
 
 
 def mmcv_context(**options):
@@ -47,37 +42,53 @@ def torchvision_se(**options):
 
 
 NON_LOCAL_MODES = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
-# name: what makes the block, the peer, the class that it becomes, spatial dimensions
+GC, SE, NL = GlobalContextBlock, SqueezeExcitation, NonLocalBlock
+BOTH = ("channel_add", "channel_mul")
+# name: what makes the block, the library whose keys it has, spatial dimensions, and a block of ours with the same layers
 BLOCKS = {
-    "mmcv add": (mmcv_context, "mmcv", GlobalContextBlock, 2),
+    "mmcv add": (mmcv_context, "mmcv", 2, lambda: GC(16, 1 / 4, fusion_types="channel_add")),
     "mmcv mul, avg": (
-        lambda: mmcv_context(pooling_type="avg", fusion_types=("channel_mul",)), "mmcv", GlobalContextBlock, 2,
+        lambda: mmcv_context(pooling_type="avg", fusion_types=("channel_mul",)), "mmcv", 2, lambda: GC(16, 1 / 4, "avg"),
     ),
-    "mmcv both": (lambda: mmcv_context(fusion_types=("channel_add", "channel_mul")), "mmcv", GlobalContextBlock, 2),
-    "timm scale": (timm_context, "timm", GlobalContextBlock, 2),
-    "timm add": (lambda: timm_context(fuse_add=True, fuse_scale=False), "timm", GlobalContextBlock, 2),
-    "timm both, avg": (lambda: timm_context(fuse_add=True, use_attn=False), "timm", GlobalContextBlock, 2),
-    "timm silu": (lambda: timm_context(act_layer=nn.SiLU), "timm", GlobalContextBlock, 2),
-    "timm hard sigmoid": (lambda: timm_context(gate_layer="hard_sigmoid"), "timm", GlobalContextBlock, 2),
-    "timm gelu": (lambda: timm_context(act_layer=nn.GELU), "timm", GlobalContextBlock, 2),
-    "timm se": (timm_se, "timm", SqueezeExcitation, 2),
-    "timm se silu, hard sigmoid": (lambda: timm_se(act_layer=nn.SiLU, gate_layer="hard_sigmoid"), "timm", SqueezeExcitation, 2),
-    "timm se without bias": (lambda: timm_se(bias=False), "timm", SqueezeExcitation, 2),
-    "torchvision se": (torchvision_se, "torchvision", SqueezeExcitation, 2),
+    "mmcv both": (lambda: mmcv_context(fusion_types=BOTH), "mmcv", 2, lambda: GC(16, 1 / 4, fusion_types=BOTH)),
+    "timm scale": (timm_context, "timm", 2, lambda: GC(16, 1 / 8, eps=1e-6)),
+    "timm add": (
+        lambda: timm_context(fuse_add=True, fuse_scale=False), "timm", 2,
+        lambda: GC(16, 1 / 8, fusion_types="channel_add", eps=1e-6),
+    ),
+    "timm both, avg": (
+        lambda: timm_context(fuse_add=True, use_attn=False), "timm", 2,
+        lambda: GC(16, 1 / 8, "avg", fusion_types=BOTH, eps=1e-6),
+    ),
+    "timm silu": (lambda: timm_context(act_layer=nn.SiLU), "timm", 2, lambda: GC(16, 1 / 8, activation="silu", eps=1e-6)),
+    "timm hard sigmoid": (
+        lambda: timm_context(gate_layer="hard_sigmoid"), "timm", 2, lambda: GC(16, 1 / 8, gate="hard_sigmoid", eps=1e-6),
+    ),
+    "timm gelu": (lambda: timm_context(act_layer=nn.GELU), "timm", 2, None),
+    "timm se": (timm_se, "timm", 2, lambda: SE(16, 1 / 4)),
+    "timm se silu, hard sigmoid": (
+        lambda: timm_se(act_layer=nn.SiLU, gate_layer="hard_sigmoid"), "timm", 2,
+        lambda: SE(16, 1 / 4, activation="silu", gate="hard_sigmoid"),
+    ),
+    "timm se without bias": (lambda: timm_se(bias=False), "timm", 2, lambda: SE(16, 1 / 4, bias=False)),
+    "timm se gelu": (lambda: timm_se(act_layer=nn.GELU), "timm", 2, None),
+    "torchvision se": (torchvision_se, "torchvision", 2, lambda: SE(16, 1 / 4)),
     "torchvision se hard": (
-        lambda: torchvision_se(scale_activation=nn.Hardsigmoid), "torchvision", SqueezeExcitation, 2,
+        lambda: torchvision_se(scale_activation=nn.Hardsigmoid), "torchvision", 2, lambda: SE(16, 1 / 4, gate="hard_sigmoid"),
     ),
     **{
         f"mmcv non-local {dims}d {mode}{' sub-sampled' if sub_sample else ''}": (
             lambda dims=dims, mode=mode, sub_sample=sub_sample: mmcv_non_local(dims, mode=mode, sub_sample=sub_sample),
-            "mmcv", NonLocalBlock, dims,
+            "mmcv", dims, lambda mode=mode, sub_sample=sub_sample: NL(16, mode=mode, sub_sample=sub_sample),
         )
         for dims in (1, 2, 3)
         for mode in NON_LOCAL_MODES
         for sub_sample in (False, True)
     },
-    "mmcv non-local with a norm": (lambda: mmcv_non_local(norm_cfg={"type": "BN"}), "mmcv", NonLocalBlock, 2),
+    "mmcv non-local with a norm": (lambda: mmcv_non_local(norm_cfg={"type": "BN"}), "mmcv", 2, lambda: NL(16, norm="batch")),
+    "mmcv non-local with another norm": (lambda: mmcv_non_local(norm_cfg={"type": "GN", "num_groups": 2}), "mmcv", 2, None),
 }  # fmt: skip
+OURS = [name for name, (*_, ours) in BLOCKS.items() if ours is not None]
 
 
 def feature_map(dims: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -95,49 +106,62 @@ def results(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     return [out.detach(), x.grad]
 
 
-def gradients_by_memory(model: nn.Module) -> dict[int, torch.Tensor]:
-    """By the address of the parameter: the same before and after, whatever its name and shape."""
-    return {
-        parameter.data_ptr(): torch.zeros(0) if parameter.grad is None else parameter.grad.flatten()
-        for parameter in model.parameters()
-    }
-
-
-def wrapped(name: str) -> nn.Sequential:
-    return eager.randomise(nn.Sequential(nn.Identity(), BLOCKS[name][0]())).double()
+def wrapped(name: str, dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    return eager.randomise(nn.Sequential(nn.Identity(), BLOCKS[name][0]())).to(dtype)
 
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_outputs_and_gradients_stay(name):
+    """And so do the object, its class, the parameters with their order, the keys of the state dict, and what it takes."""
     model = wrapped(name)
-    x = feature_map(BLOCKS[name][3])
+    block, former = model[1], type(model[1])
+    x = feature_map(BLOCKS[name][2])
     want = results(model, x)
-    gradients = gradients_by_memory(model)
+    gradients = [parameter.grad for parameter in model.parameters()]
     model.zero_grad()
+    named, keys = [*model.named_parameters()], list(model.state_dict())
     report = replace_blocks(model)
     assert list(report.replaced) == ["1"]
     assert report.left == {}
     assert report.model is model
-    assert type(model[1]) is BLOCKS[name][2]
+    assert model[1] is block
+    assert isinstance(block, former)
+    assert type(block) is not former
+    assert list(report.called) == (["1"] if "gelu" in name else [])
+    assert all(a is b and name == other for (name, a), (other, b) in zip(named, model.named_parameters(), strict=True))
+    assert list(model.state_dict()) == keys
+    assert list(to_peer_state_dict(model)) == keys
     tolerance = 1e-6 if "hard" in name else 1e-8  # torch's hard sigmoid has 1/6 in single precision
     for got, expected in zip(results(model, x), want, strict=True):
         assert torch.allclose(got, expected, rtol=tolerance, atol=tolerance)
-    found = gradients_by_memory(model)
-    assert found.keys() == gradients.keys()
-    for address, gradient in found.items():
-        assert torch.allclose(gradient, gradients[address], rtol=tolerance, atol=tolerance)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        zeros = torch.zeros_like(parameter)
+        found, expected = (zeros if each is None else each for each in (parameter.grad, gradient))
+        assert torch.allclose(found, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", BLOCKS)
-def test_state_dicts_both_ways(name):
-    """The peer's state dict into our block with strict=True, and back into the peer's."""
-    make, peer, _, dims = BLOCKS[name]
-    theirs, ours = wrapped(name), wrapped(name)
-    replace_blocks(ours)
-    for parameter in ours.parameters():
-        parameter.data.zero_()
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    back = to_peer_state_dict(ours, peer, spatial_dims=dims)
+@pytest.mark.parametrize("name", [name for name in BLOCKS if "non-local" not in name])
+def test_the_operator_computes_it(name, monkeypatch):
+    """Not the former class: that is called for nothing that the operator takes."""
+    model = wrapped(name)
+    replace_blocks(model)
+
+    def unwanted(*_args, **_options):
+        raise AssertionError("the former forward was called")
+
+    monkeypatch.setattr(type(model[1])._former, "forward", unwanted)
+    assert model(feature_map(2)).isfinite().all()
+    if "gelu" not in name:
+        assert model[1]._plain_layers() is not None
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_state_dicts_of_our_blocks_both_ways(name):
+    """The peer's state dict into a block of ours with strict=True, and back into the peer's."""
+    make, peer, dims, ours = BLOCKS[name]
+    theirs, block = wrapped(name), nn.Sequential(nn.Identity(), ours()).double()
+    block.load_state_dict(theirs.state_dict(), strict=True)
+    back = to_peer_state_dict(block, peer, spatial_dims=dims)
     assert {key: tuple(value.shape) for key, value in back.items()} == {
         key: tuple(value.shape) for key, value in theirs.state_dict().items()
     }
@@ -145,25 +169,31 @@ def test_state_dicts_both_ways(name):
     fresh = nn.Sequential(nn.Identity(), make()).double()
     fresh.load_state_dict(back, strict=True)
     x = feature_map(dims)
-    assert torch.allclose(fresh.eval()(x), ours.eval()(x), rtol=1e-6, atol=1e-6)
+    assert torch.allclose(fresh.eval()(x), block.eval()(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("peer", ["mmcv", "timm", "torchvision"])
+@pytest.mark.parametrize("name", OURS)
+def test_a_replaced_block_has_the_keys_of_any_peer(name, peer):
+    """Those that a block of ours with the same weights has for that peer; without a peer its own."""
+    _, own, dims, ours = BLOCKS[name]
+    theirs, block = wrapped(name), nn.Sequential(nn.Identity(), ours()).double()
+    block.load_state_dict(theirs.state_dict(), strict=True)
+    replace_blocks(theirs)
+    got, want = (to_peer_state_dict(model, peer, spatial_dims=dims) for model in (theirs, block))
+    assert set(got) == set(want)
+    assert all(torch.equal(got[key], value) for key, value in want.items() if own == peer or "non-local" not in name)
+    assert all(value.data_ptr() == theirs.state_dict()[key].data_ptr() for key, value in to_peer_state_dict(theirs).items())
 
 
 @pytest.mark.parametrize("name", [name for name in BLOCKS if "non-local" not in name or "2d embedded" in name])
-def test_what_survives(name):
-    """Mode, dtype, requires_grad, hooks, deepcopy, pickle, torch.save, half precision, replicas."""
-    model = wrapped(name).float().eval()
-    next(model.parameters()).requires_grad_(False)
-    calls = []
-    model[1].register_forward_hook(lambda module, args, out: calls.append(type(module)))
+def test_copies(name):
+    """deepcopy, pickle, torch.save, half precision."""
+    model = wrapped(name, torch.float32).eval()
     replace_blocks(model)
-    block = model[1]
-    assert not block.training
-    assert all(not module.training for module in block.modules())
-    assert sum(not p.requires_grad for p in model.parameters()) == 1
-    x = feature_map(BLOCKS[name][3], torch.float32)
+    kind = type(model[1])
+    x = feature_map(BLOCKS[name][2], torch.float32)
     want = model(x)
-    assert calls == [BLOCKS[name][2]]
-    block._forward_hooks.clear()
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
@@ -172,6 +202,7 @@ def test_what_survives(name):
         pickle.loads(pickle.dumps(model)),
         torch.load(buffer, weights_only=False),
     ):
+        assert type(other[1]) is kind
         assert torch.equal(other(x), want)
         other.load_state_dict(model.state_dict(), strict=True)
         assert {p.data_ptr() for p in other.parameters()}.isdisjoint(p.data_ptr() for p in model.parameters())
@@ -230,7 +261,7 @@ def test_snippet_wherever_it_is_defined():
     want, state = model["copied"](x), {key: value.clone() for key, value in model.state_dict().items()}
     report = replace_blocks(model)
     assert list(report.replaced) == ["copied"]
-    assert report.left == {"another": "it has the submodules of a GC block, and computes something else"}
+    assert report.left == {"another": "it has the submodules of a known block, and computes something else"}
     assert "1 replaced, 1 left" in str(report)
     assert torch.allclose(model["copied"](x), want, atol=1e-5)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
@@ -243,54 +274,14 @@ def test_the_model_itself_and_shared_modules():
     want = block(x)
     assert torch.allclose(nn.Sequential(block, block)(x), block(want))
     report = replace_blocks(block)
-    assert type(report.model) is GlobalContextBlock
-    assert torch.allclose(report.model(x), want, atol=1e-5)
-    shared = nn.Sequential(block, block)
-    replace_blocks(shared)
+    assert report.model is block
+    assert list(report.replaced) == [""]
+    assert torch.allclose(block(x), want, atol=1e-5)
+    shared = eager.randomise(nn.Sequential(*[eager.ContextBlock(16, 1 / 4)] * 2))
+    want = shared(x)
+    assert list(replace_blocks(shared).replaced) == ["0"]
     assert shared[0] is shared[1]
-    assert type(shared[0]) is GlobalContextBlock
-
-
-@pytest.mark.parametrize(
-    ("make", "why"),
-    [
-        (lambda: timm_se(add_maxpool=True), "it adds a max-pooling"),
-        (lambda: timm_se(norm_layer=nn.BatchNorm2d), "it has a BatchNorm2d between its layers"),
-        (lambda: timm_se(gate_layer=nn.Tanh), "its gate is Tanh"),
-        (lambda: mmcv_non_local(norm_cfg={"type": "GN", "num_groups": 2}), "its norm is GroupNorm"),
-    ],
-)
-def test_left(make, why):
-    model = nn.Sequential(make())
-    kind = type(model[0])
-    report = replace_blocks(model)
-    assert report.replaced == {}
-    assert report.left["0"].startswith(why)
-    assert type(model[0]) is kind
-
-
-@pytest.mark.parametrize("make", [timm_context, timm_se, torchvision_se, mmcv_context], ids=lambda make: make.__name__)
-def test_a_subclass_may_compute_something_else(make):
-    kind = type(make())
-    model = nn.Sequential(make())
-    model[0].__class__ = type("Another", (kind,), {"forward": lambda self, x: kind.forward(self, x) + 1})
-    report = replace_blocks(model)
-    assert report.replaced == {}
-    assert type(model[0]).__name__ == "Another"
-
-
-@pytest.mark.parametrize("name", BLOCKS)
-def test_frozen_parameters_stay_frozen(name):
-    """Those of another shape, too, which are new ones on the same memory."""
-    model = wrapped(name).requires_grad_(False)
-    replace_blocks(model)
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_a_hook_that_would_go():
-    block = timm_context()
-    block.mlp_scale.register_forward_hook(lambda *_: None)
-    assert replace_blocks(nn.Sequential(block)).left == {"0": "a hook of submodule mlp_scale would be lost"}
+    assert torch.allclose(shared(x), want, atol=1e-4)
 
 
 MODELS = {
@@ -305,7 +296,7 @@ MODELS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_timm_models(name):
-    timm = pytest.importorskip("timm")
+    timm = imitations.real("timm")
     model = timm.create_model(name, num_classes=10).eval()
     x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -318,7 +309,7 @@ def test_timm_models(name):
 
 @pytest.mark.slow
 def test_torchvision_mobilenet():
-    models = pytest.importorskip("torchvision.models")
+    models = imitations.real("torchvision.models")
     model = models.mobilenet_v3_small().eval()
     x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -1,0 +1,8 @@
+"""Blocks in the models that people have: replaced, inserted, and their state dicts."""
+
+from .insert import insert_blocks
+from .replace import replace_blocks
+from .report import Report
+from .state_dict import to_peer_state_dict
+
+__all__ = ["Report", "insert_blocks", "replace_blocks", "to_peer_state_dict"]

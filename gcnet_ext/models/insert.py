@@ -1,0 +1,245 @@
+"""Blocks put into models that have none."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from ..blocks import GlobalContextBlock, NonLocalBlock, SimplifiedNonLocalBlock, SqueezeExcitation
+from .residual import NAME, class_with_context_block
+
+KINDS: dict[str, Callable[..., nn.Module]] = {
+    "gc": lambda channels, ratio, **options: GlobalContextBlock(
+        channels, ratio, **{"fusion_types": ("channel_add",), **options}
+    ),
+    "se": SqueezeExcitation,
+    "snl": lambda channels, _ratio, **options: SimplifiedNonLocalBlock(channels, **options),
+    "nl": lambda channels, _ratio, **options: NonLocalBlock(channels, **options),
+}
+POSITIONS = ("after_conv3", "after_add")
+STAGES = (1, 2, 3, 4)
+LAST_LAYERS = (("conv3", "bn3"), ("conv2", "bn2"))
+"""Of a residual block: the last convolution and its norm, in a Bottleneck or a BasicBlock."""
+
+
+def insert_blocks(
+    model: nn.Module,
+    stages: Sequence[int] = (2, 3, 4),
+    ratio: float = 1 / 16,
+    position: str = "after_conv3",
+    kind: str = "gc",
+    *,
+    modules: str | Sequence[str] | Mapping[str, int] | None = None,
+    **options: Any,
+) -> list[str]:
+    """Put a block into every residual block of a ResNet, or behind any modules of any model, in place.
+
+    In the paper (section 4.1) the GC block stands in every residual block of c3, c4 and c5 (stages 2, 3 and 4 here), after the
+    last convolution and its norm, before the addition: ``position="after_conv3"``.
+
+    The new block is the submodule ``context_block``. Every other name in the model, and with it every checkpoint, stays as it
+    was. With ``"after_conv3"`` the residual block itself applies it: it becomes an instance of a subclass of its class, whose
+    forward is the library's but for the one call more. So its norms can be frozen, exchanged (SyncBatchNorm) or fused. With
+    ``"after_add"`` and ``modules`` a forward hook applies it to the output of the module that it stands behind; a warning says
+    once if the model was called and a block was not.
+
+    Args:
+        model: for ``stages``, a ResNet of torchvision or timm, or a model that holds one (a detector, a segmentation model).
+        stages: the stages to change, from 1 (``layer1``) to 4 (``layer4``).
+        ratio: hidden units per channel, for ``"gc"`` and ``"se"``.
+        position: ``"after_conv3"`` (before the addition; in torchvision's and timm's BasicBlock and Bottleneck) or
+            ``"after_add"`` (after the residual block: addition and activation).
+        kind: ``"gc"`` (with ``fusion_types=("channel_add",)`` unless given, which starts as the identity), ``"se"`` (which
+            multiplies its input by about 1/2 at first), ``"snl"`` or ``"nl"``.
+        modules: name or names of modules to insert a block behind, instead of stages and position. A mapping also gives the
+            channels of their outputs, which are otherwise read from the module's weights. They must not be norms.
+        options: for the constructor of the block. Device and dtype are those of the module in front of it.
+
+    Returns:
+        The names of the new blocks in the model.
+
+    Raises:
+        TypeError: the model is no nn.Module.
+        ValueError: an unknown kind, position or stage; a model without such stages; residual blocks of another library with
+            ``"after_conv3"``; a module that is not there, is a norm, whose channels are unknown, or that already has a block.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {tuple(KINDS)}, got {kind!r}")
+    if position not in POSITIONS:
+        raise ValueError(f"position must be one of {POSITIONS}, got {position!r}")
+    found = dict(model.named_modules())
+    places: dict[str, int | None]
+    if modules is None:
+        places = dict.fromkeys(_residual_blocks(model, stages))
+    else:
+        modules = (modules,) if isinstance(modules, str) else modules
+        places = {name: modules[name] if isinstance(modules, Mapping) else None for name in modules}
+        for name in places:
+            _check_place(found, name)
+    for name in places:
+        if hasattr(found[name], NAME):
+            raise ValueError(f"{name!r} has a {NAME} already")
+    in_residual = modules is None and position == "after_conv3"
+    classes = {name: _class_of(name, found[name]) for name in places} if in_residual else {}
+    blocks = {name: _block(found[name], name, channels, ratio, kind, options) for name, channels in places.items()}
+    for name, block in blocks.items():
+        found[name].add_module(NAME, block)
+        if in_residual:
+            found[name].__class__ = classes[name]
+        else:
+            found[name].register_forward_hook(_apply)
+    names = [f"{name}.{NAME}" if name else NAME for name in blocks]
+    if not in_residual and names:
+        model.register_forward_hook(_Watch(names))
+    return names
+
+
+# ---- behind a module ---------------------------------------------------------------------------------------------------------
+
+
+def _apply(module: Any, _arguments: tuple, output: Tensor) -> Tensor:
+    """The hook. A function of this module, with nothing of its own: it survives deepcopy and pickle."""
+    block = module._modules[NAME]
+    if not is_compiling():
+        block.__dict__["_was_called"] = True
+    return block(output)
+
+
+class _Watch:
+    """A hook of the model that says, once, which of its inserted blocks a forward pass has not called."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+        self.told = False
+
+    def __call__(self, model: nn.Module, _arguments: tuple, _output: Any) -> None:
+        if is_compiling() or self.told:
+            return
+        found = dict(model.named_modules())
+        missed = [name for name in self.names if name not in found or not found[name].__dict__.pop("_was_called", False)]
+        if missed:
+            self.told = True
+            more = f" and {len(missed) - 1} more" if len(missed) > 1 else ""
+            warnings.warn(
+                f"the model was called, and its inserted block {missed[0]}{more} was not: the module that it stands behind was "
+                "exchanged, or is not called as a module. Insert it behind another one.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def _check_place(found: Mapping[str, nn.Module], name: str) -> None:
+    """
+    Raises:
+        ValueError: there is no such module, or it is a norm.
+    """
+    if name not in found:
+        near = difflib.get_close_matches(name, found, 3)
+        hint = f"; near it are {', '.join(map(repr, near))}" if near else ""
+        raise ValueError(f"modules must name modules of the model, got {name!r}{hint}")
+    if "Norm" in type(found[name]).__name__:
+        around = name.rpartition(".")[0]
+        hint = f", such as {around!r}" if around else ""
+        raise ValueError(
+            f"modules must not name norms, which tools exchange and fuse, and what stands behind them is lost, got {name!r} "
+            f"({type(found[name]).__name__}): name the module around it{hint}, or its convolution if the norm may come after"
+        )
+
+
+# ---- by stages ---------------------------------------------------------------------------------------------------------------
+
+
+def _residual_blocks(model: nn.Module, stages: Sequence[int]) -> Iterator[str]:
+    """The names of those of the stages."""
+    prefix, resnet = _resnet_in(model)
+    for stage in stages if isinstance(stages, Sequence) else (stages,):
+        layer = getattr(resnet, f"layer{stage}", None) if stage in STAGES else None
+        if not isinstance(layer, nn.Module):
+            raise ValueError(
+                f"stages must be stages of the model, layer1 to layer4, got {stage!r}; or pass modules={_examples(model)}"
+            )
+        for index, residual in layer.named_children():
+            path = f"{prefix}layer{stage}.{index}"
+            if all(not isinstance(getattr(residual, name, None), nn.Module) for names in LAST_LAYERS for name in names):
+                raise ValueError(
+                    f"{path} has neither conv3 nor conv2: it is no residual block; pass modules={_examples(model)}"
+                )
+            yield path
+
+
+def _resnet_in(model: nn.Module) -> tuple[str, nn.Module]:
+    """The prefix of its names and the one module that has stages, the model or something in it; the model if none has."""
+    found = [("", model)] if _has_stages(model) else []
+    if not found:
+        for name, module in model.named_modules():
+            if _has_stages(module) and not any(name.startswith(outer) for outer, _ in found):
+                found.append((f"{name}.", module))
+    if len(found) > 1:
+        raise ValueError(
+            f"the model has stages in {', '.join(repr(name[:-1]) for name, _ in found)}: pass one of these modules"
+        )
+    return found[0] if found else ("", model)
+
+
+def _has_stages(module: nn.Module) -> bool:
+    return any(isinstance(module._modules.get(f"layer{stage}"), nn.Module) for stage in STAGES)
+
+
+def _examples(model: nn.Module) -> list[str]:
+    """Three modules of the model that a block can stand behind, the deepest of the outer ones."""
+    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    names = [
+        name
+        for name, module in model.named_modules()
+        if len(name) > 0 and name.count(".") < 2 and any(isinstance(part, convolutions) for part in module.modules())
+    ]
+    return names[-3:]
+
+
+def _class_of(name: str, residual: nn.Module) -> type[Any]:
+    try:
+        return class_with_context_block(residual)
+    except ValueError as why:
+        raise ValueError(
+            f"position 'after_conv3' needs torchvision's or timm's BasicBlock or Bottleneck, and {name} is none: {why}; "
+            f"pass position='after_add', or modules=[{name!r}, ...] with modules that it calls"
+        ) from None
+
+
+# ---- the block ---------------------------------------------------------------------------------------------------------------
+
+
+def _channels_of(layer: nn.Module | None) -> int | None:
+    """Those of the output of a convolution, a linear layer or a norm, by its weights, its statistics or its attributes."""
+    if layer is None:
+        return None
+    transposed = bool(getattr(layer, "transposed", False))
+    for tensor in () if transposed else (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
+        if tensor.dim() > 0:
+            return tensor.shape[0]
+    attributes = (getattr(layer, name, None) for name in ("out_channels", "num_features", "num_channels", "out_features"))
+    return next((channels for channels in attributes if isinstance(channels, int)), None)
+
+
+def _channels(module: nn.Module, name: str) -> int:
+    channels = _channels_of(module)
+    for convolution, norm in LAST_LAYERS if channels is None else ():
+        for layer in (norm, convolution):
+            channels = _channels_of(module._modules.get(layer)) if channels is None else channels
+    if channels is None:
+        raise ValueError(f"the channels of {name!r} are unknown: give modules={{{name!r}: channels}}")
+    return channels
+
+
+def _block(module: nn.Module, name: str, channels: int | None, ratio: float, kind: str, options: dict[str, Any]) -> nn.Module:
+    parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
+    factory: dict[str, Any] = {} if parameter is None else {"device": parameter.device, "dtype": parameter.dtype}
+    block = KINDS[kind](_channels(module, name) if channels is None else channels, ratio, **{**factory, **options})
+    return block.train(module.training)

@@ -1,0 +1,275 @@
+"""A block of another library, or of a user, that stays the object it is and gets a forward of ours.
+
+The class of the block becomes a subclass of what it was. So whatever somebody has put on the block stays: attributes, buffers,
+hooks, parametrizations, the parameters themselves, their shapes, names and order. What the operator does not compute, the
+forward of the former class computes, with everything that a user may have changed in it.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+from ..blocks import _layers, non_local
+from ..blocks._fused import FusedBlock, Layers, layers, two_layers
+from ..reference import accumulation_dtype
+from .skeleton import READERS, Bottleneck, Left, Skeleton, does_nothing_else, gate_of, is_layer_norm
+
+
+class Record(NamedTuple):
+    """What a replaced block knows of its replacement."""
+
+    kind: str
+    """The name of its reader."""
+    dims: int
+    """The spatial dimensions of the inputs that it takes."""
+    first: tuple[str, ...]
+    """The way to its first layer, whose dtype the input has."""
+    attributes: dict[str, Any]
+    """Those with which it was seen to compute what ours computes; with others it computes what it did before."""
+
+
+MISSING = object()
+PUBLIC = frozenset({"attention_map"})
+"""What a block gets besides; if its class has such a method, that stays."""
+
+
+class Peer(nn.Module):
+    """What stands in front of the former class."""
+
+    _former: type[nn.Module]
+    _record: Record
+
+    def _as_before(self, *args: Any, **kwargs: Any) -> Any:
+        """What the block computed before it was replaced."""
+        return self._former.forward(self, *args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs:
+            (x,) = args
+            if not isinstance(x, Tensor):
+                return _layers.of_no_tensor(self, x)
+            if x.dim() == 2 + self._record.dims and self._has_dtype_of(x):
+                return self._computed(x)
+        return self._as_before(*args, **kwargs)
+
+    def _has_dtype_of(self, x: Tensor) -> bool:
+        """Whether the layers take x as it is, or autocast casts what they take."""
+        layer: Any = self
+        for name in self._record.first:
+            layer = layer._modules.get(name, self)
+        weight = layer._parameters.get("weight")
+        if weight is None or weight.dtype == x.dtype:
+            return True
+        device = x.device.type
+        return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+    def _computed(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """For pickle and deepcopy: our class is made anew, because it is found under no name."""
+        former = self._former
+        state = former.__getstate__(self) if hasattr(former, "__getstate__") else self.__dict__  # object has one from 3.11 on
+        if isinstance(state, dict):
+            state = {name: value for name, value in state.items() if name != "_seen"}
+        return _made_anew, (former, type(self).__bases__[0]), state
+
+
+_classes: dict[tuple[type[nn.Module], type[Peer]], type[Any]] = {}
+
+
+def class_of(former: type[nn.Module], kind: type[Peer]) -> type[Any]:
+    """The subclass of a block's class whose forward is that of FusedPeer or NonLocalPeer.
+
+    Raises:
+        Left: a name of ours means something else there.
+    """
+    if (former, kind) not in _classes:
+        ours = {name for base in kind.__mro__ if issubclass(base, Peer | FusedBlock) for name in vars(base)}
+        taken = sorted(name for name in ours - PUBLIC - vars(nn.Module).keys() - vars(object).keys() if hasattr(former, name))
+        if taken:
+            raise Left(f"its class has a {taken[0]} of its own")
+        body = {"_former": former, "__module__": __name__, "__doc__": former.__doc__}
+        body |= {name: getattr(former, name) for name in PUBLIC if hasattr(former, name)}
+        _classes[former, kind] = types.new_class(
+            f"Fused{former.__name__}", (kind, former), {}, lambda names: names.update(body)
+        )
+    return _classes[former, kind]
+
+
+def way_to(block: nn.Module, layer: nn.Module) -> tuple[str, ...]:
+    """The names on the way from a block to a layer in it."""
+    return next((tuple(path.split(".")) for path, part in block.named_modules() if part is layer and path), ())
+
+
+def become(block: nn.Module, kind: type[Peer], record: Record) -> None:
+    """Gives the block a forward of ours."""
+    made: type[nn.Module] = class_of(type(block), kind)
+    block.__dict__["_record"] = record
+    block.__class__ = made
+
+
+def _made_anew(former: type[nn.Module], kind: type[Peer]) -> nn.Module:
+    made: type[nn.Module] = class_of(former, kind)
+    return made.__new__(made)
+
+
+class FusedPeer(Peer, FusedBlock):
+    """A block of the GC or squeeze-excitation family: one operator computes it, as long as its layers are the plain ones."""
+
+    def _computed(self, x: Tensor) -> Tensor:
+        return FusedBlock.forward(self, x)
+
+    def _decisive(self) -> tuple[str, ...]:
+        return tuple(self._record.attributes)
+
+    def _overwrites(self) -> bool:
+        return False
+
+    def _skeleton(self) -> Skeleton | None:
+        """The parts, or None if the block is not any more what it was when it was replaced."""
+        record = self._record
+        if any(getattr(self, name, MISSING) != value for name, value in record.attributes.items()):
+            return None
+        try:
+            found = READERS[record.kind].read(self)
+        except (Left, AttributeError):
+            return None
+        return found if found.dims == record.dims and all(does_nothing_else(part) for part in found.idle) else None
+
+    def _plain_layers(self) -> Layers | None:
+        skeleton = self._skeleton()
+        if skeleton is None or (skeleton.mask is not None and not _layers.is_pointwise(skeleton.mask, skeleton.dims)):
+            return None
+        return None if why_called(skeleton) else plain_layers(skeleton)
+
+    def _with_called_layers(self, x: Tensor) -> Tensor:
+        """Pooling and fusion are compiled, and the layers between are called as the modules they are."""
+        skeleton = self._skeleton()
+        if skeleton is None or (skeleton.mask is not None and not _layers.is_pointwise(skeleton.mask, skeleton.dims)):
+            return self._as_before(x)
+        mask: Any = skeleton.mask
+        try:
+            context = functional.attention_pool(x) if mask is None else functional.attention_pool(x, mask.weight, mask.bias)
+        except RuntimeError as error:
+            return self._refused(x, error)
+        image = context.reshape(context.shape + (1,) * skeleton.dims)
+
+        def term(branch: Bottleneck) -> Tensor:
+            found = image.clone()  # a layer may overwrite what it gets
+            for module in branch.called:
+                found = _layers.call(module, found, found.dtype)
+            return found
+
+        scale = shift = None
+        if skeleton.scale is not None:
+            scale, gate = term(skeleton.scale), gate_of(skeleton.gate)
+            if gate is None and skeleton.gate is not None:
+                scale = skeleton.gate(scale)
+            scale = scale.flatten(1).to(accumulation_dtype(x))
+            scale = scale if gate is None else gate(scale)
+        if skeleton.shift is not None:
+            shift = term(skeleton.shift).flatten(1).to(accumulation_dtype(x))
+        return functional.channel_fuse(x, scale, shift)
+
+    def _refused(self, x: Tensor, error: RuntimeError) -> Any:
+        """Whether x is right is for the former class to say, in its words."""
+        return self._as_before(x)
+
+    def _explain(self, x: Tensor, error: RuntimeError) -> Any:
+        """A layer that was called has said it."""
+        raise error
+
+    def attention_map(self, x: Tensor) -> Tensor:
+        """Where the block looks: the softmax over positions, ``[N, *spatial]``, for pictures. Not differentiable.
+
+        Raises:
+            RuntimeError: the block does not look anywhere (it pools by the average), or its mask is not a plain convolution.
+        """
+        skeleton = self._skeleton()
+        mask: Any = None if skeleton is None else skeleton.mask
+        if skeleton is None or mask is None or not _layers.is_pointwise(mask, skeleton.dims):
+            raise RuntimeError(f"the block must have a plain 1x1 convolution as its mask, got {mask!r}")
+        return functional.attention_map(x, mask.weight, mask.bias)
+
+
+def plain_layers(skeleton: Skeleton) -> Layers | None:
+    """The layers, all of them plain, for the operator."""
+    gate = gate_of(skeleton.gate)
+    scale, shift = (
+        None
+        if branch is None
+        else two_layers(branch.first, branch.norm, branch.activation, branch.last, dims=skeleton.dims, is_norm=is_layer_norm)
+        for branch in (skeleton.scale, skeleton.shift)
+    )
+    found = None if gate is None else layers(skeleton.mask, scale, shift, gate)
+    return None if found is None else found._replace(modules=tuple(skeleton.modules()))
+
+
+def why_left(skeleton: Skeleton) -> str:
+    """Why nothing of the block can be computed by an operator; empty where something can."""
+    for idle in skeleton.idle:
+        if not does_nothing_else(idle):
+            return f"its {_described(idle)} must be called"
+    if skeleton.mask is not None and not _layers.is_pointwise(skeleton.mask, skeleton.dims):
+        return f"its mask is {_described(skeleton.mask)}, not a plain 1x1 convolution"
+    if skeleton.scale is not None and gate_of(skeleton.gate) is None:
+        return f"its gate is {_described(skeleton.gate)}, not a sigmoid or a hard sigmoid"
+    for branch in skeleton.branches():
+        for layer in (branch.first, branch.last):
+            if not isinstance(layer, _layers.CONVOLUTIONS[skeleton.dims]):
+                return f"its layer {_described(layer)} is not a convolution of torch"
+    return ""
+
+
+def why_called(skeleton: Skeleton) -> str:
+    """Why the operator computes not the whole block, but only its pooling and fusion; empty where it does."""
+    for branch in skeleton.branches():
+        layers_of_context = (branch.first, branch.activation, branch.last)
+        for layer in (branch.first, branch.last):
+            if not _layers.is_pointwise(layer, skeleton.dims):
+                return f"its layer {_described(layer)}"
+        for container in branch.called:
+            if container not in layers_of_context and not _layers.is_untouched(container):
+                return f"its {_described(container)}"
+        for idle in branch.idle:
+            if not does_nothing_else(idle):
+                return f"its {_described(idle)}"
+        if branch.norm is not None and not is_layer_norm(branch.norm, skeleton.dims):
+            return f"its norm {_described(branch.norm)}"
+        if two_layers(branch.first, None, branch.activation, branch.last, dims=skeleton.dims) is None:
+            return f"its activation {_described(branch.activation)}"
+    if skeleton.scale is not None and gate_of(skeleton.gate) is None:
+        return f"its gate {_described(skeleton.gate)}"
+    return "" if plain_layers(skeleton) is not None else "its branches have different norms or activations"
+
+
+def _described(module: nn.Module | None) -> str:
+    hooked = module is not None and any(getattr(module, name) for name in _layers.HOOKS)
+    return f"{type(module).__name__}{' with a hook' if hooked else ''}"
+
+
+class NonLocalPeer(Peer):
+    """mmcv's non-local block; its layers are called, and what stands between them forms no matrix of P x P weights."""
+
+    def _computed(self, x: Any) -> Any:
+        block: Any = self
+        weight = None
+        if block.mode == "concatenation":
+            project = block.concat_project
+            if not all(_layers.is_untouched(part) for part in project.modules()):
+                return self._as_before(x)
+            weight = project.conv.weight
+        g = block.g(x).flatten(2)
+        if block.mode == "gaussian":
+            theta, phi = x.flatten(2), (block.phi(x) if block.sub_sample else x).flatten(2)
+        else:
+            theta, phi = block.theta(x).flatten(2), block.phi(x).flatten(2)
+        scaled = block.mode == "embedded_gaussian" and block.use_scale
+        y = non_local.weighted_values(block.mode, theta, phi, g, weight, scaled)
+        return x + block.conv_out(y.reshape(y.shape[:2] + x.shape[2:]))

@@ -1,0 +1,65 @@
+"""What `replace_blocks` did and did not do, to be read by a person."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+KNOWN = (
+    "mmcv's ContextBlock and NonLocal1d to 3d, timm's GlobalContext and SEModule, torchvision's SqueezeExcitation, and classes "
+    "with the submodules of the GC block (conv_mask, channel_add_conv, channel_mul_conv)"
+)
+NAMES_IN_A_LINE = 4
+
+
+@dataclass(frozen=True, repr=False)
+class Report:
+    """What `replace_blocks` did. It prints itself as a list, grouped by class.
+
+    Attributes:
+        model: the model, which is the same object.
+        replaced: name of each module that has a forward of ours now, and its class before.
+        called: those of them whose layers are called as the modules they are, and why; pooling and fusion are compiled. The
+            others are computed by one operator.
+        left: name of each module that looks like attention over channels or positions and was left as it is, and why.
+        kinds: the class of each module that is left.
+    """
+
+    model: nn.Module
+    replaced: dict[str, str]
+    left: dict[str, str]
+    called: dict[str, str] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.replaced)} replaced, {len(self.left)} left"]
+        for names in _alike(self.replaced, lambda name: (self.replaced[name], self.called.get(name))):
+            kind, why = self.replaced[names[0]], self.called.get(names[0])
+            how = "fused" if why is None else f"pooling and fusion compiled, but {why} is called"
+            lines.append(f"  replaced  {_counted(names)}{kind}, {how}: {_listed(names)}")
+        for names in _alike(self.left, lambda name: (self.kinds.get(name), self.left[name])):
+            kind = self.kinds.get(names[0], "")
+            lines.append(f"  left      {_counted(names)}{kind}, because {self.left[names[0]]}: {_listed(names)}")
+        if not self.replaced:
+            lines.append(f"  known are {KNOWN}; insert_blocks puts blocks into a model that has none")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def _alike(names: Iterable[str], key: Callable[[str], object]) -> list[list[str]]:
+    groups: dict[object, list[str]] = {}
+    for name in names:
+        groups.setdefault(key(name), []).append(name)
+    return list(groups.values())
+
+
+def _counted(names: list[str]) -> str:
+    return f"{len(names)} x " if len(names) > 1 else ""
+
+
+def _listed(names: list[str]) -> str:
+    shown = [name or "(the model)" for name in names[:NAMES_IN_A_LINE]]
+    return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")

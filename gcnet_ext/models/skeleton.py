@@ -1,0 +1,271 @@
+"""What the blocks of other libraries consist of, read from their submodules.
+
+A block is recognised by its class if that library is loaded, or by the names of its submodules. No library is imported.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ..blocks._fused import norm_over_units
+from ..blocks._layers import AVERAGE_POOLS, CONVOLUTIONS, Gate, is_plain, is_untouched
+
+
+class Left(Exception):  # noqa: N818
+    """Why a block stays as it is."""
+
+
+class Bottleneck(NamedTuple):
+    """One branch of a block."""
+
+    called: tuple[nn.Module, ...]
+    """What its block calls on the context, one after another."""
+    first: nn.Module
+    norm: nn.Module | None
+    activation: nn.Module
+    last: nn.Module
+    idle: tuple[nn.Module, ...] = ()
+    """What else stands between the layers and must do nothing."""
+
+
+class Skeleton(NamedTuple):
+    """The parts of a block, whatever they are called."""
+
+    dims: int
+    """Spatial dimensions of the inputs that the block takes."""
+    mask: nn.Module | None
+    scale: Bottleneck | None
+    shift: Bottleneck | None
+    gate: nn.Module | None = None
+    """What the scale goes through; None for the function."""
+    idle: tuple[nn.Module, ...] = ()
+    """What stands for a part of the formula (a pooling, a softmax) or for nothing: it is not called."""
+
+    def branches(self) -> list[Bottleneck]:
+        return [branch for branch in (self.scale, self.shift) if branch is not None]
+
+    def modules(self) -> list[nn.Module]:
+        """All of them but the activations inside of other modules."""
+        parts = [self.mask, self.gate, *self.idle]
+        for branch in self.branches():
+            parts += [*branch.called, branch.first, branch.norm, branch.activation, branch.last, *branch.idle]
+        return [part for part in parts if part is not None]
+
+
+# ---- single layers -----------------------------------------------------------------------------------------------------------
+
+
+def is_of(module: nn.Module, library: str, *names: str) -> bool:
+    """Whether the module is of one of these classes of a library that is loaded; not of a subclass, which may do otherwise."""
+    found = sys.modules.get(library)
+    return found is not None and any(type(module) is getattr(found, name, None) for name in names)
+
+
+def does_nothing_else(module: nn.Module) -> bool:
+    """Whether a module that is not called would do what the formula has in its place, or nothing."""
+    return bool(
+        is_plain(module, nn.Identity)
+        or is_plain(module, nn.Sigmoid)
+        or (is_plain(module, nn.Dropout) and module.p == 0)
+        or is_plain(module, nn.Softmax)
+        or any(is_plain(module, pool) and _ones(module.output_size) for pool in AVERAGE_POOLS.values())
+    )
+
+
+def _ones(sizes: Any) -> bool:
+    return set(sizes if isinstance(sizes, tuple) else (sizes,)) == {1}
+
+
+def is_layer_norm(norm: nn.Module, dims: int) -> bool:
+    """Whether the module is a LayerNorm over the hidden units, by shape (torch) or by place (timm)."""
+    return norm_over_units(norm, dims) or (is_of(norm, "timm.layers", "LayerNorm2d") and is_untouched(norm))
+
+
+def gate_of(module: nn.Module | None) -> Gate | None:
+    """The gate that the module computes; None if that is another function or more than one."""
+    if module is None or is_plain(module, nn.Sigmoid):
+        return Gate()
+    if is_plain(module, nn.Hardsigmoid):
+        return Gate("hard_sigmoid", 1 / 6, 0.5)
+    if type(module).__module__.startswith("timm.layers.") and is_untouched(module):
+        if type(module).__name__ == "Sigmoid":
+            return Gate()
+        if type(module).__name__ in ("HardSigmoid", "HardSigmoidJit", "HardSigmoidMe"):
+            return Gate("hard_sigmoid", 1 / 6, 0.5)
+    return None
+
+
+# ---- blocks ------------------------------------------------------------------------------------------------------------------
+
+
+def _dims_of(layer: nn.Module) -> int:
+    """Of a convolution; a parametrized one is of a subclass."""
+    for dims, kind in CONVOLUTIONS.items():
+        if isinstance(layer, kind):
+            return dims
+    raise Left(f"its {type(layer).__name__} is not a convolution of torch")
+
+
+def _sequential(branch: nn.Module | None) -> Bottleneck | None:
+    """The branch of the reference implementation: conv, LayerNorm, activation, conv."""
+    if branch is None:
+        return None
+    if not isinstance(branch, nn.Sequential) or len(branch) != 4 or not isinstance(branch[1], nn.LayerNorm):
+        raise Left("its channel_add_conv or channel_mul_conv is not conv, LayerNorm, activation, conv")
+    return Bottleneck((branch,), *branch)
+
+
+def _bottlenecks(block: Any, idle: tuple[nn.Module, ...]) -> Skeleton:
+    scale, shift = _sequential(block.channel_mul_conv), _sequential(block.channel_add_conv)
+    branch = scale or shift
+    if branch is None:
+        raise Left("it has neither of the fusions")
+    return Skeleton(_dims_of(branch.first), getattr(block, "conv_mask", None), scale, shift, idle=idle)
+
+
+def context_block(block: Any) -> Skeleton:
+    """mmcv's ContextBlock."""
+    idle = (block._modules.get(name) for name in ("softmax", "avg_pool"))
+    return _bottlenecks(block, tuple(part for part in idle if part is not None))
+
+
+PARTS = ("conv_mask", "channel_add_conv", "channel_mul_conv")
+
+
+def snippet(block: Any) -> Skeleton:
+    """The block of the paper as many repositories hold it."""
+    idle = {name: part for name, part in block._modules.items() if part is not None and name not in PARTS}
+    for name, part in idle.items():
+        if not does_nothing_else(part):
+            raise Left(f"its submodule {name} ({type(part).__name__}) has no counterpart in ours")
+    return _bottlenecks(block, tuple(idle.values()))
+
+
+def timm_global_context(block: Any) -> Skeleton:
+    """timm's GlobalContext."""
+
+    def branch(mlp: Any) -> Bottleneck | None:
+        if mlp is None:
+            return None
+        if mlp.drop.p != 0 or not isinstance(mlp.norm, nn.LayerNorm):
+            raise Left("its ConvMlp has a dropout or a norm that is not a LayerNorm")
+        return Bottleneck((mlp,), mlp.fc1, mlp.norm, mlp.act, mlp.fc2, (mlp.drop,))
+
+    scale, shift = branch(block.mlp_scale), branch(block.mlp_add)
+    if scale is None and shift is None:
+        raise Left("it has neither of the fusions")
+    branches = [each for each in (scale, shift) if each is not None]
+    return Skeleton(_dims_of(branches[0].first), block.conv_attn, scale, shift, block.gate)
+
+
+def _squeeze_excitation(
+    first: nn.Module, activation: nn.Module, last: nn.Module, gate: nn.Module, *idle: nn.Module
+) -> Skeleton:
+    branch = Bottleneck((first, activation, last), first, None, activation, last)
+    return Skeleton(_dims_of(first), None, branch, None, gate, idle)
+
+
+def timm_squeeze_excitation(block: Any) -> Skeleton:
+    """timm's SEModule."""
+    if block.add_maxpool:
+        raise Left("it adds a max-pooling to the average")
+    if type(block.bn) is not nn.Identity:
+        raise Left(f"it has a {type(block.bn).__name__} between its layers")
+    return _squeeze_excitation(block.fc1, block.act, block.fc2, block.gate, block.bn)
+
+
+def torchvision_squeeze_excitation(block: Any) -> Skeleton:
+    """torchvision's SqueezeExcitation."""
+    return _squeeze_excitation(block.fc1, block.activation, block.fc2, block.scale_activation, block.avgpool)
+
+
+class Reader(NamedTuple):
+    """How a kind of block is read."""
+
+    read: Callable[[Any], Skeleton]
+    decisive: tuple[str, ...] = ()
+    """Attributes of the block that decide what it computes."""
+    keys: str = "mmcv"
+    """The library whose names the state dict has."""
+
+
+READERS: dict[str, Reader] = {
+    "mmcv ContextBlock": Reader(context_block, ("pooling_type",), "mmcv"),
+    "timm GlobalContext": Reader(timm_global_context, (), "timm"),
+    "timm SEModule": Reader(timm_squeeze_excitation, ("add_maxpool",), "timm"),
+    "torchvision SqueezeExcitation": Reader(torchvision_squeeze_excitation, (), "torchvision"),
+    "snippet": Reader(snippet, (), "mmcv"),
+}
+CLASSES: dict[tuple[str, str], str] = {
+    ("mmcv.cnn", "ContextBlock"): "mmcv ContextBlock",
+    ("timm.layers", "GlobalContext"): "timm GlobalContext",
+    ("timm.layers", "SEModule"): "timm SEModule",
+    ("torchvision.ops", "SqueezeExcitation"): "torchvision SqueezeExcitation",
+    ("torchvision.ops.misc", "SqueezeExcitation"): "torchvision SqueezeExcitation",
+}
+NON_LOCAL = ("NonLocal1d", "NonLocal2d", "NonLocal3d")
+
+
+def reader_of(module: nn.Module) -> tuple[str, bool] | None:
+    """The name of its reader, and whether the class itself vouches for what it computes; None for no block of the family."""
+    for (library, name), reader in CLASSES.items():
+        kind = getattr(sys.modules.get(library), name, None)
+        if isinstance(kind, type) and isinstance(module, kind):
+            return reader, type(module) is kind
+    if hasattr(module, "channel_add_conv") and hasattr(module, "channel_mul_conv"):
+        return "snippet", False
+    return None
+
+
+# ---- what looks like one -----------------------------------------------------------------------------------------------------
+
+WORDS = frozenset(
+    (
+        *("se", "ese", "squeeze", "excite", "excitation", "eca", "ceca", "cbam", "bam", "grn", "gct", "srm", "sk"),
+        *("attention", "attn", "att", "nonlocal", "context"),
+    )
+)
+PHRASES = ("nonlocal", "globalcontext", "globalresponsenorm", "selectivekernel", "splitattn", "focalmodulation", "gatherexcite")
+CONTAINERS = frozenset(("block", "bottleneck", "net", "stage", "model", "backbone", "encoder", "decoder", "basic", "mlp"))
+MOST_MODULES = 30
+"""A module with more than so many below it is a network, not a block."""
+
+
+def looks_like_attention(module: nn.Module) -> bool:
+    """Whether the name of its class, or its layers, say that it weighs channels or positions.
+
+    A residual block that holds such a module, or a block of the family, is none itself.
+    """
+    below = [part for part in module.modules() if part is not module]
+    if len(below) > MOST_MODULES or (not below and not any(True for _ in module.parameters())):
+        return False
+    if any(reader_of(part) for part in below):
+        return False
+    words = _words(module)
+    if words & CONTAINERS and any(_is_named_so(part) for part in below):
+        return False
+    return _is_named_so(module) or _ends_in_a_gate(module)
+
+
+def _words(module: nn.Module) -> set[str]:
+    """Those of the name of its class, in lower case: SEModule has "se" and "module"."""
+    return {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", type(module).__name__)}
+
+
+def _is_named_so(module: nn.Module) -> bool:
+    name = type(module).__name__.lower().replace("_", "")
+    return bool(_words(module) & WORDS) or any(phrase in name for phrase in PHRASES)
+
+
+def _ends_in_a_gate(module: nn.Module) -> bool:
+    """Whether it has a sigmoid, and one or two 1x1 layers that lead from some channels to as many."""
+    leaves: list[Any] = [part for part in module.modules() if not part._modules]
+    sigmoid = any("sigmoid" in type(part).__name__.lower() for part in leaves)
+    weights = [part._parameters.get("weight") for part in leaves]
+    sizes = [weight.shape for weight in weights if weight is not None and weight.dim() > 1 and weight.shape[2:].numel() == 1]
+    return sigmoid and len(sizes) in (1, 2) and sizes[0][1] == sizes[-1][0]

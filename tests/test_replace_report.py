@@ -1,0 +1,435 @@
+"""Which blocks replace_blocks takes, which it leaves and why, and how it says so."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import eager
+import imitations
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import gcnet_ext
+from gcnet_ext import Report, replace_blocks
+
+pytestmark = pytest.mark.usefixtures("libraries")
+X = torch.randn(2, 16, 5, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Pasted(eager.ContextBlock):
+    def __init__(self) -> None:
+        super().__init__(16, 1 / 4, "att", ("channel_add", "channel_mul"))
+
+
+# ---- look-alikes that compute something else, now or later -------------------------------------------------------------------
+
+
+class Dropped(Pasted):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, x):
+        return x + self.drop(super().forward(x) - x)
+
+
+class FunctionDropped(Pasted):
+    def forward(self, x):
+        return F.dropout(super().forward(x), 0.2, self.training)
+
+
+class DropPath(Pasted):
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        keep = torch.rand(len(x), 1, 1, 1, dtype=x.dtype) < 0.5
+        return x + keep * (super().forward(x) - x)
+
+
+class LayerScale(Pasted):
+    """A parameter that is one at the start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(16, 1, 1))
+
+    def forward(self, x):
+        return x + self.gamma * (super().forward(x) - x)
+
+
+class ReZero(Pasted):
+    """A branch that is switched off at the start, by a parameter of zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.zeros(()))
+        self.spatial = nn.Conv2d(16, 1, 3, padding=1)
+
+    def forward(self, x):
+        out = super().forward(x)
+        return out + self.alpha * out * self.spatial(out).sigmoid()
+
+
+class Running(Pasted):
+    """A buffer that is zero at the start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(16, 1, 1))
+
+    def forward(self, x):
+        return super().forward(x - self.mean)
+
+
+class Normed(Pasted):
+    """A norm that acts in training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(16, affine=False, momentum=0.0)
+
+    def forward(self, x):
+        return super().forward(self.norm(x) if self.training else x)
+
+
+class Tempered(Pasted):
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return super().forward(x) * self.temperature
+
+
+class Counting(Pasted):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+class Shifted(Pasted):
+    def forward(self, x):
+        return super().forward(x) + 1e-3
+
+
+class Broken(Pasted):
+    def forward(self, x):
+        raise KeyError("broken")
+
+
+class Reads(Pasted):
+    """One that computes the same only for a batch of one."""
+
+    def forward(self, x):
+        return super().forward(x) if len(x) == 1 else super().forward(x).flip(0)
+
+
+OTHERS = (Dropped, FunctionDropped, DropPath, LayerScale, ReZero, Running, Normed, Tempered, Counting, Shifted, Broken, Reads)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_look_alikes_are_left(kind, training):
+    model = eager.randomise(nn.Sequential(kind())) if kind in (Dropped, Shifted) else nn.Sequential(kind())
+    model.train(training)
+    keys, before = list(model.state_dict()), dict(vars(model[0]))
+    report = replace_blocks(model)
+    assert report.replaced == {}
+    assert list(report.left) == ["0"]
+    assert type(model[0]) is kind
+    assert list(model.state_dict()) == keys
+    assert vars(model[0]) == before
+
+
+class Scaled(Pasted):
+    """A number and a switch that may be set later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strength, self.enabled, self.mode = 1.0, True, "full"
+
+    def forward(self, x):
+        out = super().forward(x) if self.enabled else x
+        return x + self.strength * (out - x) if self.mode == "full" else out.relu()
+
+
+@pytest.mark.parametrize(("name", "value"), [("strength", 0.25), ("enabled", False), ("mode", "half"), ("strength", 1.0)])
+@pytest.mark.parametrize("ran_before", [False, True])
+def test_a_setting_that_changes_later_counts(name, value, ran_before):
+    model = eager.randomise(nn.Sequential(Scaled()))
+    truth = copy.deepcopy(model)
+    assert list(replace_blocks(model).replaced) == ["0"]
+    if ran_before:
+        model(X)
+    for each in (model[0], truth[0]):
+        setattr(each, name, value)
+    assert torch.allclose(model(X), truth(X), atol=1e-5)
+    assert (model[0]._plain_layers() is not None) == (value == 1.0)
+
+
+class Bare(Pasted):
+    pass
+
+
+class Idle(Pasted):
+    """With modules that do nothing, and a buffer that nobody reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.sigmoid, self.softmax = nn.Dropout(0.0), nn.Sigmoid(), nn.Softmax(dim=2)
+        self.register_buffer("seen", torch.zeros(1, dtype=torch.int64))
+
+
+class Restated(Pasted):
+    """The formula in other words."""
+
+    def forward(self, x):
+        attention = self.conv_mask(x).flatten(2).softmax(2)
+        context = torch.einsum("ncp,nop->nc", x.flatten(2), attention)[:, :, None, None]
+        return torch.addcmul(self.channel_add_conv(context), x, self.channel_mul_conv(context).sigmoid())
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kind", [Bare, Idle, Restated])
+def test_look_alikes_are_taken(kind, training):
+    model = eager.randomise(nn.Sequential(kind())).train(training)
+    want = model(X)
+    assert list(replace_blocks(model).replaced) == ["0"]
+    assert model[0]._plain_layers() is not None
+    assert torch.allclose(model(X), want, atol=1e-5)
+    if kind is Idle:
+        model[0].drop.p = 0.5  # it is not called in this class; but that is for its forward to say
+        assert model[0]._plain_layers() is None
+        assert torch.allclose(model(X), want, atol=1e-5)
+
+
+def subclass(kind: type[nn.Module], **methods) -> type[nn.Module]:
+    return type("Another", (kind,), methods)
+
+
+@pytest.mark.parametrize("name", ["timm SEModule", "timm GlobalContext", "torchvision SqueezeExcitation", "mmcv ContextBlock"])
+def test_a_subclass_is_tried(name):
+    """One that computes the same is taken, and one that does not is left."""
+    library, kind = name.split()
+    library = {"timm": "timm.layers", "torchvision": "torchvision.ops", "mmcv": "mmcv.cnn"}[library]
+    kind = getattr(imitations.library(library), kind)
+    arguments = (16, 1 / 4) if "mmcv" in name else (16, 4) if "torchvision" in name else (16,)
+    plain = eager.randomise(nn.Sequential(subclass(kind)(*arguments)))
+    other = nn.Sequential(subclass(kind, forward=lambda self, x: kind.forward(self, x) + 1)(*arguments))
+    want = plain(X)
+    assert list(replace_blocks(plain).replaced) == ["0"]
+    assert torch.allclose(plain(X), want, atol=1e-5)
+    assert replace_blocks(other).left == {"0": "it has the submodules of a known block, and computes something else"}
+
+
+# ---- reasons -----------------------------------------------------------------------------------------------------------------
+
+
+def timm_se(**options):
+    return imitations.library("timm.layers").SEModule(16, rd_ratio=1 / 4, rd_divisor=1, **options)
+
+
+def converted_to_integers() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        block = nn.Sequential(timm_se()).eval()
+        block.qconfig = torch.ao.quantization.get_default_qconfig("fbgemm")
+        torch.ao.quantization.prepare(block, inplace=True)
+        block(X)
+        return torch.ao.quantization.convert(block)[0]
+
+
+def with_a_linear() -> nn.Module:
+    block = timm_se()
+    block.fc2 = nn.Linear(4, 16)
+    return block
+
+
+def with_a_pooling_hook() -> nn.Module:
+    block = imitations.library("torchvision.ops").SqueezeExcitation(16, 4)
+    block.avgpool.register_forward_hook(lambda *_: None)
+    return block
+
+
+def without_a_layer() -> nn.Module:
+    block = timm_se()
+    del block.fc2
+    return block
+
+
+def with_taken_names() -> nn.Module:
+    return type("Taken", (Pasted,), {"_computed": lambda self, x: x})()
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: timm_se(add_maxpool=True), "it adds a max-pooling"),
+        (lambda: timm_se(norm_layer=nn.BatchNorm2d), "it has a BatchNorm2d between its layers"),
+        (lambda: timm_se(gate_layer=nn.Tanh), "its gate is Tanh, not a sigmoid"),
+        (converted_to_integers, "its Conv2d is not a convolution of torch"),
+        (with_a_linear, "its layer Linear is not a convolution of torch"),
+        (with_a_pooling_hook, "its AdaptiveAvgPool2d with a hook must be called"),
+        (without_a_layer, "it could not be read: AttributeError: 'SEModule' object has no attribute 'fc2'"),
+        (with_taken_names, "its class has a _computed of its own"),
+    ],
+)
+def test_left(make, why):
+    """With its reason; and the others are replaced all the same."""
+    model = nn.Sequential(make(), Pasted())
+    kind = type(model[0])
+    report = replace_blocks(model)
+    assert list(report.replaced) == ["1"]
+    assert report.left["0"].startswith(why)
+    assert report.kinds["0"].endswith(kind.__qualname__)
+    assert type(model[0]) is kind
+
+
+class ChannelAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Conv2d(16, 4, 1), nn.Conv2d(4, 16, 1)
+
+
+class Cbam(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.channel, self.spatial = ChannelAttention(), nn.Conv2d(2, 1, 7, padding=3)
+
+
+class EcaModule(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(1, 1, 3, padding=1, bias=False)
+
+
+class GlobalResponseNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.zeros(16)), nn.Parameter(torch.zeros(16))
+
+
+class Squeezed(nn.Module):
+    """No telling name, but the layers of a gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up, self.sigmoid = nn.Linear(16, 4), nn.Linear(4, 16), nn.Sigmoid()
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.act = nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.ReLU()
+
+
+class SEResidualBlock(Residual):
+    """Named after what it holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.se = Squeezed()
+        self.attention = EcaModule()
+
+
+def test_what_looks_like_attention_is_listed():
+    model = nn.ModuleDict(
+        {
+            "cbam": Cbam(), "eca": EcaModule(), "grn": GlobalResponseNorm(), "gate": Squeezed(), "block": SEResidualBlock(),
+            "mha": nn.MultiheadAttention(16, 2), "plain": Residual(), "linear": nn.Linear(16, 16), "pasted": Pasted(),
+            "ours": gcnet_ext.SqueezeExcitation(16),
+            "classifier": nn.Sequential(nn.Linear(16, 10), nn.Sigmoid()),
+        }
+    )  # fmt: skip
+    report = replace_blocks(model)
+    assert list(report.replaced) == ["pasted"]
+    assert set(report.left) == {"cbam", "eca", "grn", "gate", "block.se", "block.attention", "mha"}
+    assert set(report.left.values()) == {"its class is none of those that are known"}
+
+
+def test_the_report_is_grouped_and_prints_itself():
+    model = nn.Sequential(
+        *(timm_se() for _ in range(6)), *(timm_se(act_layer=nn.GELU) for _ in range(2)), timm_se(add_maxpool=True), Cbam()
+    )
+    report = replace_blocks(model)
+    assert isinstance(report, Report)
+    kind = f"{imitations.library('timm.layers').SEModule.__module__}.SEModule"
+    assert str(report).splitlines() == [
+        "8 replaced, 2 left",
+        f"  replaced  6 x {kind}, fused: 0, 1, 2, 3 and 2 more",
+        f"  replaced  2 x {kind}, pooling and fusion compiled, but its activation GELU is called: 6, 7",
+        f"  left      {kind}, because it adds a max-pooling to the average: 8",
+        f"  left      {__name__}.Cbam, because its class is none of those that are known: 9",
+    ]
+    assert repr(report) == str(report), "a notebook shows it"
+    assert report.called == {"6": "its activation GELU", "7": "its activation GELU"}
+    again = replace_blocks(model)
+    assert (again.replaced, set(again.left)) == ({}, {"8", "9"})
+
+
+def test_nothing_replaced_says_what_is_known():
+    report = replace_blocks(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()))
+    assert (report.replaced, report.left) == ({}, {})
+    assert str(report).startswith("0 replaced, 0 left\n  known are mmcv's ContextBlock")
+    assert "insert_blocks" in str(report)
+
+
+@pytest.mark.parametrize("model", ["resnet50", None, nn.Sequential, [nn.ReLU()]])
+def test_a_model_that_is_none(model):
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got (str|NoneType|type|list)"):
+        replace_blocks(model)
+
+
+# ---- the rest of PyTorch -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Pasted, timm_se, Scaled])
+def test_compiled_exported_and_traced(kind):
+    """In one graph, with the operator in it; by torch.fx as one node."""
+    model = eager.randomise(nn.Sequential(nn.Identity(), kind())).eval()
+    want = model(X)
+    replace_blocks(model)
+    for ran_before in (False, True):
+        torch.compiler.reset()
+        assert torch.allclose(torch.compile(model, backend="aot_eager", fullgraph=True)(X), want, atol=1e-5)
+        exported = torch.export.export(model, (X,))
+        assert torch.allclose(exported.module()(X), want, atol=1e-5)
+        assert any("gcnet_ext.global_context" in str(node.target) for node in exported.graph.nodes)
+        traced = torch.fx.symbolic_trace(model)
+        assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["0", "1"]
+        assert torch.allclose(traced(X), want, atol=1e-5)
+        if not ran_before:
+            model(X)
+
+
+@pytest.mark.parametrize("kind", [Pasted, timm_se])
+def test_functional_calls_and_transforms(kind):
+    model = eager.randomise(nn.Sequential(kind()))
+    truth = copy.deepcopy(model)
+    replace_blocks(model)
+    doubled = {name: 2 * parameter.detach() for name, parameter in model.named_parameters()}
+    got, want = (torch.func.functional_call(each, doubled, (X,)) for each in (model, truth))
+    assert torch.allclose(got, want, atol=1e-4)
+    got, want = (torch.func.grad(lambda x, each=each: each(x).square().sum())(X) for each in (model, truth))
+    assert torch.allclose(got, want, atol=1e-4)
+    got, want = (torch.func.vmap(each)(X[:, None]) for each in (model, truth))
+    assert torch.allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [Pasted, timm_se])
+def test_autocast(kind):
+    """What autocast casts, the operator takes in its own accuracy."""
+    model = eager.randomise(nn.Sequential(kind()))
+    want = model(X)
+    replace_blocks(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.allclose(model(X), want, atol=1e-5)
+        assert torch.allclose(model(X.bfloat16()).float(), want, rtol=0.05, atol=0.05)
+    assert model[0]._plain_layers() is not None
