@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from gcnet_ext import replace_blocks
+from gcnet_ext import GlobalContextBlock, SqueezeExcitation, replace_blocks
 
 pytestmark = pytest.mark.usefixtures("libraries")
 
@@ -44,11 +44,15 @@ def torchvision_se():
 
 MAKERS = {make.__name__: make for make in (pasted, mmcv_context, mmcv_non_local, timm_context, timm_se, torchvision_se)}
 FUSED = [name for name in MAKERS if name != "mmcv_non_local"]
+OURS = {
+    "GlobalContextBlock": lambda: GlobalContextBlock(16, 1 / 4, fusion_types=("channel_mul", "channel_add")),
+    "SqueezeExcitation": lambda: SqueezeExcitation(16, 1 / 4),
+}
 X = torch.randn(2, 16, 5, 4, generator=torch.Generator().manual_seed(0))
 
 
 def model_of(name: str, **options) -> nn.Sequential:
-    return eager.randomise(nn.Sequential(MAKERS[name](**options)))
+    return eager.randomise(nn.Sequential((MAKERS | OURS)[name](**options)))
 
 
 def first_layer(block: nn.Module) -> nn.Conv2d:
@@ -335,7 +339,7 @@ def test_on_the_meta_device(name):
 
 @pytest.mark.parametrize("ran_before", [False, True])
 @pytest.mark.parametrize("all_attributes", [False, True])
-@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("name", [*FUSED, *OURS])
 def test_structured_pruning_in_place(name, all_attributes, ran_before):
     """Hidden units are cut out of the layers: the weights count, whatever the attributes still say."""
     results = []

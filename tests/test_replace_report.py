@@ -229,6 +229,21 @@ def test_a_subclass_is_tried(name):
     assert replace_blocks(other).left == {"0": "it has the submodules of a known block, and computes something else"}
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_class_that_is_patched(monkeypatch, when):
+    """As a deployment tool does it: what is patched counts, before the replacement and after it."""
+    model = eager.randomise(nn.Sequential(timm_se(), timm_se()))
+    kind = type(model[0])
+    former = kind.forward
+    if when == "after":
+        assert len(replace_blocks(model).replaced) == 2
+        model(X)
+    monkeypatch.setattr(kind, "forward", lambda self, x: former(self, x) + 1)
+    if when == "before":
+        assert len(replace_blocks(model).left) == 2
+    assert torch.allclose(model(X), former(model[1], former(model[0], X) + 1) + 1, atol=1e-5)
+
+
 # ---- reasons -----------------------------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from .. import functional
 from ..blocks import _layers, non_local
 from ..blocks._fused import FusedBlock, Layers, layers, two_layers
 from ..reference import accumulation_dtype
-from .skeleton import READERS, Bottleneck, Left, Skeleton, does_nothing_else, gate_of, is_layer_norm
+from .skeleton import READERS, Bottleneck, Left, Skeleton, does_nothing_else, gate_of, is_layer_norm, kind_of_gate
 
 
 class Record(NamedTuple):
@@ -42,6 +42,7 @@ class Peer(nn.Module):
     """What stands in front of the former class."""
 
     _former: type[nn.Module]
+    _forwards: tuple[Any]  # that of the former class; in a tuple, for an attribute would be a method
     _record: Record
 
     def _as_before(self, *args: Any, **kwargs: Any) -> Any:
@@ -53,7 +54,8 @@ class Peer(nn.Module):
             (x,) = args
             if not isinstance(x, Tensor):
                 return _layers.of_no_tensor(self, x)
-            if x.dim() == 2 + self._record.dims and self._has_dtype_of(x):
+            unpatched = self._former.forward is self._forwards[0]
+            if unpatched and x.dim() == 2 + self._record.dims and self._has_dtype_of(x):
                 return self._computed(x)
         return self._as_before(*args, **kwargs)
 
@@ -80,7 +82,7 @@ class Peer(nn.Module):
         return _made_anew, (former, type(self).__bases__[0]), state
 
 
-_classes: dict[tuple[type[nn.Module], type[Peer]], type[Any]] = {}
+_classes: dict[tuple[Any, ...], type[Any]] = {}
 
 
 def class_of(former: type[nn.Module], kind: type[Peer]) -> type[Any]:
@@ -89,17 +91,17 @@ def class_of(former: type[nn.Module], kind: type[Peer]) -> type[Any]:
     Raises:
         Left: a name of ours means something else there.
     """
-    if (former, kind) not in _classes:
+    key = former, former.forward, kind
+    if key not in _classes:
         ours = {name for base in kind.__mro__ if issubclass(base, Peer | FusedBlock) for name in vars(base)}
         taken = sorted(name for name in ours - PUBLIC - vars(nn.Module).keys() - vars(object).keys() if hasattr(former, name))
         if taken:
             raise Left(f"its class has a {taken[0]} of its own")
-        body = {"_former": former, "__module__": __name__, "__doc__": former.__doc__}
+        body = {"_former": former, "_forwards": (former.forward,), "__module__": __name__, "__doc__": former.__doc__}
         body |= {name: getattr(former, name) for name in PUBLIC if hasattr(former, name)}
-        _classes[former, kind] = types.new_class(
-            f"Fused{former.__name__}", (kind, former), {}, lambda names: names.update(body)
-        )
-    return _classes[former, kind]
+        name = f"Fused{former.__name__}"
+        _classes[key] = types.new_class(name, (kind, former), {}, lambda names: names.update(body))
+    return _classes[key]
 
 
 def way_to(block: nn.Module, layer: nn.Module) -> tuple[str, ...]:
@@ -144,20 +146,21 @@ class FusedPeer(Peer, FusedBlock):
 
     def _plain_layers(self) -> Layers | None:
         skeleton = self._skeleton()
-        if skeleton is None or (skeleton.mask is not None and not _layers.is_pointwise(skeleton.mask, skeleton.dims)):
-            return None
-        return None if why_called(skeleton) else plain_layers(skeleton)
+        return None if skeleton is None or why_called(skeleton) else plain_layers(skeleton)
 
     def _with_called_layers(self, x: Tensor) -> Tensor:
         """Pooling and fusion are compiled, and the layers between are called as the modules they are."""
         skeleton = self._skeleton()
-        if skeleton is None or (skeleton.mask is not None and not _layers.is_pointwise(skeleton.mask, skeleton.dims)):
+        if skeleton is None:
             return self._as_before(x)
         mask: Any = skeleton.mask
-        try:
-            context = functional.attention_pool(x) if mask is None else functional.attention_pool(x, mask.weight, mask.bias)
-        except RuntimeError as error:
-            return self._refused(x, error)
+        if mask is not None and not _layers.is_pointwise(mask, skeleton.dims):
+            context = _layers.called_context(mask, x)
+        else:
+            try:
+                context = functional.attention_pool(x) if mask is None else functional.attention_pool(x, mask.weight, mask.bias)
+            except RuntimeError as error:
+                return self._refused(x, error)
         image = context.reshape(context.shape + (1,) * skeleton.dims)
 
         def term(branch: Bottleneck) -> Tensor:
@@ -216,19 +219,19 @@ def why_left(skeleton: Skeleton) -> str:
     for idle in skeleton.idle:
         if not does_nothing_else(idle):
             return f"its {_described(idle)} must be called"
-    if skeleton.mask is not None and not _layers.is_pointwise(skeleton.mask, skeleton.dims):
-        return f"its mask is {_described(skeleton.mask)}, not a plain 1x1 convolution"
-    if skeleton.scale is not None and gate_of(skeleton.gate) is None:
+    if skeleton.scale is not None and kind_of_gate(skeleton.gate) is None:
         return f"its gate is {_described(skeleton.gate)}, not a sigmoid or a hard sigmoid"
-    for branch in skeleton.branches():
-        for layer in (branch.first, branch.last):
-            if not isinstance(layer, _layers.CONVOLUTIONS[skeleton.dims]):
-                return f"its layer {_described(layer)} is not a convolution of torch"
+    layers_with_weights = [layer for branch in skeleton.branches() for layer in (branch.first, branch.last)]
+    for layer in layers_with_weights if skeleton.mask is None else [skeleton.mask, *layers_with_weights]:
+        if not isinstance(layer, _layers.CONVOLUTIONS[skeleton.dims]):
+            return f"its layer {_described(layer)} is not a convolution of torch"
     return ""
 
 
 def why_called(skeleton: Skeleton) -> str:
-    """Why the operator computes not the whole block, but only its pooling and fusion; empty where it does."""
+    """What keeps the operator from computing the whole block, and must be called; empty where nothing does."""
+    if skeleton.mask is not None and not _layers.is_pointwise(skeleton.mask, skeleton.dims):
+        return f"its mask {_described(skeleton.mask)}"
     for branch in skeleton.branches():
         layers_of_context = (branch.first, branch.activation, branch.last)
         for layer in (branch.first, branch.last):

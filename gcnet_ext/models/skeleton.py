@@ -86,17 +86,26 @@ def is_layer_norm(norm: nn.Module, dims: int) -> bool:
     return norm_over_units(norm, dims) or (is_of(norm, "timm.layers", "LayerNorm2d") and is_untouched(norm))
 
 
-def gate_of(module: nn.Module | None) -> Gate | None:
-    """The gate that the module computes; None if that is another function or more than one."""
-    if module is None or is_plain(module, nn.Sigmoid):
+def kind_of_gate(module: nn.Module | None) -> Gate | None:
+    """The gate that a module of this class computes; None if the class is another."""
+    kind = type(module)
+    if module is None or kind is nn.Sigmoid:
         return Gate()
-    if is_plain(module, nn.Hardsigmoid):
+    if kind is nn.Hardsigmoid:
         return Gate("hard_sigmoid", 1 / 6, 0.5)
-    if type(module).__module__.startswith("timm.layers.") and is_untouched(module):
-        if type(module).__name__ == "Sigmoid":
+    if kind.__module__.startswith("timm.layers."):
+        if kind.__name__ == "Sigmoid":
             return Gate()
-        if type(module).__name__ in ("HardSigmoid", "HardSigmoidJit", "HardSigmoidMe"):
+        if kind.__name__ in ("HardSigmoid", "HardSigmoidJit", "HardSigmoidMe"):
             return Gate("hard_sigmoid", 1 / 6, 0.5)
+    return None
+
+
+def gate_of(module: nn.Module | None) -> Gate | None:
+    """The gate that calling the module computes; None if that is another function, or more than one."""
+    torchs = type(module) in (nn.Sigmoid, nn.Hardsigmoid)
+    if module is None or (is_plain(module, type(module)) if torchs else is_untouched(module)):
+        return kind_of_gate(module)
     return None
 
 
@@ -216,7 +225,8 @@ def reader_of(module: nn.Module) -> tuple[str, bool] | None:
     for (library, name), reader in CLASSES.items():
         kind = getattr(sys.modules.get(library), name, None)
         if isinstance(kind, type) and isinstance(module, kind):
-            return reader, type(module) is kind
+            patched = vars(kind)["forward"].__qualname__ != f"{kind.__qualname__}.forward"
+            return reader, type(module) is kind and not patched
     if hasattr(module, "channel_add_conv") and hasattr(module, "channel_mul_conv"):
         return "snippet", False
     return None

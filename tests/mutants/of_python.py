@@ -322,7 +322,7 @@ MUTANTS = (
     Mutant(
         "replaced-hard-sigmoid-of-onnx",
         "gcnet_ext/models/skeleton.py",
-        'if is_plain(module, nn.Hardsigmoid):\n        return Gate("hard_sigmoid", «1 / 6», 0.5)',
+        'if kind is nn.Hardsigmoid:\n        return Gate("hard_sigmoid", «1 / 6», 0.5)',
         "0.2",
         "A replaced hard sigmoid has the slope of ONNX.",
         (REPLACE,),
@@ -330,7 +330,7 @@ MUTANTS = (
     Mutant(
         "replaced-subclass",
         "gcnet_ext/models/skeleton.py",
-        "return reader, «type(module) is kind»",
+        "return reader, «type(module) is kind» and not patched",
         "True",
         "A subclass of a peer's block, which may do otherwise, is replaced without a trial.",
         (REPORT,),
@@ -378,7 +378,7 @@ MUTANTS = (
     Mutant(
         "replaced-any-rank",
         "gcnet_ext/models/peer.py",
-        "if «x.dim() == 2 + self._record.dims and »self._has_dtype_of(x):",
+        "if unpatched and «x.dim() == 2 + self._record.dims and »self._has_dtype_of(x):",
         "",
         "A replaced block takes inputs of another rank in its own way.",
         (KEEPS,),
