@@ -271,7 +271,7 @@ def _non_local(dims: int) -> type:
 
 
 IMITATIONS = {
-    "timm.layers": SimpleNamespace(GlobalContext=GlobalContext, SEModule=SEModule, LayerNorm2d=LayerNorm2d),
+    "timm.layers": SimpleNamespace(GlobalContext=GlobalContext, SEModule=SEModule, LayerNorm2d=LayerNorm2d, ConvMlp=ConvMlp),
     "torchvision.ops": SimpleNamespace(SqueezeExcitation=SqueezeExcitation),
     "torchvision.models.resnet": SimpleNamespace(BasicBlock=BasicBlock, Bottleneck=Bottleneck),
     "mmcv.cnn": SimpleNamespace(ContextBlock=ContextBlock, **{f"NonLocal{dims}d": _non_local(dims) for dims in (1, 2, 3)}),

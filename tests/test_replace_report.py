@@ -205,7 +205,9 @@ def test_look_alikes_are_taken(kind, training):
     assert model[0]._plain_layers() is not None
     assert torch.allclose(model(X), want, atol=1e-5)
     if kind is Idle:
-        model[0].drop.p = 0.5  # it is not called in this class; but that is for its forward to say
+        model[0].softmax.dim = 1  # none of these is called in this class; but that is for its forward to say
+        assert model[0]._plain_layers() is None
+        model[0].softmax.dim, model[0].drop.p = 2, 0.5
         assert model[0]._plain_layers() is None
         assert torch.allclose(model(X), want, atol=1e-5)
 

@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 from .. import functional
 from .._arguments import ACTIVATIONS, Branch, Options
 from .._library import compiled
-from ._layers import GLOBAL_HOOKS, HOOKS, SETTINGS, Gate, check_channels, is_plain, is_pointwise, of_no_tensor
+from ._layers import GLOBAL_HOOKS, HOOKS, Gate, check_channels, is_plain, is_pointwise, of_no_tensor, settings_of
 
 unchanged: Any = getattr(compiled, "unchanged", None)
 class_version: Any = getattr(compiled, "class_version", None)
@@ -138,8 +138,7 @@ class _Seen:
             own = module.__dict__
             kinds += module, type(module), class_version(type(module))
             sizes += own, len(own)  # a method or a weight that is set on the module itself is one more field
-            settings = (name for kind, names in SETTINGS.items() if isinstance(module, kind) for name in names)
-            for name in ("_parameters", *HOOKS, *settings):
+            for name in ("_parameters", *HOOKS, *settings_of(module)):
                 fields += own, name, own.get(name)
             for name in HOOKS:
                 sizes += own[name], 0

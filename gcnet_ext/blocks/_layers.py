@@ -176,6 +176,11 @@ SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
 }
 
 
+def settings_of(module: nn.Module) -> tuple[str, ...]:
+    """The names of the fields that make the module what it is."""
+    return tuple(name for kind, names in SETTINGS.items() if isinstance(module, kind) for name in names)
+
+
 def is_plain(module: nn.Module, kind: type[Module]) -> TypeGuard[Module]:
     """Whether calling the module does what torch's layer of this kind does, and nothing else: no override, no hook.
 

@@ -17,7 +17,18 @@ from .. import functional
 from ..blocks import _layers, non_local
 from ..blocks._fused import FusedBlock, Layers, layers, two_layers
 from ..reference import accumulation_dtype
-from .skeleton import READERS, Bottleneck, Left, Skeleton, does_nothing_else, gate_of, is_layer_norm, kind_of_gate
+from .skeleton import (
+    READERS,
+    Bottleneck,
+    Left,
+    Skeleton,
+    calls_its_layers,
+    does_nothing_else,
+    gate_of,
+    is_layer_norm,
+    kind_of_gate,
+    settings,
+)
 
 
 class Record(NamedTuple):
@@ -31,6 +42,8 @@ class Record(NamedTuple):
     """The way to its first layer, whose dtype the input has."""
     attributes: dict[str, Any]
     """Those with which it was seen to compute what ours computes; with others it computes what it did before."""
+    idle: tuple[Any, ...]
+    """Likewise, what makes the modules that are not called what they are."""
 
 
 MISSING = object()
@@ -142,7 +155,8 @@ class FusedPeer(Peer, FusedBlock):
             found = READERS[record.kind].read(self)
         except (Left, AttributeError):
             return None
-        return found if found.dims == record.dims and all(does_nothing_else(part) for part in found.idle) else None
+        same = found.dims == record.dims and settings(found.idle) == record.idle
+        return found if same and all(does_nothing_else(part) for part in found.idle) else None
 
     def _plain_layers(self) -> Layers | None:
         skeleton = self._skeleton()
@@ -238,7 +252,7 @@ def why_called(skeleton: Skeleton) -> str:
             if not _layers.is_pointwise(layer, skeleton.dims):
                 return f"its layer {_described(layer)}"
         for container in branch.called:
-            if container not in layers_of_context and not _layers.is_untouched(container):
+            if container not in layers_of_context and not calls_its_layers(container):
                 return f"its {_described(container)}"
         for idle in branch.idle:
             if not does_nothing_else(idle):
@@ -273,6 +287,8 @@ class NonLocalPeer(Peer):
             theta, phi = x.flatten(2), (block.phi(x) if block.sub_sample else x).flatten(2)
         else:
             theta, phi = block.theta(x).flatten(2), block.phi(x).flatten(2)
+        if g.shape[2] != phi.shape[2]:  # a layer has been changed so that the former forward refuses
+            return self._as_before(x)
         scaled = block.mode == "embedded_gaussian" and block.use_scale
         y = non_local.weighted_values(block.mode, theta, phi, g, weight, scaled)
         return x + block.conv_out(y.reshape(y.shape[:2] + x.shape[2:]))

@@ -10,7 +10,7 @@ from ..blocks import GlobalContextBlock, NonLocalBlock, SimplifiedNonLocalBlock,
 from . import same
 from .peer import FusedPeer, NonLocalPeer, Peer, Record, become, way_to, why_called, why_left
 from .report import Report
-from .skeleton import NON_LOCAL, READERS, Left, is_of, looks_like_attention, reader_of
+from .skeleton import NON_LOCAL, READERS, Left, is_of, looks_like_attention, reader_of, settings
 
 OURS = (GlobalContextBlock, NonLocalBlock, SimplifiedNonLocalBlock, SqueezeExcitation, Peer)
 
@@ -75,7 +75,7 @@ def _replaced(block: nn.Module) -> str | None:
         Left: it looks like one, and stays as it is.
     """
     if is_of(block, "mmcv.cnn", *NON_LOCAL):
-        become(block, NonLocalPeer, Record("mmcv NonLocal", int(type(block).__name__[-2]), (), {}))
+        become(block, NonLocalPeer, Record("mmcv NonLocal", int(type(block).__name__[-2]), (), {}, ()))
         return ""
     found = reader_of(block)
     if found is None:
@@ -89,7 +89,7 @@ def _replaced(block: nn.Module) -> str | None:
         raise Left(why)
     attributes = {key: getattr(block, key) for key in decisive} if vouched else same.attributes(block)
     way = way_to(block, skeleton.branches()[0].first)
-    convert = partial(become, kind=FusedPeer, record=Record(name, skeleton.dims, way, attributes))
+    convert = partial(become, kind=FusedPeer, record=Record(name, skeleton.dims, way, attributes, settings(skeleton.idle)))
     if not vouched:
         same.check(block, read, convert)
     why = why_called(skeleton)

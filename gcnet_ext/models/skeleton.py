@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..blocks._fused import norm_over_units
-from ..blocks._layers import AVERAGE_POOLS, CONVOLUTIONS, Gate, is_plain, is_untouched
+from ..blocks._layers import AVERAGE_POOLS, CONVOLUTIONS, Gate, is_plain, is_untouched, settings_of
 
 
 class Left(Exception):  # noqa: N818
@@ -77,8 +77,18 @@ def does_nothing_else(module: nn.Module) -> bool:
     )
 
 
+def settings(modules: tuple[nn.Module, ...]) -> tuple[Any, ...]:
+    """What makes those modules what they are."""
+    return tuple(getattr(module, name) for module in modules for name in settings_of(module))
+
+
 def _ones(sizes: Any) -> bool:
     return set(sizes if isinstance(sizes, tuple) else (sizes,)) == {1}
+
+
+def calls_its_layers(container: nn.Module) -> bool:
+    """Whether calling the module calls the layers of a branch one after another, and does nothing else."""
+    return is_plain(container, nn.Sequential) or (is_of(container, "timm.layers", "ConvMlp") and is_untouched(container))
 
 
 def is_layer_norm(norm: nn.Module, dims: int) -> bool:
@@ -139,6 +149,8 @@ def _bottlenecks(block: Any, idle: tuple[nn.Module, ...]) -> Skeleton:
 
 def context_block(block: Any) -> Skeleton:
     """mmcv's ContextBlock."""
+    if getattr(block._modules.get("softmax"), "dim", 2) not in (2, -1):
+        raise Left("its softmax is not one over positions")
     idle = (block._modules.get(name) for name in ("softmax", "avg_pool"))
     return _bottlenecks(block, tuple(part for part in idle if part is not None))
 
