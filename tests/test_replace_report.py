@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 
 import eager
@@ -275,6 +276,26 @@ def with_a_pooling_hook() -> nn.Module:
     return block
 
 
+class OwnState(Pasted):
+    """One that pickles what it knows of."""
+
+    def __getstate__(self):
+        return {name: value for name, value in vars(self).items() if name in vars(Pasted())}
+
+
+def test_a_class_with_a_state_of_its_own():
+    block = eager.randomise(OwnState())
+    want = block(X)
+    assert len(replace_blocks(block).replaced) == 1
+    for other in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        assert type(other) is type(block)
+        assert torch.allclose(other(X), want, atol=1e-5)
+
+
+def with_a_copy_of_its_own() -> nn.Module:
+    return type("Reduced", (Pasted,), {"__reduce__": lambda self: (Pasted, ())})()
+
+
 def without_a_layer() -> nn.Module:
     block = timm_se()
     del block.fc2
@@ -296,6 +317,7 @@ def with_taken_names() -> nn.Module:
         (with_a_pooling_hook, "its AdaptiveAvgPool2d with a hook must be called"),
         (without_a_layer, "it could not be read: AttributeError: 'SEModule' object has no attribute 'fc2'"),
         (with_taken_names, "its class has a _computed of its own"),
+        (with_a_copy_of_its_own, "its class has a way of its own to be copied"),
     ],
 )
 def test_left(make, why):

@@ -67,15 +67,16 @@ class Peer(nn.Module):
             (x,) = args
             if not isinstance(x, Tensor):
                 return _layers.of_no_tensor(self, x)
+            record = self._record
             unpatched = self._former.forward is self._forwards[0]
-            if unpatched and x.dim() == 2 + self._record.dims and self._has_dtype_of(x):
+            if unpatched and x.dim() == 2 + record.dims and self._has_dtype_of(x, record.first):
                 return self._computed(x)
         return self._as_before(*args, **kwargs)
 
-    def _has_dtype_of(self, x: Tensor) -> bool:
+    def _has_dtype_of(self, x: Tensor, first: tuple[str, ...]) -> bool:
         """Whether the layers take x as it is, or autocast casts what they take."""
         layer: Any = self
-        for name in self._record.first:
+        for name in first:
             layer = layer._modules.get(name, self)
         weight = layer._parameters.get("weight")
         if weight is None or weight.dtype == x.dtype:
@@ -92,7 +93,7 @@ class Peer(nn.Module):
         state = former.__getstate__(self) if hasattr(former, "__getstate__") else self.__dict__  # object has one from 3.11 on
         if isinstance(state, dict):
             state = {name: value for name, value in state.items() if name != "_seen"}
-        return _made_anew, (former, type(self).__bases__[0]), state
+        return _made_anew, (former, type(self).__bases__[0], self._record), state
 
 
 _classes: dict[tuple[Any, ...], type[Any]] = {}
@@ -104,6 +105,8 @@ def class_of(former: type[nn.Module], kind: type[Peer]) -> type[Any]:
     Raises:
         Left: a name of ours means something else there.
     """
+    if former.__reduce__ is not object.__reduce__ or former.__reduce_ex__ is not object.__reduce_ex__:
+        raise Left("its class has a way of its own to be copied and pickled")
     key = former, former.forward, kind
     if key not in _classes:
         ours = {name for base in kind.__mro__ if issubclass(base, Peer | FusedBlock) for name in vars(base)}
@@ -129,9 +132,11 @@ def become(block: nn.Module, kind: type[Peer], record: Record) -> None:
     block.__class__ = made
 
 
-def _made_anew(former: type[nn.Module], kind: type[Peer]) -> nn.Module:
+def _made_anew(former: type[nn.Module], kind: type[Peer], record: Record) -> nn.Module:
     made: type[nn.Module] = class_of(former, kind)
-    return made.__new__(made)
+    block = made.__new__(made)
+    block.__dict__["_record"] = record  # a former class may leave it out of its state
+    return block
 
 
 class FusedPeer(Peer, FusedBlock):
