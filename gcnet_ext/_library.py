@@ -82,13 +82,13 @@ def has_kernels(x: Tensor) -> bool:
     """Whether x goes to compiled kernels. Warns once per device if CPU or CUDA kernels are missing.
 
     Inside torch.func transforms (grad, vmap, jvp) it does not: plain PyTorch is differentiable and batched in every way. Nor in
-    an export to ONNX, which has standard operators only.
+    an export to ONNX, which has standard operators only, nor under torch.jit.trace, which knows no list of optional tensors.
     """
     if not isinstance(x, Tensor):
         _checks.is_tensor(x)
     if torch._C._are_functorch_transforms_active():
         return False
-    if (is_compiling() or torch._C._is_tracing()) and torch.onnx.is_in_onnx_export():
+    if torch.onnx.is_in_onnx_export() if is_compiling() else torch._C._is_tracing():
         return False
     device = "cpu" if x.is_cpu else x.device.type  # a torch.device and its name cost 20 us when they are not in a cache
     if device in _kernel_devices:

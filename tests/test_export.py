@@ -66,6 +66,27 @@ def test_ahead_of_time(kernels, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_jit_trace(name, gradients, tmp_path):
+    """In plain PyTorch, before the first call and after it; saved and loaded, at other sizes, and the kernels are back."""
+    for ran_before in (False, True):
+        model = net(name)
+        x = torch.randn(2, 1, 12, 10, generator=torch.Generator().manual_seed(0))
+        if ran_before:
+            model(x)
+        with torch.set_grad_enabled(gradients):
+            torch.jit.save(torch.jit.trace(model, x), tmp_path / "model.pt")
+        loaded = torch.jit.load(tmp_path / "model.pt")
+        assert {node.kind().split("::")[0] for node in loaded.inlined_graph.nodes()} <= {"aten", "prim"}
+        for other in (x, torch.randn(3, 1, 16, 9, generator=torch.Generator().manual_seed(1))):
+            assert torch.allclose(loaded(other), model(other), atol=1e-5)
+        if name in FUSED:
+            leaf = x.clone().requires_grad_()
+            assert "GlobalContext" in type(model[1](model[0](leaf)).grad_fn).__name__
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", BLOCKS)
 def test_onnx(name, tmp_path):
     """Standard operators only, dynamic sizes, and onnxruntime's result on real images is ours."""

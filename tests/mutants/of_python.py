@@ -378,7 +378,7 @@ MUTANTS = (
     Mutant(
         "replaced-any-rank",
         "gcnet_ext/models/peer.py",
-        "if unpatched and «x.dim() == 2 + self._record.dims and »self._has_dtype_of(x):",
+        "if unpatched and «x.dim() == 2 + record.dims and »self._has_dtype_of",
         "",
         "A replaced block takes inputs of another rank in its own way.",
         (KEEPS,),
@@ -386,7 +386,7 @@ MUTANTS = (
     Mutant(
         "replaced-any-dtype",
         "gcnet_ext/models/peer.py",
-        "self._record.dims« and self._has_dtype_of(x)»:",
+        "record.dims« and self._has_dtype_of(x, record.first)»:",
         "",
         "A replaced block takes an input of another dtype than its layers.",
         (KEEPS,),
