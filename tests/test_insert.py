@@ -8,6 +8,7 @@ import inspect
 import itertools
 import pickle
 import warnings
+from types import SimpleNamespace
 
 import imitations
 import pytest
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from gcnet_ext import GlobalContextBlock, NonLocalBlock, SimplifiedNonLocalBlock, SqueezeExcitation, insert_blocks
+from gcnet_ext.models.residual import tail
 
 pytestmark = pytest.mark.usefixtures("libraries")
 KINDS = {"gc": GlobalContextBlock, "se": SqueezeExcitation, "snl": SimplifiedNonLocalBlock, "nl": NonLocalBlock}
@@ -180,6 +182,31 @@ def test_every_part_of_a_residual_block_of_timm():
             outputs, calls = zip(*(output_and_calls(each.train(training)) for each in (truth, block)), strict=True)
             assert torch.equal(*outputs)
             assert calls[0] == calls[1]
+
+
+class Named(nn.Module):
+    """Writes down that it was called."""
+
+    def __init__(self, name: str, calls: list[str]) -> None:
+        super().__init__()
+        self.name, self.calls = name, calls
+
+    def forward(self, x):
+        self.calls.append(self.name)
+        return x
+
+
+@pytest.mark.parametrize("drop_path", [False, True])
+@pytest.mark.parametrize("downsample", [False, True])
+def test_the_order_of_a_tail(downsample, drop_path):
+    """The block, what stochastic depth leaves of it, the shortcut, the activation of their sum."""
+    calls: list[str] = []
+    names = ["context_block", *["drop_path"] * drop_path, *["downsample"] * downsample, "activation"]
+    parts = {name: Named(name, calls) for name in names}
+    residual = SimpleNamespace(context_block=parts["context_block"], downsample=parts.get("downsample"))
+    out = tail(residual, X.clone(), 2 * X, parts["activation"], parts.get("drop_path"))
+    assert calls == names
+    assert torch.equal(out, 3 * X)
 
 
 def test_copies_have_blocks_of_their_own():

@@ -132,7 +132,29 @@ class Reads(Pasted):
         return super().forward(x) if len(x) == 1 else super().forward(x).flip(0)
 
 
-OTHERS = (Dropped, FunctionDropped, DropPath, LayerScale, ReZero, Running, Normed, Tempered, Counting, Shifted, Broken, Reads)
+class Unused(Pasted):
+    """A layer that is not called yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.later = nn.Conv2d(16, 16, 1)
+
+
+OTHERS = (
+    Dropped,
+    FunctionDropped,
+    DropPath,
+    LayerScale,
+    ReZero,
+    Running,
+    Normed,
+    Tempered,
+    Counting,
+    Shifted,
+    Broken,
+    Reads,
+    Unused,
+)
 
 
 @pytest.mark.parametrize("training", [False, True])

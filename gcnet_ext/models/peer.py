@@ -237,7 +237,7 @@ def why_left(skeleton: Skeleton) -> str:
     """Why nothing of the block can be computed by an operator; empty where something can."""
     for idle in skeleton.idle:
         if not does_nothing_else(idle):
-            return f"its {_described(idle)} must be called"
+            return f"its {_described(idle)} {'must be called' if _is_hooked(idle) else 'has no counterpart in ours'}"
     if skeleton.scale is not None and kind_of_gate(skeleton.gate) is None:
         return f"its gate is {_described(skeleton.gate)}, not a sigmoid or a hard sigmoid"
     layers_with_weights = [layer for branch in skeleton.branches() for layer in (branch.first, branch.last)]
@@ -271,9 +271,12 @@ def why_called(skeleton: Skeleton) -> str:
     return "" if plain_layers(skeleton) is not None else "its branches have different norms or activations"
 
 
+def _is_hooked(module: nn.Module) -> bool:
+    return any(getattr(module, name) for name in _layers.HOOKS)
+
+
 def _described(module: nn.Module | None) -> str:
-    hooked = module is not None and any(getattr(module, name) for name in _layers.HOOKS)
-    return f"{type(module).__name__}{' with a hook' if hooked else ''}"
+    return f"{type(module).__name__}{' with a hook' if module is not None and _is_hooked(module) else ''}"
 
 
 class NonLocalPeer(Peer):

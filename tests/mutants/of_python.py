@@ -8,7 +8,7 @@ BLOCK, MODULE, SUBMODULES = "test_global_context.py", "test_global_context_block
 BAD_INPUT, DISPATCH, REPLACE, HOOKS = "test_bad_input.py", "test_dispatch.py", "test_replace.py", "test_hooks.py"
 FLOPS, INSERT, IN_PLACE, NON_LOCAL = "test_flops.py", "test_insert.py", "test_in_place.py", "test_non_local.py"
 POOL, FUZZ_MODULES, DERIVATIVES = "test_attention_pool.py", "test_fuzz_modules.py", "test_derivatives.py"
-KEEPS, REPORT = "test_replace_keeps.py", "test_replace_report.py"
+KEEPS, REPORT, LATER = "test_replace_keeps.py", "test_replace_report.py", "test_replace_later.py"
 LAYOUTS, COMPILE, SQUEEZE = "test_layouts.py", "test_compile.py", "test_squeeze_excitation.py"
 
 MUTANTS = (
@@ -344,10 +344,10 @@ MUTANTS = (
         (REPORT,),
     ),
     Mutant(
-        "replaced-untried-with-other-buffers",
+        "replaced-tried-with-zeros",
         "gcnet_ext/models/same.py",
-        "for tensor in (*copied.parameters()«, *copied.buffers()»):",
-        ",",
+        "tensor.«normal_(0, 0.5, generator=random)»",
+        "zero_()",
         "A block with a buffer that happens to be zero is replaced.",
         (REPORT,),
     ),
@@ -361,9 +361,9 @@ MUTANTS = (
     ),
     Mutant(
         "replaced-leftovers",
-        "gcnet_ext/models/skeleton.py",
-        '        if «not does_nothing_else(part)»:\n            raise Left(f"its submodule',
-        "False",
+        "gcnet_ext/models/peer.py",
+        'for idle in «skeleton.idle»:\n        if not does_nothing_else(idle):\n            return f"its {_described(idle)} {',
+        "()",
         "A look-alike with one submodule more is replaced.",
         (REPORT,),
     ),
@@ -372,8 +372,8 @@ MUTANTS = (
         "gcnet_ext/models/peer.py",
         "found._replace(modules=tuple(«skeleton.modules()»))",
         "found.modules",
-        "A replaced block that has run does not call a hook on its pooling.",
-        (KEEPS,),
+        "A replaced block that has run does not call a hook on its dropout of nothing.",
+        (LATER,),
     ),
     Mutant(
         "replaced-any-rank",
