@@ -131,6 +131,9 @@ class _Seen:
         children: list[Any] = []
         for name in block._decisive():
             fields += self.block, name, self.block.get(name)
+        if block._watched:
+            kinds += block, type(block), class_version(type(block))
+            sizes += self.block, len(self.block)
         for name in GLOBAL_HOOKS:
             sizes += getattr(nn.modules.module, name), 0
         modules = dict.fromkeys(module for module in (*block._modules.values(), *found.modules) if module is not None)
@@ -164,10 +167,16 @@ class FusedBlock(nn.Module):
     inplanes: int
     inplace: bool = False
     _seen: _Seen | None = None
+    _watched = False
+    """Whether changes of its class and new fields of its own count, too."""
 
     def _decisive(self) -> tuple[str, ...]:
         """The attributes of the block that decide what it computes."""
         return ("gate", "process_group", "inplace")
+
+    def _may_be_seen(self) -> bool:
+        """Whether it is enough to look at the block once, and then at what `_C.unchanged` looks at."""
+        return True
 
     def _overwrites(self) -> bool:
         """Whether the output takes the place of the input."""
@@ -205,7 +214,8 @@ class FusedBlock(nn.Module):
                 return self._refused(x, error)
         found = self._plain_layers()
         if not is_compiling():  # a graph that is being captured looks at everything, once, and at nothing that it would guard
-            self._seen = None if unchanged is None or found is None or found.computed() else _Seen(self, found)
+            lasting = found is not None and unchanged is not None and not found.computed() and self._may_be_seen()
+            self._seen = _Seen(self, found) if found is not None and lasting else None
         if found is None:
             try:
                 return self._with_called_layers(x)

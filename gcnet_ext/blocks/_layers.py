@@ -5,10 +5,12 @@ A submodule may be replaced, parametrized or hooked by its user. What is no long
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
@@ -210,8 +212,21 @@ def is_untouched(module: nn.Module) -> bool:
     return not (
         module._compiled_call_impl is not None
         or any(getattr(module, name) for name in HOOKS)
-        or any(getattr(torch.nn.modules.module, name) for name in GLOBAL_HOOKS)
+        or (not _LOOKING.past_global_hooks and any(getattr(torch.nn.modules.module, name) for name in GLOBAL_HOOKS))
     )
+
+
+_LOOKING = SimpleNamespace(past_global_hooks=False)
+
+
+@contextlib.contextmanager
+def ignoring_global_hooks() -> Iterator[None]:
+    """While this lasts, a module counts as plain although torch has hooks for every module: they are gone later."""
+    _LOOKING.past_global_hooks = True
+    try:
+        yield
+    finally:
+        _LOOKING.past_global_hooks = False
 
 
 def is_pointwise(module: nn.Module, dims: int = 2) -> bool:

@@ -17,6 +17,7 @@ from .. import functional
 from ..blocks import _layers, non_local
 from ..blocks._fused import FusedBlock, Layers, layers, two_layers
 from ..reference import accumulation_dtype
+from . import watch
 from .skeleton import (
     READERS,
     Bottleneck,
@@ -40,10 +41,14 @@ class Record(NamedTuple):
     """The spatial dimensions of the inputs that it takes."""
     first: tuple[str, ...]
     """The way to its first layer, whose dtype the input has."""
-    attributes: dict[str, Any]
-    """Those with which it was seen to compute what ours computes; with others it computes what it did before."""
+    fields: dict[str, Any]
+    """Those of its own with which it was seen to compute what ours computes; with others it computes what it did before."""
+    all_fields: bool
+    """Whether it has to have no others."""
     idle: tuple[Any, ...]
     """Likewise, what makes the modules that are not called what they are."""
+    code: str
+    """The fingerprint of its class."""
 
 
 MISSING = object()
@@ -52,24 +57,26 @@ PUBLIC = frozenset({"attention_map"})
 
 
 class Peer(nn.Module):
-    """What stands in front of the former class."""
+    """The first base of a replaced block's class; the second is its former class."""
 
     _former: type[nn.Module]
-    _forwards: tuple[Any]  # that of the former class; in a tuple, for an attribute would be a method
-    _record: Record
+    _fields: watch.ClassFields  # of the former class, when this one was made
+    _record: Record | None = None  # an instance that somebody makes of this class has none
+
+    def __init_subclass__(cls, **_options: Any) -> None:
+        """Does nothing: a former class may keep a list of its subclasses, which ours is none of."""
 
     def _as_before(self, *args: Any, **kwargs: Any) -> Any:
         """What the block computed before it was replaced."""
         return self._former.forward(self, *args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs:
+        record = self._record
+        if record is not None and len(args) == 1 and not kwargs:
             (x,) = args
             if not isinstance(x, Tensor):
                 return _layers.of_no_tensor(self, x)
-            record = self._record
-            unpatched = self._former.forward is self._forwards[0]
-            if unpatched and x.dim() == 2 + record.dims and self._has_dtype_of(x, record.first):
+            if x.dim() == 2 + record.dims and self._has_dtype_of(x, record.first):
                 return self._computed(x)
         return self._as_before(*args, **kwargs)
 
@@ -87,13 +94,27 @@ class Peer(nn.Module):
     def _computed(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def _is_what_it_was(self) -> bool:
+        """Whether the class and the fields are those with which the block was replaced."""
+        record = self._record
+        if record is None or watch.shadowed(self) or not watch.are_same(watch.class_fields(self._former), self._fields):
+            return False
+        if record.all_fields and record.fields.keys() != vars(self).keys() - watch.STANDARD:
+            return False
+        try:
+            return all(watch.frozen(name, vars(self).get(name, MISSING)) == value for name, value in record.fields.items())
+        except Left:
+            return False
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """For pickle and deepcopy: our class is made anew, because it is found under no name."""
-        former = self._former
+        former, kind = self._former, type(self).__bases__[0]
+        if type(self) is not _classes.get((former, kind, self._fields)):  # somebody has derived from ours
+            return super().__reduce_ex__(protocol)
         state = former.__getstate__(self) if hasattr(former, "__getstate__") else self.__dict__  # object has one from 3.11 on
         if isinstance(state, dict):
-            state = {name: value for name, value in state.items() if name != "_seen"}
-        return _made_anew, (former, type(self).__bases__[0], self._record), state
+            state = {name: value for name, value in state.items() if name not in ("_seen", "_record")}
+        return _made_anew, (former, kind, self._record), state
 
 
 _classes: dict[tuple[Any, ...], type[Any]] = {}
@@ -103,21 +124,26 @@ def class_of(former: type[nn.Module], kind: type[Peer]) -> type[Any]:
     """The subclass of a block's class whose forward is that of FusedPeer or NonLocalPeer.
 
     Raises:
-        Left: a name of ours means something else there.
+        Left: a name of ours has another meaning in that class.
     """
     if former.__reduce__ is not object.__reduce__ or former.__reduce_ex__ is not object.__reduce_ex__:
         raise Left("its class has a way of its own to be copied and pickled")
-    key = former, former.forward, kind
+    fields = watch.class_fields(former)
+    key = former, kind, fields
     if key not in _classes:
-        ours = {name for base in kind.__mro__ if issubclass(base, Peer | FusedBlock) for name in vars(base)}
-        taken = sorted(name for name in ours - PUBLIC - vars(nn.Module).keys() - vars(object).keys() if hasattr(former, name))
-        if taken:
+        if taken := sorted(name for name in names_of(kind) if hasattr(former, name)):
             raise Left(f"its class has a {taken[0]} of its own")
-        body = {"_former": former, "_forwards": (former.forward,), "__module__": __name__, "__doc__": former.__doc__}
+        body = {"_former": former, "_fields": fields, "__module__": __name__, "__doc__": former.__doc__}
         body |= {name: getattr(former, name) for name in PUBLIC if hasattr(former, name)}
         name = f"Fused{former.__name__}"
         _classes[key] = types.new_class(name, (kind, former), {}, lambda names: names.update(body))
     return _classes[key]
+
+
+def names_of(kind: type[Peer]) -> set[str]:
+    """The names of ours that a former class and its instances must not use in another way."""
+    ours = {name for base in kind.__mro__ if issubclass(base, Peer | FusedBlock) for name in vars(base)}
+    return ours - PUBLIC - vars(nn.Module).keys() - vars(object).keys() - {"__annotations__", "__init_subclass__"}
 
 
 def way_to(block: nn.Module, layer: nn.Module) -> tuple[str, ...]:
@@ -126,16 +152,23 @@ def way_to(block: nn.Module, layer: nn.Module) -> tuple[str, ...]:
 
 
 def become(block: nn.Module, kind: type[Peer], record: Record) -> None:
-    """Gives the block a forward of ours."""
+    """Gives the block a forward of ours.
+
+    Raises:
+        Left: a name of ours has another meaning in the block or in its class.
+    """
     made: type[nn.Module] = class_of(type(block), kind)
-    block.__dict__["_record"] = record
+    if taken := sorted(names_of(kind) & vars(block).keys()):
+        raise Left(f"it has a {taken[0]} of its own")
     block.__class__ = made
+    block.__dict__.update(_record=record, _seen=None)
 
 
-def _made_anew(former: type[nn.Module], kind: type[Peer], record: Record) -> nn.Module:
+def _made_anew(former: type[nn.Module], kind: type[Peer], record: Record | None) -> nn.Module:
     made: type[nn.Module] = class_of(former, kind)
     block = made.__new__(made)
-    block.__dict__["_record"] = record  # a former class may leave it out of its state
+    if record is not None and record.code == watch.fingerprint(former):  # the code of the class is what it was
+        block.__dict__.update(_record=record, _seen=None)
     return block
 
 
@@ -145,8 +178,13 @@ class FusedPeer(Peer, FusedBlock):
     def _computed(self, x: Tensor) -> Tensor:
         return FusedBlock.forward(self, x)
 
+    _watched = True
+
     def _decisive(self) -> tuple[str, ...]:
-        return tuple(self._record.attributes)
+        return () if self._record is None else tuple(self._record.fields)
+
+    def _may_be_seen(self) -> bool:
+        return all(watch.is_constant(vars(self).get(name)) for name in self._decisive())
 
     def _overwrites(self) -> bool:
         return False
@@ -154,7 +192,7 @@ class FusedPeer(Peer, FusedBlock):
     def _skeleton(self) -> Skeleton | None:
         """The parts, or None if the block is not any more what it was when it was replaced."""
         record = self._record
-        if any(getattr(self, name, MISSING) != value for name, value in record.attributes.items()):
+        if record is None or not self._is_what_it_was():
             return None
         try:
             found = READERS[record.kind].read(self)
@@ -194,6 +232,7 @@ class FusedPeer(Peer, FusedBlock):
             if gate is None and skeleton.gate is not None:
                 scale = skeleton.gate(scale)
             scale = scale.flatten(1).to(accumulation_dtype(x))
+            scale = scale.expand_as(context) if scale.shape == (len(context), 1) else scale  # one gate for all channels
             scale = scale if gate is None else gate(scale)
         if skeleton.shift is not None:
             shift = term(skeleton.shift).flatten(1).to(accumulation_dtype(x))
@@ -284,6 +323,8 @@ class NonLocalPeer(Peer):
 
     def _computed(self, x: Any) -> Any:
         block: Any = self
+        if not self._is_what_it_was():
+            return self._as_before(x)
         weight = None
         if block.mode == "concatenation":
             project = block.concat_project

@@ -7,10 +7,11 @@ from functools import partial
 from torch import nn
 
 from ..blocks import GlobalContextBlock, NonLocalBlock, SimplifiedNonLocalBlock, SqueezeExcitation
-from . import same
+from ..blocks._layers import ignoring_global_hooks
+from . import same, watch
 from .peer import FusedPeer, NonLocalPeer, Peer, Record, become, way_to, why_called, why_left
 from .report import Report
-from .skeleton import NON_LOCAL, READERS, Left, is_of, looks_like_attention, reader_of, settings
+from .skeleton import NON_LOCAL, READERS, Left, is_original, looks_like_attention, non_local_of, reader_of, settings
 
 OURS = (GlobalContextBlock, NonLocalBlock, SimplifiedNonLocalBlock, SqueezeExcitation, Peer)
 
@@ -40,58 +41,70 @@ def replace_blocks(model: nn.Module) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    replaced: dict[str, str] = {}
-    called: dict[str, str] = {}
-    left: dict[str, str] = {}
-    kinds: dict[str, str] = {}
-    done: list[str] = []
+    found = Report(model)
+    hidden: list[str] = []  # what is below them is ours, or part of what has been replaced
     for name, module in list(model.named_modules()):
-        if any(name.startswith(f"{path}." if path else "") for path in done):
+        if any(_is_below(name, outer) for outer in hidden):
+            continue
+        if isinstance(module, OURS):
+            hidden.append(name)
             continue
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
-        if isinstance(module, OURS):
-            done.append(name)
-            continue
         try:
-            why = _replaced(module)
+            with ignoring_global_hooks():
+                called = _replaced(module, listed=not any(_is_below(name, outer) for outer in found.left))
         except Left as reason:
-            left[name], kinds[name] = str(reason), kind
+            found.left[name], found.kinds[name] = str(reason), kind
         except Exception as error:  # whatever a block is made of, the others are replaced
-            left[name], kinds[name] = f"it could not be read: {type(error).__name__}: {error}", kind
+            found.left[name], found.kinds[name] = f"it could not be read: {type(error).__name__}: {error}", kind
         else:
-            if why is None:
+            if called is None:
                 continue
-            replaced[name] = kind
-            if why:
-                called[name] = why
-        done.append(name)
-    return Report(model, replaced, left, called, kinds)
+            hidden.append(name)
+            found.replaced[name] = kind
+            if called:
+                found.called[name] = called
+    return found
 
 
-def _replaced(block: nn.Module) -> str | None:
-    """Gives the block our forward; returns why its layers are called, or nothing where they are not. None: it is no block.
+def _is_below(name: str, outer: str) -> bool:
+    return not outer or name.startswith(f"{outer}.")
+
+
+def _replaced(block: nn.Module, *, listed: bool) -> str | None:
+    """Gives the block our forward; returns what of it is called, or nothing where one operator computes it; None if it is none.
 
     Raises:
-        Left: it looks like one, and stays as it is.
+        Left: it is one, or looks like one and is to be listed, and stays as it is.
     """
-    if is_of(block, "mmcv.cnn", *NON_LOCAL):
-        become(block, NonLocalPeer, Record("mmcv NonLocal", int(type(block).__name__[-2]), (), {}, ()))
-        return ""
-    found = reader_of(block)
-    if found is None:
-        if looks_like_attention(block):
+    non_local, found = non_local_of(block), reader_of(block)
+    if non_local is None and found is None:
+        if listed and looks_like_attention(block):
             raise Left("its class is none of those that are known")
         return None
+    if method := "forward" if "forward" in vars(block) else watch.shadowed(block):
+        raise Left(f"it has a {method} of its own")
+    if getattr(type(block).forward, "__wrapped__", None) is not None:
+        raise Left("its forward is decorated")
+    code = watch.fingerprint(type(block))
+    if non_local is not None:
+        if type(block) is not non_local or not is_original(non_local):
+            raise Left(f"it is not exactly mmcv's {non_local.__name__}")
+        dims = NON_LOCAL.index(non_local.__name__) + 1
+        become(block, NonLocalPeer, Record("", dims, (), {}, all_fields=False, idle=(), code=code))
+        return ""
+    assert found is not None
     name, vouched = found
     read, decisive, _ = READERS[name]
     skeleton = read(block)
     if why := why_left(skeleton):
         raise Left(why)
-    attributes = {key: getattr(block, key) for key in decisive} if vouched else same.attributes(block)
+    fields = {key: vars(block)[key] for key in decisive} if vouched else watch.own_fields(block)
     way = way_to(block, skeleton.branches()[0].first)
-    convert = partial(become, kind=FusedPeer, record=Record(name, skeleton.dims, way, attributes, settings(skeleton.idle)))
+    record = Record(name, skeleton.dims, way, fields, all_fields=not vouched, idle=settings(skeleton.idle), code=code)
+    convert = partial(become, kind=FusedPeer, record=record)
     if not vouched:
         same.check(block, read, convert)
-    why = why_called(skeleton)
+    called = why_called(skeleton)
     convert(block)
-    return why
+    return called

@@ -28,8 +28,8 @@ class Report:
     """
 
     model: nn.Module
-    replaced: dict[str, str]
-    left: dict[str, str]
+    replaced: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
     called: dict[str, str] = field(default_factory=dict)
     kinds: dict[str, str] = field(default_factory=dict)
 
@@ -43,10 +43,14 @@ class Report:
             kind = self.kinds.get(names[0], "")
             lines.append(f"  left      {_counted(names)}{kind}, because {self.left[names[0]]}: {_listed(names)}")
         if not self.replaced:
-            lines.append(f"  known are {KNOWN}; insert_blocks puts blocks into a model that has none")
+            hint = "" if self.left or self._has_ours() else "; insert_blocks puts blocks into a model that has none"
+            lines.append(f"  {'the blocks of this package stay; ' if self._has_ours() else ''}known are {KNOWN}{hint}")
         return "\n".join(lines)
 
     __repr__ = __str__
+
+    def _has_ours(self) -> bool:
+        return any(type(part).__module__.startswith("gcnet_ext.") for part in self.model.modules())
 
 
 def _alike(names: Iterable[str], key: Callable[[str], object]) -> list[list[str]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections import OrderedDict
+import random
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,26 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from .skeleton import Left, Skeleton
+from .watch import STANDARD
 
-SIZES = (6, 5, 4)
-TOLERANCE = 1e-9
-"""Of float64."""
-SCALARS = (bool, int, float, complex, str, bytes, tuple, frozenset, type(None))
-
-
-def attributes(block: nn.Module) -> dict[str, Any]:
-    """What a forward may read besides parameters, buffers and submodules."""
-    return {
-        name: value
-        for name, value in vars(block).items()
-        if isinstance(value, SCALARS) and name != "training" and not name.startswith("_")
-    }
+TOLERANCE = 1e-5
+"""Of float64; some take the softmax in float32."""
+# Samples, the spatial sizes, and the size of the numbers.
+INPUTS = ((1, (6, 5, 4), 1.0), (3, (6, 5, 4), 1.0), (2, (17, 9, 3), 1.0), (2, (5, 4, 3), 300.0))
+ELSE = "it has the submodules of a known block, and"
 
 
 def _nothing_left_over(block: nn.Module, skeleton: Skeleton) -> None:
-    """
+    """Nothing follows if the formula has a counterpart for every parameter and submodule.
+
     Raises:
-        Left: a parameter or a submodule of the block has no counterpart in the formula.
+        Left: one has none.
     """
     for name, parameter in block._parameters.items():
         if parameter is not None:
@@ -52,7 +47,7 @@ def _without_hooks(block: nn.Module) -> Iterator[None]:
         if "_hooks" in name and isinstance(value, dict)
     ]
     for fields, name, value in saved:
-        fields[name] = type(value)() if type(value) in (dict, OrderedDict) else {}
+        fields[name] = type(value)()
     try:
         yield
     finally:
@@ -60,64 +55,105 @@ def _without_hooks(block: nn.Module) -> Iterator[None]:
             fields[name] = value
 
 
-def _copied(block: nn.Module, random: torch.Generator) -> nn.Module:
+def _tensors(block: nn.Module) -> list[Tensor]:
+    return [*block.parameters(), *block.buffers()]
+
+
+def _copied(block: nn.Module, generator: torch.Generator) -> nn.Module:
     """A copy without hooks on the CPU, in float64, with random parameters and buffers."""
     try:
         with _without_hooks(block):
             copied = copy.deepcopy(block)
-        copied = copied.to_empty(device="cpu").double()
     except Exception as error:
-        raise Left(f"it could not be copied to be compared: {type(error).__name__}: {error}") from error
-    for tensor in (*copied.parameters(), *copied.buffers()):
-        if tensor.is_floating_point() or tensor.is_complex():
-            tensor.normal_(0, 0.5, generator=random)
-        else:
-            tensor.random_(0, 2, generator=random)
+        raise Left(f"it cannot be copied to be compared: {type(error).__name__}: {error}") from error
+    own = {id(part) for part in (*block.modules(), *_tensors(block))}
+    if any(id(part) in own for part in (*copied.modules(), *_tensors(copied))):
+        raise Left("a copy of it is not one of its own, so it cannot be tried")
+    copied = copied.to_empty(device="cpu").double().requires_grad_()
+    with torch.no_grad():
+        for tensor in _tensors(copied):
+            if tensor.is_floating_point() or tensor.is_complex():
+                tensor.normal_(0, 0.5, generator=generator)
+            else:
+                tensor.random_(0, 2, generator=generator)
     return copied
 
 
-def check(block: nn.Module, read: Callable[[Any], Skeleton], become: Callable[[nn.Module], None]) -> None:
-    """Does nothing if the block computes what it would compute as a peer; `become` makes a copy of it one.
+def _states() -> list[Any]:
+    """Of the random generators that a forward may use."""
+    found: list[Any] = [torch.default_generator.get_state().tolist(), random.getstate()]
+    if numpy := sys.modules.get("numpy"):
+        found.append(str(numpy.random.get_state()))
+    return found
 
-    It is tried in evaluation and in training, with numbers other than those that it happens to have. Neither the block nor the
-    global random generators are touched.
+
+class _Trial:
+    """What a call of a block does: its output, gradients, and what else it leaves behind."""
+
+    def __init__(self, block: nn.Module, forward: Callable[[Tensor], Any], x: Tensor) -> None:
+        leaf = x.clone().requires_grad_()
+        given = leaf.view_as(leaf)
+        own = x.clone()
+        inputs = [leaf, *block.parameters()]
+        try:
+            self.out = forward(given)
+        except Exception as error:
+            raise Left(f"it does not take a {x.dim() - 2}-D feature map: {type(error).__name__}: {error}") from error
+        if not isinstance(self.out, Tensor) or self.out.shape != x.shape:
+            raise Left(f"{ELSE} gives no feature map like its input")
+        if not torch.equal(given, own):
+            raise Left(f"{ELSE} overwrites its input")
+        if not self.out.requires_grad:
+            raise Left(f"{ELSE} gives its output no gradient")
+        weights = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)
+        found = torch.autograd.grad((self.out * weights).sum(), inputs, allow_unused=True)
+        self.gradients = [torch.zeros_like(a) if g is None else g for a, g in zip(inputs, found, strict=True)]
+        self.out = self.out.detach()
+        self.buffers = [buffer.clone() for buffer in block.buffers()]
+
+    def equals(self, other: _Trial) -> bool:
+        tensors = [(self.out, other.out), *zip(self.gradients, other.gradients, strict=True)]
+        tensors += zip(self.buffers, other.buffers, strict=True)
+        return all(
+            torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE * max(1.0, float(a.abs().max()) if a.numel() else 1.0))
+            for a, b in ((a.double(), b.double()) for a, b in tensors)
+        )
+
+
+def check(block: nn.Module, read: Callable[[Any], Skeleton], convert: Callable[[nn.Module], None]) -> None:
+    """Does nothing if the block computes what it would compute as a peer; `convert` makes a copy of it one.
+
+    Outputs, gradients and buffers are compared, in evaluation and in training, for several inputs, with numbers other than
+    those that the block happens to have. Neither the block nor a global random generator is changed.
 
     Raises:
-        Left: it computes something else, or cannot be tried.
+        Left: it computes something else, does something else besides, or cannot be tried.
     """
-    skeleton = read(block)
-    _nothing_left_over(block, skeleton)
-    random = torch.Generator().manual_seed(0)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        copied: Any = _copied(block, random)
-        before = attributes(copied)
-        first: Any = read(copied).branches()[0].first
-        x = torch.randn(2, first.weight.shape[1], *SIZES[: skeleton.dims], dtype=torch.float64, generator=random)
-        become(copied)
+    _nothing_left_over(block, read(block))
+    generator = torch.Generator().manual_seed(0)
+    copied: Any = _copied(block, generator)
+    skeleton = read(copied)
+    first: Any = skeleton.branches()[0].first
+    channels = first.weight.shape[1]
+    convert(copied)
+    fields = {name: value for name, value in vars(copied).items() if name not in STANDARD}
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
         for training in (False, True):
-            copied.train(training)
-            buffers = {buffer: buffer.clone() for buffer in copied.buffers()}  # a spectral norm changes its own in training
-
-            def called(forward: Callable[[Tensor], Any], seed: int, buffers: dict[Tensor, Tensor] = buffers) -> Any:
-                for buffer, value in buffers.items():
-                    buffer.copy_(value)
-                return _called(forward, x, seed)
-
-            want, again = (called(copied._as_before, seed) for seed in (0, 1))
-            if not isinstance(want, Tensor) or want.shape != x.shape:
-                raise Left("it has the submodules of a known block, and gives no feature map like its input")
-            if not torch.equal(want, again):
-                raise Left("it has the submodules of a known block, and computes at random")
-            if not torch.allclose(want, called(copied, 0), rtol=TOLERANCE, atol=TOLERANCE):
-                raise Left("it has the submodules of a known block, and computes something else")
-        if attributes(copied) != before:
-            raise Left("its forward changes its attributes")
-
-
-def _called(forward: Callable[[Tensor], Any], x: Tensor, seed: int) -> Any:
-    """What this forward makes of x, with the global random generator of the CPU at this seed."""
-    torch.default_generator.manual_seed(seed)
-    try:
-        return forward(x.clone())
-    except Exception as error:
-        raise Left(f"it does not take a {x.dim() - 2}-D feature map: {type(error).__name__}: {error}") from error
+            for samples, sizes, size in INPUTS:
+                shape = samples, channels, *sizes[: skeleton.dims]
+                x = size * torch.randn(shape, dtype=torch.float64, device="cpu", generator=generator)
+                copied.train(training)
+                buffers = [buffer.clone() for buffer in copied.buffers()]
+                before, python = _states(), random.getstate()
+                want = _Trial(copied, copied._as_before, x)
+                used = _states() != before
+                random.setstate(python)
+                if used:
+                    raise Left(f"{ELSE} computes at random")
+                if {name: value for name, value in vars(copied).items() if name not in STANDARD} != fields:
+                    raise Left("its forward changes its attributes")
+                with torch.no_grad():
+                    for buffer, value in zip(copied.buffers(), buffers, strict=True):
+                        buffer.copy_(value)
+                if not want.equals(_Trial(copied, copied, x)):
+                    raise Left(f"{ELSE} computes something else")

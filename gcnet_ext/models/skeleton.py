@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -66,6 +67,22 @@ def is_of(module: nn.Module, library: str, *names: str) -> bool:
     return found is not None and any(type(module) is getattr(found, name, None) for name in names)
 
 
+def is_as_made(module: nn.Module) -> bool:
+    """Whether calling the module runs the code of its library, and nothing else."""
+    return is_untouched(module) and is_original(type(module))
+
+
+def is_original(kind: type) -> bool:
+    """Whether each method of the class is where the others are, under its own name: nobody has exchanged or wrapped one."""
+    for base in kind.__mro__:
+        if issubclass(base, nn.Module) and base is not nn.Module and not base.__module__.startswith("torch.nn."):
+            methods = {name: value for name, value in vars(base).items() if isinstance(value, FunctionType)}
+            homes = {id(method.__globals__) for method in methods.values()}
+            if len(homes) > 1 or any(method.__code__.co_name != name for name, method in methods.items()):
+                return False
+    return True
+
+
 def does_nothing_else(module: nn.Module) -> bool:
     """Whether a module that is not called would do what the formula has in its place, or nothing."""
     return bool(
@@ -88,12 +105,12 @@ def _ones(sizes: Any) -> bool:
 
 def calls_its_layers(container: nn.Module) -> bool:
     """Whether calling the module calls the layers of a branch one after another, and does nothing else."""
-    return is_plain(container, nn.Sequential) or (is_of(container, "timm.layers", "ConvMlp") and is_untouched(container))
+    return is_plain(container, nn.Sequential) or (is_of(container, "timm.layers", "ConvMlp") and is_as_made(container))
 
 
 def is_layer_norm(norm: nn.Module, dims: int) -> bool:
     """Whether the module is a LayerNorm over the hidden units, by shape (torch) or by place (timm)."""
-    return norm_over_units(norm, dims) or (is_of(norm, "timm.layers", "LayerNorm2d") and is_untouched(norm))
+    return norm_over_units(norm, dims) or (is_of(norm, "timm.layers", "LayerNorm2d") and is_as_made(norm))
 
 
 def kind_of_gate(module: nn.Module | None) -> Gate | None:
@@ -114,7 +131,7 @@ def kind_of_gate(module: nn.Module | None) -> Gate | None:
 def gate_of(module: nn.Module | None) -> Gate | None:
     """The gate that calling the module computes; None if that is another function, or more than one."""
     torchs = type(module) in (nn.Sigmoid, nn.Hardsigmoid)
-    if module is None or (is_plain(module, type(module)) if torchs else is_untouched(module)):
+    if module is None or (is_plain(module, type(module)) if torchs else is_as_made(module)):
         return kind_of_gate(module)
     return None
 
@@ -151,6 +168,8 @@ def context_block(block: Any) -> Skeleton:
     """mmcv's ContextBlock."""
     if getattr(block._modules.get("softmax"), "dim", 2) not in (2, -1):
         raise Left("its softmax is not one over positions")
+    if (block.pooling_type == "att") != ("conv_mask" in block._modules):
+        raise Left(f"its pooling_type is {block.pooling_type!r}, and its layers are for another")
     idle = (block._modules.get(name) for name in ("softmax", "avg_pool"))
     return _bottlenecks(block, tuple(part for part in idle if part is not None))
 
@@ -223,7 +242,6 @@ CLASSES: dict[tuple[str, str], str] = {
     ("timm.layers", "GlobalContext"): "timm GlobalContext",
     ("timm.layers", "SEModule"): "timm SEModule",
     ("torchvision.ops", "SqueezeExcitation"): "torchvision SqueezeExcitation",
-    ("torchvision.ops.misc", "SqueezeExcitation"): "torchvision SqueezeExcitation",
 }
 NON_LOCAL = ("NonLocal1d", "NonLocal2d", "NonLocal3d")
 
@@ -232,12 +250,18 @@ def reader_of(module: nn.Module) -> tuple[str, bool] | None:
     """The name of its reader, and whether the class itself vouches for what it computes; None for no block of the family."""
     for (library, name), reader in CLASSES.items():
         kind = getattr(sys.modules.get(library), name, None)
-        if isinstance(kind, type) and isinstance(module, kind):
-            patched = vars(kind)["forward"].__qualname__ != f"{kind.__qualname__}.forward"
-            return reader, type(module) is kind and not patched
-    if hasattr(module, "channel_add_conv") and hasattr(module, "channel_mul_conv"):
+        if isinstance(kind, type) and issubclass(type(module), kind):
+            return reader, type(module) is kind and is_original(kind)
+    # Not by hasattr: a module that wraps another one gives its attributes, too.
+    if all(name in module._modules or name in vars(module) for name in ("channel_add_conv", "channel_mul_conv")):
         return "snippet", False
     return None
+
+
+def non_local_of(module: nn.Module) -> type[nn.Module] | None:
+    """mmcv's class of non-local blocks that the module is an instance of."""
+    kinds = (getattr(sys.modules.get("mmcv.cnn"), name, None) for name in NON_LOCAL)
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(type(module), kind)), None)
 
 
 # ---- what looks like one -----------------------------------------------------------------------------------------------------
@@ -248,7 +272,10 @@ WORDS = frozenset(
         *("attention", "attn", "att", "nonlocal", "context"),
     )
 )
-PHRASES = ("nonlocal", "globalcontext", "globalresponsenorm", "selectivekernel", "splitattn", "focalmodulation", "gatherexcite")
+PHRASES = (
+    *("nonlocal", "globalcontext", "gcmodule", "gcblock", "globalresponsenorm", "selectivekernel", "splitattn", "mhsa"),
+    *("focalmodulation", "gatherexcite", "channelgate", "spatialgate", "pammodule", "cammodule", "emau"),
+)
 CONTAINERS = frozenset(("block", "bottleneck", "net", "stage", "model", "backbone", "encoder", "decoder", "basic", "mlp"))
 MOST_MODULES = 30
 """A module with more than so many below it is a network, not a block."""
@@ -262,7 +289,7 @@ def looks_like_attention(module: nn.Module) -> bool:
     below = [part for part in module.modules() if part is not module]
     if len(below) > MOST_MODULES or (not below and not any(True for _ in module.parameters())):
         return False
-    if any(reader_of(part) for part in below):
+    if any(reader_of(part) or non_local_of(part) for part in below):
         return False
     words = _words(module)
     if words & CONTAINERS and any(_is_named_so(part) for part in below):

@@ -61,7 +61,7 @@ def _names_of_peer(block: nn.Module, peer: str) -> dict[str, str] | None:
         return to_timm if peer == "timm" else {}
     if isinstance(block, NonLocalBlock):
         return {ours: theirs for theirs, ours in NON_LOCAL.items()} if block.sub_sample else {}
-    if isinstance(block, FusedPeer):
+    if isinstance(block, FusedPeer) and block._record is not None:
         keys = READERS[block._record.kind].keys
         is_context = any(hasattr(block, name) for name in ("channel_add_conv", "conv_attn"))
         if keys == peer or not is_context:
