@@ -367,6 +367,57 @@ def test_a_block_that_is_not_called_is_said_once():
             model(X)
 
 
+class Sometimes(nn.Module):
+    """A part is checkpointed, and one is called in training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Conv2d(16, 8, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        x = torch.utils.checkpoint.checkpoint(self.body, x, use_reentrant=False)
+        return self.head(x) if self.training else x
+
+
+def test_no_false_alarm():
+    model, parts = Sometimes(), chain()
+    insert_blocks(model, modules=["body", "head"], ratio=1 / 2)
+    insert_blocks(parts, modules=["0"], ratio=1 / 2)
+    parts[0].compile(backend="aot_eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        for training in (True, False, True, False):
+            model.train(training)(X.clone().requires_grad_()).sum().backward()
+            parts(X)
+
+
+def test_a_module_that_is_never_called_is_said():
+    model = Sometimes().eval()
+    insert_blocks(model, modules=["body", "head"], ratio=1 / 2)
+    with pytest.warns(RuntimeWarning, match=r"head\.context_block was not: the module that it stands behind was not called"):
+        model(X)
+
+
+def test_shared_modules_and_any_collection_of_stages():
+    model = ResNet()
+    model.layer3[1] = model.layer2[1]
+    names = insert_blocks(model, {2, 3}, 1 / 4)
+    assert sorted(names) == ["layer2.0.context_block", "layer2.1.context_block", "layer3.0.context_block"]
+    assert len(insert_blocks(ResNet(), range(3, 5), 1 / 4)) == 4
+    assert len(insert_blocks(ResNet(), 2, 1 / 4)) == 2
+    twice = nn.ModuleDict({"a": nn.Conv2d(4, 4, 1)})
+    twice["b"] = twice["a"]
+    assert insert_blocks(twice, modules="b", ratio=1 / 2) == ["b.context_block"]
+
+
+def test_a_class_whose_forward_was_exchanged(monkeypatch):
+    model = ResNet()
+    former = type(model.layer2[0]).forward
+    monkeypatch.setattr(type(model.layer2[0]), "forward", lambda self, x: former(self, x) + 1)
+    with pytest.raises(ValueError, match=r"layer2\.0 is none: it has a forward of its own, or somebody has exchanged"):
+        insert_blocks(model)
+
+
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [

@@ -187,6 +187,17 @@ def test_a_replaced_block_has_the_keys_of_any_peer(name, peer):
     assert all(value.data_ptr() == theirs.state_dict()[key].data_ptr() for key, value in to_peer_state_dict(theirs).items())
 
 
+def test_a_block_with_two_names_has_the_peers_keys_twice():
+    for block in (GlobalContextBlock(16, 1 / 4), mmcv_context()):
+        model = nn.ModuleDict({"a": block, "b": block})
+        replace_blocks(model)
+        keys = to_peer_state_dict(model, "timm")
+        assert {key.removeprefix("a.") for key in keys if key.startswith("a.")} == {
+            key.removeprefix("b.") for key in keys if key.startswith("b.")
+        }
+        assert "b.conv_attn.weight" in keys
+
+
 @pytest.mark.parametrize("name", [name for name in BLOCKS if "non-local" not in name or "2d embedded" in name])
 def test_copies(name):
     """deepcopy, pickle, torch.save, half precision."""

@@ -442,6 +442,49 @@ def test_nothing_replaced_says_what_is_known():
     assert "insert_blocks" in str(report)
 
 
+class Wrapper(nn.Module):
+    """One that gives the attributes of what it holds, as torch.compile's and FSDP's do."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_blocks_inside_of_others_are_found():
+    attention = type("MyAttention", (nn.Sequential,), {})(imitations.library("mmcv.cnn").NonLocal2d(16), nn.Conv2d(16, 16, 1))
+    model = nn.Sequential(Wrapper(Pasted()), attention, torch.compile(Pasted(), backend="eager"))
+    assert list(replace_blocks(model).replaced) == ["0.inner", "1.0", "2._orig_mod"]
+
+
+def test_under_hooks_of_all_modules():
+    """They are not called with a probe, and do not keep a block from being replaced."""
+    calls = []
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: calls.append(1))
+    model = nn.Sequential(Pasted(), timm_se())
+    try:
+        report = replace_blocks(model)
+    finally:
+        handle.remove()
+    assert (len(report.replaced), report.called) == (2, {})
+    assert calls == []
+
+
+def test_the_second_call_and_blocks_of_ours():
+    for model in (nn.Sequential(Pasted()), nn.Sequential(gcnet_ext.SqueezeExcitation(16))):
+        replace_blocks(model)
+        assert "the blocks of this package stay" in str(replace_blocks(model))
+        assert "that has none" not in str(replace_blocks(model))
+
+
 @pytest.mark.parametrize("model", ["resnet50", None, nn.Sequential, [nn.ReLU()]])
 def test_a_model_that_is_none(model):
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got (str|NoneType|type|list)"):

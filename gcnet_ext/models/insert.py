@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor, nn
@@ -74,10 +75,13 @@ def insert_blocks(
         raise ValueError(f"kind must be one of {tuple(KINDS)}, got {kind!r}")
     if position not in POSITIONS:
         raise ValueError(f"position must be one of {POSITIONS}, got {position!r}")
-    found = dict(model.named_modules())
+    found = dict(model.named_modules(remove_duplicate=False))
     places: dict[str, int | None]
     if modules is None:
-        places = dict.fromkeys(_residual_blocks(model, stages))
+        places = {}
+        for name in _residual_blocks(model, stages):
+            if all(found[name] is not found[other] for other in places):  # stages may share a residual block
+                places[name] = None
     else:
         modules = (modules,) if isinstance(modules, str) else modules
         places = {name: modules[name] if isinstance(modules, Mapping) else None for name in modules}
@@ -97,7 +101,7 @@ def insert_blocks(
             found[name].register_forward_hook(_apply)
     names = [f"{name}.{NAME}" if name else NAME for name in blocks]
     if not in_residual and names:
-        model.register_forward_hook(_Watch(names))
+        model.register_forward_hook(_Watch({block: found[name] for block, name in zip(names, blocks, strict=True)}))
     return names
 
 
@@ -108,31 +112,45 @@ def _apply(module: Any, _arguments: tuple, output: Tensor) -> Tensor:
     """The hook. A function of this module, with nothing of its own: it survives deepcopy and pickle."""
     block = module._modules[NAME]
     if not is_compiling():
-        block.__dict__["_was_called"] = True
+        block.__dict__["_calls"] = block.__dict__.get("_calls", 0) + 1
     return block(output)
 
 
 class _Watch:
-    """A hook of the model that says, once, which of its inserted blocks a forward pass has not called."""
+    """A hook of the model that says, once, that a block was never called, or is gone with the module that it stands behind."""
 
-    def __init__(self, names: list[str]) -> None:
-        self.names = names
+    def __init__(self, places: dict[str, nn.Module]) -> None:
+        self.places = places  # by the name of the block, the module in front of it
+        self.calls = dict.fromkeys(places, 0)
         self.told = False
 
     def __call__(self, model: nn.Module, _arguments: tuple, _output: Any) -> None:
         if is_compiling() or self.told:
             return
-        found = dict(model.named_modules())
-        missed = [name for name in self.names if name not in found or not found[name].__dict__.pop("_was_called", False)]
-        if missed:
-            self.told = True
-            more = f" and {len(missed) - 1} more" if len(missed) > 1 else ""
-            warnings.warn(
-                f"the model was called, and its inserted block {missed[0]}{more} was not: the module that it stands behind was "
-                "exchanged, or is not called as a module. Insert it behind another one.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        for name, module in self.places.items():
+            block = module._modules.get(NAME)
+            calls = self.calls[name] if block is None else vars(block).get("_calls", 0)
+            if calls == self.calls[name]:
+                self._look(model, name, module)
+            self.calls[name] = calls
+
+    def _look(self, model: nn.Module, name: str, module: nn.Module) -> None:
+        """At a block that was not called from Python in this forward pass; a compiled module may have called it."""
+        parts = list(model.modules())
+        hooked = module._modules.get(NAME) is not None and _apply in module._forward_hooks.values()
+        if hooked and any(part is module for part in parts):
+            compiled = any(part._compiled_call_impl is not None or "Optimized" in type(part).__name__ for part in parts)
+            if self.calls[name] or compiled:
+                return
+            why = "the module that it stands behind was not called"
+        else:
+            why = "the module that it stands behind was exchanged"
+        self.told = True
+        warnings.warn(
+            f"the model was called, and its inserted block {name} was not: {why}. Insert it behind another module.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _check_place(found: Mapping[str, nn.Module], name: str) -> None:
@@ -159,7 +177,7 @@ def _check_place(found: Mapping[str, nn.Module], name: str) -> None:
 def _residual_blocks(model: nn.Module, stages: Sequence[int]) -> Iterator[str]:
     """The names of those of the stages."""
     prefix, resnet = _resnet_in(model)
-    for stage in stages if isinstance(stages, Sequence) else (stages,):
+    for stage in [int(stage) if isinstance(stage, Integral) else stage for stage in _several(stages)]:
         layer = getattr(resnet, f"layer{stage}", None) if stage in STAGES else None
         if not isinstance(layer, nn.Module):
             raise ValueError(
@@ -172,6 +190,11 @@ def _residual_blocks(model: nn.Module, stages: Sequence[int]) -> Iterator[str]:
                     f"{path} has neither conv3 nor conv2: it is no residual block; pass modules={_examples(model)}"
                 )
             yield path
+
+
+def _several(stages: Any) -> list[Any]:
+    """One stage, or any collection of them."""
+    return list(stages) if isinstance(stages, Iterable) and not isinstance(stages, str) else [stages]
 
 
 def _resnet_in(model: nn.Module) -> tuple[str, nn.Module]:

@@ -109,7 +109,7 @@ class Peer(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """For pickle and deepcopy: our class is made anew, because it is found under no name."""
         former, kind = self._former, type(self).__bases__[0]
-        if type(self) is not _classes.get((former, kind, self._fields)):  # somebody has derived from ours
+        if type(self) is not _classes.get(_key(former, kind, self._fields)):  # somebody has derived from ours
             return super().__reduce_ex__(protocol)
         state = former.__getstate__(self) if hasattr(former, "__getstate__") else self.__dict__  # object has one from 3.11 on
         if isinstance(state, dict):
@@ -120,6 +120,10 @@ class Peer(nn.Module):
 _classes: dict[tuple[Any, ...], type[Any]] = {}
 
 
+def _key(former: type[nn.Module], kind: type[Peer], fields: watch.ClassFields) -> tuple[Any, ...]:
+    return former, kind, tuple((base, name, id(value)) for base, name, value in fields)  # a value may have no hash
+
+
 def class_of(former: type[nn.Module], kind: type[Peer]) -> type[Any]:
     """The subclass of a block's class whose forward is that of FusedPeer or NonLocalPeer.
 
@@ -128,8 +132,10 @@ def class_of(former: type[nn.Module], kind: type[Peer]) -> type[Any]:
     """
     if former.__reduce__ is not object.__reduce__ or former.__reduce_ex__ is not object.__reduce_ex__:
         raise Left("its class has a way of its own to be copied and pickled")
+    if any("__slots__" in vars(base) for base in former.__mro__ if issubclass(base, nn.Module)):
+        raise Left("its class has __slots__, which nobody can watch")
     fields = watch.class_fields(former)
-    key = former, kind, fields
+    key = _key(former, kind, fields)
     if key not in _classes:
         if taken := sorted(name for name in names_of(kind) if hasattr(former, name)):
             raise Left(f"its class has a {taken[0]} of its own")

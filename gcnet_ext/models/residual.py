@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .skeleton import is_original
+
 NAME = "context_block"
 LIBRARIES = {"torchvision.models.resnet": "residual_torchvision", "timm.models.resnet": "residual_timm"}
 CLASSES = ("BasicBlock", "Bottleneck")
@@ -27,8 +29,8 @@ def class_with_context_block(residual: nn.Module) -> type[Any]:
         found = sys.modules.get(library)
         for name in CLASSES:
             if found is not None and type(residual) is getattr(found, name, None):
-                if "forward" in vars(residual):
-                    raise ValueError("it has a forward of its own")
+                if "forward" in vars(residual) or not is_original(type(residual)):
+                    raise ValueError("it has a forward of its own, or somebody has exchanged that of its class")
                 kind: type[Any] = getattr(importlib.import_module(f".{ours}", __package__), name)
                 return kind
     kind = type(residual)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..blocks._layers import GLOBAL_HOOKS
 from .skeleton import Left, Skeleton
 from .watch import STANDARD
 
@@ -35,6 +36,20 @@ def _nothing_left_over(block: nn.Module, skeleton: Skeleton) -> None:
     for name, module in block.named_modules():
         if module is not block and id(module) not in accounted:
             raise Left(f"its submodule {name} ({type(module).__name__}) has no counterpart in ours")
+
+
+@contextlib.contextmanager
+def _without_global_hooks() -> Iterator[None]:
+    """While this lasts, torch has no hook for every module."""
+    tables = [getattr(nn.modules.module, name) for name in GLOBAL_HOOKS]
+    saved = [dict(table) for table in tables]
+    for table in tables:
+        table.clear()
+    try:
+        yield
+    finally:
+        for table, hooks in zip(tables, saved, strict=True):
+            table.update(hooks)
 
 
 @contextlib.contextmanager
@@ -105,7 +120,7 @@ class _Trial:
             raise Left(f"{ELSE} overwrites its input")
         if not self.out.requires_grad:
             raise Left(f"{ELSE} gives its output no gradient")
-        weights = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)
+        weights = torch.linspace(-1, 1, x.numel(), dtype=x.dtype, device=x.device).view_as(x)
         found = torch.autograd.grad((self.out * weights).sum(), inputs, allow_unused=True)
         self.gradients = [torch.zeros_like(a) if g is None else g for a, g in zip(inputs, found, strict=True)]
         self.out = self.out.detach()
@@ -130,14 +145,21 @@ def check(block: nn.Module, read: Callable[[Any], Skeleton], convert: Callable[[
         Left: it computes something else, does something else besides, or cannot be tried.
     """
     _nothing_left_over(block, read(block))
-    generator = torch.Generator().manual_seed(0)
-    copied: Any = _copied(block, generator)
+    generator = torch.Generator("cpu").manual_seed(0)
+    with torch.inference_mode(False):
+        _try(_copied(block, generator), read, convert, generator)
+
+
+def _try(
+    copied: Any, read: Callable[[Any], Skeleton], convert: Callable[[nn.Module], None], generator: torch.Generator
+) -> None:
+    """That of `check`, of a copy."""
     skeleton = read(copied)
     first: Any = skeleton.branches()[0].first
     channels = first.weight.shape[1]
     convert(copied)
     fields = {name: value for name, value in vars(copied).items() if name not in STANDARD}
-    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]), _without_global_hooks():
         for training in (False, True):
             for samples, sizes, size in INPUTS:
                 shape = samples, channels, *sizes[: skeleton.dims]

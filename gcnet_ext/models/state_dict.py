@@ -18,7 +18,8 @@ def to_peer_state_dict(model: nn.Module, peer: str | None = None, *, spatial_dim
     Args:
         model: any module, or a block.
         peer: ``"mmcv"``, ``"timm"`` or ``"torchvision"``; None for the names that each replaced block had, which it still has.
-        spatial_dims: number of spatial dimensions of the exported convolution weights, 1 to 3: mmcv's ``NonLocal3d`` has 3.
+        spatial_dims: number of spatial dimensions of the exported convolution weights, 1 to 3: mmcv's ``NonLocal3d`` has 3. A
+            replaced block whose names are the peer's already keeps its shapes.
 
     Raises:
         ValueError: the peer is not one of the three, or spatial_dims is not 1, 2 or 3.
@@ -32,16 +33,20 @@ def to_peer_state_dict(model: nn.Module, peer: str | None = None, *, spatial_dim
         return dict(state)
     names_below = {
         f"{path}." if path else "": names
-        for path, block in model.named_modules()
+        for path, block in model.named_modules(remove_duplicate=False)  # a block may have two names
         if (names := _names_of_peer(block, peer)) is not None
     }
 
     def shaped(name: str, value: Tensor) -> Tensor:
-        if value.dim() == 4 and not name.startswith("concat_project"):  # that one is a Conv2d in mmcv's NonLocal1d and 3d, too
-            return value.reshape(value.shape[:2] + (1,) * spatial_dims)
         if ".norm." in name:  # timm's
             return value.flatten()
-        return value.reshape(-1, 1, 1) if name.startswith("channel_") and ".1." in name else value
+        if name.startswith("channel_") and ".1." in name:
+            return value.reshape(-1, 1, 1)
+        # concat_project is a Conv2d in mmcv's NonLocal1d and 3d, too.
+        pointwise = name.endswith(".weight") and value.dim() > 2 and value.shape[2:].numel() == 1
+        if pointwise and not name.startswith("concat_project"):
+            return value.reshape(value.shape[:2] + (1,) * spatial_dims)
+        return value
 
     found = {}
     for key, value in state.items():

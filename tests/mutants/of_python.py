@@ -193,7 +193,7 @@ MUTANTS = (
     Mutant(
         "hook-of-all-modules",
         "gcnet_ext/blocks/_layers.py",
-        "or «any(getattr(torch.nn.modules.module, name) for name in GLOBAL_HOOKS)»",
+        "past_global_hooks and «any(getattr(torch.nn.modules.module, name) for name in GLOBAL_HOOKS)»",
         "False",
         "torch's global hooks are not called for the submodules of a block.",
         (HOOKS,),
@@ -330,7 +330,7 @@ MUTANTS = (
     Mutant(
         "replaced-subclass",
         "gcnet_ext/models/skeleton.py",
-        "return reader, «type(module) is kind» and not patched",
+        "return reader, «type(module) is kind» and is_original(kind)",
         "True",
         "A subclass of a peer's block, which may do otherwise, is replaced without a trial.",
         (REPORT,),
@@ -346,7 +346,7 @@ MUTANTS = (
     Mutant(
         "replaced-tried-with-zeros",
         "gcnet_ext/models/same.py",
-        "tensor.«normal_(0, 0.5, generator=random)»",
+        "tensor.«normal_(0, 0.5, generator=generator)»",
         "zero_()",
         "A block with a buffer that happens to be zero is replaced.",
         (REPORT,),
@@ -354,7 +354,7 @@ MUTANTS = (
     Mutant(
         "replaced-settings-forgotten",
         "gcnet_ext/models/peer.py",
-        "return tuple(«self._record.attributes»)",
+        "return () if self._record is None else tuple(«self._record.fields»)",
         "()",
         "A replaced block that has run does not notice a setting that changes.",
         (REPORT,),
@@ -378,7 +378,7 @@ MUTANTS = (
     Mutant(
         "replaced-any-rank",
         "gcnet_ext/models/peer.py",
-        "if unpatched and «x.dim() == 2 + record.dims and »self._has_dtype_of",
+        "if «x.dim() == 2 + record.dims and »self._has_dtype_of",
         "",
         "A replaced block takes inputs of another rank in its own way.",
         (KEEPS,),
@@ -434,7 +434,7 @@ MUTANTS = (
     Mutant(
         "inserted-and-forgotten",
         "gcnet_ext/models/insert.py",
-        "        model.register_forward_hook(«_Watch(names)»)",
+        "model.register_forward_hook(«_Watch({block: found[name] for block, name in zip(names, blocks, strict=True)})»)",
         "lambda *_: None",
         "Nobody says that an inserted block is not called.",
         (INSERT,),
