@@ -8,6 +8,7 @@ import random
 import eager
 import pytest
 import torch
+from numpy.random.mtrand import _rand as numpys  # the generator of the functions in numpy.random, which forwards use
 from test_replace_report import Pasted, X
 from torch import nn
 
@@ -41,6 +42,11 @@ class Rarely(Pasted):
 class RarelyByPython(Pasted):
     def forward(self, x):
         return x if self.training and random.random() < 1e-6 else super().forward(x)
+
+
+class RarelyByNumpy(Pasted):
+    def forward(self, x):
+        return x if self.training and numpys.rand() < 1e-6 else super().forward(x)
 
 
 class Leaves(Pasted):
@@ -97,7 +103,7 @@ class Holds(Pasted):
         return super().forward(x) * self.temperature
 
 
-SIDES = (Detached, Decorated, Rarely, RarelyByPython, Leaves, Counts, Clamped, Sized, InPlace, Shares, Holds)
+SIDES = (Detached, Decorated, Rarely, RarelyByPython, RarelyByNumpy, Leaves, Counts, Clamped, Sized, InPlace, Shares, Holds)
 
 
 @pytest.mark.parametrize("kind", SIDES)
@@ -105,10 +111,11 @@ def test_those_that_differ_elsewhere_are_left(kind):
     """In gradients, at random, in what they leave behind, for other inputs; and their weights stay what they are."""
     model = eager.randomise(nn.Sequential(kind()))
     values = [value.clone() for value in model.state_dict().values()]
-    python, torchs = random.getstate(), torch.random.get_rng_state()
+    python, torchs, of_numpy = random.getstate(), torch.random.get_rng_state(), str(numpys.get_state())
     report = replace_blocks(model)
     assert list(report.left) == ["0"]
     assert random.getstate() == python
+    assert str(numpys.get_state()) == of_numpy
     assert torch.equal(torch.random.get_rng_state(), torchs)
     assert all(torch.equal(value, kept) for value, kept in zip(model.state_dict().values(), values, strict=True))
 

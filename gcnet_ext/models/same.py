@@ -94,12 +94,24 @@ def _copied(block: nn.Module, generator: torch.Generator) -> nn.Module:
     return copied
 
 
-def _states() -> list[Any]:
-    """Of the random generators that a forward may use."""
-    found: list[Any] = [torch.default_generator.get_state().tolist(), random.getstate()]
-    if numpy := sys.modules.get("numpy"):
-        found.append(str(numpy.random.get_state()))
-    return found
+@contextlib.contextmanager
+def _without_random_numbers() -> Iterator[None]:
+    """
+    Raises:
+        Left: a random generator of torch, Python or numpy was used meanwhile. It is put back.
+    """
+    numpy = sys.modules.get("numpy")
+    torchs, python = torch.default_generator.get_state(), random.getstate()
+    numpys = numpy.random.get_state() if numpy else None
+    yield
+    used = random.getstate() != python or not torch.equal(torch.default_generator.get_state(), torchs)
+    if numpy and str(numpy.random.get_state()) != str(numpys):  # it ends in how many numbers have been taken
+        used = True
+        numpy.random.set_state(numpys)
+    torch.default_generator.set_state(torchs)
+    random.setstate(python)
+    if used:
+        raise Left(f"{ELSE} computes at random")
 
 
 class _Trial:
@@ -159,19 +171,15 @@ def _try(
     channels = first.weight.shape[1]
     convert(copied)
     fields = {name: value for name, value in vars(copied).items() if name not in STANDARD}
-    with torch.enable_grad(), torch.random.fork_rng(devices=[]), _without_global_hooks():
+    with torch.enable_grad(), _without_global_hooks():
         for training in (False, True):
             for samples, sizes, size in INPUTS:
                 shape = samples, channels, *sizes[: skeleton.dims]
                 x = size * torch.randn(shape, dtype=torch.float64, device="cpu", generator=generator)
                 copied.train(training)
                 buffers = [buffer.clone() for buffer in copied.buffers()]
-                before, python = _states(), random.getstate()
-                want = _Trial(copied, copied._as_before, x)
-                used = _states() != before
-                random.setstate(python)
-                if used:
-                    raise Left(f"{ELSE} computes at random")
+                with _without_random_numbers():
+                    want = _Trial(copied, copied._as_before, x)
                 if {name: value for name, value in vars(copied).items() if name not in STANDARD} != fields:
                     raise Left("its forward changes its attributes")
                 with torch.no_grad():
