@@ -9,6 +9,7 @@ BAD_INPUT, DISPATCH, REPLACE, HOOKS = "test_bad_input.py", "test_dispatch.py", "
 FLOPS, INSERT, IN_PLACE, NON_LOCAL = "test_flops.py", "test_insert.py", "test_in_place.py", "test_non_local.py"
 POOL, FUZZ_MODULES, DERIVATIVES = "test_attention_pool.py", "test_fuzz_modules.py", "test_derivatives.py"
 KEEPS, REPORT, LATER = "test_replace_keeps.py", "test_replace_report.py", "test_replace_later.py"
+LOOK_ALIKES = "test_replace_look_alikes.py"
 LAYOUTS, COMPILE, SQUEEZE = "test_layouts.py", "test_compile.py", "test_squeeze_excitation.py"
 
 MUTANTS = (
@@ -398,6 +399,30 @@ MUTANTS = (
         "contextlib.nullcontext()",
         "replace_blocks calls the user's hooks with a probe.",
         (KEEPS,),
+    ),
+    Mutant(
+        "replaced-gradients-untried",
+        "gcnet_ext/models/same.py",
+        "tensors = [(self.out, other.out)«, *zip(self.gradients, other.gradients, strict=True)»]",
+        "",
+        "A look-alike that stops gradients is replaced.",
+        (LOOK_ALIKES,),
+    ),
+    Mutant(
+        "replaced-class-unwatched",
+        "gcnet_ext/blocks/_fused.py",
+        "kinds += «block, type(block), class_version(type(block))»",
+        "()",
+        "A replaced block that has run does not notice that a method of its class is exchanged.",
+        (LOOK_ALIKES,),
+    ),
+    Mutant(
+        "replaced-tried-on-itself",
+        "gcnet_ext/models/same.py",
+        "if «any(id(part) in own for part in (*copied.modules(), *_tensors(copied)))»:",
+        "False",
+        "The weights of a block whose copy is the block itself become random.",
+        (LOOK_ALIKES,),
     ),
     Mutant(
         "inserted-channels-of-the-second-norm",
