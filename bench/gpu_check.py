@@ -1,11 +1,14 @@
-"""Everything that a machine with a GPU is needed for, in under nine minutes and without a network: `make gpu-check`.
+"""Everything that a machine with a GPU is needed for, in at most 400 seconds and without a network: `make gpu-check`.
 
-    python bench/gpu_check.py [--out DIR] [--seconds 530] [--built] [--commit NAME] [--dry-run]
+    python bench/gpu_check.py [--out DIR] [--seconds 400] [--built] [--only STEP,STEP] [--commit NAME] [--dry-run]
 
-Builds the package for this GPU (unless it is --built), runs the tests on it, times the block and its kernels, and runs a small
-set under compute-sanitizer. Writes gpu_check.json and gpu_check.txt to DIR (the environment variable OUT, or
-bench/results/gpu). Every step has its time limit; one that fails does not keep the later ones from running. --dry-run needs
-no GPU: it builds and tests nothing, times two tiny shapes on the CPU, and writes a report that says so.
+Builds the package for this GPU (unless it is --built and runs), runs the tests that are chosen for a GPU while the peers are
+compiled, times the block and its kernels, counts the bytes of some launches, runs a small set under compute-sanitizer, and
+times the CPU of the machine. Every step is killed at its limit, and one that fails does not keep the later ones from running.
+
+After every step gpu_check.json and gpu_check.txt are written to DIR (the environment variable OUT, or bench/results/gpu), and
+every step writes what it has measured there at once, so that nothing is lost if the machine is. --dry-run needs no GPU: it
+tests nothing, times two tiny shapes on the CPU, and writes a report that says so.
 
 Needed: torch >= 2.11 with CUDA, nvcc, ninja, pybind11, pytest and hypothesis.
 """
@@ -13,22 +16,25 @@ Needed: torch >= 2.11 with CUDA, nvcc, ninja, pybind11, pytest and hypothesis.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-BUDGET = 530  # seconds in all
-TIMINGS = 0.3  # of them, for the timings
+BUDGET = 400  # seconds in all
+WORKERS = 14  # of the tests; two more compile what they are timed beside
+MEASURED = ("timings", "kernels", "scaling")  # steps that write a file of their own, beside gpu_check.json and gpu_check.txt
 KEPT_LINES = 60  # of the output of a step
 FORWARD_TARGET, BACKWARD_TARGET, LARGE = 1.7, 3.0, 50e6  # multiples of a device copy, for tensors above LARGE bytes
 
@@ -41,6 +47,8 @@ class Step(NamedTuple):
     limit: float
     environment: tuple[tuple[str, str], ...] = ()
     missing: str = ""
+    meanwhile: tuple[str, ...] = ()
+    """Another command that runs as long as this one does; nobody waits for it."""
 
 
 def environment(commit: str | None) -> dict[str, Any]:
@@ -79,39 +87,68 @@ def output(command: list[str]) -> str:
         return ""
 
 
-def plan(capability: str, folder: Path, dry: bool, seconds: float = BUDGET, built: bool = False) -> list[Step]:
-    """The steps, in order; what they measure goes to timings.json and kernels.json in the folder."""
+def plan(capability: str, folder: Path, cache: Path, dry: bool, built: bool = False) -> list[Step]:
+    """The steps, in the order of what they are worth; what they measure goes to a file of their name in the folder.
+
+    The cache is a folder for what Inductor compiles.
+    """
     python = sys.executable
-    workers = ["-n", str(max(1, (os.cpu_count() or 1) - 2))] if importlib.util.find_spec("xdist") else []
+    parallel = ["-n", str(min(WORKERS, max(1, (os.cpu_count() or 1) - 2)))] if importlib.util.find_spec("xdist") else []
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     no_sanitizer = "" if Path(sanitizer).exists() else "compute-sanitizer is not installed"
-    small_set = [python, str(ROOT / "bench" / "gpu_small_set.py")]
-    time_it = [python, str(ROOT / "bench" / "gpu_timing.py"), "--json", str(folder / "timings.json")]
-    kernels = [python, str(ROOT / "bench" / "gpu_kernels.py"), "--json", str(folder / "kernels.json"), "--seconds", "30"]
+    profiler = shutil.which("ncu") or "/usr/local/cuda/bin/ncu"
+    no_profiler = "" if Path(profiler).exists() else "ncu is not installed"
+    timing = [python, str(ROOT / "bench" / "gpu_timing.py")]
+    scaling = [python, str(ROOT / "bench" / "scaling.py"), "--quick", "--json", str(folder / "scaling.json")]
     if dry:
-        only_timing = "dry run"
+        without = "dry run"
         return [
-            *(Step(name, [], 0, missing=only_timing) for name in ("build", "tests")),
-            Step("kernels", [], 0, missing=only_timing),
-            Step("timings", [*time_it, "--seconds", "60", "--dry-run"], 120),
-            *(Step(name, [], 0, missing=only_timing) for name in ("memcheck", "racecheck")),
+            *(Step(name, [], 0, missing=without) for name in ("import", "build", "tests", "kernels")),
+            Step("timings", [*timing, "--json", str(folder / "timings.json"), "--seconds", "60", "--dry-run"], 120),
+            *(Step(name, [], 0, missing=without) for name in ("bytes", "memcheck", "racecheck", "synccheck")),
+            Step("scaling", [*scaling, "--rounds", "1"], 120),
         ]
     build_for = (("TORCH_CUDA_ARCH_LIST", capability), ("GCNET_EXT_CUDA", "1"))
-    here = (("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])),)
+    here = (
+        ("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])),
+        ("TORCHINDUCTOR_CACHE_DIR", str(cache)),
+    )
     one_thread = (*here, ("OMP_NUM_THREADS", "1"))  # in each of the workers
-    timing_seconds = TIMINGS * seconds
+    small_set = [python, str(ROOT / "bench" / "gpu_small_set.py")]
     install = [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
-    selection = ["-m", "not slow", "-k", "cuda and not emulated"]
-    tests = [python, "-m", "pytest", "-q", *selection, "-p", "no:cacheprovider", *workers, "tests"]
+    tests = [python, "-m", "pytest", "-q", "-m", "gpu_window", "-p", "no:cacheprovider", *parallel, "tests"]
+    kernels = [python, str(ROOT / "bench" / "gpu_kernels.py"), "--json", str(folder / "kernels.json"), "--seconds", "25"]
     checked = [sanitizer, "--error-exitcode", "1", "--launch-timeout", "60"]
+    counted = "dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum"
+    one_call = [python, str(ROOT / "bench" / "profile_op.py"), "global_context", "64x256x56x56", "--dtype", "float16"]
+    bytes_of = [profiler, "--clock-control", "none", "--csv", "--metrics", counted, "--launch-count", "6"]
+    kernels_of = ["--kernel-name", "regex:attention_pool|fuse_|sums_|transform|parameter"]
+    once = ["--direction", "train", "--device", "cuda", "--seconds", "0"]
     return [
-        Step("build", install, 200, build_for, missing="--built" if built else ""),
-        Step("tests", tests, 170, one_thread),
-        Step("kernels", kernels, 60, here),
-        Step("timings", [*time_it, "--seconds", f"{timing_seconds:.0f}"], timing_seconds + 20, here),
-        Step("memcheck", [*checked, "--tool", "memcheck", *small_set], 90, here, no_sanitizer),
-        Step("racecheck", [*checked, "--tool", "racecheck", *small_set], 90, here, no_sanitizer),
+        Step("import", small_set, 20, here),
+        Step("build", install, 110, build_for, missing="--built" if built else ""),
+        Step("tests", tests, 75, one_thread, meanwhile=(*timing, "--compile-only")),
+        Step("timings", [*timing, "--json", str(folder / "timings.json"), "--seconds", "130"], 140, here),
+        Step("kernels", kernels, 35, here),
+        Step("bytes", [*bytes_of, *kernels_of, *one_call, *once], 30, here, no_profiler),
+        Step("memcheck", [*checked, "--tool", "memcheck", *small_set], 12, here, no_sanitizer),
+        Step("racecheck", [*checked, "--tool", "racecheck", *small_set], 40, here, no_sanitizer),
+        Step("synccheck", [*checked, "--tool", "synccheck", *small_set], 12, here, no_sanitizer),
+        Step("scaling", scaling, 30, here),
     ]
+
+
+def killed(process: subprocess.Popen) -> bytes:
+    """What the process has printed; it and all that it has started are gone then."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return process.communicate()[0] or b""
+
+
+def started(command: Sequence[str], environment: tuple[tuple[str, str], ...], output: int) -> subprocess.Popen:
+    """The command, with what it starts in a group of their own."""
+    variables = {**os.environ, **dict(environment)}
+    return subprocess.Popen(command, cwd=ROOT, env=variables, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def run_step(step: Step, left: float) -> dict[str, Any]:
@@ -122,21 +159,20 @@ def run_step(step: Step, left: float) -> dict[str, Any]:
     start = time.monotonic()
     if limit <= 1:
         return {"name": step.name, "status": "skipped", "why": "no time left", "seconds": 0.0, "output": []}
+    beside = None
     try:
-        done = subprocess.run(
-            step.command,
-            cwd=ROOT,
-            env={**os.environ, **dict(step.environment)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=limit,
-            check=False,
-        )
-        status, text = "passed" if done.returncode == 0 else f"failed with code {done.returncode}", done.stdout
-    except subprocess.TimeoutExpired as expired:
-        status, text = f"stopped after {limit:.0f} s", expired.stdout or b""
+        process = started(step.command, step.environment, subprocess.PIPE)
+        beside = started(step.meanwhile, step.environment, subprocess.DEVNULL) if step.meanwhile else None
+        try:
+            text, _ = process.communicate(timeout=limit)
+            status = "passed" if process.returncode == 0 else f"failed with code {process.returncode}"
+        except subprocess.TimeoutExpired:
+            status, text = f"stopped after {limit:.0f} s", killed(process)
     except OSError as error:
         status, text = f"failed: {error}", b""
+    finally:
+        if beside is not None:
+            killed(beside)
     kept = text.decode(errors="replace").replace(str(ROOT), ".").replace(sys.prefix, "(prefix)")  # no folder of this machine
     lines = kept.splitlines()[-KEPT_LINES:]
     return {"name": step.name, "status": status, "why": "", "seconds": time.monotonic() - start, "output": lines}
@@ -207,10 +243,10 @@ def report(results: dict[str, Any]) -> str:
         if step["output"] and (step["status"] != "passed" or step["name"] == "tests"):
             lines += ["", f"last lines of {step['name']}:", *(f"  {line}" for line in step["output"])]
     timings = results["timings"]
-    lines += ["", *kernel_lines(results["kernels"])]
+    lines += ["", *kernel_lines(results["kernels"] or [])]
     if timings:
         for way in ("graph_cold", "graph_hot", "stream_cold", "stream_hot"):
-            for direction in ("forward", "backward"):
+            for direction in ("forward", "training forward", "backward", "both"):
                 lines += table(timings, direction, way)
         lines += [f"not measured for want of time: {row}" for row in timings["left_out"]]
         for row in timings["rows"]:
@@ -222,22 +258,37 @@ def report(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def check(dry: bool, seconds: float, built: bool, commit: str | None, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Runs all steps and collects what they found."""
+def chosen(step: Step, only: Sequence[str], done: list[dict[str, Any]]) -> Step:
+    """The step as it is to be run after these: not if others are wanted, and a build if what was brought along does not run."""
+    if only and step.name not in only:
+        return step._replace(missing="not in --only")
+    broken = any(each["name"] == "import" and each["status"] not in ("passed", "skipped") for each in done)
+    return step._replace(missing="") if step.missing == "--built" and broken else step
+
+
+def check(
+    out: Path, dry: bool, seconds: float, built: bool, only: Sequence[str], commit: str | None, progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """Runs the steps; after each one the reports in the folder hold what has been found so far."""
     start = time.monotonic()
     found = environment(commit)
     if not found["gpus"] and not dry:
         raise SystemExit("gpu_check: torch sees no GPU here; --dry-run exercises this script without one.")
-    steps, measured = [], {"timings": None, "kernels": []}
     capability = found["gpus"][0]["capability"] if found["gpus"] else ""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for step in plan(capability, folder, dry, seconds, built):
-            steps.append(run_step(step, seconds - (time.monotonic() - start)))
-            progress(f"{step.name}: {steps[-1]['status']} {steps[-1]['why']}, {steps[-1]['seconds']:.1f} s")
-        for path in folder.glob("*.json"):
-            measured[path.stem] = json.loads(path.read_text())
-    return {"dry_run": dry, "environment": found, "seconds": time.monotonic() - start, "steps": steps, **measured}
+    out.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {"dry_run": dry, "environment": found, "seconds": 0.0, "steps": []}
+    with tempfile.TemporaryDirectory() as cache:
+        for step in plan(capability, out, Path(cache), dry, built):
+            done = run_step(chosen(step, only, results["steps"]), seconds - (time.monotonic() - start))
+            results["steps"].append(done)
+            progress(f"{step.name}: {done['status']} {done['why']}, {done['seconds']:.1f} s")
+            for measured in MEASURED:
+                path = out / f"{measured}.json"
+                results[measured] = json.loads(path.read_text()) if path.exists() else None
+            results["seconds"] = time.monotonic() - start
+            (out / "gpu_check.json").write_text(json.dumps(results, indent=1))
+            (out / "gpu_check.txt").write_text(report(results))
+    return results
 
 
 def main() -> int:
@@ -249,18 +300,21 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=BUDGET, help="what all of it may take")
     parser.add_argument("--commit", help="what is measured, where git does not know")
     parser.add_argument("--built", action="store_true", help="the package is built already, where this Python finds it")
+    parser.add_argument("--only", default="", metavar="STEP,STEP", help="these steps alone")
     arguments = parser.parse_args()
-    out = arguments.out or Path(os.environ.get("OUT") or ROOT / "bench" / "results" / "gpu")
+    only = [name for name in arguments.only.split(",") if name]
+    names = [step.name for step in plan("", Path(), Path(), dry=False)]
+    if unknown := [name for name in only if name not in names]:
+        parser.error(f"--only must name steps ({', '.join(names)}), got {', '.join(unknown)}")
     results = check(
+        arguments.out or Path(os.environ.get("OUT") or ROOT / "bench" / "results" / "gpu"),
         arguments.dry_run,
         arguments.seconds,
         arguments.built,
+        only,
         arguments.commit,
         lambda text: print(f"gpu_check: {text}", flush=True),
     )
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "gpu_check.json").write_text(json.dumps(results, indent=1))
-    (out / "gpu_check.txt").write_text(report(results))
     print(report(results))
     return 0 if all(step["status"] in ("passed", "skipped") for step in results["steps"]) else 1
 

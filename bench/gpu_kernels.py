@@ -81,6 +81,8 @@ def main() -> None:
             continue
         result = time_row(clock, row)
         results.append(result)
+        if arguments.json:  # after every row, for the time may end
+            arguments.json.write_text(json.dumps(results, indent=1))
         torch.cuda.empty_cache()
         print(f"{result['row']}: a copy takes {result['copy']:.1f} us")
         for direction in ("forward", "backward"):
@@ -88,8 +90,6 @@ def main() -> None:
                 microseconds, launches = figures["microseconds"], figures["launches"]
                 copies = launches * microseconds / result["copy"]
                 print(f"  {direction:9}{launches:3.0f} x{microseconds:8.1f} us {copies:6.2f} copies  {name}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Times the block on a GPU against a device copy of x, eager, torch.compile and the compile-friendly rewrite.
 
     python bench/gpu_timing.py --json FILE [--seconds 240] [--dry-run]
+    python bench/gpu_timing.py --compile-only     compiles the peers into Inductor's cache, for a later call
 
-Forward and backward; one call at a time from Python ("stream") and as a replayed CUDA graph ("graph"); with x as the last call
-left it in the caches ("hot") and with the second-level cache overwritten before every call ("cold"). Each figure is the median
-of many calls, in microseconds, by CUDA events. What does not fit into the time is left out and said to be.
+Forward for inference and for training, backward, and both; one call at a time from Python ("stream") and as a replayed CUDA
+graph ("graph"); with x as the last call left it in the caches ("hot") and with the second-level cache overwritten before every
+call ("cold"). Each figure is the median of many calls, in microseconds, by CUDA events. What does not fit into the time is left
+out and said to be; the file is written after every row, so that what was measured stays if the time ends.
 """
 
 from __future__ import annotations
@@ -127,11 +129,17 @@ class Clock:
 
 
 def time_module(clock: Clock, module: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Any]:
-    """Forward without gradients, and backward alone."""
+    """Forward without gradients and with what backward needs, backward alone, and both."""
 
     def forward() -> Tensor:
         with torch.no_grad():
             return module(x)
+
+    def training_forward() -> Tensor:
+        return module(leaf)
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(module(leaf), inputs, grad)
 
     leaf = x.clone().requires_grad_()
     inputs = [leaf, *module.parameters()]
@@ -145,9 +153,10 @@ def time_module(clock: Clock, module: nn.Module, x: Tensor, grad: Tensor) -> dic
     def backward() -> tuple[Tensor, ...]:
         return torch.autograd.grad(out, inputs, grad, retain_graph=True)
 
-    figures = {"forward": clock.every_way(forward)}
+    figures = {"forward": clock.every_way(forward), "training forward": clock.every_way(training_forward)}
     with torch.cuda.stream(stream):
         figures["backward"] = clock.every_way(backward)
+        figures["both"] = clock.every_way(both)
     return figures
 
 
@@ -194,13 +203,35 @@ def time_row(clock: Clock, row: Row, names: tuple[str, ...], result: dict[str, A
             result["candidates"][name] = {"error": describe(error)}
 
 
-def measure(seconds: float, dry: bool) -> dict[str, Any]:
-    """All rows, what matters most first, until the time is up."""
+def compile_peers() -> None:
+    """Compiles the peers for every row, forward and backward, into Inductor's cache on the disk."""
+    device = torch.device("cuda")
+    for name in ("compiled rewrite", "compiled eager"):
+        for row in ROWS:
+            torch._dynamo.reset()
+            layout = torch.channels_last if row.channels_last else torch.contiguous_format
+            x = torch.randn(row[:4], device=device).to(getattr(torch, row.dtype)).contiguous(memory_format=layout)
+            module = torch.compile(make_modules(row, device)[name])
+            with torch.no_grad():
+                module(x)
+            module(x.requires_grad_()).sum().backward()
+            torch.cuda.empty_cache()
+            print(f"{row}: {name}", flush=True)
+
+
+def measure(seconds: float, dry: bool, path: Path) -> None:
+    """All rows, what matters most first, until the time is up; writes the file after each."""
     clock = Clock(dry)
     end = time.monotonic() + seconds
     rows = DRY_ROWS if dry else ROWS
     results: dict[Row, dict[str, Any]] = {row: {"row": str(row), "candidates": {}} for row in rows}
-    left_out = []
+    left_out: list[str] = []
+
+    def write() -> None:
+        found = {"dry_run": dry, "unit": "microseconds", "left_out": left_out, "rows": list(results.values())}
+        path.write_text(json.dumps(found, indent=1))
+
+    write()
     for names in (("copy", "ours"), ("compiled rewrite",), ("eager",), ("compiled eager",)):
         for row in rows:
             if time.monotonic() > end:
@@ -210,19 +241,26 @@ def measure(seconds: float, dry: bool) -> dict[str, Any]:
                 time_row(clock, row, names, results[row])
             except Exception as error:  # a GPU with too little memory for this row
                 results[row]["error"] = describe(error)
+            write()
             print(f"{row}: {', '.join(names)}", flush=True)
             if not dry:
                 torch.cuda.empty_cache()
-    return {"dry_run": dry, "unit": "microseconds", "left_out": left_out, "rows": list(results.values())}
+    write()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True, help="where the figures go")
+    parser.add_argument("--json", type=Path, help="where the figures go")
+    parser.add_argument("--compile-only", action="store_true", help="time nothing, compile the peers into Inductor's cache")
     parser.add_argument("--seconds", type=float, default=240, help="start no further measurement after this time")
     parser.add_argument("--dry-run", action="store_true", help="two tiny shapes on the CPU: no figures of a GPU")
     arguments = parser.parse_args()
-    arguments.json.write_text(json.dumps(measure(arguments.seconds, arguments.dry_run), indent=1))
+    if arguments.compile_only:
+        compile_peers()
+    elif arguments.json is None:
+        parser.error("--json must name a file")
+    else:
+        measure(arguments.seconds, arguments.dry_run, arguments.json)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How the time of the block grows with P, C, N and the number of threads: where it is linear, and where it is not.
 
-    python bench/scaling.py [--rounds 11]
+    python bench/scaling.py [--rounds 11] [--quick] [--json FILE]
 
 The slope is that of log(time) against log(size) between neighbouring sizes: 1 is linear; below, fixed costs still count.
 """
@@ -8,7 +8,9 @@ The slope is that of log(time) against log(size) between neighbouring sizes: 1 i
 from __future__ import annotations
 
 import argparse
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import measure
@@ -73,9 +75,14 @@ def show(found: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--quick", action="store_true", help="fewer sizes, one layout")
+    parser.add_argument("--json", type=Path, help="where the figures go, too")
     arguments = parser.parse_args()
     measure.keep_memory()
-    show(rows(arguments.rounds))
+    found = rows(arguments.rounds, arguments.quick)
+    show(found)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def spread(cases: list[Any], most: int) -> list[Any]:
     """At most so many of the cases: the first, the last, and those evenly in between."""
     if len(cases) <= most:
         return cases
-    return [cases[i * (len(cases) - 1) // (most - 1)] for i in range(most)]
+    return [cases[i * (len(cases) - 1) // max(most - 1, 1)] for i in range(most)]
 
 
 def chosen(items: Iterable[pytest.Item]) -> Iterator[pytest.Item]:
@@ -37,6 +37,38 @@ def chosen(items: Iterable[pytest.Item]) -> Iterator[pytest.Item]:
             groups[item.path, getattr(item, "originalname", item.name), item.cls, parameters.get("backend")].append(item)
     for cases in groups.values():
         yield from spread(cases, MOST_CASES)
+
+
+WINDOW = 300
+"""Tests that are run on a borrowed GPU, about."""
+# The files whose tests are about a GPU's kernels; of each test some cases are chosen.
+WINDOW_FILES = (
+    *("attention_pool", "channel_fuse", "global_context", "global_context_block", "layouts", "in_place", "determinism", "amp"),
+    *(
+        "cuda_device",
+        "memory",
+        "derivatives",
+        "create_graph",
+        "squeeze_excitation",
+        "simplified_non_local",
+        "properties",
+        "limits",
+    ),
+)
+
+
+def for_the_window(items: Iterable[pytest.Item]) -> list[pytest.Item]:
+    """About 300 of the tests on the backend "cuda", evenly spread over the functions: as many of each as fit."""
+    groups: dict[tuple, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        on_a_gpu = parameters.get("backend") == "cuda" or item.path.stem == "test_cuda_device"
+        if on_a_gpu and item.path.stem.removeprefix("test_") in WINDOW_FILES and item.get_closest_marker("slow") is None:
+            groups[item.path, getattr(item, "originalname", item.name), item.cls].append(item)
+    most = 1
+    while groups and most < WINDOW and sum(min(len(cases), most + 1) for cases in groups.values()) <= WINDOW:
+        most += 1
+    return [item for cases in groups.values() for item in spread(cases, most)]
 
 
 def leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:

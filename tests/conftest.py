@@ -190,6 +190,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in brief.for_the_window(items):
+        item.add_marker("gpu_window")
     brief.leave_out(config, items)
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -36,15 +37,21 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 def test_dry_run_writes_both_reports(tmp_path):
     done = run("--dry-run", OUT=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu_check.json", "gpu_check.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "gpu_check.json", "gpu_check.txt", "scaling.json", "timings.json",
+    ]  # fmt: skip
     results = json.loads((tmp_path / "gpu_check.json").read_text())
     assert results["dry_run"]
     assert results["timings"]["dry_run"]
-    assert [step["name"] for step in results["steps"]] == ["build", "tests", "kernels", "timings", "memcheck", "racecheck"]
+    ran = {step["name"]: step["status"] for step in results["steps"]}
+    assert {name for name, status in ran.items() if status == "passed"} == {"timings", "scaling"}
+    assert {status for name, status in ran.items() if name not in ("timings", "scaling")} == {"skipped"}
+    assert {row["axis"] for row in results["scaling"]} == {"P", "C", "N", "threads"}
     for row in results["timings"]["rows"]:
         assert set(row["candidates"]) == {"ours", "eager", "compiled rewrite", "compiled eager"}
         for figures in row["candidates"].values():
-            for direction in ("forward", "backward"):
+            assert set(figures) == {"forward", "training forward", "backward", "both"}
+            for direction in figures:
                 assert set(figures[direction]) == {"stream_hot", "stream_cold", "graph_hot", "graph_cold"}
         assert row["error_to_eager"] < 1e-5
     text = (tmp_path / "gpu_check.txt").read_text()
@@ -64,12 +71,47 @@ def test_unknown_argument():
     assert run("--no-such-thing").returncode == 2
 
 
-def test_steps_on_a_gpu_fit_into_nine_minutes(gpu_check, tmp_path):
-    steps = gpu_check.plan("9.0", tmp_path, False)
-    assert [step.name for step in steps] == ["build", "tests", "kernels", "timings", "memcheck", "racecheck"]
-    assert dict(steps[0].environment) == {"TORCH_CUDA_ARCH_LIST": "9.0", "GCNET_EXT_CUDA": "1"}
-    assert gpu_check.BUDGET < 9 * 60
-    assert gpu_check.plan("9.0", tmp_path, False, built=True)[0].missing == "--built"
+STEPS = ["import", "build", "tests", "timings", "kernels", "bytes", "memcheck", "racecheck", "synccheck", "scaling"]
+
+
+def test_steps_on_a_gpu_fit_into_400_seconds(gpu_check, tmp_path):
+    """What is brought along need not be built; otherwise the last steps get what time is left."""
+    steps = gpu_check.plan("9.0", tmp_path, tmp_path / "cache", dry=False)
+    assert [step.name for step in steps] == STEPS
+    assert dict(steps[1].environment) == {"TORCH_CUDA_ARCH_LIST": "9.0", "GCNET_EXT_CUDA": "1"}
+    assert gpu_check.BUDGET == 400
+    assert sum(step.limit for step in steps if step.name != "build") <= gpu_check.BUDGET
+    assert gpu_check.plan("9.0", tmp_path, tmp_path, dry=False, built=True)[1].missing == "--built"
+    files = {"gpu_check.json", "gpu_check.txt", *(f"{name}.json" for name in gpu_check.MEASURED)}
+    assert len(files) <= 8
+
+
+def test_what_was_brought_along_and_does_not_run_is_built(gpu_check):
+    build = gpu_check.Step("build", ["true"], 5, missing="--built")
+    passed, failed = ({"name": "import", "status": status} for status in ("passed", "failed with code 1"))
+    assert gpu_check.chosen(build, [], [passed]).missing == "--built"
+    assert gpu_check.chosen(build, [], [failed]).missing == ""
+    assert gpu_check.chosen(build, ["timings"], [failed]).missing == "not in --only"
+
+
+def test_some_steps_alone(tmp_path):
+    done = run("--dry-run", "--only", "scaling", OUT=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = json.loads((tmp_path / "gpu_check.json").read_text())["steps"]
+    assert [step["name"] for step in steps if step["status"] == "passed"] == ["scaling"]
+    unknown = run("--dry-run", "--only", "scaling,sleep", OUT=str(tmp_path))
+    assert unknown.returncode == 2
+    assert "--only must name steps (import, build, " in unknown.stderr
+
+
+def test_the_tests_for_a_borrowed_gpu(tmp_path):
+    """About 300, of every file that is about kernels, and each of them on the GPU."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu_window", "-p", "no:cacheprovider", "tests"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=BENCH.parent)
+    names = [line for line in done.stdout.splitlines() if "::" in line]
+    assert 200 <= len(names) <= 300
+    assert all("cuda" in name and "emulated" not in name for name in names if "test_cuda_device" not in name)
+    assert len({name.split("::")[0] for name in names}) >= 12
 
 
 def test_a_step_is_stopped_at_its_limit(gpu_check):
@@ -77,6 +119,18 @@ def test_a_step_is_stopped_at_its_limit(gpu_check):
     result = gpu_check.run_step(gpu_check.Step("sleep", [sys.executable, "-c", code], 2), 100)
     assert result["status"] == "stopped after 2 s"
     assert result["output"] == ["started"]
+
+
+def test_nothing_of_a_step_survives_it(gpu_check, tmp_path):
+    """Neither what it has started nor what runs meanwhile."""
+    alive = tmp_path / "alive"
+    child = f"import time, pathlib; time.sleep(4); pathlib.Path({str(alive)!r}).touch()"
+    parent = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    step = gpu_check.Step("parent", [sys.executable, "-c", parent], 2, meanwhile=(sys.executable, "-c", child))
+    start = time.monotonic()
+    assert gpu_check.run_step(step, 100)["status"] == "stopped after 2 s"
+    time.sleep(max(0.0, 6 - (time.monotonic() - start)))
+    assert not alive.exists()
 
 
 def test_a_failing_step_keeps_its_output(gpu_check):
