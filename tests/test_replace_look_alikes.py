@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import eager
 import pytest
@@ -190,8 +194,36 @@ def test_an_instance_that_the_class_makes():
     assert torch.equal(other(X), other._as_before(X))
 
 
-class OnTop(Pasted):
-    """Becomes a class on top of ours in the test."""
+class Chosen(Pasted):
+    """A set of constants has another order in every process."""
+
+    def forward(self, x):
+        return super().forward(x) if str(x.device.type) in {"cpu", "cuda", "meta", "xpu", "mps"} else x
+
+
+LOADED = """
+import sys
+sys.path.insert(0, {tests!r})
+import conftest, torch, test_replace_look_alikes as tests
+{change}
+block = torch.load({path!r}, weights_only=False)
+want = block._as_before(tests.X)
+assert torch.allclose(block(tests.X), want, atol=1e-5)
+print(block._record is not None)
+"""
+
+
+@pytest.mark.parametrize(("change", "fused"), [("", True), ("tests.Chosen.forward = lambda self, x: 3 * x", False)])
+def test_saved_and_loaded_in_another_process(tmp_path, change, fused):
+    """Where the code of its class is another one, it computes what that computes."""
+    block = eager.randomise(Chosen())
+    assert len(replace_blocks(block).replaced) == 1
+    torch.save(block, tmp_path / "block.pt")
+    for seed in ("1", "2"):
+        source = LOADED.format(tests=str(Path(__file__).parent), path=str(tmp_path / "block.pt"), change=change)
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, env=environment, check=False)
+        assert done.stdout.strip() == str(fused), done.stderr
 
 
 def test_a_class_on_top_of_ours():

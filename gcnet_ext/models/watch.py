@@ -52,7 +52,15 @@ def fingerprint(kind: type) -> str:
 
 
 def _constants(code: types.CodeType) -> list[Any]:
-    return [_constants(each) if isinstance(each, types.CodeType) else repr(each) for each in code.co_consts]
+    """Those of a function, in a form that is the same in every process."""
+    return [
+        _constants(each)
+        if isinstance(each, types.CodeType)
+        else sorted(map(repr, each))
+        if isinstance(each, frozenset)
+        else repr(each)
+        for each in code.co_consts
+    ]
 
 
 def shadowed(block: nn.Module) -> str:
