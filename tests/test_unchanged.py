@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import weakref
 from collections import OrderedDict
 
+import eager
 import pytest
+import torch
 
-from gcnet_ext import _library
+from gcnet_ext import GlobalContextBlock, _library, replace_blocks
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -167,3 +171,24 @@ def test_class_version():
     assert _library.compiled.class_version(Thing) not in (0, version)
     with pytest.raises(TypeError, match="class_version takes a class"):
         _library.compiled.class_version(Thing())
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_block_is_freed_when_the_last_name_of_it_goes(replaced):
+    """Its parameters need not wait for the garbage collector."""
+    block = eager.ContextBlock(16, 1 / 4) if replaced else GlobalContextBlock(16, 1 / 4)
+    if replaced:
+        assert len(replace_blocks(block).replaced) == 1
+    x = torch.randn(2, 16, 4, 4)
+    with torch.no_grad():
+        block(x)
+        block(x)
+    assert block._seen is not None
+    left = [weakref.ref(part) for part in (block, *block.parameters())]
+    gc.collect()
+    gc.disable()
+    try:
+        del block
+        assert [each() for each in left] == [None] * len(left)
+    finally:
+        gc.enable()

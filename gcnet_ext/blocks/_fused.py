@@ -6,7 +6,9 @@ after that, one call of `_C.unchanged` tells whether anything has changed since 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 from torch import Tensor, nn
@@ -118,13 +120,23 @@ def parameter(module: nn.Module | None, name: str) -> Any:
     return None if module is None else getattr(module, name)
 
 
+def _forget(seen: weakref.ref[_Seen], _block: object) -> None:
+    """Ends the circle of a block that is gone."""
+    if (found := seen()) is not None:
+        found.arguments, found.block = (), {}
+
+
 class _Seen:
     """What was seen of a block's layers, as arguments of `_C.unchanged`."""
 
     def __init__(self, block: FusedBlock, found: Layers) -> None:
         self.options = found.options
         self.inplace = block._overwrites()
+        self.version = class_version(type(block)) if block._watched else None
         self.block = block.__dict__
+        # The block's fields hold this, and this holds them. Without the callback they would wait for the garbage collector when
+        # the block is gone, and the parameters with them.
+        self.last_word = weakref.ref(block, partial(_forget, weakref.ref(self)))
         kinds: list[Any] = []
         fields: list[Any] = []
         sizes: list[Any] = []
@@ -132,7 +144,6 @@ class _Seen:
         for name in block._decisive():
             fields += self.block, name, self.block.get(name)
         if block._watched:
-            kinds += block, type(block), class_version(type(block))
             sizes += self.block, len(self.block)
         for name in GLOBAL_HOOKS:
             sizes += getattr(nn.modules.module, name), 0
@@ -152,11 +163,13 @@ class _Seen:
             tuple(part for owner, name in sources for part in ({name: None} if owner is None else owner._parameters, name))
             for sources in found.weights
         )
-        self.arguments = tuple(kinds), tuple(fields), tuple(sizes), tuple(children), wanted
+        self.arguments: tuple[Any, ...] = tuple(kinds), tuple(fields), tuple(sizes), tuple(children), wanted
 
     def weights(self, block: FusedBlock) -> list[list[Tensor | None]] | None:
         """The parameters of the layers; None if a layer has changed."""
         if self.block is not block.__dict__:  # block is a replica of the one that was looked at
+            return None
+        if self.version is not None and self.version != class_version(type(block)):
             return None
         return unchanged(*self.arguments)
 

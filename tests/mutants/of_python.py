@@ -411,8 +411,8 @@ MUTANTS = (
     Mutant(
         "replaced-class-unwatched",
         "gcnet_ext/blocks/_fused.py",
-        "kinds += «block, type(block), class_version(type(block))»",
-        "()",
+        "self.version = «class_version(type(block)) if block._watched else None»",
+        "None",
         "A replaced block that has run does not notice that a method of its class is exchanged.",
         (LOOK_ALIKES,),
     ),
