@@ -19,7 +19,7 @@ from .watch import STANDARD
 TOLERANCE = 1e-5
 """Of float64; some take the softmax in float32."""
 # Samples, the spatial sizes, and the size of the numbers.
-INPUTS = ((1, (6, 5, 4), 1.0), (3, (6, 5, 4), 1.0), (2, (17, 9, 3), 1.0), (2, (5, 4, 3), 300.0))
+INPUTS = ((1, (3, 5, 2), 1.0), (3, (4, 3, 2), 1.0), (2, (17, 2, 2), 1.0), (2, (3, 2, 3), 300.0))
 ELSE = "it has the submodules of a known block, and"
 
 
@@ -141,10 +141,12 @@ class _Trial:
     def equals(self, other: _Trial) -> bool:
         tensors = [(self.out, other.out), *zip(self.gradients, other.gradients, strict=True)]
         tensors += zip(self.buffers, other.buffers, strict=True)
-        return all(
-            torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE * max(1.0, float(a.abs().max()) if a.numel() else 1.0))
-            for a, b in ((a.double(), b.double()) for a, b in tensors)
-        )
+        return all(_close(a.double(), b.double()) for a, b in tensors)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Whether no element differs by more than the tolerance of the largest one; a NaN does."""
+    return a.numel() == 0 or float((a - b).abs().max()) <= TOLERANCE * max(1.0, float(a.abs().max()))
 
 
 def check(block: nn.Module, read: Callable[[Any], Skeleton], convert: Callable[[nn.Module], None]) -> None:
