@@ -156,12 +156,22 @@ def _sequential(branch: nn.Module | None) -> Bottleneck | None:
     return Bottleneck((branch,), *branch)
 
 
-def _bottlenecks(block: Any, idle: tuple[nn.Module, ...]) -> Skeleton:
-    scale, shift = _sequential(block.channel_mul_conv), _sequential(block.channel_add_conv)
+def _global_context(
+    mask: nn.Module | None,
+    scale: Bottleneck | None,
+    shift: Bottleneck | None,
+    gate: nn.Module | None = None,
+    idle: tuple[nn.Module, ...] = (),
+) -> Skeleton:
     branch = scale or shift
     if branch is None:
         raise Left("it has neither of the fusions")
-    return Skeleton(_dims_of(branch.first), getattr(block, "conv_mask", None), scale, shift, idle=idle)
+    return Skeleton(_dims_of(branch.first), mask, scale, shift, gate, idle)
+
+
+def _of_sequentials(block: Any, idle: tuple[nn.Module, ...]) -> Skeleton:
+    scale, shift = _sequential(block.channel_mul_conv), _sequential(block.channel_add_conv)
+    return _global_context(getattr(block, "conv_mask", None), scale, shift, idle=idle)
 
 
 def context_block(block: Any) -> Skeleton:
@@ -171,7 +181,7 @@ def context_block(block: Any) -> Skeleton:
     if (block.pooling_type == "att") != ("conv_mask" in block._modules):
         raise Left(f"its pooling_type is {block.pooling_type!r}, and its layers are for another")
     idle = (block._modules.get(name) for name in ("softmax", "avg_pool"))
-    return _bottlenecks(block, tuple(part for part in idle if part is not None))
+    return _of_sequentials(block, tuple(part for part in idle if part is not None))
 
 
 PARTS = ("conv_mask", "channel_add_conv", "channel_mul_conv")
@@ -179,7 +189,8 @@ PARTS = ("conv_mask", "channel_add_conv", "channel_mul_conv")
 
 def snippet(block: Any) -> Skeleton:
     """The block of the paper as many repositories hold it."""
-    return _bottlenecks(block, tuple(part for name, part in block._modules.items() if part is not None and name not in PARTS))
+    idle = (part for name, part in block._modules.items() if part is not None and name not in PARTS)
+    return _of_sequentials(block, tuple(idle))
 
 
 def timm_global_context(block: Any) -> Skeleton:
@@ -192,11 +203,7 @@ def timm_global_context(block: Any) -> Skeleton:
             raise Left("its ConvMlp has a dropout or a norm that is not a LayerNorm")
         return Bottleneck((mlp,), mlp.fc1, mlp.norm, mlp.act, mlp.fc2, (mlp.drop,))
 
-    scale, shift = branch(block.mlp_scale), branch(block.mlp_add)
-    if scale is None and shift is None:
-        raise Left("it has neither of the fusions")
-    branches = [each for each in (scale, shift) if each is not None]
-    return Skeleton(_dims_of(branches[0].first), block.conv_attn, scale, shift, block.gate)
+    return _global_context(block.conv_attn, branch(block.mlp_scale), branch(block.mlp_add), block.gate)
 
 
 def _squeeze_excitation(
