@@ -2,9 +2,10 @@
 
     python bench/gpu_check.py [--out DIR] [--seconds 400] [--built] [--only STEP,STEP] [--commit NAME] [--dry-run]
 
-Builds the package for this GPU (unless it is --built and runs), runs the tests that are chosen for a GPU while the peers are
-compiled, times the block and its kernels, counts the bytes of some launches, runs a small set under compute-sanitizer, and
-times the CPU of the machine. Every step is killed at its limit, and one that fails does not keep the later ones from running.
+Builds the package for this GPU (unless it is --built and runs), measures what the GPU gives (probes), runs the tests that are
+chosen for a GPU while the peers are compiled, compares what a caller can decide in the place of the plans (ab), times the block
+and its kernels, counts the bytes of some launches, runs a small set under compute-sanitizer, and times the CPU of the machine.
+Every step is killed at its limit, and one that fails does not keep the later ones from running.
 
 After every step gpu_check.json and gpu_check.txt are written to DIR (the environment variable OUT, or bench/results/gpu), and
 every step writes what it has measured there at once, so that nothing is lost if the machine is. --dry-run needs no GPU: it
@@ -34,7 +35,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 400  # seconds in all
 WORKERS = 14  # of the tests; two more compile what they are timed beside
-MEASURED = ("timings", "kernels", "scaling")  # steps that write a file of their own, beside gpu_check.json and gpu_check.txt
+MEASURED = ("probes", "winners", "timings", "kernels", "scaling")  # files that steps write, beside gpu_check.json and .txt
 KEPT_LINES = 60  # of the output of a step
 FORWARD_TARGET, BACKWARD_TARGET, LARGE = 1.7, 3.0, 50e6  # multiples of a device copy, for tensors above LARGE bytes
 
@@ -99,13 +100,16 @@ def plan(capability: str, folder: Path, cache: Path, dry: bool, built: bool = Fa
     profiler = shutil.which("ncu") or "/usr/local/cuda/bin/ncu"
     no_profiler = "" if Path(profiler).exists() else "ncu is not installed"
     timing = [python, str(ROOT / "bench" / "gpu_timing.py")]
+    ab = [python, str(ROOT / "bench" / "gpu_ab.py"), "--json", str(folder / "winners.json")]
+    winners = ["--winners", str(folder / "winners.json")]
     scaling = [python, str(ROOT / "bench" / "scaling.py"), "--quick", "--json", str(folder / "scaling.json")]
     if dry:
         without = "dry run"
         return [
-            *(Step(name, [], 0, missing=without) for name in ("import", "build", "tests", "kernels")),
-            Step("timings", [*timing, "--json", str(folder / "timings.json"), "--seconds", "60", "--dry-run"], 120),
-            *(Step(name, [], 0, missing=without) for name in ("bytes", "memcheck", "racecheck", "synccheck")),
+            *(Step(name, [], 0, missing=without) for name in ("import", "build", "probes", "tests")),
+            Step("ab", [*ab, "--seconds", "20", "--dry-run"], 60),
+            Step("timings", [*timing, *winners, "--json", str(folder / "timings.json"), "--seconds", "60", "--dry-run"], 120),
+            *(Step(name, [], 0, missing=without) for name in ("kernels", "bytes", "memcheck", "racecheck", "synccheck")),
             Step("scaling", [*scaling, "--rounds", "1"], 120),
         ]
     build_for = (("TORCH_CUDA_ARCH_LIST", capability), ("GCNET_EXT_CUDA", "1"))
@@ -117,7 +121,11 @@ def plan(capability: str, folder: Path, cache: Path, dry: bool, built: bool = Fa
     small_set = [python, str(ROOT / "bench" / "gpu_small_set.py")]
     install = [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
     tests = [python, "-m", "pytest", "-q", "-m", "gpu_window", "-p", "no:cacheprovider", *parallel, "tests"]
-    kernels = [python, str(ROOT / "bench" / "gpu_kernels.py"), "--json", str(folder / "kernels.json"), "--seconds", "25"]
+    kernels = [python, str(ROOT / "bench" / "gpu_kernels.py"), "--json", str(folder / "kernels.json"), "--seconds", "18"]
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    no_compiler = "" if Path(nvcc).exists() else "nvcc is not installed"
+    compiled = [nvcc, "-O3", "-std=c++17", f"-arch=sm_{capability.replace('.', '')}", "-o", str(cache / "gpu_probe"), "--run"]
+    probes = [*compiled, "--run-args", str(folder / "probes.json"), str(ROOT / "bench" / "gpu_probe.cu")]
     checked = [sanitizer, "--error-exitcode", "1", "--launch-timeout", "60"]
     counted = "dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum"
     one_call = [python, str(ROOT / "bench" / "profile_op.py"), "global_context", "64x256x56x56", "--dtype", "float16"]
@@ -127,12 +135,14 @@ def plan(capability: str, folder: Path, cache: Path, dry: bool, built: bool = Fa
     return [
         Step("import", small_set, 20, here),
         Step("build", install, 110, build_for, missing="--built" if built else ""),
-        Step("tests", tests, 75, one_thread, meanwhile=(*timing, "--compile-only")),
-        Step("timings", [*timing, "--json", str(folder / "timings.json"), "--seconds", "130"], 140, here),
-        Step("kernels", kernels, 35, here),
-        Step("bytes", [*bytes_of, *kernels_of, *one_call, *once], 30, here, no_profiler),
+        Step("probes", probes, 25, here, no_compiler),
+        Step("tests", tests, 65, one_thread, meanwhile=(*timing, "--compile-only")),
+        Step("ab", [*ab, "--seconds", "55"], 60, here),
+        Step("timings", [*timing, *winners, "--json", str(folder / "timings.json"), "--seconds", "85"], 92, here),
+        Step("kernels", kernels, 24, here),
+        Step("bytes", [*bytes_of, *kernels_of, *one_call, *once], 24, here, no_profiler),
         Step("memcheck", [*checked, "--tool", "memcheck", *small_set], 12, here, no_sanitizer),
-        Step("racecheck", [*checked, "--tool", "racecheck", *small_set], 40, here, no_sanitizer),
+        Step("racecheck", [*checked, "--tool", "racecheck", *small_set], 36, here, no_sanitizer),
         Step("synccheck", [*checked, "--tool", "synccheck", *small_set], 12, here, no_sanitizer),
         Step("scaling", scaling, 30, here),
     ]
@@ -201,7 +211,7 @@ def targets(timings: dict[str, Any]) -> list[str]:
 
 def table(timings: dict[str, Any], direction: str, way: str) -> list[str]:
     """Multiples of a device copy, a row per feature map and a column per candidate."""
-    names = ["ours", "compiled rewrite", "eager", "compiled eager"]
+    names = ["ours", "winner", "compiled rewrite", "eager", "compiled eager"]
     lines = [f"{direction}, {way.replace('_', ', ')}: copy in microseconds, the others in copies"]
     lines.append(f"{'':40}{'copy':>10}" + "".join(f"{name:>18}" for name in names))
     for row in timings["rows"]:
@@ -224,6 +234,21 @@ def kernel_lines(rows: list[dict[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
+def probe_lines(probes: dict[str, float]) -> list[str]:
+    """What the GPU gives."""
+    return [*(["probes:"] if probes else []), *(f"{name:60}{value:10.4g}" for name, value in probes.items()), ""]
+
+
+def winner_lines(found: dict[str, Any]) -> list[str]:
+    """Which decisions are faster than the plans' own."""
+    lines = ["winners, in microseconds of a graph with cold caches"]
+    for each in found["winners"]:
+        decisions = ", ".join(f"{name}={value}" for name, value in each["winner"].items() if value) or "default"
+        figures = f"{each['microseconds']:8.1f}, default {each['default']:8.1f}, {each['tried']} tried"
+        lines.append(f"{each['row']:40}{each['direction']:9}{figures}: {decisions}")
+    return [*lines, *(f"not compared: {row}" for row in found["left_out"]), ""]
+
+
 def errors_in(figures: dict[str, Any]) -> list[str]:
     """What went wrong with a candidate: all of it, or one way of calling it."""
     found = [text for key, text in figures.items() if key.endswith("error")]
@@ -243,6 +268,7 @@ def report(results: dict[str, Any]) -> str:
         if step["output"] and (step["status"] != "passed" or step["name"] == "tests"):
             lines += ["", f"last lines of {step['name']}:", *(f"  {line}" for line in step["output"])]
     timings = results["timings"]
+    lines += ["", *probe_lines(results["probes"] or {}), *(winner_lines(results["winners"]) if results["winners"] else [])]
     lines += ["", *kernel_lines(results["kernels"] or [])]
     if timings:
         for way in ("graph_cold", "graph_hot", "stream_cold", "stream_hot"):
@@ -266,6 +292,14 @@ def chosen(step: Step, only: Sequence[str], done: list[dict[str, Any]]) -> Step:
     return step._replace(missing="") if step.missing == "--built" and broken else step
 
 
+def read(path: Path) -> Any:
+    """What a step has written; None if it wrote nothing, or was killed while it did."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
 def check(
     out: Path, dry: bool, seconds: float, built: bool, only: Sequence[str], commit: str | None, progress: Callable[[str], None]
 ) -> dict[str, Any]:
@@ -278,13 +312,12 @@ def check(
     out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"dry_run": dry, "environment": found, "seconds": 0.0, "steps": []}
     with tempfile.TemporaryDirectory() as cache:
-        for step in plan(capability, out, Path(cache), dry, built):
+        for step in plan(capability, out.resolve(), Path(cache), dry, built):
             done = run_step(chosen(step, only, results["steps"]), seconds - (time.monotonic() - start))
             results["steps"].append(done)
             progress(f"{step.name}: {done['status']} {done['why']}, {done['seconds']:.1f} s")
             for measured in MEASURED:
-                path = out / f"{measured}.json"
-                results[measured] = json.loads(path.read_text()) if path.exists() else None
+                results[measured] = read(out / f"{measured}.json")
             results["seconds"] = time.monotonic() - start
             (out / "gpu_check.json").write_text(json.dumps(results, indent=1))
             (out / "gpu_check.txt").write_text(report(results))

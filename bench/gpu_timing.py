@@ -1,12 +1,13 @@
 """Times the block on a GPU against a device copy of x, eager, torch.compile and the compile-friendly rewrite.
 
-    python bench/gpu_timing.py --json FILE [--seconds 240] [--dry-run]
+    python bench/gpu_timing.py --json FILE [--seconds 240] [--winners FILE] [--dry-run]
     python bench/gpu_timing.py --compile-only     compiles the peers into Inductor's cache, for a later call
 
 Forward for inference and for training, backward, and both; one call at a time from Python ("stream") and as a replayed CUDA
 graph ("graph"); with x as the last call left it in the caches ("hot") and with the second-level cache overwritten before every
-call ("cold"). Each figure is the median of many calls, in microseconds, by CUDA events. What does not fit into the time is left
-out and said to be; the file is written after every row, so that what was measured stays if the time ends.
+call ("cold"). Each figure is the median of many calls, in microseconds, by CUDA events. "winner" is ours under the decisions
+that gpu_ab.py found to be faster than the default, where it found some. What does not fit into the time is left out and said to
+be; the file is written after every row, so that what was measured stays if the time ends.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +26,7 @@ from peers import Eager, Rewrite
 from torch import Tensor, nn
 
 import gcnet_ext
+from gcnet_ext._tuning import CudaTuning, cuda_tuning
 
 FUSIONS = ("channel_mul", "channel_add")
 RATIO = 1 / 16
@@ -79,8 +82,8 @@ class Clock:
         self.device = torch.device("cpu" if dry else "cuda")
         self.flush = torch.empty(1 if dry else FLUSH_BYTES, dtype=torch.uint8, device=self.device)
 
-    def median(self, call: Function, *, cold: bool) -> float:
-        """Microseconds of one call."""
+    def median(self, call: Function, *, cold: bool, calls: int = ITERATIONS) -> float:
+        """Microseconds of one call, the median of so many."""
         for _ in range(3):
             call()
         if self.dry:
@@ -88,7 +91,7 @@ class Clock:
             call()
             return (time.perf_counter() - start) * 1e6
         torch.cuda.synchronize()
-        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(ITERATIONS)]
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]
         for start, end in events:
             if cold:
                 self.flush.zero_()
@@ -128,8 +131,12 @@ class Clock:
         return {**hot_and_cold("stream", lambda call: call), **hot_and_cold("graph", self.graph)}
 
 
-def time_module(clock: Clock, module: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Any]:
+Tunings = dict[str, CudaTuning]  # of "forward", which is inference, and of "both", which is training
+
+
+def time_module(clock: Clock, module: nn.Module, x: Tensor, grad: Tensor, tunings: Tunings) -> dict[str, Any]:
     """Forward without gradients and with what backward needs, backward alone, and both."""
+    infer, train = (cuda_tuning(tunings[name]) if name in tunings else nullcontext() for name in ("forward", "both"))
 
     def forward() -> Tensor:
         with torch.no_grad():
@@ -143,20 +150,24 @@ def time_module(clock: Clock, module: nn.Module, x: Tensor, grad: Tensor) -> dic
 
     leaf = x.clone().requires_grad_()
     inputs = [leaf, *module.parameters()]
-    # The backward pass runs on the stream of the forward pass; a graph captures it only there.
-    stream = None if clock.dry else torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        out = module(leaf)
-    if not clock.dry:
-        torch.cuda.synchronize()
 
     def backward() -> tuple[Tensor, ...]:
         return torch.autograd.grad(out, inputs, grad, retain_graph=True)
 
-    figures = {"forward": clock.every_way(forward), "training forward": clock.every_way(training_forward)}
-    with torch.cuda.stream(stream):
-        figures["backward"] = clock.every_way(backward)
-        figures["both"] = clock.every_way(both)
+    figures = {}
+    with infer:
+        figures["forward"] = clock.every_way(forward)
+    with train:
+        figures["training forward"] = clock.every_way(training_forward)
+        # The backward pass runs on the stream of the forward pass; a graph captures it only there.
+        stream = None if clock.dry else torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            out = module(leaf)
+        if not clock.dry:
+            torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            figures["backward"] = clock.every_way(backward)
+            figures["both"] = clock.every_way(both)
     return figures
 
 
@@ -171,14 +182,15 @@ def make_modules(row: Row, device: torch.device) -> dict[str, nn.Module]:
     eager.load_state_dict(ours.state_dict())
     rewrite = Rewrite(row.channels, ours.planes, FUSIONS)
     modules = {"ours": ours, "eager": eager, "compiled rewrite": rewrite, "compiled eager": eager}
-    return {name: module.to(device, dtype) for name, module in modules.items()}
+    made = {name: module.to(device, dtype) for name, module in modules.items()}
+    return {**made, "winner": made["ours"]}
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-def time_row(clock: Clock, row: Row, names: tuple[str, ...], result: dict[str, Any]) -> None:
+def time_row(clock: Clock, row: Row, names: tuple[str, ...], result: dict[str, Any], tunings: Tunings) -> None:
     """Adds the figures of these candidates to the result."""
     dtype = getattr(torch, row.dtype)
     layout = torch.channels_last if row.channels_last else torch.contiguous_format
@@ -198,7 +210,7 @@ def time_row(clock: Clock, row: Row, names: tuple[str, ...], result: dict[str, A
             torch._dynamo.reset()
             module = torch.compile(module, backend="eager" if clock.dry else "inductor")
         try:
-            result["candidates"][name] = time_module(clock, module, x, grad)
+            result["candidates"][name] = time_module(clock, module, x, grad, tunings if name == "winner" else {})
         except Exception as error:
             result["candidates"][name] = {"error": describe(error)}
 
@@ -219,26 +231,38 @@ def compile_peers() -> None:
             print(f"{row}: {name}", flush=True)
 
 
-def measure(seconds: float, dry: bool, path: Path) -> None:
+def read_winners(path: Path | None) -> dict[str, Tunings]:
+    """The decisions that gpu_ab.py found to be faster than the default, by row and direction."""
+    found: dict[str, Tunings] = {}
+    for each in json.loads(path.read_text())["winners"] if path and path.exists() else []:
+        if any(each["winner"].values()):
+            found.setdefault(each["row"], {})[each["direction"]] = CudaTuning(**each["winner"])
+    return found
+
+
+def measure(seconds: float, dry: bool, path: Path, winners: Path | None) -> None:
     """All rows, what matters most first, until the time is up; writes the file after each."""
     clock = Clock(dry)
     end = time.monotonic() + seconds
     rows = DRY_ROWS if dry else ROWS
     results: dict[Row, dict[str, Any]] = {row: {"row": str(row), "candidates": {}} for row in rows}
     left_out: list[str] = []
+    tuned = {} if dry else read_winners(winners)
 
     def write() -> None:
         found = {"dry_run": dry, "unit": "microseconds", "left_out": left_out, "rows": list(results.values())}
         path.write_text(json.dumps(found, indent=1))
 
     write()
-    for names in (("copy", "ours"), ("compiled rewrite",), ("eager",), ("compiled eager",)):
+    for names in (("copy", "ours"), ("winner",), ("compiled rewrite",), ("eager",), ("compiled eager",)):
         for row in rows:
+            if names == ("winner",) and str(row) not in tuned and not dry:
+                continue  # the default is the winner
             if time.monotonic() > end:
                 left_out.append(f"{row}: {', '.join(names)}")
                 continue
             try:
-                time_row(clock, row, names, results[row])
+                time_row(clock, row, names, results[row], tuned.get(str(row), {}))
             except Exception as error:  # a GPU with too little memory for this row
                 results[row]["error"] = describe(error)
             write()
@@ -252,6 +276,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="where the figures go")
     parser.add_argument("--compile-only", action="store_true", help="time nothing, compile the peers into Inductor's cache")
+    parser.add_argument("--winners", type=Path, help="what gpu_ab.py wrote")
     parser.add_argument("--seconds", type=float, default=240, help="start no further measurement after this time")
     parser.add_argument("--dry-run", action="store_true", help="two tiny shapes on the CPU: no figures of a GPU")
     arguments = parser.parse_args()
@@ -260,7 +285,7 @@ def main() -> None:
     elif arguments.json is None:
         parser.error("--json must name a file")
     else:
-        measure(arguments.seconds, arguments.dry_run, arguments.json)
+        measure(arguments.seconds, arguments.dry_run, arguments.json, arguments.winners)
 
 
 if __name__ == "__main__":

@@ -139,7 +139,8 @@ def gains(results: dict[str, Any], gpu_results: dict[str, Any]) -> str:
             table,
             f"Geometric means. CPU: {cpu}, float32, {len(to_eager('infer'))} cases, commit {machine['revision'][:7]}. GPU: one "
             f"{gpu['gpus'][0]['name']}, float16 and float32, {len(to_rewrite('forward'))} cases, commit {gpu['commit']}; eager "
-            "PyTorch was not measured there. In a whole model the gain is smaller: timm's gcresnet50t takes "
+            "PyTorch, the forward pass of training and other cards were not measured. In a whole model the gain is smaller: "
+            "timm's gcresnet50t takes "
             f"{1 - model['ours'] / model['eager']:.0%} less time in CPU inference than with eager blocks. "
             "[All tables](docs/benchmarks.md)",
         ]

@@ -5,6 +5,9 @@
 #include <pybind11/stl.h>
 #include <torch/headeronly/version.h>
 
+#include <array>
+#include <bit>
+
 #include "cpu/capability.h"
 #include "plan_cpu.h"
 #include "plan_cuda.h"
@@ -42,20 +45,25 @@ py::dict plan_cpu(int64_t channels, int64_t positions, int64_t element_size, boo
                   "sweep_position_blocks"_a = sweep.position_blocks);
 }
 
-py::dict plan_cuda(int64_t channels, int64_t positions, int64_t element_size, bool channels_last, bool aligned) {
-  const auto pool = gcnet_ext::plan_cuda_pool({channels, positions, element_size, channels_last, aligned});
+py::dict plan_cuda(const gcnet_ext::CudaMap& map, const gcnet_ext::CudaTuning& tuning) {
+  const auto pool = gcnet_ext::plan_cuda_pool(map, tuning);
+  const int row_lanes = gcnet_ext::plan_cuda_row_lanes(map, gcnet_ext::cuda_vector(map), tuning);
   const char* paths[] = {"rows", "positions", "streamed"};
   return py::dict("path"_a = paths[static_cast<int>(pool.path)], "vector"_a = pool.vector, "threads"_a = pool.threads,
-                  "tile"_a = pool.tile_positions, "tiles_per_split"_a = pool.tiles_per_split, "splits"_a = pool.splits);
+                  "tile"_a = pool.tile_positions, "tiles_per_split"_a = pool.tiles_per_split, "splits"_a = pool.splits,
+                  "row_lanes"_a = row_lanes);
 }
 
+using Decisions = std::array<int64_t, sizeof(gcnet_ext::CudaTuning) / sizeof(int64_t)>;  // in the order of CudaTuning
+
 py::dict plan(const std::string& device, int64_t channels, int64_t positions, int64_t element_size, bool channels_last,
-              bool aligned) {
+              bool aligned, const Decisions& tuning) {
   if (channels < 1 || positions < 1 || element_size < 1) {
     throw py::value_error("channels, positions and element_size must be at least 1");
   }
   if (device == "cpu") return plan_cpu(channels, positions, element_size, channels_last);
-  if (device == "cuda") return plan_cuda(channels, positions, element_size, channels_last, aligned);
+  if (device == "cuda")
+    return plan_cuda({channels, positions, element_size, channels_last, aligned}, std::bit_cast<gcnet_ext::CudaTuning>(tuning));
   throw py::value_error("device must be 'cpu' or 'cuda', got '" + device + "'");
 }
 
@@ -78,5 +86,6 @@ PYBIND11_MODULE(_C, m) {
         "Whether the CPU kernels write an output past the caches, in a call that goes through maps of so many bytes.",
         "bytes"_a);
   m.def("plan", &plan, "How the kernels of a device cut the attention pool of a sample of [C, P] elements.", "device"_a,
-        "channels"_a, "positions"_a, "element_size"_a = 4, "channels_last"_a = false, "aligned"_a = true);
+        "channels"_a, "positions"_a, "element_size"_a = 4, "channels_last"_a = false, "aligned"_a = true,
+        "tuning"_a = Decisions{});
 }

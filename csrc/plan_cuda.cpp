@@ -13,23 +13,24 @@ int64_t alignment(const CudaMap& map) {
   return bytes % 16 == 0 ? 16 : bytes % 8 == 0 ? 8 : map.element_size;
 }
 
-void cut(CudaPoolPlan& plan, int64_t positions, int64_t least_tiles) {
+void cut(CudaPoolPlan& plan, int64_t positions, int64_t least_tiles, int64_t most_splits) {
   const int64_t tiles = ceil_div(positions, plan.tile_positions);
-  plan.tiles_per_split = std::max(std::min(least_tiles, tiles), ceil_div(tiles, std::min(tiles, kCudaMaxSplits)));
+  plan.tiles_per_split = std::max(std::min(least_tiles, tiles), ceil_div(tiles, std::min(tiles, most_splits)));
   plan.splits = ceil_div(tiles, plan.tiles_per_split);
 }
 
-// The smallest tile with accesses of so many elements that holds all channels, if there is one.
+// The smallest tile with accesses of so many elements that holds all channels, or one that is so many sizes larger, if any does.
 template <size_t kCount>
-void fit(const std::array<CudaRowTile, kCount>& tiles, int vector, int64_t channels, CudaPoolPlan& plan) {
-  for (size_t i = 0; i < kCount && plan.tile < 0; i++) {
-    if (channels > tiles[i].channels) continue;
-    plan.path = CudaPoolPath::rows;
-    plan.vector = vector;
-    plan.tile = static_cast<int>(i);
-    plan.threads = tiles[i].threads;
-    plan.tile_positions = static_cast<int64_t>(tiles[i].lanes) * vector;
-  }
+void fit(const std::array<CudaRowTile, kCount>& tiles, int vector, int64_t channels, int64_t larger, CudaPoolPlan& plan) {
+  if (plan.tile >= 0 || channels > tiles.back().channels) return;
+  int64_t i = 0;
+  while (channels > tiles[i].channels) i++;
+  i = std::min<int64_t>(i + larger, kCount - 1);
+  plan.path = CudaPoolPath::rows;
+  plan.vector = vector;
+  plan.tile = static_cast<int>(i);
+  plan.threads = tiles[i].threads;
+  plan.tile_positions = static_cast<int64_t>(tiles[i].lanes) * vector;
 }
 
 }  // namespace
@@ -46,11 +47,11 @@ int cuda_vector(const CudaMap& map) {
   return alignment(map) == 8 && map.element_size == 2 && !map.channels_last ? 4 : 1;
 }
 
-CudaPoolPlan plan_cuda_pool(const CudaMap& map) {
+CudaPoolPlan plan_cuda_pool(const CudaMap& map, const CudaTuning& tuning) {
   CudaPoolPlan plan{CudaPoolPath::streamed, 1, -1, kCudaStreamedThreads, kCudaStreamedPositions, 0, 0};
   const int vector = cuda_vector(map);
   int64_t least_tiles = 1;
-  if (map.element_size == 8) {
+  if (map.element_size == 8 || tuning.streamed) {
     // float64 is for checking gradients: one path is enough.
   } else if (map.channels_last) {
     // Warps that share the channels of a position, and groups of them that work on different positions.
@@ -65,11 +66,12 @@ CudaPoolPlan plan_cuda_pool(const CudaMap& map) {
       least_tiles = ceil_div(kLeastBytes, plan.tile_positions * map.channels * map.element_size);
     }
   } else {
-    if (vector * map.element_size == 16) fit(kCudaRowTiles, vector, map.channels, plan);
-    if (vector * map.element_size == 8) fit(kCudaHalfRowTiles, vector, map.channels, plan);
-    fit(kCudaScalarRowTiles, 1, map.channels, plan);
+    const int64_t larger = tuning.larger_tile;
+    if (vector * map.element_size == 16) fit(kCudaRowTiles, vector, map.channels, larger, plan);
+    if (vector * map.element_size == 8) fit(kCudaHalfRowTiles, vector, map.channels, larger, plan);
+    fit(kCudaScalarRowTiles, 1, map.channels, larger, plan);
   }
-  cut(plan, map.positions, least_tiles);
+  cut(plan, map.positions, least_tiles, plan_cuda_most_splits(tuning));
   return plan;
 }
 
@@ -87,11 +89,16 @@ int64_t plan_cuda_pieces(int64_t samples, int64_t pieces, int64_t slots) {
   return best;
 }
 
-bool plan_cuda_tail(int64_t channels, int64_t units, int64_t weight_bytes, int64_t accumulation_size) {
+int64_t plan_cuda_most_splits(const CudaTuning& tuning) {
+  return tuning.splits ? std::min(tuning.splits, kCudaMaxSplits) : kCudaMaxSplits;
+}
+
+bool plan_cuda_tail(int64_t channels, int64_t units, int64_t weight_bytes, int64_t accumulation_size,
+                    const CudaTuning& tuning) {
   constexpr int64_t kMostBytes = 64 << 10;  // what one block reads in less time than two more launches take
   constexpr int64_t kScratch = 1024 + 64;   // values, padding included
-  return weight_bytes <= kMostBytes &&
-         (3 * channels + 2 * units + kScratch) * accumulation_size <= static_cast<int64_t>(kCudaSharedBytes);
+  const bool fits = (3 * channels + 2 * units + kScratch) * accumulation_size <= static_cast<int64_t>(kCudaSharedBytes);
+  return fits && (tuning.transform ? tuning.transform == 1 : weight_bytes <= kMostBytes);
 }
 
 CudaPositionGrid plan_cuda_positions(const CudaMap& map, int vector, int64_t most_splits) {
@@ -103,7 +110,8 @@ CudaPositionGrid plan_cuda_positions(const CudaMap& map, int vector, int64_t mos
   return {static_cast<int>(lanes), static_cast<int>(rows), ceil_div(vectors, lanes), split, ceil_div(positions, split)};
 }
 
-int plan_cuda_row_lanes(const CudaMap& map, int vector) {
+int plan_cuda_row_lanes(const CudaMap& map, int vector, const CudaTuning& tuning) {
+  if (tuning.row_lanes) return static_cast<int>(tuning.row_lanes);
   constexpr int64_t kLeastThreads = 1 << 14, kMostRounds = 5;
   const int64_t accesses = ceil_div(map.positions, vector);
   const auto enough = [&](int64_t lanes) {

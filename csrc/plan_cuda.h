@@ -10,6 +10,16 @@
 
 namespace gcnet_ext {
 
+// What a caller may decide in the place of these functions, to compare on a GPU; 0 leaves a decision to them. Each choice
+// computes the same but for the last bits.
+struct CudaTuning {
+  int64_t streamed;     // 1: the pool takes the path of that name
+  int64_t larger_tile;  // how many sizes larger a tile of rows is than the smallest that holds all channels
+  int64_t splits;       // the most blocks that share a sample's pool or its channels_last sums
+  int64_t row_lanes;    // lanes per row of the sums of an NCHW map, a power of two
+  int64_t transform;    // 1: the last block of a sample computes it if its shared memory is enough; 2: launches of its own do
+};
+
 // One sample's feature map, as far as plans depend on it.
 struct CudaMap {
   int64_t channels, positions, element_size;
@@ -45,7 +55,7 @@ struct CudaPoolPlan {
   int64_t tile_positions;           // positions that a block works on at a time
   int64_t tiles_per_split, splits;  // a block works on tiles_per_split tiles at most; a sample has so many blocks
 };
-CudaPoolPlan plan_cuda_pool(const CudaMap& map);
+CudaPoolPlan plan_cuda_pool(const CudaMap& map, const CudaTuning& tuning = {});
 
 // How many of the pieces of a sample a block should do so that all are done soonest, where `slots` blocks run at a time.
 int64_t plan_cuda_pieces(int64_t samples, int64_t pieces, int64_t slots);
@@ -69,9 +79,12 @@ struct CudaPositionGrid {
 };
 CudaPositionGrid plan_cuda_positions(const CudaMap& map, int vector, int64_t most_splits);
 
+// The most splits of a sample.
+int64_t plan_cuda_most_splits(const CudaTuning& tuning);
+
 // The sums over the positions of an NCHW map: lanes per row, a power of two up to the threads of a block. Few, so that each
 // has enough to do, but enough to keep the GPU busy with one sample.
-int plan_cuda_row_lanes(const CudaMap& map, int vector);
+int plan_cuda_row_lanes(const CudaMap& map, int vector, const CudaTuning& tuning = {});
 
 // More splits keep more processors busy on one sample; each costs a row of partial sums that the last block has to merge alone.
 inline constexpr int64_t kCudaMaxSplits = 64;
@@ -81,7 +94,8 @@ inline constexpr int kCudaSweepUnroll = 4;  // accesses of a thread that are und
 
 // Whether the block that completes a sample's context also transforms it, with all the weights by itself; otherwise further
 // launches share the weights among blocks and samples. Bytes of all w1 and w2, and hidden units, of both branches together.
-bool plan_cuda_tail(int64_t channels, int64_t units, int64_t weight_bytes, int64_t accumulation_size);
+bool plan_cuda_tail(int64_t channels, int64_t units, int64_t weight_bytes, int64_t accumulation_size,
+                    const CudaTuning& tuning = {});
 
 inline constexpr int64_t kCudaMaxBlocks = 0x7fffffff;  // of one launch
 inline constexpr size_t kCudaSharedBytes = 48 << 10;   // that every GPU grants without being asked

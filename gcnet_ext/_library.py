@@ -6,6 +6,7 @@ prints it, and the first call that has to do without kernels warns with it.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 import warnings
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from . import _build, _checks, _flops, _shapes, reference
+from . import _build, _checks, _flops, _shapes, _tuning, reference
 from ._arguments import Arguments, Options, flat, in_lists
 
 HOW_TO_BUILD = "build them with `pip install --no-build-isolation .` in a checkout (see Install in README.md)"
@@ -61,6 +62,7 @@ def _load_cuda() -> str | None:
     try:
         (library,) = Path(str(compiled.__file__)).parent.glob("**/_C_cuda*.so")
         torch.ops.load_library(str(library))
+        _tuning.library = ctypes.CDLL(str(library))
     except Exception as error:
         return (
             f"the CUDA kernels, built with CUDA {built['cuda']} for torch {built['torch']}, could not be loaded into "
@@ -133,6 +135,14 @@ def below_autograd(name: str, args: tuple) -> Any:
         raise
 
 
+def _backward(tuning: _tuning.CudaTuning, name: str, args: tuple) -> Any:
+    """The kernel of a backward pass, under the decisions of its forward pass."""
+    if tuning is _tuning.decided():
+        return below_autograd(name, args)
+    with _tuning.cuda_tuning(tuning):
+        return below_autograd(name, args)
+
+
 def _needed(needed: bool, like: Tensor | None) -> Tensor | None:
     return like if needed else None
 
@@ -178,6 +188,7 @@ class _AttentionPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         context, attention = below_autograd("attention_pool", args)
+        ctx.tuning = _tuning.decided()
         ctx.mark_non_differentiable(attention)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*args, context, attention)
@@ -192,7 +203,7 @@ class _AttentionPool(torch.autograd.Function):
         if torch.is_grad_enabled():
             return *through_reference(_reference_context, (x, weight, bias), needs, grad_context), None
         args = grad_context, x, weight, bias, valid, context, attention, needs
-        return *map(_needed, needs, below_autograd("attention_pool_backward", args)), None
+        return *map(_needed, needs, _backward(ctx.tuning, "attention_pool_backward", args)), None
 
 
 class _ChannelFuse(torch.autograd.Function):
@@ -201,7 +212,7 @@ class _ChannelFuse(torch.autograd.Function):
         out, positive = below_autograd("channel_fuse", (x, scale, shift, residual, final_activation))
         ctx.mark_non_differentiable(positive)
         ctx.set_materialize_grads(False)
-        ctx.final_activation = final_activation
+        ctx.final_activation, ctx.tuning = final_activation, _tuning.decided()
         ctx.save_for_backward(x, scale, shift, positive)
         return out, positive
 
@@ -214,14 +225,14 @@ class _ChannelFuse(torch.autograd.Function):
         if torch.is_grad_enabled():
             return *through_reference(reference.channel_fuse, (x, scale, shift), needs[:3], grad), None, None
         args = grad, x, scale, shift, ctx.final_activation, positive, list(needs)
-        return *map(_needed, needs, below_autograd("channel_fuse_backward", args)), None
+        return *map(_needed, needs, _backward(ctx.tuning, "channel_fuse_backward", args)), None
 
 
 def _block(ctx: Any, options: tuple, tensors: tuple) -> tuple[Tensor, ...]:
     """The results of global_context; what backward needs is saved."""
     outputs = below_autograd("global_context", (*in_lists(tensors), *options))
     ctx.set_materialize_grads(False)
-    ctx.options = options
+    ctx.options, ctx.tuning = options, _tuning.decided()
     ctx.save_for_backward(*tensors, *outputs[1:])
     return outputs
 
@@ -248,7 +259,7 @@ class _GlobalContext(torch.autograd.Function):
         need_x, need_mask, need_scale, need_shift, need_residual, _ = in_lists(needs)
         wanted = need_x, *need_mask, any(need_scale), any(need_shift), need_residual
         args = grad, x, mask, scale, shift, valid, *options, kept, wanted
-        gradients = flat(*below_autograd("global_context_backward", args), None)
+        gradients = flat(*_backward(ctx.tuning, "global_context_backward", args), None)
         return None, *map(_needed, needs, gradients[1:])
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 import gcnet_ext
 from gcnet_ext import _library
+from gcnet_ext._tuning import CudaTuning, cuda_tuning
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or "cuda" not in _library._kernel_devices,
@@ -60,6 +61,21 @@ def test_graph_replay(case):
         captured.out.fill_(torch.nan)
         graph.replay()
         assert_same_bits(captured, grid.run(BLOCK, new_inputs, new_grad))
+
+
+def test_a_graph_keeps_the_decisions_under_which_it_was_captured():
+    """One block for a sample, or several: the last bits tell which it was."""
+    move = lambda tensor: tensor.cuda()  # noqa: E731
+    x, (weight, bias) = Random(0, move).normal(2, 16, 32, 32), Random(1, move).mask(16, torch.float32)
+    usual = gcnet_ext.attention_pool(x, weight, bias)
+    graph = torch.cuda.CUDAGraph()
+    with cuda_tuning(CudaTuning(splits=1)):
+        decided = gcnet_ext.attention_pool(x, weight, bias)
+        with torch.cuda.graph(graph):
+            captured = gcnet_ext.attention_pool(x, weight, bias)
+    graph.replay()
+    assert torch.equal(captured, decided)
+    assert not torch.equal(captured, usual)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

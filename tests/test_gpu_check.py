@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -38,17 +40,22 @@ def test_dry_run_writes_both_reports(tmp_path):
     done = run("--dry-run", OUT=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "gpu_check.json", "gpu_check.txt", "scaling.json", "timings.json",
+        "gpu_check.json", "gpu_check.txt", "scaling.json", "timings.json", "winners.json",
     ]  # fmt: skip
     results = json.loads((tmp_path / "gpu_check.json").read_text())
     assert results["dry_run"]
     assert results["timings"]["dry_run"]
     ran = {step["name"]: step["status"] for step in results["steps"]}
-    assert {name for name, status in ran.items() if status == "passed"} == {"timings", "scaling"}
-    assert {status for name, status in ran.items() if name not in ("timings", "scaling")} == {"skipped"}
+    dry = {"ab", "timings", "scaling"}
+    assert {name for name, status in ran.items() if status == "passed"} == dry
+    assert {status for name, status in ran.items() if name not in dry} == {"skipped"}
+    compared = results["winners"]["winners"]
+    assert [each["direction"] for each in compared] == ["forward", "both"] * 2
+    assert all(each["tried"] >= 4 for each in compared)
+    assert not results["winners"]["left_out"]
     assert {row["axis"] for row in results["scaling"]} == {"P", "C", "N", "threads"}
     for row in results["timings"]["rows"]:
-        assert set(row["candidates"]) == {"ours", "eager", "compiled rewrite", "compiled eager"}
+        assert set(row["candidates"]) == {"ours", "winner", "eager", "compiled rewrite", "compiled eager"}
         for figures in row["candidates"].values():
             assert set(figures) == {"forward", "training forward", "backward", "both"}
             for direction in figures:
@@ -71,7 +78,20 @@ def test_unknown_argument():
     assert run("--no-such-thing").returncode == 2
 
 
-STEPS = ["import", "build", "tests", "timings", "kernels", "bytes", "memcheck", "racecheck", "synccheck", "scaling"]
+STEPS = [
+    "import",
+    "build",
+    "probes",
+    "tests",
+    "ab",
+    "timings",
+    "kernels",
+    "bytes",
+    "memcheck",
+    "racecheck",
+    "synccheck",
+    "scaling",
+]
 
 
 def test_steps_on_a_gpu_fit_into_400_seconds(gpu_check, tmp_path):
@@ -161,9 +181,69 @@ def test_report_of_a_gpu(gpu_check):
     launches = {"pool<Half>": {"launches": 1.0, "microseconds": 50.0}, "layer<Half>": {"launches": 2.0, "microseconds": 5.0}}
     kernels = [{"row": "64x256x56x56 float16 NCHW", "copy": 50.0, "forward": launches, "backward": {}}]
     found = {"dry_run": False, "environment": {"torch": "x"}, "seconds": 9.0, "steps": [failed]}
-    text = gpu_check.report({**found, "timings": timings, "kernels": kernels})
+    default = {"streamed": False, "splits": 0}
+    faster = {"row": "64x256x56x56 float16 NCHW", "direction": "both", "winner": {**default, "splits": 32}}
+    same = {"row": "64x256x56x56 float16 NCHW", "direction": "forward", "winner": default}
+    winners = {
+        "winners": [{**each, "microseconds": 90.0, "default": 100.0, "tried": 9} for each in (faster, same)],
+        "left_out": ["b"],
+    }
+    measured = {"timings": timings, "kernels": kernels, "winners": winners, "probes": {"ticket, ns": 700.0}}
+    text = gpu_check.report({**found, **measured})
+    assert re.search(r"^ticket, ns +700$", text, re.MULTILINE)
+    assert re.search(r"both +90.0, default +100.0, 9 tried: splits=32$", text, re.MULTILINE)
+    assert re.search(r"forward +90.0, default +100.0, 9 tried: default$", text, re.MULTILINE)
+    assert "not compared: b" in text
     assert "60.0 =  1.20 copies: pool 50.0 + layer 10.0" in text
     assert "targets missed:" in text
     assert "failed with code 1" in text
     assert "64x256x56x56 float16 NCHW, eager: broke" in text
     assert "not measured for want of time: 1x1x1x1 float32 NCHW: eager" in text
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
+def test_the_probes_compile(tmp_path):
+    """For the GPUs that are lent, without a warning; where there is none they end with the reason."""
+    program, report = tmp_path / "gpu_probe", tmp_path / "probes.json"
+    command = ["nvcc", "-O3", "-std=c++17", "-arch=sm_90", "-Werror", "all-warnings", "-o", str(program)]
+    done = subprocess.run([*command, str(BENCH / "gpu_probe.cu")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    if not torch.cuda.is_available():
+        ran = subprocess.run([str(program), str(report)], capture_output=True, text=True, check=False)
+        assert ran.returncode == 1
+        assert ran.stderr.startswith("gpu_probe: ")
+        assert not report.exists()
+
+
+@pytest.fixture
+def gpu_ab(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module("gpu_ab")
+
+
+def test_decisions_that_are_compared(gpu_ab):
+    """Each changes a plan of its map, or the transform; the default is the first."""
+    for row in gpu_ab.ROWS:
+        for direction in ("forward", "both"):
+            found = gpu_ab.variants(row, direction)
+            plans = [gpu_ab.plan(row, tuning) for tuning in found if not tuning.transform]
+            assert found[0] == gpu_ab.DEFAULT
+            assert len(found) >= 4
+            assert all(plan not in plans[:index] for index, plan in enumerate(plans))
+
+
+def test_the_winner_is_two_percent_ahead(gpu_ab):
+    fast, other = gpu_ab.CudaTuning(splits=8), gpu_ab.CudaTuning(transform=2)
+    assert gpu_ab.chosen({gpu_ab.DEFAULT: [100.0, 100.0, 130.0], fast: [98.5, 90.0, 99.0], other: [101.0]}) == gpu_ab.DEFAULT
+    assert gpu_ab.chosen({gpu_ab.DEFAULT: [100.0], fast: [97.9, 97.0, 99.0], other: [98.0]}) == fast
+    assert gpu_ab.together([fast, other, gpu_ab.CudaTuning(splits=16)]) == gpu_ab.CudaTuning(splits=8, transform=2)
+
+
+def test_the_timings_take_the_winners(gpu_ab, tmp_path):
+    timing = importlib.import_module("gpu_timing")
+    names = "row", "direction", "winner"
+    rows = [("a", "forward", {"splits": 8}), ("a", "both", {"splits": 0}), ("b", "forward", {"splits": 0})]
+    path = tmp_path / "winners.json"
+    path.write_text(json.dumps({"winners": [dict(zip(names, row, strict=True)) for row in rows]}))
+    assert timing.read_winners(path) == {"a": {"forward": gpu_ab.CudaTuning(splits=8)}}
+    assert timing.read_winners(tmp_path / "none.json") == timing.read_winners(None) == {}

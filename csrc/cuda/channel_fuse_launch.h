@@ -65,7 +65,7 @@ void launch_channel_sums(SumsParams<T> params, Workspace& workspace, cudaStream_
   const int vector = cuda_vector(map);
   const auto with_products = [&](const auto& body) { params.b.data ? body(std::true_type{}) : body(std::false_type{}); };
   if (extent.channels_last) {
-    const CudaPositionGrid grid = plan_cuda_positions(map, vector, kCudaMaxSplits);
+    const CudaPositionGrid grid = plan_cuda_positions(map, vector, plan_cuda_most_splits(tuning()));
     params.blocks_per_sample = static_cast<unsigned>(grid.splits * grid.channel_blocks);
     params.partial = workspace.take<A>(extent.samples * grid.splits * 2 * extent.channels);
     const size_t own = shared_bytes<unsigned>(1) + shared_bytes<A>(2 * static_cast<int64_t>(grid.rows) * grid.lanes * vector);
@@ -78,7 +78,7 @@ void launch_channel_sums(SumsParams<T> params, Workspace& workspace, cudaStream_
     });
     return;
   }
-  const int lanes = plan_cuda_row_lanes(map, vector), rows = kCudaSweepThreads / lanes;
+  const int lanes = plan_cuda_row_lanes(map, vector, tuning()), rows = kCudaSweepThreads / lanes;
   params.blocks_per_sample = static_cast<unsigned>((extent.channels + rows - 1) / rows);
   const size_t own = shared_bytes<unsigned>(1) + shared_bytes<A>(2 * kCudaSweepThreads / kWarp);
   const size_t shared = std::max(own, after_sums_shared_bytes(params));

@@ -8,6 +8,12 @@
 
 namespace gcnet_ext::cuda {
 
+// What this thread has decided in the place of the plan functions (tuning.cu).
+inline CudaTuning& tuning() {
+  static thread_local CudaTuning decided{};
+  return decided;
+}
+
 // Memory for one call, valid until its launches are done.
 class Workspace {
  public:

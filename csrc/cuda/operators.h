@@ -40,7 +40,7 @@ void pool_context(const AttentionPool<T>& call, const TransformParams<T>& transf
     launch_channel_sums(params, workspace, stream);
     return;
   }
-  const CudaPoolPlan plan = plan_cuda_pool(common_map<T>(extent, call.x));
+  const CudaPoolPlan plan = plan_cuda_pool(common_map<T>(extent, call.x), tuning());
   PoolParams<T> params{};
   params.x = call.x;
   params.extent = extent;
@@ -95,7 +95,7 @@ void attention_pool_backward(const AttentionPoolBackward<T>& call, Workspace& wo
     if (call.grad_x.data) launch_channel_fuse(params, stream);
     return;
   }
-  const CudaPoolPlan plan = plan_cuda_pool(common_map<T>(extent, call.x, call.grad_x));
+  const CudaPoolPlan plan = plan_cuda_pool(common_map<T>(extent, call.x, call.grad_x), tuning());
   PoolBackwardParams<T> params;
   params.x = call.x;
   params.grad_x = call.grad_x;
@@ -182,7 +182,7 @@ bool transform_in_tail(const TransformParams<T>& transform) {
       if (matrix->data) bytes += branch.units * transform.channels * (matrix->single ? sizeof(float) : sizeof(T));
     }
   }
-  return plan_cuda_tail(transform.channels, transform.units, bytes, sizeof(acc_t<T>));
+  return plan_cuda_tail(transform.channels, transform.units, bytes, sizeof(acc_t<T>), tuning());
 }
 
 template <typename T>
@@ -313,7 +313,7 @@ void global_context_backward(const GlobalContextBackward<T>& call, Workspace& wo
 
   GradientParams<T> gradients;
   if (attends && (call.grad_x.data || call.grad_mask_weight.data)) {
-    const CudaPoolPlan plan = plan_cuda_pool(common_map<T>(extent, call.x, call.grad, call.grad_x));
+    const CudaPoolPlan plan = plan_cuda_pool(common_map<T>(extent, call.x, call.grad, call.grad_x), tuning());
     PoolBackwardParams<T> pool;
     pool.x = call.x;
     pool.grad = call.grad;

@@ -7,6 +7,7 @@ from mutant import Mutant
 BLOCK, MODULE, SUBMODULES = "test_global_context.py", "test_global_context_block.py", "test_submodules.py"
 BAD_INPUT, DISPATCH, REPLACE, HOOKS = "test_bad_input.py", "test_dispatch.py", "test_replace.py", "test_hooks.py"
 FLOPS, INSERT, IN_PLACE, NON_LOCAL = "test_flops.py", "test_insert.py", "test_in_place.py", "test_non_local.py"
+TUNING = "test_tuning.py"
 POOL, FUZZ_MODULES, DERIVATIVES = "test_attention_pool.py", "test_fuzz_modules.py", "test_derivatives.py"
 KEEPS, REPORT, LATER = "test_replace_keeps.py", "test_replace_report.py", "test_replace_later.py"
 LOOK_ALIKES = "test_replace_look_alikes.py"
@@ -463,5 +464,21 @@ MUTANTS = (
         "lambda *_: None",
         "Nobody says that an inserted block is not called.",
         (INSERT,),
+    ),
+    Mutant(
+        "tuning-not-carried",
+        "gcnet_ext/_library.py",
+        "    «with _tuning.cuda_tuning(tuning):\n        return below_autograd(name, args)»\n\n\ndef _needed",
+        "return below_autograd(name, args)",
+        "A backward pass follows the decisions of the thread that runs it.",
+        (TUNING,),
+    ),
+    Mutant(
+        "tuning-for-ever",
+        "gcnet_ext/_tuning.py",
+        "    finally:\n        «_tell(before)»",
+        "pass",
+        "The decisions of a thread stay after the block of code that they are for.",
+        (TUNING,),
     ),
 )

@@ -1,0 +1,3 @@
+#include "glue.h"
+
+#include "../../../csrc/cuda/tuning.cu"
