@@ -29,7 +29,6 @@ void check_branch(const char* op, const char* prefix, const Branch& branch, cons
 
 void check_final_activation(const char* op, int64_t number) {
   check::require(number == 0 || number == 1, op, {"", "final_activation"});
-  check::not_yet(number == 1, op, "final_activation");
 }
 
 }  // namespace
@@ -49,7 +48,6 @@ Options options_of(const char* op, std::optional<double> norm_eps, int64_t activ
                    const std::optional<std::vector<double>>& hard_gate, int64_t final_activation) {
   check::require(activation >= 0 && activation <= static_cast<int64_t>(Activation::leaky_relu), op, {"", "activation"});
   const auto act = static_cast<Activation>(activation);
-  check::not_yet(act != Activation::relu && act != Activation::silu, op, "activation");
   check::count(op, "hard_gate", hard_gate ? hard_gate->size() : 2, 2);
   check_final_activation(op, final_activation);
   return {norm_eps, act, slope, hard_gate ? std::optional(HardGate{(*hard_gate)[0], (*hard_gate)[1]}) : std::nullopt,
@@ -73,8 +71,8 @@ void Arguments::check(const char* op) const {
   const check::Like like(x);
   check_branch(op, "scale_", scale, like, x.size(1));
   check_branch(op, "shift_", shift, like, x.size(1));
-  check::not_yet(residual.has_value(), op, "residual");
-  check::not_yet(valid.has_value(), op, "valid");
+  check::residual(op, residual, x);
+  check::valid(op, valid, x);
 }
 
 void BackwardArguments::check(const char* op) const {
@@ -86,8 +84,7 @@ void BackwardArguments::check(const char* op) const {
   check::saved(op, "attention", saved.attention, x, {samples, forward.mask.weight ? positions(x) : 0});
   check::saved(op, "hidden", saved.hidden, x, {samples, forward.units()});
   check::saved(op, "gate_values", saved.gate_values, x, {samples, forward.scale ? channels : 0});
-  check::positive(op, saved.positive, x);
-  check::not_yet(needs.residual, op, "needs");
+  check::positive(op, saved.positive, x, forward.options.has_final_relu());
 }
 
 BackwardTensors gradients_of(const BackwardArguments& call) {
@@ -102,13 +99,13 @@ BackwardTensors gradients_of(const BackwardArguments& call) {
           zero_gradient_of(needs.mask_bias, forward.mask.bias, x),
           of_branch(needs.scale, forward.scale),
           of_branch(needs.shift, forward.shift),
-          no_gradient(x)};
+          needs.residual && forward.options.has_final_relu() ? empty_like_map(x) : no_gradient(x)};
 }
 
 void check_attention_pool(const char* op, const Tensor& x, const Mask& mask, const OptionalTensor& valid) {
   check::feature_map(op, x);
   check::mask(op, "", mask.weight, mask.bias, x);
-  check::not_yet(valid.has_value(), op, "valid");
+  check::valid(op, valid, x);
 }
 
 void check_attention_pool_backward(const Tensor& grad_context, const Tensor& x, const Mask& mask, const OptionalTensor& valid,
@@ -127,7 +124,7 @@ void check_channel_fuse(const char* op, const Tensor& x, const OptionalTensor& s
   check::feature_map(op, x, /*pooled=*/false);
   check::parameter(op, {"", "scale"}, scale, x, {x.size(0), x.size(1)});
   check::parameter(op, {"", "shift"}, shift, x, {x.size(0), x.size(1)});
-  check::not_yet(residual.has_value(), op, "residual");
+  check::residual(op, residual, x);
   check_final_activation(op, final_activation);
 }
 
@@ -136,9 +133,8 @@ void check_channel_fuse_backward(const Tensor& grad, const Tensor& x, const Opti
   const char* op = "channel_fuse_backward";
   check_channel_fuse(op, x, scale, shift, /*residual=*/std::nullopt, final_activation);
   check::gradient(op, grad, x);
-  check::positive(op, positive, x);
+  check::positive(op, positive, x, final_activation != 0);
   check::count(op, "needs", needs.size(), 4);
-  check::not_yet(needs[3], op, "needs");
 }
 
 }  // namespace gcnet_ext

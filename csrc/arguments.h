@@ -2,6 +2,7 @@
 // else.
 #pragma once
 
+#include "activation.h"
 #include "check.h"
 #include "stable.h"
 
@@ -16,10 +17,6 @@ using TensorList = std::vector<OptionalTensor>;
 // The results of the schema.
 using ForwardResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using BackwardResults = std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, Tensor>;
-
-// The numbers of the schema.
-enum class Activation : int64_t { none, relu, silu, gelu, gelu_tanh, hardswish, leaky_relu };
-enum class FinalActivation : int64_t { none, relu };
 
 // The 1x1 convolution of the attention pool; without a weight the pool averages.
 struct Mask {
@@ -56,6 +53,8 @@ struct Options {
   double slope;
   std::optional<HardGate> hard_gate;
   FinalActivation final_activation;
+
+  bool has_final_relu() const { return final_activation == FinalActivation::relu; }
 };
 
 // Those of global_context, of its inference, and in place.
@@ -89,7 +88,8 @@ struct BackwardArguments {
   void check(const char* op) const;
 };
 
-// The gradients, uninitialised but for that of the mask's bias, which is zero; empty tensors where they are not needed.
+// The gradients, uninitialised but for that of the mask's bias, which is zero; empty tensors where they are not needed. That of the
+// residual is needed behind a ReLU only: otherwise it is the gradient of the result, which autograd has.
 struct BackwardTensors {
   Tensor x, mask_weight, mask_bias;
   PerWeight<Tensor> scale, shift;

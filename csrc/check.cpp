@@ -22,6 +22,12 @@ bool is_floating(ScalarType dtype) {
          dtype == ScalarType::Double;
 }
 
+// Whether the tensor has the device, dtype and sizes of x.
+bool is_like(const Tensor& tensor, const Tensor& x) {
+  return tensor.defined() && tensor.device() == x.device() && tensor.scalar_type() == x.scalar_type() &&
+         std::ranges::equal(tensor.sizes(), x.sizes());
+}
+
 }  // namespace
 
 void require(bool holds, const char* op, Name name) {
@@ -31,22 +37,29 @@ void require(bool holds, const char* op, Name name) {
 
 void count(const char* op, const char* name, size_t elements, size_t wanted) { require(elements == wanted, op, {"", name}); }
 
-void not_yet(bool given, const char* op, const char* name) {
-  if (given) throw std::runtime_error("gcnet_ext::" + std::string(op) + ": " + name + " is not implemented yet");
-}
-
 void feature_map(const char* op, const Tensor& x, bool pooled) {
   // What the schema calls a Tensor comes undefined where Python said None.
   require(x.defined() && x.dim() >= 3 && is_floating(x.scalar_type()) && x.size(1) > 0 && (!pooled || positions(x) > 0), op,
           {"", "x"});
 }
 
-void in_place(const char* op, const Tensor& x) { require(has_own_memory(x), op, {"", "x"}); }
+void in_place(const char* op, const Tensor& x, const OptionalTensor& residual) {
+  require(has_own_memory(x), op, {"", "x"});
+  require(!residual || overlap(*residual, x) != Overlap::partial, op, {"", "residual"});
+}
 
-void gradient(const char* op, const Tensor& grad, const Tensor& x) {
-  require(grad.defined() && grad.device() == x.device() && grad.scalar_type() == x.scalar_type() &&
-              std::ranges::equal(grad.sizes(), x.sizes()),
-          op, {"", "grad"});
+void gradient(const char* op, const Tensor& grad, const Tensor& x) { require(is_like(grad, x), op, {"", "grad"}); }
+
+void residual(const char* op, const OptionalTensor& residual, const Tensor& x) {
+  require(!residual || is_like(*residual, x), op, {"", "residual"});
+}
+
+void valid(const char* op, const OptionalTensor& valid, const Tensor& x) {
+  if (!valid) return;
+  require(valid->device() == x.device() && valid->scalar_type() == ScalarType::Bool && valid->dim() == x.dim() - 1 &&
+              (valid->size(0) == 1 || valid->size(0) == x.size(0)) &&
+              std::equal(x.sizes().begin() + 2, x.sizes().end(), valid->sizes().begin() + 1),
+          op, {"", "valid"});
 }
 
 void saved(const char* op, const char* name, const Tensor& tensor, const Tensor& x, Sizes sizes) {
@@ -55,9 +68,9 @@ void saved(const char* op, const char* name, const Tensor& tensor, const Tensor&
           op, {"", name});
 }
 
-void positive(const char* op, const Tensor& tensor, const Tensor& x) {
+void positive(const char* op, const Tensor& tensor, const Tensor& x, bool has_relu) {
   require(tensor.defined() && tensor.device() == x.device() && tensor.scalar_type() == ScalarType::Byte &&
-              has_shape(tensor, {x.size(0), 0}),
+              has_shape(tensor, {x.size(0), has_relu ? bytes_of_bits(x) : 0}),
           op, {"", "positive"});
 }
 

@@ -31,19 +31,21 @@ struct Like {
 void require(bool holds, const char* op, Name name);
 // A list of the schema has as many elements as it must.
 void count(const char* op, const char* name, size_t elements, size_t wanted);
-// Throws "gcnet_ext::op: name is not implemented yet" where an argument is given that has no kernels.
-void not_yet(bool given, const char* op, const char* name);
 
 // x is a floating [N, C, *spatial]; a pooled one has something to pool.
 void feature_map(const char* op, const Tensor& x, bool pooled = true);
-// An x that the operator writes to: no two of its elements share memory.
-void in_place(const char* op, const Tensor& x);
+// An x that the operator writes to: no two of its elements share memory, and a residual is x itself or lies elsewhere.
+void in_place(const char* op, const Tensor& x, const OptionalTensor& residual);
+// What is added to the result: like x in everything but its strides.
+void residual(const char* op, const OptionalTensor& residual, const Tensor& x);
+// Which positions count in the pool: bool, [N or 1, *spatial].
+void valid(const char* op, const OptionalTensor& valid, const Tensor& x);
 // The gradient of an output that is shaped like x.
 void gradient(const char* op, const Tensor& grad, const Tensor& x);
 // A tensor of the accumulation dtype that the forward operator returned and the backward operator takes.
 void saved(const char* op, const char* name, const Tensor& tensor, const Tensor& x, Sizes sizes);
 // The bits of the final ReLU, of which there are none without it.
-void positive(const char* op, const Tensor& tensor, const Tensor& x);
+void positive(const char* op, const Tensor& tensor, const Tensor& x, bool has_relu);
 // A parameter: on x's device, of x's dtype or float32, of these sizes (trailing ones are free).
 void parameter(const char* op, Name name, const OptionalTensor& tensor, const Like& x, Sizes sizes);
 // The 1x1 convolution of the attention pool: weight [C] or [1, C], bias [1]; neither for average pooling.

@@ -85,6 +85,42 @@ bool has_own_memory(const Tensor& x) {
   return true;
 }
 
+namespace {
+struct Bytes {
+  uintptr_t begin, end;
+  bool dense;  // no byte between the two belongs to anybody else
+};
+
+Bytes bytes_of(const Tensor& x) {
+  int64_t last = 0;  // element
+  for (int64_t dim = 0; dim < x.dim(); dim++) last += (x.size(dim) - 1) * x.stride(dim);
+  const auto begin = reinterpret_cast<uintptr_t>(x.data_ptr());
+  return {begin, begin + (last + 1) * x.element_size(), last + 1 == x.numel()};
+}
+
+bool same_strides(const Tensor& a, const Tensor& b) {
+  for (int64_t dim = 0; dim < a.dim(); dim++) {
+    if (a.size(dim) > 1 && a.stride(dim) != b.stride(dim)) return false;
+  }
+  return true;
+}
+}  // namespace
+
+Overlap overlap(const Tensor& tensor, const Tensor& x) {
+  if (x.numel() == 0) return Overlap::none;
+  const Bytes a = bytes_of(tensor), b = bytes_of(x);
+  if (a.end <= b.begin || b.end <= a.begin) return Overlap::none;
+  if (a.begin == b.begin && same_strides(tensor, x)) return Overlap::all;
+  return a.dense && b.dense ? Overlap::partial : Overlap::unknown;
+}
+
+int64_t bytes_of_bits(const Tensor& x) {
+  const int64_t channels = x.size(1), count = positions(x);
+  const bool channels_last = is_channels_last(x);
+  const int64_t rows = channels_last ? count : channels, length = channels_last ? channels : count;
+  return rows * ((length + 7) / 8);
+}
+
 bool is_channels_last(const Tensor& x) {
   const int64_t channels = x.size(1);
   if (channels == 1 || x.stride(1) != 1) return false;

@@ -34,6 +34,13 @@ void write_back(const Tensor& map, const Tensor& x);
 Tensor native_like(const Tensor& grad, const Tensor& like);
 // Whether no two elements of x share memory, so that each can be overwritten.
 bool has_own_memory(const Tensor& x);
+// How much of a tensor lies in the memory of x, of the same sizes and dtype: nothing; everything, each element in its own place;
+// or some of it. Where they are interleaved nobody knows.
+enum class Overlap { none, all, partial, unknown };
+Overlap overlap(const Tensor& tensor, const Tensor& x);
+// How many bytes hold a bit for every element of a sample of x: those of a channel (NCHW) or position (channels_last) begin with
+// a byte of their own, so that no two threads write to one byte.
+int64_t bytes_of_bits(const Tensor& x);
 // An uninitialised contiguous tensor on the device of `like`.
 Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype);
 // An uninitialised dense tensor like a parameter, with its very strides where it lies in memory as a contiguous one does: those

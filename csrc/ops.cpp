@@ -14,12 +14,12 @@
 //   activation          act: 0 none, 1 ReLU, 2 SiLU, 3 GELU by erf, 4 GELU by tanh, 5 Hardswish, 6 LeakyReLU with the slope
 //   hard_gate           [alpha, beta] of the gate clip(alpha t + beta, 0, 1); None: the gate is a sigmoid
 //   final_activation    of the result: 0 none, 1 ReLU
-//   positive            what backward needs of the final ReLU: a bit for each element of out, 1 where it is above 0, packed into
-//                       uint8 [N, ceil(C P / 8)] in the order of a sample's memory; [N, 0] without that ReLU
+//   positive            what backward needs of the final ReLU: a bit for each element of out, 0 where it is at most 0, in the order of
+//                       a sample's memory; a row of it, a channel or in channels_last a position, begins with a byte of its own:
+//                       uint8 [N, C ceil(P / 8)] or [N, P ceil(C / 8)]; [N, 0] without that ReLU
 //
 // A list always has all its elements, None among them: AOTInductor cannot pass an empty one. Choices are numbers, because torch
-// 2.13 leaks a str argument in every call (pytorch#191340). csrc/check.h refuses what has no kernel yet: residual, valid, the
-// final ReLU, and the activations but ReLU and SiLU.
+// 2.13 leaks a str argument in every call (pytorch#191340).
 #include "stable.h"
 
 STABLE_TORCH_LIBRARY(gcnet_ext, m) {
@@ -35,7 +35,7 @@ STABLE_TORCH_LIBRARY(gcnet_ext, m) {
       "channel_fuse(Tensor x, Tensor? scale, Tensor? shift, Tensor? residual, int final_activation) "
       "-> (Tensor out, Tensor positive)");
   m.def("channel_fuse_(Tensor(a!) x, Tensor? scale, Tensor? shift, Tensor? residual, int final_activation) -> ()");
-  // needs: x, scale, shift, residual
+  // needs: x, scale, shift, residual. The gradient of the residual is computed behind a ReLU; without one it is grad.
   m.def(
       "channel_fuse_backward(Tensor grad, Tensor x, Tensor? scale, Tensor? shift, int final_activation, Tensor positive, "
       "bool[] needs) -> (Tensor grad_x, Tensor grad_scale, Tensor grad_shift, Tensor grad_residual)");

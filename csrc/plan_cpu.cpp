@@ -16,6 +16,7 @@ constexpr int64_t kWide = 512;                  // channels; with more, tiles ar
 constexpr int64_t kMaxByChannels = 20 << 20;    // sample is cut by channels, too
 constexpr int64_t kMaxRow = 16384;              // positions whose logits stay in a cache while the rows go by
 constexpr int64_t kMaxParts = 16;               // of such a sample: P elements each
+constexpr int64_t kBits = 8;                    // of a byte, which only one block writes to
 constexpr int64_t kRowBlock = 4;                // rows that the kernels take at once
 constexpr int64_t kShare = 1 << 20;             // bytes of x that a core still has in a cache when they are read again
 constexpr int64_t kShared = 16 << 20;           // the same of the cache that the cores have in common
@@ -50,7 +51,7 @@ SweepPlan plan_cpu_sweep(int64_t channels, int64_t positions, int64_t element_si
     plan.positions = std::max(elements / channels, ceil_div(positions, kMaxSplits));
   } else {
     const int64_t parts = std::clamp<int64_t>(ceil_div(positions, elements), 1, kMaxSplits);
-    plan.positions = ceil_div(positions, parts);
+    plan.positions = ceil_div(ceil_div(positions, parts), kBits) * kBits;
     plan.channels = elements / std::max<int64_t>(1, positions);
     if (by_channels(channels, positions, element_size, channels_last)) {
       plan.channels = ceil_div(std::max(plan.channels, ceil_div(channels, kMaxParts)), kRowBlock) * kRowBlock;

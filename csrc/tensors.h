@@ -37,7 +37,15 @@ inline Tensor zero_gradient_of(bool needed, const OptionalTensor& parameter, con
   if (gradient.numel() > 0) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(gradient.get()));
   return gradient;
 }
-// What stands for the bits of the final ReLU where there is none.
-inline Tensor no_bits(const Tensor& x) { return empty(x, {x.size(0), 0}, ScalarType::Byte); }
+// A residual as the map of x and its output are walked, and where no element of it is overwritten before it is read.
+inline OptionalTensor residual_of(const OptionalTensor& residual, const Tensor& x, bool in_place) {
+  if (!residual) return std::nullopt;
+  const bool apart = !in_place || overlap(*residual, x) != Overlap::unknown;
+  return native_like(apart ? *residual : torch::stable::clone(*residual), x);
+}
+// The uninitialised bits of the final ReLU, none where there is no such ReLU.
+inline Tensor empty_bits(const Tensor& x, bool has_relu) {
+  return empty(x, {x.size(0), has_relu ? bytes_of_bits(x) : 0}, ScalarType::Byte);
+}
 
 }  // namespace gcnet_ext

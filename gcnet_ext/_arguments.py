@@ -71,9 +71,11 @@ class Arguments(NamedTuple):
     final_activation: Any
 
     @classmethod
-    def of_branches(cls, x: Any, mask: Any, scale: Branch | None, shift: Branch | None, options: Options) -> Arguments:
+    def of_branches(
+        cls, x: Any, mask: Any, scale: Branch | None, shift: Branch | None, options: Options, residual: Any, valid: Any
+    ) -> Arguments:
         """From branches that may be missing, and options."""
-        return cls(x, mask, list(scale or NO_BRANCH), list(shift or NO_BRANCH), None, None, *options)
+        return cls(x, mask, list(scale or NO_BRANCH), list(shift or NO_BRANCH), residual, valid, *options)
 
     def options(self) -> Options:
         return Options(self.norm_eps, self.activation, self.slope, self.hard_gate, self.final_activation)
@@ -156,7 +158,16 @@ IN_LISTS: dict[str, tuple[str, ...]] = {
 """The names of the tensors in the lists of global_context and its backward."""
 
 
-def options_of(norm: bool, eps: float, activation: str, gate: str, gate_alpha: float, gate_beta: float) -> Options:
+def options_of(
+    norm: bool,
+    eps: float,
+    activation: str,
+    slope: float,
+    gate: str,
+    gate_alpha: float,
+    gate_beta: float,
+    final_activation: str,
+) -> Options:
     """Those of the public functions, as the operators take them."""
     hard_gate = (gate_alpha, gate_beta) if gate == "hard_sigmoid" else None
-    return Options(eps if norm else None, ACTIVATIONS[activation], hard_gate=hard_gate)
+    return Options(eps if norm else None, ACTIVATIONS[activation], slope, hard_gate, FINAL_ACTIVATIONS[final_activation])

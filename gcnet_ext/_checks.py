@@ -7,20 +7,20 @@ The reference and the shape functions call these, and so does whoever called a k
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._arguments import ACTIVATIONS as NUMBERS
+from . import _bits
 from ._arguments import (
+    ACTIVATIONS,
     FINAL_ACTIVATIONS,
     IN_LISTS,
     Arguments,
     BackwardArguments,
     Branch,
-    Needs,
     Options,
     Saved,
     options_of,
@@ -28,7 +28,6 @@ from ._arguments import (
 )
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-ACTIVATIONS = ("relu", "silu")
 GATES = ("sigmoid", "hard_sigmoid")
 
 
@@ -75,12 +74,6 @@ def strided(op: str, name: str, tensor: object) -> None:
         _fail(op, f"{name} must be a strided tensor, got a {kind} one")
 
 
-def not_yet(op: str, name: str, given: object) -> None:
-    """For an argument that the schema has and no kernel."""
-    if given:
-        _fail(op, f"{name} is not implemented yet")
-
-
 def _has_shape(tensor: Tensor, sizes: Sequence[int]) -> bool:
     """Whether the tensor has these sizes, followed by nothing but ones."""
     return (
@@ -101,6 +94,45 @@ def feature_map(op: str, x: Tensor, *, pooled: bool = True) -> None:
         _fail(op, f"x must have at least one channel, got shape {_shape(x.shape)}")
     if pooled and any(size == 0 for size in x.shape[2:]):
         _fail(op, f"x must have at least one position to pool over, got shape {_shape(x.shape)}")
+
+
+def added(op: str, tensor: Tensor | None, x: Tensor) -> None:
+    """What is added to the result is like x in everything but its strides."""
+    if tensor is not None:
+        _like(op, "residual", tensor, x)
+
+
+def valid_positions(op: str, tensor: Tensor | None, x: Tensor) -> None:
+    """Which positions count in the pool: bool, [N or 1, *spatial]."""
+    if tensor is None:
+        return
+    if tensor.device != x.device:
+        _fail(op, f"valid must be on x's device ({x.device.type}), got {tensor.device.type}")
+    if tensor.dtype != torch.bool:
+        _fail(op, f"valid must be bool, got {_name(tensor.dtype)}")
+    samples, spatial = x.shape[0], x.shape[2:]
+    if tensor.dim() != x.dim() - 1 or tensor.shape[0] not in (1, samples) or tensor.shape[1:] != spatial:
+        one_for_all = "" if samples == 1 else f" or {_shape((1, *spatial))}"
+        _fail(op, f"valid must have shape {_shape((samples, *spatial))}{one_for_all}, got {_shape(tensor.shape)}")
+
+
+def _bytes_of(x: Tensor) -> tuple[int, int, bool]:
+    """The first byte of x and the one behind the last, and whether none between them belongs to anybody else."""
+    elements = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    begin = x.data_ptr()
+    return begin, begin + elements * x.element_size(), elements == x.numel()
+
+
+def apart(op: str, tensor: Tensor | None, x: Tensor) -> None:
+    """A residual where x is overwritten: it is x itself, or lies elsewhere. Where they are interleaved it is copied."""
+    if tensor is None or x.numel() == 0:
+        return
+    (begin, end, dense), (x_begin, x_end, x_dense) = _bytes_of(tensor), _bytes_of(x)
+    alike = all(size == 1 or a == b for size, a, b in zip(x.shape, tensor.stride(), x.stride(), strict=True))
+    if end > x_begin and x_end > begin and not (begin == x_begin and alike) and dense and x_dense:
+        _fail(
+            op, "residual must be x itself or have memory of its own where x is overwritten, got one that shares a part of x's"
+        )
 
 
 def in_place(op: str, x: Tensor) -> None:
@@ -143,15 +175,20 @@ def not_differentiated(op: str, args: Sequence[object]) -> None:
         )
 
 
+def _like(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
+    """A tensor on x's device, of its dtype and sizes."""
+    if tensor.device != x.device:
+        _fail(op, f"{name} must be on x's device ({x.device.type}), got {tensor.device.type}")
+    if tensor.dtype != x.dtype:
+        _fail(op, f"{name} must be x's dtype ({_name(x.dtype)}), got {_name(tensor.dtype)}")
+    if tensor.shape != x.shape:
+        _fail(op, f"{name} must have shape {_shape(x.shape)}, got {_shape(tensor.shape)}")
+
+
 def gradient(op: str, grad: Tensor, x: Tensor) -> None:
     """The gradient of an output that is shaped like x."""
     given(op, "grad", grad)
-    if grad.device != x.device:
-        _fail(op, f"grad must be on x's device ({x.device.type}), got {grad.device.type}")
-    if grad.dtype != x.dtype:
-        _fail(op, f"grad must be x's dtype ({_name(x.dtype)}), got {_name(grad.dtype)}")
-    if grad.shape != x.shape:
-        _fail(op, f"grad must have shape {_shape(x.shape)}, got {_shape(grad.shape)}")
+    _like(op, "grad", grad, x)
 
 
 def _exactly(op: str, name: str, tensor: Tensor, x: Tensor, dtype: torch.dtype, sizes: Sequence[int]) -> None:
@@ -170,9 +207,9 @@ def saved(op: str, name: str, tensor: Tensor, x: Tensor, sizes: Sequence[int]) -
     _exactly(op, name, tensor, x, torch.float64 if x.dtype == torch.float64 else torch.float32, sizes)
 
 
-def bits(op: str, tensor: Tensor, x: Tensor) -> None:
+def bits(op: str, tensor: Tensor, x: Tensor, final_activation: int) -> None:
     """Those of the final ReLU, of which there are none without it."""
-    _exactly(op, "positive", tensor, x, torch.uint8, (x.shape[0], 0))
+    _exactly(op, "positive", tensor, x, torch.uint8, (x.shape[0], _bits.bytes_of(x) if final_activation else 0))
 
 
 def positions(x: Tensor) -> int:
@@ -251,7 +288,6 @@ def count(op: str, name: str, values: Sequence[object], wanted: int) -> None:
 def final(op: str, number: int) -> None:
     if number not in FINAL_ACTIVATIONS.values():
         _fail(op, f"final_activation must be one of {FINAL_ACTIVATIONS}, got {number}")
-    not_yet(op, "final_activation", number)
 
 
 # ---- each operator -----------------------------------------------------------------------------------------------------------
@@ -260,7 +296,7 @@ def final(op: str, number: int) -> None:
 def attention_pool(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, valid: Tensor | None = None) -> None:
     feature_map(op, x)
     mask(op, "", weight, bias, x)
-    not_yet(op, "valid", valid is not None)
+    valid_positions(op, valid, x)
 
 
 def attention_pool_backward(
@@ -288,7 +324,7 @@ def channel_fuse(
     feature_map(op, x, pooled=False)
     parameter(op, "scale", scale, x, x.shape[:2])
     parameter(op, "shift", shift, x, x.shape[:2])
-    not_yet(op, "residual", residual is not None)
+    added(op, residual, x)
     final(op, final_activation)
 
 
@@ -309,9 +345,8 @@ def channel_fuse_backward(
 ) -> None:
     channel_fuse(op, x, scale, shift, None, final_activation)
     gradient(op, grad, x)
-    bits(op, positive, x)
+    bits(op, positive, x, final_activation)
     count(op, "needs", needs, 4)
-    not_yet(op, "needs", needs[3])
 
 
 def global_context(op: str, call: Arguments) -> None:
@@ -326,8 +361,8 @@ def global_context(op: str, call: Arguments) -> None:
         _fail(op, "scale_w1 or shift_w1 must be given, got None for both")
     branch(op, "scale", call.scale, x)
     branch(op, "shift", call.shift, x)
-    not_yet(op, "residual", call.residual is not None)
-    not_yet(op, "valid", call.valid is not None)
+    added(op, call.residual, x)
+    valid_positions(op, call.valid, x)
 
 
 def global_context_(op: str, call: Arguments) -> None:
@@ -336,9 +371,8 @@ def global_context_(op: str, call: Arguments) -> None:
 
 
 def options(op: str, call: Arguments | BackwardArguments) -> None:
-    if call.activation not in NUMBERS.values():
-        _fail(op, f"activation must be one of {NUMBERS}, got {call.activation}")
-    not_yet(op, "activation", call.activation not in (NUMBERS["relu"], NUMBERS["silu"]))
+    if call.activation not in ACTIVATIONS.values():
+        _fail(op, f"activation must be one of {ACTIVATIONS}, got {call.activation}")
     if call.hard_gate is not None:
         count(op, "hard_gate", call.hard_gate, 2)
     final(op, call.final_activation)
@@ -356,8 +390,7 @@ def global_context_backward(op: str, call: BackwardArguments) -> None:
     saved(op, "attention", kept.attention, x, (samples, 0 if call.mask[0] is None else positions(x)))
     saved(op, "hidden", kept.hidden, x, (samples, units))
     saved(op, "gate_values", kept.gate_values, x, (samples, 0 if call.scale[0] is None else channels))
-    bits(op, kept.positive, x)
-    not_yet(op, "needs", Needs(*call.needs).residual)
+    bits(op, kept.positive, x, call.final_activation)
 
 
 OPERATORS: dict[str, Callable[..., None]] = {
@@ -385,6 +418,8 @@ def explain(name: str, names: Sequence[str], args: Sequence[Any]) -> None:
         for own, tensor in zip(IN_LISTS[argument], value, strict=False) if listed else ((argument, value),):
             strided(name.removesuffix("_inference"), own, tensor)
     operator(name, args)
+    if name in ("channel_fuse_", "global_context_"):
+        apart(name, args[names.index("residual")], args[0])
 
 
 # ---- the functions -----------------------------------------------------------------------------------------------------------
@@ -399,14 +434,34 @@ def _number(op: str, name: str, value: object) -> None:
         _fail(op, f"{name} must be a number that a float can hold, got more")
 
 
-def chosen(op: str, norm: Any, eps: Any, activation: Any, gate: Any, gate_alpha: Any, gate_beta: Any) -> Options:
+def _one_of(op: str, name: str, value: object, names: Collection[str]) -> None:
+    if not isinstance(value, str) or value not in names:
+        _fail(op, f"{name} must be one of {', '.join(names)}, got {value}")
+
+
+def chosen_final(op: str, final_activation: Any) -> int:
+    """The final activation, as the operators take it."""
+    _one_of(op, "final_activation", final_activation, FINAL_ACTIVATIONS)
+    return FINAL_ACTIVATIONS[final_activation]
+
+
+def chosen(
+    op: str,
+    norm: Any,
+    eps: Any,
+    activation: Any,
+    slope: Any,
+    gate: Any,
+    gate_alpha: Any,
+    gate_beta: Any,
+    final_activation: Any,
+) -> Options:
     """What a caller of the block chooses, as the operators take it: no None may pass for an eps, as that means no norm."""
     if not isinstance(norm, bool):
         _fail(op, f"norm must be True or False, got {type(norm).__name__}")
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        _fail(op, f"activation must be relu or silu, got {activation}")
-    if not isinstance(gate, str) or gate not in GATES:
-        _fail(op, f"gate must be sigmoid or hard_sigmoid, got {gate}")
-    for name, value in (("eps", eps), ("gate_alpha", gate_alpha), ("gate_beta", gate_beta)):
+    _one_of(op, "activation", activation, ACTIVATIONS)
+    _one_of(op, "gate", gate, GATES)
+    _one_of(op, "final_activation", final_activation, FINAL_ACTIVATIONS)
+    for name, value in (("eps", eps), ("slope", slope), ("gate_alpha", gate_alpha), ("gate_beta", gate_beta)):
         _number(op, name, value)
-    return options_of(norm, eps, activation, gate, gate_alpha, gate_beta)
+    return options_of(norm, eps, activation, slope, gate, gate_alpha, gate_beta, final_activation)

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from . import _build, _checks, _flops, _shapes, _tuning, reference
-from ._arguments import Arguments, Options, flat, in_lists
+from . import _bits, _build, _checks, _flops, _shapes, _tuning, reference
+from ._arguments import FINAL_ACTIVATIONS, Arguments, Options, Saved, flat, in_lists
 
 HOW_TO_BUILD = "build them with `pip install --no-build-isolation .` in a checkout (see Install in README.md)"
 
@@ -172,16 +172,21 @@ def constant(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.detach()
 
 
+def _before_relu(grad: Tensor, positive: Tensor, x: Tensor, final_activation: int) -> Tensor:
+    """The gradient on the other side of the final ReLU, if there is one; it can be differentiated again."""
+    return grad.where(_bits.unpack(positive, x), 0) if final_activation else grad
+
+
 def _reference_block(options: Options, *tensors: Any) -> Tensor:
-    """global_context, to be differentiated."""
+    """global_context without a residual, to be differentiated."""
     call = Arguments(*in_lists(tensors), *options)
     weight, bias = call.mask
     return reference.block(call._replace(mask=(weight, constant(bias))))
 
 
-def _reference_context(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def _reference_context(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, valid: Tensor | None) -> Tensor:
     """attention_pool as the operator returns it, in the accumulation dtype, to be differentiated."""
-    return reference.attention_pool(x, weight, constant(bias)).to(reference.accumulation_dtype(x))
+    return reference.attention_pool(x, weight, constant(bias), valid=valid).to(reference.accumulation_dtype(x))
 
 
 class _AttentionPool(torch.autograd.Function):
@@ -201,7 +206,7 @@ class _AttentionPool(torch.autograd.Function):
         x, weight, bias, valid, context, attention = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
-            return *through_reference(_reference_context, (x, weight, bias), needs, grad_context), None
+            return *through_reference(partial(_reference_context, valid=valid), (x, weight, bias), needs, grad_context), None
         args = grad_context, x, weight, bias, valid, context, attention, needs
         return *map(_needed, needs, _backward(ctx.tuning, "attention_pool_backward", args)), None
 
@@ -222,10 +227,14 @@ class _ChannelFuse(torch.autograd.Function):
         if grad is None:
             return (None,) * 5
         x, scale, shift, positive = ctx.saved_tensors
+        final = ctx.final_activation
         if torch.is_grad_enabled():
-            return *through_reference(reference.channel_fuse, (x, scale, shift), needs[:3], grad), None, None
-        args = grad, x, scale, shift, ctx.final_activation, positive, list(needs)
-        return *map(_needed, needs, _backward(ctx.tuning, "channel_fuse_backward", args)), None
+            grad = _before_relu(grad, positive, x, final)
+            gradients = through_reference(reference.channel_fuse, (x, scale, shift), needs[:3], grad)
+            return *gradients, _needed(needs[3], grad), None
+        args = grad, x, scale, shift, final, positive, list(needs)
+        *gradients, grad_residual = _backward(ctx.tuning, "channel_fuse_backward", args)
+        return *map(_needed, needs, (*gradients, grad_residual if final else grad)), None
 
 
 def _block(ctx: Any, options: tuple, tensors: tuple) -> tuple[Tensor, ...]:
@@ -233,7 +242,8 @@ def _block(ctx: Any, options: tuple, tensors: tuple) -> tuple[Tensor, ...]:
     outputs = below_autograd("global_context", (*in_lists(tensors), *options))
     ctx.set_materialize_grads(False)
     ctx.options, ctx.tuning = options, _tuning.decided()
-    ctx.save_for_backward(*tensors, *outputs[1:])
+    *others, _residual, valid = tensors  # no gradient depends on the residual
+    ctx.save_for_backward(*others, None, valid, *outputs[1:])
     return outputs
 
 
@@ -251,16 +261,20 @@ class _GlobalContext(torch.autograd.Function):
         needs = ctx.needs_input_grad[1:]
         if grad is None:
             return (None, *(None for _ in needs))
-        saved, options = ctx.saved_tensors, ctx.options
+        saved, options = ctx.saved_tensors, Options(*ctx.options)
         tensors, kept = saved[: len(needs)], saved[len(needs) :]
-        if torch.is_grad_enabled():
-            return None, *through_reference(partial(_reference_block, options), tensors, needs, grad)
         x, mask, scale, shift, _, valid = in_lists(tensors)
         need_x, need_mask, need_scale, need_shift, need_residual, _ = in_lists(needs)
+        if torch.is_grad_enabled():
+            grad = _before_relu(grad, Saved(*kept).positive, x, options.final_activation)
+            linear = options._replace(final_activation=FINAL_ACTIVATIONS["none"])
+            gradients = through_reference(partial(_reference_block, linear), tensors, (*needs[:-2], False, False), grad)
+            return None, *gradients[:-2], _needed(need_residual, grad), None
         wanted = need_x, *need_mask, any(need_scale), any(need_shift), need_residual
         args = grad, x, mask, scale, shift, valid, *options, kept, wanted
-        gradients = flat(*_backward(ctx.tuning, "global_context_backward", args), None)
-        return None, *map(_needed, needs, gradients[1:])
+        *gradients, grad_residual = _backward(ctx.tuning, "global_context_backward", args)
+        of_tensors = flat(*gradients, grad_residual if options.final_activation else grad, None)
+        return None, *map(_needed, needs, of_tensors[1:])
 
 
 class _GlobalContextOutput(_GlobalContext):

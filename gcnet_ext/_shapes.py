@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _checks, reference
+from . import _bits, _checks, reference
 from ._arguments import Arguments, BackwardArguments, Gradients, Needs, per_weight
 from ._checks import hidden_units, positions
 
@@ -14,18 +14,9 @@ def _acc(x: Tensor) -> torch.dtype:
     return reference.accumulation_dtype(x)
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    """Channels next to each other and positions apart: the rule of csrc/layout.h, word for word."""
-    channels = x.shape[1]
-    spatial = list(zip(x.shape[2:], x.stride()[2:], strict=True))
-    if channels == 1 or x.stride(1) != 1 or all(size == 1 for size, _ in spatial):
-        return False
-    return all(stride >= channels for size, stride in spatial if size != 1)
-
-
 def _empty_like_map(x: Tensor) -> Tensor:
     """An uninitialised tensor of the shape and memory format of x, dense."""
-    if _is_channels_last(x):
+    if _bits.is_channels_last(x):
         return x.new_empty((x.shape[0], *x.shape[2:], x.shape[1])).movedim(-1, 1)
     return x.new_empty(x.shape)
 
@@ -38,9 +29,14 @@ def _gradient(needed: bool, parameter: Tensor | None, x: Tensor) -> Tensor:
     return parameter.new_empty(parameter.shape)
 
 
-def _no_bits(x: Tensor) -> Tensor:
-    """What stands for the bits of the final ReLU where there is none."""
-    return x.new_empty((x.shape[0], 0), dtype=torch.uint8)
+def _positive(x: Tensor, final_activation: int) -> Tensor:
+    """The bits of the final ReLU, none where there is no such ReLU."""
+    return x.new_empty((x.shape[0], _bits.bytes_of(x) if final_activation else 0), dtype=torch.uint8)
+
+
+def _of_residual(needed: bool, x: Tensor, final_activation: int) -> Tensor:
+    """The gradient of the residual, which is computed behind a ReLU only."""
+    return _empty_like_map(x) if needed and final_activation else _no_gradient(x)
 
 
 def _no_gradient(x: Tensor) -> Tensor:
@@ -65,7 +61,7 @@ def attention_pool_backward(grad_context, x, weight, bias, valid, context, atten
 
 def channel_fuse(x, scale, shift, residual, final_activation):
     _checks.operator("channel_fuse", (x, scale, shift, residual, final_activation))
-    return _empty_like_map(x), _no_bits(x)
+    return _empty_like_map(x), _positive(x, final_activation)
 
 
 def channel_fuse_(x, scale, shift, residual, final_activation):
@@ -74,12 +70,12 @@ def channel_fuse_(x, scale, shift, residual, final_activation):
 
 def channel_fuse_backward(grad, x, scale, shift, final_activation, positive, needs):
     _checks.operator("channel_fuse_backward", (grad, x, scale, shift, final_activation, positive, needs))
-    need_x, need_scale, need_shift, _need_residual = needs
+    need_x, need_scale, need_shift, need_residual = needs
     return (
         _empty_like_map(x) if need_x else _no_gradient(x),
         _gradient(need_scale, scale, x),
         _gradient(need_shift, shift, x),
-        _no_gradient(x),
+        _of_residual(need_residual, x, final_activation),
     )
 
 
@@ -94,7 +90,7 @@ def global_context(*args):
         x.new_empty((samples, 0 if call.mask[0] is None else positions(x)), dtype=_acc(x)),
         x.new_empty((samples, hidden_units(scale.w1) + hidden_units(shift.w1)), dtype=_acc(x)),
         x.new_empty((samples, 0 if scale.w1 is None else channels), dtype=_acc(x)),
-        _no_bits(x),
+        _positive(x, call.final_activation),
     )
 
 
@@ -116,7 +112,7 @@ def global_context_backward(*args):
             mask=[_gradient(needs.mask_weight, call.mask[0], x), _gradient(needs.mask_bias, call.mask[1], x)],
             scale=[_gradient(needs.scale, weight, x) for weight in call.scale],
             shift=[_gradient(needs.shift, weight, x) for weight in call.shift],
-            residual=_no_gradient(x),
+            residual=_of_residual(needs.residual, x, call.final_activation),
         )
     )
 

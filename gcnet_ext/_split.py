@@ -5,7 +5,8 @@ With l = log sum_r exp(l_r) the share of a process is s_r = exp(l_r - l), and ov
 
     context = sum_r s_r c_r,    m = s_r m_r,
 
-so forward needs one collective of [N, C + 1] numbers, and backward one of [N, C], for the gradient of the context.
+so forward needs one collective of [N, C + 1] numbers, and backward one of [N, C], for the gradient of the context. A process
+without a position that counts has l_r = -inf and so no share; if no process has one, the context is 0.
 Gradients that will be differentiated again are computed in plain PyTorch instead, with sums over the processes that
 autograd can differentiate any number of times.
 """
@@ -21,7 +22,7 @@ from torch import Tensor
 from . import _library, reference
 
 
-def _log_denominator(x: Tensor, weight: Tensor, bias: Tensor | None, attention: Tensor) -> Tensor:
+def _log_denominator(x: Tensor, weight: Tensor, bias: Tensor | None, attention: Tensor, valid: Tensor | None) -> Tensor:
     """l_r [N], from the position with the most attention: m_p = exp(logit_p - l)."""
     most, place = attention.max(1)
     channels = x.shape[1]
@@ -29,7 +30,23 @@ def _log_denominator(x: Tensor, weight: Tensor, bias: Tensor | None, attention: 
     logit = (at_place * weight.flatten().to(attention.dtype)).sum(1)  # a matrix product would heed autocast
     if bias is not None:
         logit = logit + bias.to(attention.dtype)
-    return logit - most.log()
+    found = logit - most.log()
+    return found if valid is None else found.where(valid.flatten(1).any(1), -torch.inf)
+
+
+def _log_count(x: Tensor, valid: Tensor | None) -> Tensor:
+    """The logarithm of the number of positions that count, [N]: the denominator of the average."""
+    positions = x.flatten(2).shape[2]
+    count = (
+        torch.full(x.shape[:1], positions, device=x.device) if valid is None else valid.flatten(1).sum(1).expand(x.shape[:1])
+    )
+    return count.to(reference.accumulation_dtype(x)).log()
+
+
+def _shares(log_denominators: Tensor) -> Tensor:
+    """s_r of all processes, [processes, N, 1]; zeros where none has a position that counts."""
+    anywhere = (log_denominators > -torch.inf).any(0, keepdim=True) | log_denominators.isnan().any(0, keepdim=True)
+    return log_denominators.where(anywhere, 0).softmax(0).where(anywhere, 0)
 
 
 class _Total(torch.autograd.Function):
@@ -47,61 +64,68 @@ class _Total(torch.autograd.Function):
         return _Total.apply(grad, ctx.group), None
 
 
-def _in_plain_pytorch(x: Tensor, weight: Tensor | None, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
+def _in_plain_pytorch(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, valid: Tensor | None, group: dist.ProcessGroup
+) -> Tensor:
     """The context of `SplitAttentionPool`, differentiable any number of times in x and the weight."""
-    positions = x.flatten(2).to(reference.accumulation_dtype(x))
+    flat_valid = reference.flat_valid(valid)
+    positions = reference.only(x.flatten(2).to(reference.accumulation_dtype(x)), flat_valid)
     if weight is None:
         powers = torch.ones_like(positions[:, 0])
     else:
         logits = reference.logits(positions, weight, _library.constant(bias))
-        largest = logits.detach().amax(1, keepdim=True)
+        counting = logits.detach() if flat_valid is None else logits.detach().where(flat_valid, -torch.inf)
+        largest = counting.amax(1, keepdim=True)
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-        powers = (logits - largest).exp()
+        powers = (logits - largest.nan_to_num(neginf=0)).exp()
+    if flat_valid is not None:
+        powers = powers.where(flat_valid, 0)
     own = torch.cat([reference.weighted_sum(positions, powers), powers.sum(1, keepdim=True)], 1)
     total = _Total.apply(own, group)
-    return total[:, :-1] / total[:, -1:]
+    denominator = total[:, -1:]
+    return total[:, :-1] / (denominator if valid is None else denominator.where(denominator != 0, 1))
 
 
 class SplitAttentionPool(torch.autograd.Function):
-    """(x, weight, bias, group) -> the context [N, C] over the positions of all processes, in the accumulation dtype."""
+    """(x, weight, bias, valid, group) -> the context [N, C] over the positions of all processes, in the accumulation dtype."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
-        context, attention = _library.below_autograd("attention_pool", (x, weight, bias, None))
-        if weight is None:  # every position counts alike
-            positions = x.flatten(2).shape[2]
-            log_denominator = torch.full_like(context[:, 0], positions).log()
-        else:
-            log_denominator = _log_denominator(x, weight, bias, attention)
+    def forward(
+        ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, valid: Tensor | None, group: dist.ProcessGroup
+    ) -> Tensor:
+        context, attention = _library.below_autograd("attention_pool", (x, weight, bias, valid))
+        log_denominator = _log_count(x, valid) if weight is None else _log_denominator(x, weight, bias, attention, valid)
         own = torch.cat([context, log_denominator.unsqueeze(1)], 1).contiguous()
         all_of_them = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
         dist.all_gather(all_of_them, own, group=group)
         gathered = torch.stack(all_of_them)  # [processes, N, C + 1]
-        shares = gathered[..., -1:].softmax(0)
+        shares = _shares(gathered[..., -1:])
         total = (shares * gathered[..., :-1]).sum(0)
         ctx.share = shares[dist.get_rank(group)]  # [N, 1]
         ctx.group = group
-        ctx.save_for_backward(x, weight, bias, total, attention)
+        ctx.save_for_backward(x, weight, bias, valid, total, attention)
         return total
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, weight, bias, context, attention = ctx.saved_tensors
+        x, weight, bias, valid, context, attention = ctx.saved_tensors
         if torch.is_grad_enabled():
-            function = partial(_in_plain_pytorch, group=ctx.group)
-            return *_library.through_reference(function, (x, weight, bias), ctx.needs_input_grad[:3], grad), None
+            function = partial(_in_plain_pytorch, valid=valid, group=ctx.group)
+            return *_library.through_reference(function, (x, weight, bias), ctx.needs_input_grad[:3], grad), None, None
         grad = grad.contiguous().clone()
         dist.all_reduce(grad, group=ctx.group)  # every process used the same context
         if weight is None:
             grad = grad * ctx.share
         needs = ctx.needs_input_grad[:3]
-        args = grad, x, weight, bias, None, context, attention * ctx.share, needs
+        args = grad, x, weight, bias, valid, context, attention * ctx.share, needs
         gradients = _library.below_autograd("attention_pool_backward", args)
-        return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), None
+        return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), None, None
 
 
-def attention_pool(x: Tensor, weight: Tensor | None, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
-    """The context [N, C] over the positions of all processes, in the accumulation dtype.
+def attention_pool(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, valid: Tensor | None, group: dist.ProcessGroup
+) -> Tensor:
+    """The context [N, C] over the positions that count of all processes, in the accumulation dtype.
 
     Raises:
         RuntimeError: there are no compiled kernels for the device of x, or its dtype or shape is wrong; or the call is made
@@ -112,4 +136,4 @@ def attention_pool(x: Tensor, weight: Tensor | None, bias: Tensor | None, group:
     if x.device.type not in _library.kernel_devices():
         why = _library.why_no_kernels(x.device.type)
         raise RuntimeError(f"process_group needs the compiled kernels for the device of x ({x.device.type}): {why}")
-    return SplitAttentionPool.apply(x, weight, bias, group)
+    return SplitAttentionPool.apply(x, weight, bias, valid, group)

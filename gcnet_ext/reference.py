@@ -7,7 +7,8 @@ in float32 (float64 for a float64 x), whatever the storage dtype, and ignore aut
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import _checks
-from ._arguments import ACTIVATIONS, Arguments, Branch, Options
+from ._arguments import ACTIVATIONS, FINAL_ACTIVATIONS, Arguments, Branch, Options
 
 DEFAULTS = Options()
 
@@ -80,9 +81,22 @@ def logits(positions: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return found if bias is None else found + bias.to(positions.dtype).reshape(())
 
 
-def _attention(positions: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """m_p = softmax_p(w . x_p + b) of positions [N, C, P] -> [N, P]."""
-    return logits(positions, weight, bias).softmax(1)
+def softmax(found: Tensor, valid: Tensor | None = None) -> Tensor:
+    """The softmax of logits [N, P] over the positions that count, [N or 1, P]; 0 elsewhere, and where none does."""
+    if valid is None:
+        return found.softmax(1)
+    others = ~valid & valid.any(1, keepdim=True)  # where none counts, the logits stay, so that no NaN arises from them
+    return found.masked_fill(others, -torch.inf).softmax(1).where(valid, 0)
+
+
+def only(positions: Tensor, valid: Tensor | None) -> Tensor:
+    """positions [N, C, P] with zeros where a position does not count, [N or 1, P]: a product with 0 would let a NaN pass."""
+    return positions if valid is None else positions.where(valid.unsqueeze(1), 0)
+
+
+def _attention(positions: Tensor, weight: Tensor, bias: Tensor | None, valid: Tensor | None) -> Tensor:
+    """m_p = softmax_p(w . x_p + b) of positions [N, C, P], zeros where they do not count -> [N, P]."""
+    return softmax(logits(positions, weight, bias), valid)
 
 
 def weighted_sum(positions: Tensor, attention: Tensor) -> Tensor:
@@ -90,10 +104,17 @@ def weighted_sum(positions: Tensor, attention: Tensor) -> Tensor:
     return product(positions, attention.unsqueeze(2)).squeeze(2)
 
 
-def _pool(positions: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    if weight is None:
-        return positions.mean(2)
-    return weighted_sum(positions, _attention(positions, weight, bias))
+def flat_valid(valid: Tensor | None) -> Tensor | None:
+    """[N or 1, *spatial] -> [N or 1, P]."""
+    return None if valid is None else valid.flatten(1)
+
+
+def _pool(positions: Tensor, weight: Tensor | None, bias: Tensor | None, valid: Tensor | None) -> Tensor:
+    """The context [N, C] of positions [N, C, P], of those that count, [N or 1, P]."""
+    positions = only(positions, valid)
+    if weight is not None:
+        return weighted_sum(positions, _attention(positions, weight, bias, valid))
+    return positions.mean(2) if valid is None else positions.sum(2) / valid.sum(1, keepdim=True).clamp(min=1)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -103,21 +124,42 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias
 
 
-def attention_map(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def attention_map(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, valid: Tensor | None = None) -> Tensor:
     """`gcnet_ext.attention_map` in plain PyTorch."""
-    _checks.attention_pool("attention_pool", x, weight, bias)
-    return _attention(x.flatten(2).to(accumulation_dtype(x)), weight, bias).reshape(x.shape[:1] + x.shape[2:])
+    _checks.attention_pool("attention_pool", x, weight, bias, valid)
+    counting = flat_valid(valid)
+    positions = only(x.flatten(2).to(accumulation_dtype(x)), counting)
+    return _attention(positions, weight, bias, counting).reshape(x.shape[:1] + x.shape[2:])
 
 
-def attention_pool(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+def attention_pool(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, valid: Tensor | None = None
+) -> Tensor:
     """`gcnet_ext.attention_pool` in plain PyTorch."""
-    _checks.attention_pool("attention_pool", x, weight, bias)
-    return _pool(x.flatten(2).to(accumulation_dtype(x)), weight, bias).to(x.dtype)
+    _checks.attention_pool("attention_pool", x, weight, bias, valid)
+    return _pool(x.flatten(2).to(accumulation_dtype(x)), weight, bias, flat_valid(valid)).to(x.dtype)
 
 
-def channel_fuse(x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+def _finish(out: Tensor, residual: Tensor | None, final_activation: int) -> Tensor:
+    """act(out + residual), in the dtype of out."""
+    if residual is not None:
+        out = out + residual.to(out.dtype)
+    return out.relu() if final_activation == FINAL_ACTIVATIONS["relu"] else out
+
+
+def channel_fuse(
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    final_activation: str = "none",
+) -> Tensor:
     """`gcnet_ext.channel_fuse` in plain PyTorch."""
-    _checks.channel_fuse("channel_fuse", x, scale, shift)
+    final = _checks.chosen_final("channel_fuse", final_activation)
+    _checks.channel_fuse("channel_fuse", x, scale, shift, residual, final)
+    if scale is None and shift is None and residual is None and not final:
+        return x.clone()
     acc = accumulation_dtype(x)
     per_channel = x.shape[:2] + (1,) * (x.dim() - 2)
     out = x.to(acc)
@@ -125,7 +167,23 @@ def channel_fuse(x: Tensor, scale: Tensor | None = None, shift: Tensor | None = 
         out = out * scale.to(acc).reshape(per_channel)
     if shift is not None:
         out = out + shift.to(acc).reshape(per_channel)
-    return x.clone() if scale is None and shift is None else out.to(x.dtype)
+    return _finish(out, residual, final).to(x.dtype)
+
+
+def _activated(z: Tensor, options: Options) -> Tensor:
+    if options.activation == ACTIVATIONS["leaky_relu"]:
+        return F.leaky_relu(z, options.slope)
+    return _ACTIVATED[options.activation](z)
+
+
+_ACTIVATED: dict[int, Callable[[Tensor], Tensor]] = {
+    ACTIVATIONS["none"]: lambda z: z,
+    ACTIVATIONS["relu"]: F.relu,
+    ACTIVATIONS["silu"]: F.silu,
+    ACTIVATIONS["gelu"]: F.gelu,
+    ACTIVATIONS["gelu_tanh"]: partial(F.gelu, approximate="tanh"),
+    ACTIVATIONS["hardswish"]: F.hardswish,
+}
 
 
 def branch(context: Tensor, weights: Branch, options: Options = DEFAULTS) -> Tensor:
@@ -138,7 +196,7 @@ def branch(context: Tensor, weights: Branch, options: Options = DEFAULTS) -> Ten
     units = hidden.shape[1]
     if options.norm_eps is not None:
         hidden = F.layer_norm(hidden, (units,), _flat(norm_weight, context), _flat(norm_bias, context), options.norm_eps)
-    hidden = F.relu(hidden) if options.activation == ACTIVATIONS["relu"] else F.silu(hidden)
+    hidden = _activated(hidden, options)
     return _linear(hidden, w2.to(context.dtype).reshape(channels, units), b2)
 
 
@@ -160,12 +218,13 @@ def block(arguments: Arguments) -> Tensor:
     acc = accumulation_dtype(x)
     per_channel = x.shape[:2] + (1,) * (x.dim() - 2)
     out = x.to(acc)
-    context = _pool(out.flatten(2), *arguments.mask)
+    mask_weight, mask_bias = arguments.mask
+    context = _pool(out.flatten(2), mask_weight, mask_bias, flat_valid(arguments.valid))
     if scale is not None:
         out = out * apply_gate(branch(context, scale, options), options.hard_gate).reshape(per_channel)
     if shift is not None:
         out = out + branch(context, shift, options).reshape(per_channel)
-    return out.to(x.dtype)
+    return _finish(out, arguments.residual, options.final_activation).to(x.dtype)
 
 
 def global_context(
@@ -175,13 +234,17 @@ def global_context(
     scale: Branch | None = None,
     shift: Branch | None = None,
     *,
+    residual: Tensor | None = None,
+    valid: Tensor | None = None,
     norm: bool = True,
     eps: float = 1e-5,
     activation: str = "relu",
+    slope: float = 0.01,
     gate: str = "sigmoid",
     gate_alpha: float = 1 / 6,
     gate_beta: float = 0.5,
+    final_activation: str = "none",
 ) -> Tensor:
     """`gcnet_ext.global_context` in plain PyTorch."""
-    options = _checks.chosen("global_context", norm, eps, activation, gate, gate_alpha, gate_beta)
-    return block(Arguments.of_branches(x, [mask_weight, mask_bias], scale, shift, options))
+    options = _checks.chosen("global_context", norm, eps, activation, slope, gate, gate_alpha, gate_beta, final_activation)
+    return block(Arguments.of_branches(x, [mask_weight, mask_bias], scale, shift, options, residual, valid))

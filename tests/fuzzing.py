@@ -230,7 +230,7 @@ def made(arguments: Arguments, to: Callable[[Tensor], Tensor] = lambda tensor: t
 def names_an_argument(message: str, names: Sequence[str]) -> bool:
     """In our words, or in those of torch about a schema: nothing else tells a user what to change."""
     any_name = "|".join((*names, *IN_LISTS, "needs"))
-    return bool(re.match(rf"(gcnet_ext::\w+: )?({any_name})\b([^,]* must | is not implemented yet)", message)) or bool(
+    return bool(re.match(rf"(gcnet_ext::\w+: )?({any_name})\b[^,]* must ", message)) or bool(
         re.search(rf"for argument '({any_name})' but instead found type", message)
     )
 

@@ -30,7 +30,7 @@ def fused(block: FusedBlock) -> Callable[[torch.Tensor], torch.Tensor]:
     weights = [[parameter(*source) for source in sources] for sources in layers.weights]
 
     def call(x: torch.Tensor) -> torch.Tensor:
-        return functional.fused(x, weights, layers.options, inplace=False)
+        return functional.fused(x, weights, None, None, layers.options, inplace=False)
 
     return call
 

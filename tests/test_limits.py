@@ -37,7 +37,7 @@ LIMITS = {
     "two tiles in a split": ((1, 2, SPLITS * TILE + 1), torch.float32, "channels_last", {"splits": 33, "split": 2 * TILE}),
     "the smallest tile": ((1, 1500, 130), torch.float64, "channels_last", {"tile": 64, "splits": 3}),
     "the most blocks of a row": ((1, 1, SPLITS * 16384), torch.float64, "contiguous", {"sweep_position_blocks": SPLITS}),
-    "longer blocks of a row": ((1, 1, SPLITS * 16384 + 1), torch.float64, "contiguous", {"sweep_positions": 16385}),
+    "longer blocks of a row": ((1, 1, SPLITS * 16384 + 1), torch.float64, "contiguous", {"sweep_positions": 16392}),
     "the most blocks of positions": ((1, 600, 1728), torch.float64, "channels_last", {"sweep_position_blocks": SPLITS}),
     "the longest row by channels": ((1, 16, 16384), torch.float32, "contiguous", {"splits": 1, "tile": 16384}),
     "a row too long for it": ((1, 15, 16385), torch.float32, "contiguous", {"splits": 5, "tile": 4096}),

@@ -94,6 +94,7 @@ CHANGES: dict[str, Callable[..., None]] = {
     "dim": attribute("dim", 1),
     "output_size": attribute("output_size", 2),
     "GELU": exchanged(nn.GELU, "ReLU"),
+    "Softplus": exchanged(nn.Softplus, "ReLU"),
     "SiLU": exchanged(nn.SiLU, "ReLU"),
     "Tanh": exchanged(nn.Tanh, *GATES),
     "Hardsigmoid": exchanged(nn.Hardsigmoid, *GATES),

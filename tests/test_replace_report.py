@@ -417,7 +417,7 @@ def test_what_looks_like_attention_is_listed():
 
 def test_the_report_is_grouped_and_prints_itself():
     model = nn.Sequential(
-        *(timm_se() for _ in range(6)), *(timm_se(act_layer=nn.GELU) for _ in range(2)), timm_se(add_maxpool=True), Cbam()
+        *(timm_se() for _ in range(6)), *(timm_se(act_layer=nn.Tanh) for _ in range(2)), timm_se(add_maxpool=True), Cbam()
     )
     report = replace_blocks(model)
     assert isinstance(report, Report)
@@ -425,12 +425,12 @@ def test_the_report_is_grouped_and_prints_itself():
     assert str(report).splitlines() == [
         "8 replaced, 2 left",
         f"  replaced  6 x {kind}, fused: 0, 1, 2, 3 and 2 more",
-        f"  replaced  2 x {kind}, pooling and fusion compiled, but its activation GELU is called: 6, 7",
+        f"  replaced  2 x {kind}, pooling and fusion compiled, but its activation Tanh is called: 6, 7",
         f"  left      {kind}, because it adds a max-pooling to the average: 8",
         f"  left      {__name__}.Cbam, because its class is none of those that are known: 9",
     ]
     assert repr(report) == str(report), "a notebook shows it"
-    assert report.called == {"6": "its activation GELU", "7": "its activation GELU"}
+    assert report.called == {"6": "its activation Tanh", "7": "its activation Tanh"}
     again = replace_blocks(model)
     assert (again.replaced, set(again.left)) == ({}, {"8", "9"})
 

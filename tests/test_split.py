@@ -198,7 +198,7 @@ def test_accuracy_under_autocast(alone):
 
     def results(x, weight, bias):
         leaf = x.clone().requires_grad_()
-        context = _split.attention_pool(leaf, weight, bias, alone)
+        context = _split.attention_pool(leaf, weight, bias, None, alone)
         (plain,) = torch.autograd.grad(context.square().sum(), leaf, retain_graph=True)
         (first,) = torch.autograd.grad(context.square().sum(), leaf, create_graph=True)
         return [context, plain, first, *torch.autograd.grad(first.square().sum(), leaf)]

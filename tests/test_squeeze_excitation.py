@@ -93,7 +93,7 @@ def test_a_submodule_that_is_not_the_plain_layer(backend, change):
         if change == "hook":
             module.fc1.register_forward_hook(lambda _module, _args, out: 2 * out)
         elif change == "activation":
-            module.activation = nn.GELU()
+            module.activation = nn.Tanh()
         else:
             module.fc2 = nn.Sequential(module.fc2, nn.Tanh())
     check(block, truth, Random(1, backend.to).feature_map((2, 16, 5, 5), torch.float32))
@@ -121,7 +121,8 @@ def test_names_and_shapes():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"activation": "gelu"}, "activation must be one of .*'relu', 'silu'.* got 'gelu'"),
+        ({"activation": "tanh"}, "activation must be one of .*'relu', 'silu'.* got 'tanh'"),
+        ({"final_activation": "silu"}, "final_activation must be one of .*'none', 'relu'.* got 'silu'"),
         ({"gate": "tanh"}, "gate must be one of .*'sigmoid', 'hard_sigmoid'.* got 'tanh'"),
         ({"ratio": 1 / 64}, r"inplanes \* ratio must be at least 1"),
         ({"planes": 0}, "planes must be at least 1"),

@@ -23,13 +23,13 @@ from torch import nn
 
 x = torch.randn(2, 8, 3, 5)
 block = gcnet_ext.GlobalContextBlock("8", 1 / 4)  # arg-type
-block(x, x)  # call-arg
+block(x, x, x, x)  # call-arg
 block("x")  # arg-type
 name: str = block(x)  # assignment
 gcnet_ext.SqueezeExcitation(8)(x).no_such_method()  # attr-defined
 gcnet_ext.NonLocalBlock(8, reductions=2)  # call-arg
 gcnet_ext.SimplifiedNonLocalBlock(8).attention_map()  # call-arg
-gcnet_ext.channel_fuse(x, x, x, True)  # call-arg
+gcnet_ext.channel_fuse(x, x, x, x)  # call-arg
 gcnet_ext.global_context(x, scale=x)  # arg-type
 gcnet_ext.attention_pool(x, bias=0.5)  # arg-type
 gcnet_ext.attention_map(x)  # call-arg

@@ -5,21 +5,30 @@
 //
 // Threads that share a sample then read and write whole rows, and no cache line is written by two of them.
 #include "attention_pool.h"
+
+#include <limits>
+
 #include "sweep.h"
 
 namespace gcnet_ext::cpu {
 namespace {
 
 // parts[i, p] = sum_c w_nc x_ncp over the channels of the i-th block; w [N, C], or [C] with a stride of 0 for all samples.
+// Where a position does not count they are `other`.
 template <typename scalar_t>
-Buffer<acc_t<scalar_t>> partial_dots(const Map<const scalar_t>& x, const SweepPlan& plan, const acc_t<scalar_t>* w,
-                                     int64_t w_stride, int64_t first, int64_t count) {
+Buffer<acc_t<scalar_t>> partial_dots(const Map<const scalar_t>& x, const SweepPlan& plan, const Valid& valid,
+                                     acc_t<scalar_t> other, const acc_t<scalar_t>* w, int64_t w_stride, int64_t first,
+                                     int64_t count) {
   using acc = acc_t<scalar_t>;
   const auto position_dots = map_kernels<scalar_t>().position_dots;
   const int64_t positions = x.layout.positions;
   auto parts = buffer<acc>(count * plan.channel_blocks * positions);
   const auto dots = [&](const SweepItem& item) {
-    position_dots(block_of(x, item), w + item.sample * w_stride + item.c0, parts.get() + item.i * positions);
+    acc* const part = parts.get() + item.i * positions;
+    valid.for_each_run(item.sample, 0, positions, [&](int64_t begin, int64_t end) {
+      position_dots(block_of(x, item, begin, end), w + item.sample * w_stride + item.c0, part + begin);
+    });
+    valid.fill_others(item.sample, 0, positions, other, part);
   };
   for_each_block(plan, x.layout, first, count, dots, Order::backwards);  // what follows goes forwards again
   return parts;
@@ -40,22 +49,27 @@ acc context_dot(const SweepPlan& plan, const acc* grad_context, const acc* conte
 }  // namespace
 
 template <typename scalar_t>
-void pool_by_channels(const Map<const scalar_t>& x, const acc_t<scalar_t>* weight, acc_t<scalar_t> bias, int64_t first,
-                      int64_t count, acc_t<scalar_t>* context, acc_t<scalar_t>* attention) {
+void pool_by_channels(const Map<const scalar_t>& x, const PoolInputs<acc_t<scalar_t>>& given, int64_t first, int64_t count,
+                      acc_t<scalar_t>* context, acc_t<scalar_t>* attention) {
+  constexpr auto lowest = -std::numeric_limits<acc_t<scalar_t>>::infinity();
+  const Valid& valid = given.valid;
   const int64_t channels = x.layout.channels, positions = x.layout.positions;
   const SweepPlan plan = sweep_plan(x);
   const int64_t parts_size = plan.channel_blocks * positions;
-  const auto parts = partial_dots(x, plan, weight, 0, first, count);
+  const auto parts = partial_dots(x, plan, valid, lowest, given.weight, 0, first, count);
   const auto softmax_of_sum = vector_kernels<acc_t<scalar_t>>().softmax_of_sum;
   parallel_for(count, count * parts_size, [&](int64_t i) {
     acc_t<scalar_t>* m = attention + (first + i) * positions;
-    softmax_of_sum(parts.get() + i * parts_size, plan.channel_blocks, positions, bias, m);
+    softmax_of_sum(parts.get() + i * parts_size, plan.channel_blocks, positions, given.bias, m);
+    valid.fill_others(first + i, 0, positions, acc_t<scalar_t>(0), m);
   });
   const auto channel_dots = map_kernels<scalar_t>().channel_dots;
   for_each_block(plan, x.layout, first, count, [&](const SweepItem& item) {
     acc_t<scalar_t>* sums = context + item.sample * channels + item.c0;
     std::fill_n(sums, item.channels, acc_t<scalar_t>(0));
-    channel_dots(block_of(x, item), attention + item.sample * positions, sums);
+    valid.for_each_run(item.sample, 0, positions, [&](int64_t begin, int64_t end) {
+      channel_dots(block_of(x, item, begin, end), attention + item.sample * positions + begin, sums);
+    });
   });
 }
 
@@ -67,7 +81,8 @@ void pool_backward_by_channels(const Map<const scalar_t>& grad, const Map<const 
   const int64_t channels = x.layout.channels, positions = x.layout.positions;
   const SweepPlan plan = sweep_plan(x);
   const int64_t parts_size = plan.channel_blocks * positions;
-  const auto parts = partial_dots(x, plan, given.grad_context, channels, first, count);
+  const Valid& valid = given.valid;
+  const auto parts = partial_dots(x, plan, valid, acc(0), given.grad_context, channels, first, count);
   const auto dl = buffer<acc>(count * positions), sum_dl = buffer<acc>(count);
   const auto logit_gradient = vector_kernels<acc>().logit_gradient;
   parallel_for(count, count * parts_size, [&](int64_t i) {
@@ -82,14 +97,19 @@ void pool_backward_by_channels(const Map<const scalar_t>& grad, const Map<const 
     const PoolGradient<acc> of_block{given.grad_context + row, /*context_dot=*/0, given.weight + item.c0,
                                      given.scale ? given.scale + row : nullptr};
     acc* dw = grad_weight.part(item.sample);
-    pool_gradient(block_of(grad, item), block_of(x, item), given.attention + item.sample * positions,
-                  dl.get() + (item.sample - first) * positions, of_block, block_of(grad_x, item), dw ? dw + item.c0 : nullptr);
+    valid.for_each_piece(item.sample, 0, positions, [&](int64_t begin, int64_t end, bool counts) {
+      const auto g = block_of(grad, item, begin, end);
+      const auto dx = block_of(grad_x, item, begin, end);
+      if (!counts) return pass_by(g, of_block.scale, dx);
+      pool_gradient(g, block_of(x, item, begin, end), given.attention + item.sample * positions + begin,
+                    dl.get() + (item.sample - first) * positions + begin, of_block, dx, dw ? dw + item.c0 : nullptr);
+    });
     grad_weight.subtract_context(item.sample, item.c0, item.channels, given.context + row, sum_dl[item.sample - first]);
   });
 }
 
 #define GCNET_EXT_INSTANTIATE(scalar_t)                                                                                  \
-  template void pool_by_channels(const Map<const scalar_t>&, const acc_t<scalar_t>*, acc_t<scalar_t>, int64_t, int64_t,  \
+  template void pool_by_channels(const Map<const scalar_t>&, const PoolInputs<acc_t<scalar_t>>&, int64_t, int64_t,       \
                                  acc_t<scalar_t>*, acc_t<scalar_t>*);                                                    \
   template void pool_backward_by_channels(const Map<const scalar_t>&, const Map<const scalar_t>&,                        \
                                           const PoolGradients<acc_t<scalar_t>>&, int64_t, int64_t, const Map<scalar_t>&, \

@@ -1,7 +1,7 @@
 // global_context on the CPU: the whole block, one call per direction.
 //
-//   forward    ctx = attention pool of x;  t = transform(ctx) per branch;  out = x*gate(t_scale) + t_shift
-//   backward   ga = sum_p g, gs = sum_p g*x;  dctx through the branches;  dx = g*gate + the gradient through the pool
+//   forward    ctx = attention pool of x;  t = transform(ctx) per branch;  out = act(x*gate(t_scale) + t_shift + residual)
+//   backward   g through act;  ga = sum_p g, gs = sum_p g*x;  dctx through the branches;  dx = g*gate + the gradient of the pool
 //
 // The samples are worked on in groups that stay in the caches between the steps, so that x comes from memory once.
 #include "attention_pool.h"
@@ -28,6 +28,7 @@ void forward_into(const Tensor& x, Arguments& given, const Tensor& out, const Sa
   const int64_t samples = x.size(0), channels = x.size(1), attended = given.mask.weight ? positions(x) : 0;
   const int64_t scale_units = given.scale.units(), units = given.units();
   const bool clips = given.scale && given.options.hard_gate;
+  const OptionalTensor residual = residual_of(given.residual, x, /*in_place=*/out.data_ptr() == x.data_ptr());
 
   dispatch(x.scalar_type(), [&](auto kind) {
     using scalar_t = decltype(kind);
@@ -47,11 +48,15 @@ void forward_into(const Tensor& x, Arguments& given, const Tensor& out, const Sa
     const auto clipped = clips ? buffer<acc>(samples * channels) : nullptr;
     const acc* factors = clipped ? clipped.get() : s;
 
+    const PoolInputs<acc> pooled{pointer(weight), bias.empty() ? acc(0) : bias[0], Valid(given.valid, positions(x))};
+    const Fusions<scalar_t> fusions{
+        scale ? factors : nullptr, t_shift.get(), residual ? read_map<scalar_t>(*residual) : Map<const scalar_t>{},
+        given.options.has_final_relu(), saved ? bits_of<uint8_t>(saved->positive, map.layout) : BitMap<uint8_t>{}};
     const auto out_map = write_map<scalar_t>(out, x);
     const int64_t sample_bytes = channels * positions(x) * sizeof(scalar_t);
     const GroupPlan group = plan_groups(samples, sample_bytes, weight_bytes(scale, shift));
     for_each_group(group, samples, x.numel(), [&](int64_t first, int64_t count) {
-      pool_samples(map, pointer(weight), bias.empty() ? acc(0) : bias[0], first, count, ctx, m);
+      pool_samples(map, pooled, first, count, ctx, m);
       const auto branch = [&](int64_t i) {
         if (i == 0) {
           scale->forward(ctx, first, count, h, units, /*gated=*/true, s);
@@ -66,7 +71,7 @@ void forward_into(const Tensor& x, Arguments& given, const Tensor& out, const Sa
         if (shift) branch(1);
       }
       if (clipped) clip_gate(s + first * channels, count * channels, clipped.get() + first * channels);
-      fuse_samples(map, scale ? factors : nullptr, t_shift.get(), first, count, out_map);
+      fuse_samples(map, fusions, first, count, out_map);
     });
   });
 }
@@ -78,7 +83,7 @@ ForwardResults global_context(Arguments& given) {
   const Tensor out = empty_like_map(x);
   const Saved saved{empty(x, {samples, channels}, dtype), empty(x, {samples, given.mask.weight ? positions(x) : 0}, dtype),
                     empty(x, {samples, given.units()}, dtype), empty(x, {samples, given.scale ? channels : 0}, dtype),
-                    no_bits(x)};
+                    empty_bits(x, given.options.has_final_relu())};
   forward_into(native(x), given, out, &saved);
   return {out, saved.context, saved.attention, saved.hidden, saved.gate_values, saved.positive};
 }
@@ -90,7 +95,7 @@ Tensor global_context_inference(Arguments& given) {
 }
 
 void global_context_(Arguments& given) {
-  check::in_place(kGlobalContextInPlace, given.x);
+  check::in_place(kGlobalContextInPlace, given.x, given.residual);
   const Tensor map = native(given.x);
   forward_into(map, given, map, nullptr);
   write_back(map, given.x);
@@ -106,16 +111,21 @@ BackwardResults global_context_backward(const BackwardArguments& call) {
   const int64_t samples = x_in.size(0), channels = x_in.size(1), scale_units = forward.scale.units(), units = forward.units();
   const Tensor grad = native_like(grad_in, x_in), x = native(x_in);
   const Tensor context = dense(saved.context), attention = dense(saved.attention), hidden = dense(saved.hidden);
-  const Tensor gate = dense(saved.gate_values);
+  const Tensor gate = dense(saved.gate_values), positive = dense(saved.positive);
   const BackwardTensors gradients = gradients_of(call);
+  const bool relu = options.has_final_relu();
+  const Tensor through = relu ? masked_gradient(x_in, gradients.residual, gradients.x) : grad;
 
   dispatch(x.scalar_type(), [&](auto kind) {
     using scalar_t = decltype(kind);
     using acc = acc_t<scalar_t>;
     const auto weight = to_acc<acc>(mask_weight);
     auto scale = pass_of<acc>(forward.scale, options, x), shift = pass_of<acc>(forward.shift, options, x);
-    const auto map = read_map<scalar_t>(x), grad_map = read_map<scalar_t>(grad);
-    const auto grad_x_map = write_map_if<scalar_t>(needs.x, gradients.x, grad, x);
+    const auto map = read_map<scalar_t>(x), grad_map = read_map<scalar_t>(through);
+    const ThroughRelu<scalar_t> through_relu{read_map<scalar_t>(grad), bits_of<const uint8_t>(positive, map.layout),
+                                             relu ? write_map<scalar_t>(through, through) : Map<scalar_t>{}};
+    const auto grad_x_map = write_map_if<scalar_t>(needs.x, gradients.x, through, x);
+    const Valid valid(forward.valid, positions(x));
     const acc *ctx = data<acc>(context), *h = data<acc>(hidden), *s = scale ? data<acc>(gate) : nullptr;
     if (scale) scale->prepare_backward();
     if (shift) shift->prepare_backward();
@@ -128,13 +138,13 @@ BackwardResults global_context_backward(const BackwardArguments& call) {
     const auto grad_context = zeros<acc>(samples * channels);
     const auto clipped = scale && options.hard_gate ? buffer<acc>(samples * channels) : nullptr;
     const acc* factors = clipped ? clipped.get() : s;
-    const PoolGradients<acc> given{grad_context.get(), ctx, data<acc>(attention), pointer(weight), factors};
+    const PoolGradients<acc> given{grad_context.get(), ctx, data<acc>(attention), pointer(weight), factors, valid};
 
     const int64_t sample_bytes = 2 * channels * positions(x) * sizeof(scalar_t);
     const GroupPlan group = plan_groups(samples, sample_bytes, weight_bytes(scale, shift));
     for_each_group(group, samples, x.numel(), [&](int64_t first, int64_t count) {
       const int64_t begin = first * channels;
-      sum_samples(grad_map, map, first, count, grad_t_shift.get(), grad_t_scale.get());
+      sum_samples(grad_map, map, {}, first, count, grad_t_shift.get(), grad_t_scale.get(), through_relu);
       if (scale) {
         if (clipped) clip_gate(s + begin, count * channels, clipped.get() + begin);
         apply_gate_backward(options, s + begin, grad_t_scale.get() + begin, count * channels);
@@ -144,8 +154,8 @@ BackwardResults global_context_backward(const BackwardArguments& call) {
       if (mask_weight) {
         if (needs.x || needs.mask_weight) pool_backward_samples(grad_map, map, given, first, count, grad_x_map, grad_weight);
       } else if (needs.x) {
-        for (int64_t i = begin; i < begin + count * channels; i++) grad_context[i] /= acc(positions(x));  // m_p = 1/P
-        fuse_samples(grad_map, factors, static_cast<const acc*>(grad_context.get()), first, count, grad_x_map);
+        for (int64_t n = first; n < first + count; n++) divide_by_count(valid, n, channels, grad_context.get() + n * channels);
+        average_backward_samples<scalar_t>(grad_map, factors, grad_context.get(), valid, first, count, grad_x_map);
       }
     });
     if (needs.mask_weight && mask_weight) from_acc(grad_weight.total().data(), gradients.mask_weight);

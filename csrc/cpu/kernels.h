@@ -7,6 +7,8 @@
 #include <torch/headeronly/util/Half.h>
 #include <type_traits>
 
+#include "../activation.h"
+
 namespace gcnet_ext::cpu {
 
 using c10::BFloat16;
@@ -47,6 +49,24 @@ struct PoolGradient {
   const acc* scale;         // [C], what g is multiplied with; null for 1
 };
 
+// Bits of a block, one for each element: those of a row begin with a byte, `stride` bytes behind those of the row before. Rows are
+// channels, or positions in channels_last.
+template <typename byte_t>
+struct Bits {
+  byte_t* data = nullptr;
+  int64_t stride = 0;
+};
+
+// What becomes of x in the fusion.
+template <typename scalar_t>
+struct Fusion {
+  const acc_t<scalar_t>* scale;  // [C]; null for 1
+  const acc_t<scalar_t>* shift;  // [C]; null for -0, which changes no number
+  Block<const scalar_t> residual{};
+  bool relu = false;
+  Bits<uint8_t> positive{};  // where the ReLU lets pass; not written without data
+};
+
 // Loops over a feature map of scalar_t.
 template <typename scalar_t>
 struct MapKernels {
@@ -65,8 +85,10 @@ struct MapKernels {
   // dx = g*scale + m_p dctx + dl_p w, grad_weight += sum_p dl_p x_p; grad, dx and grad_weight may be null.
   void (*pool_gradient)(Block<const scalar_t> grad, Block<const scalar_t> x, const acc* attention, const acc* dl,
                         const PoolGradient<acc>& sample, Block<scalar_t> grad_x, acc* grad_weight);
-  // out = x*scale + shift; null scale is 1, null shift is -0, which changes no number; without both, x bit for bit.
-  void (*channel_fuse)(Block<const scalar_t> x, const acc* scale, const acc* shift, Block<scalar_t> out);
+  // out = relu(x*scale + shift + residual), each of it if wanted; x bit for bit if nothing is.
+  void (*channel_fuse)(Block<const scalar_t> x, const Fusion<scalar_t>& fusion, Block<scalar_t> out);
+  // masked = grad where the bit of `positive` is 1, and 0 elsewhere; masked may be grad.
+  void (*relu_backward)(Block<const scalar_t> grad, Bits<const uint8_t> positive, Block<scalar_t> masked);
   // sum_a[c] += sum_p a_cp; sum_ab[c] += sum_p a_cp b_cp (b may have null data; a null sum is not taken).
   void (*channel_sums)(Block<const scalar_t> a, Block<const scalar_t> b, acc* sum_a, acc* sum_ab);
 };
@@ -86,6 +108,10 @@ struct VectorKernels {
   void (*moments)(const acc* values, int64_t count, acc* mean, acc* variance);
   // t -> sigmoid(t), in place.
   void (*sigmoid)(acc* t, int64_t count);
+  // z -> act(z), in place; the slope is that of leaky_relu.
+  void (*activation)(Activation activation, acc slope, acc* z, int64_t count);
+  // grad -> grad * act'(z), in place.
+  void (*activation_gradient)(Activation activation, acc slope, const acc* z, int64_t count, acc* grad);
 };
 
 // A view of a matrix whose rows lie `stride` elements apart.

@@ -36,4 +36,10 @@ Block<scalar_t> block_of(const Map<scalar_t>& x, const SweepItem& item) {
   return x.block(item.sample, item.c0, item.channels, item.p0, item.positions);
 }
 
+// Its channels at the positions begin <= p < end.
+template <typename scalar_t>
+Block<scalar_t> block_of(const Map<scalar_t>& x, const SweepItem& item, int64_t begin, int64_t end) {
+  return x.block(item.sample, item.c0, item.channels, begin, end - begin);
+}
+
 }  // namespace gcnet_ext::cpu

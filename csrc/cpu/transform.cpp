@@ -44,18 +44,11 @@ void apply_gate(const Options& options, acc* t, int64_t count) {
   for (int64_t i = 0; i < count; i++) t[i] = alpha * t[i] + beta;
 }
 
-template <typename acc>
-acc silu_gradient(acc z) {
-  const acc s = acc(1) / (acc(1) + std::exp(-z));
-  return s * (acc(1) + z * (acc(1) - s));
-}
-
 }  // namespace
 
 template <typename acc>
 BranchPass<acc>::BranchPass(const Branch& branch, const Options& options, int64_t samples, int64_t channels)
     : options_(options),
-      silu_(options.activation == Activation::silu),
       samples_(samples),
       channels_(channels),
       units_(branch.units()),
@@ -135,6 +128,15 @@ void BranchPass<acc>::linear_backward_weight(Matrix<const acc> grad_y, Matrix<co
   if (widened) from_acc(data<acc>(target), gradient);
 }
 
+// The affine part of the norm, for hidden unit j.
+template <typename acc>
+acc BranchPass<acc>::affine(acc normalised, int64_t j) const {
+  acc z = normalised;
+  if (options_.norm_eps && !norm_weight_.empty()) z *= norm_weight_[j];
+  if (options_.norm_eps && !norm_bias_.empty()) z += norm_bias_[j];
+  return z;
+}
+
 // z = norm(hidden), activated = act(z), for one sample. Returns what the norm multiplies by.
 template <typename acc>
 acc BranchPass<acc>::activate(const acc* hidden, int64_t sample) {
@@ -148,12 +150,9 @@ acc BranchPass<acc>::activate(const acc* hidden, int64_t sample) {
   for (int64_t j = 0; j < units_; j++) {
     const acc normalised = (hidden[j] - mean) * inverse_std;
     if (normalised_) normalised_[sample * units_ + j] = normalised;
-    acc z = normalised;
-    if (options_.norm_eps && !norm_weight_.empty()) z *= norm_weight_[j];
-    if (options_.norm_eps && !norm_bias_.empty()) z += norm_bias_[j];
-    // A NaN stays one: relu(z) is z < 0 ? 0 : z.
-    activated[j] = silu_ ? z / (acc(1) + std::exp(-z)) : (z < acc(0) ? acc(0) : z);
+    activated[j] = affine(normalised, j);
   }
+  vector_kernels<acc>().activation(options_.activation, static_cast<acc>(options_.slope), activated, units_);
   return inverse_std;
 }
 
@@ -163,12 +162,12 @@ void BranchPass<acc>::activate_backward(const acc* grad_activated, acc inverse_s
   const acc* normalised = normalised_.get() + sample * units_;
   acc* grad_normalised = grad_normalised_.get() + sample * units_;  // first dz, the gradient of the affine output
   acc* grad_hidden = grad_hidden_.get() + sample * units_;
+  acc* z = grad_hidden;  // until the gradient takes its place
+  for (int64_t j = 0; j < units_; j++) z[j] = affine(normalised[j], j);
+  std::copy_n(grad_activated, units_, grad_normalised);
+  vector_kernels<acc>().activation_gradient(options_.activation, static_cast<acc>(options_.slope), z, units_, grad_normalised);
   acc sum = 0, dot = 0;
   for (int64_t j = 0; j < units_; j++) {
-    acc z = normalised[j];
-    if (options_.norm_eps && !norm_weight_.empty()) z *= norm_weight_[j];
-    if (options_.norm_eps && !norm_bias_.empty()) z += norm_bias_[j];
-    grad_normalised[j] = silu_ ? grad_activated[j] * silu_gradient(z) : (z <= acc(0) ? acc(0) : grad_activated[j]);
     const acc scaled = options_.norm_eps && !norm_weight_.empty() ? grad_normalised[j] * norm_weight_[j] : grad_normalised[j];
     grad_hidden[j] = scaled;
     sum += scaled;

@@ -37,6 +37,7 @@ class BranchPass {
   void linear(const Tensor& weight, Matrix<const acc> x, const std::vector<acc>& bias, bool gated, Matrix<acc> y) const;
   void linear_backward_input(const Tensor& weight, Matrix<const acc> grad_y, Matrix<acc> grad_x) const;
   void linear_backward_weight(Matrix<const acc> grad_y, Matrix<const acc> x, const Tensor& gradient) const;
+  acc affine(acc normalised, int64_t j) const;
   acc activate(const acc* hidden, int64_t sample);
   void activate_backward(const acc* grad_activated, acc inverse_std, int64_t sample);
 
@@ -45,7 +46,6 @@ class BranchPass {
   static constexpr int64_t kBatchedWeights = 64 << 10;
 
   Options options_;
-  bool silu_;  // act: SiLU, otherwise ReLU
   int64_t samples_, channels_, units_;
   bool two_layers_;
   int64_t weight_bytes_;

@@ -12,17 +12,17 @@ GCNET_EXT_FOR_ALL_TYPES(GCNET_EXT_HERE)
 namespace {
 
 std::tuple<Tensor, Tensor> attention_pool_op(const Tensor& x_in, const OptionalTensor& weight_in, const OptionalTensor& bias_in,
-                                             const OptionalTensor& valid) {
-  check_attention_pool("attention_pool", x_in, {weight_in, bias_in}, valid);
+                                             const OptionalTensor& valid_in) {
+  check_attention_pool("attention_pool", x_in, {weight_in, bias_in}, valid_in);
   Call call(x_in);
   const Tensor x = native(x_in);
-  const OptionalTensor weight = dense(weight_in), bias = dense(bias_in);
+  const OptionalTensor weight = dense(weight_in), bias = dense(bias_in), valid = dense(valid_in);
   const Tensor context = empty(x, {x.size(0), x.size(1)}, accumulation_dtype(x));
   const Tensor attention = empty(x, {x.size(0), weight ? positions(x) : 0}, accumulation_dtype(x));
   dispatch(x.scalar_type(), [&](auto kind) {
     using T = decltype(kind);
     attention_pool<T>({map_of<const T>(x), extent_of(x), parameter<T>(weight), parameter<T>(bias), acc_data<T>(context),
-                       acc_data<T>(attention)},
+                       acc_data<T>(attention), valid_of<T>(valid, x)},
                       call, call.stream());
   });
   return {context, attention};
@@ -30,13 +30,13 @@ std::tuple<Tensor, Tensor> attention_pool_op(const Tensor& x_in, const OptionalT
 
 std::tuple<Tensor, Tensor, Tensor> attention_pool_backward_op(const Tensor& grad_context_in, const Tensor& x_in,
                                                               const OptionalTensor& weight_in, const OptionalTensor& bias,
-                                                              const OptionalTensor& valid, const Tensor& context_in,
+                                                              const OptionalTensor& valid_in, const Tensor& context_in,
                                                               const Tensor& attention_in, const std::vector<bool>& needs) {
-  check_attention_pool_backward(grad_context_in, x_in, {weight_in, bias}, valid, context_in, attention_in, needs);
+  check_attention_pool_backward(grad_context_in, x_in, {weight_in, bias}, valid_in, context_in, attention_in, needs);
   const bool need_x = needs[0], need_weight = needs[1];
   Call call(x_in);
   const Tensor x = weight_in ? native(x_in) : x_in;  // average pooling does not read it
-  const OptionalTensor weight = dense(weight_in);
+  const OptionalTensor weight = dense(weight_in), valid = dense(valid_in);
   const Tensor grad_context = dense(grad_context_in), context = dense(context_in), attention = dense(attention_in);
   const Tensor grad_x = need_x ? empty_like_map(x_in) : no_gradient(x_in);
   const Tensor grad_weight = gradient_of(need_weight, weight, x_in), grad_bias = zero_gradient_of(needs[2], bias, x_in);
@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_pool_backward_op(const Tensor& grad
     using T = decltype(kind);
     attention_pool_backward<T>(
         {map_of<const T>(x), map_if<T>(need_x, grad_x), extent_of(x), parameter<T>(weight), acc_data<T>(grad_context),
-         acc_data<T>(context), acc_data<T>(attention), mutable_parameter<T>(grad_weight)},
+         acc_data<T>(context), acc_data<T>(attention), mutable_parameter<T>(grad_weight), valid_of<T>(valid, x)},
         call, call.stream());
   });
   return {grad_x, grad_weight, grad_bias};

@@ -28,6 +28,7 @@ struct PoolParams {
   int64_t first_sample;
   unsigned splits;
   TransformParams<T> transform;  // done by the last block where transform.in_tail
+  Valid<T> valid;                // for attention_pool_streamed alone
 };
 
 // The part of the work that a block has: the tiles that begin at begin, begin + step, ... below end.
@@ -48,8 +49,9 @@ struct PoolSplit {
   }
 };
 
-// Called by all threads of a block when its partial sums are written.
-template <typename T>
+// Called by all threads of a block when its partial sums are written. kValid: not all positions count; the others get no
+// attention, and a sample of which none does has no context, whatever the definition makes of that.
+template <bool kValid = false, typename T>
 __device__ void finish_split(const PoolParams<T>& params, const PoolSplit<T>& split) {
   using A = acc_t<T>;
   SharedMemory shared;
@@ -76,7 +78,8 @@ __device__ void finish_split(const PoolParams<T>& params, const PoolSplit<T>& sp
     maxima[i] = exponential(maxima[i] - reference);
     sum += sums[i] * maxima[i];
   }
-  const A inverse = A(1) / warp_sum(sum);
+  const A total_sum = warp_sum(sum);
+  const A inverse = kValid && params.valid.shares[split.sample] == A(0) ? A(0) : A(1) / total_sum;
   if (threadIdx.x < kWarp) {
 #pragma unroll
     for (int i = 0; i < kPerLane; i++) {
@@ -94,7 +97,10 @@ __device__ void finish_split(const PoolParams<T>& params, const PoolSplit<T>& sp
   if (split.logits) {
     load_ahead<8>(
         threadIdx.x, params.extent.positions, blockDim.x, [&](int64_t p) { return load_fresh(split.logits + p); },
-        [&](int64_t p, A logit) { split.logits[p] = exponential(logit - reference) * inverse; });
+        [&](int64_t p, A logit) {
+          const bool counted = !kValid || params.valid.at(split.sample, p);
+          split.logits[p] = counted ? exponential(logit - reference) * inverse : A(0);
+        });
   }
   if (params.transform.in_tail) {
     __syncthreads();
@@ -267,7 +273,8 @@ __global__ void __launch_bounds__(512, 1) attention_pool_positions(PoolParams<T>
 // ---- any shape: a tile is read twice, the second time from the caches -------------------------------------------------------
 
 // Lane l has position l of the tile and its logit. `weighted` is kept in the partial sums, each channel by one thread.
-template <typename T>
+// kValid: positions that do not count are skipped, as those past the end are.
+template <typename T, bool kValid>
 __global__ void __launch_bounds__(kCudaStreamedThreads, 2) attention_pool_streamed(PoolParams<T> params) {
   using A = acc_t<T>;
   constexpr int kWarps = kCudaStreamedThreads / kWarp, kUnroll = 8;
@@ -279,10 +286,11 @@ __global__ void __launch_bounds__(kCudaStreamedThreads, 2) attention_pool_stream
   const PoolSplit<T> split(params, kWarp);
   const Map<const T> x{params.x.at(split.sample, 0, 0), 0, params.x.channel_stride, params.x.position_stride};
   const A bias = params.bias.at_or(0, A(0));
+  const auto counts = [&](int64_t p) { return !kValid || params.valid.at(split.sample, p); };
   int turn = 0;
   OnlineSoftmax<A> softmax;
   for (int64_t first = split.begin; first < split.end; first += split.step, turn ^= 1) {
-    const bool inside = first + lane < split.end;
+    const bool inside = first + lane < split.end, counted = inside && counts(first + lane);
     A* of_tile = sums + turn * kWarps * kWarp;
     A logit = A(0);
     if (params.extent.channels_last) {
@@ -295,7 +303,7 @@ __global__ void __launch_bounds__(kCudaStreamedThreads, 2) attention_pool_stream
 #pragma unroll
         for (int i = 0; i < kPositions; i++) {
           const int64_t p = first + warp * kPositions + i;
-          if (p < split.end) sum[i] += weight * widen(load(x.at(0, c, p)));
+          if (p < split.end && counts(p)) sum[i] += weight * widen(load(x.at(0, c, p)));
         }
       }
       const Share share = transposed_sum<kPositions, 1, kWarp / 2>(sum, lane);
@@ -305,7 +313,7 @@ __global__ void __launch_bounds__(kCudaStreamedThreads, 2) attention_pool_stream
     } else {
 #pragma unroll 8
       for (int64_t c = warp; c < channels; c += kWarps) {
-        if (inside) logit += params.weight.at(c) * widen(load(x.at(0, c, first + lane)));
+        if (counted) logit += params.weight.at(c) * widen(load(x.at(0, c, first + lane)));
       }
       of_tile[threadIdx.x] = logit;
       __syncthreads();
@@ -313,7 +321,7 @@ __global__ void __launch_bounds__(kCudaStreamedThreads, 2) attention_pool_stream
 #pragma unroll
       for (int w = 0; w < kWarps; w++) logit += of_tile[w * kWarp + lane];
     }
-    logit = inside ? logit + bias : lowest<A>();
+    logit = counted ? logit + bias : lowest<A>();
     if (split.logits && warp == 0 && inside) split.logits[first + lane] = logit;
     const A factor = softmax.raise(warp_max(logit)), exponent = exponential(logit - softmax.reference());
     softmax.sum += warp_sum(exponent);
@@ -328,7 +336,8 @@ __global__ void __launch_bounds__(kCudaStreamedThreads, 2) attention_pool_stream
 #pragma unroll 8
         for (int i = 0; i < kWarp; i++) {
           const A of_position = __shfl_sync(kAllLanes, exponent, i);
-          if (c < channels && first + i < split.end) sum += of_position * widen(load(x.at(0, c, first + i)));
+          if (c < channels && first + i < split.end && counts(first + i))
+            sum += of_position * widen(load(x.at(0, c, first + i)));
         }
         if (c < channels) accumulate(c, sum);
       }
@@ -338,7 +347,7 @@ __global__ void __launch_bounds__(kCudaStreamedThreads, 2) attention_pool_stream
 #pragma unroll
         for (int i = 0; i < kUnroll; i++) {
           const int64_t c = c0 + i * kWarps;
-          sum[i] = inside && c < channels ? exponent * widen(load(x.at(0, c, first + lane))) : A(0);
+          sum[i] = counted && c < channels ? exponent * widen(load(x.at(0, c, first + lane))) : A(0);
         }
         const Share share = transposed_sum<kUnroll, 1, kWarp / 2>(sum, lane);
         const int64_t c = c0 + share.first * kWarps;
@@ -350,7 +359,7 @@ __global__ void __launch_bounds__(kCudaStreamedThreads, 2) attention_pool_stream
     split.partial[channels] = softmax.maximum;
     split.partial[channels + 1] = softmax.sum;
   }
-  finish_split(params, split);
+  finish_split<kValid>(params, split);
 }
 
 }  // namespace gcnet_ext::cuda

@@ -28,6 +28,7 @@ struct PoolBackwardParams {
   A* partial = nullptr;             // [N, splits, C] of dw; null: not wanted
   int64_t first_sample = 0;
   unsigned splits = 0;
+  Valid<T> valid;  // for attention_pool_backward_streamed alone
 };
 
 // The part of the work that a block has: the tiles that begin at begin, begin + step, ... below end.
@@ -302,8 +303,9 @@ __global__ void __launch_bounds__(512, 1) attention_pool_backward_positions(Pool
 
 // ---- any shape: a tile is read twice, the second time from the caches -------------------------------------------------------
 
-// Lane l has position l of the tile. Every channel's part of dw is kept by one thread.
-template <typename T>
+// Lane l has position l of the tile. Every channel's part of dw is kept by one thread. kValid: a position that does not
+// count has dx = g s, and its x is not looked at.
+template <typename T, bool kValid>
 __global__ void __launch_bounds__(kCudaStreamedThreads, 2) attention_pool_backward_streamed(PoolBackwardParams<T> params) {
   using A = acc_t<T>;
   constexpr int kWarps = kCudaStreamedThreads / kWarp, kUnroll = 8;
@@ -315,15 +317,17 @@ __global__ void __launch_bounds__(kCudaStreamedThreads, 2) attention_pool_backwa
   const PoolBackwardSplit<T> split(params, kWarp);
   const A dot = context_dot(params, split.sample, dots);
   const auto x_at = [&](int64_t c, int64_t p) { return widen(load(params.x.at(split.sample, c, p))); };
+  const auto counts = [&](int64_t p) { return !kValid || params.valid.at(split.sample, p); };
   const auto put_grad_x = [&](int64_t c, int64_t p, const PositionFactors<A>& at) {
     if (!params.grad_x.data) return;
     const ChannelFactors<A> of_channel{split.scale ? split.scale[c] : A(1), split.grad_context[c], params.weight.at(c)};
     const A grad = params.grad.data ? widen(load(params.grad.at(split.sample, c, p))) : A(0);
-    store(params.grad_x.at(split.sample, c, p), static_cast<T>(of_channel.grad_x(grad, at)));
+    const A value = counts(p) ? of_channel.grad_x(grad, at) : grad * of_channel.scale;
+    store(params.grad_x.at(split.sample, c, p), static_cast<T>(value));
   };
   int turn = 0;
   for (int64_t first = split.begin; first < split.end; first += split.step, turn ^= 1) {
-    const bool inside = first + lane < split.end;
+    const bool inside = first + lane < split.end, counted = inside && counts(first + lane);
     A* of_tile = sums + turn * kWarps * kWarp;
     A u = A(0);
     if (params.extent.channels_last) {
@@ -335,7 +339,7 @@ __global__ void __launch_bounds__(kCudaStreamedThreads, 2) attention_pool_backwa
 #pragma unroll
         for (int i = 0; i < kPositions; i++) {
           const int64_t p = first + warp * kPositions + i;
-          if (p < split.end) sum[i] += split.grad_context[c] * x_at(c, p);
+          if (p < split.end && counts(p)) sum[i] += split.grad_context[c] * x_at(c, p);
         }
       }
       const Share share = transposed_sum<kPositions, 1, kWarp / 2>(sum, lane);
@@ -345,7 +349,7 @@ __global__ void __launch_bounds__(kCudaStreamedThreads, 2) attention_pool_backwa
     } else {
 #pragma unroll 8
       for (int64_t c = warp; c < channels; c += kWarps) {
-        if (inside) u += split.grad_context[c] * x_at(c, first + lane);
+        if (counted) u += split.grad_context[c] * x_at(c, first + lane);
       }
       of_tile[threadIdx.x] = u;
       __syncthreads();
@@ -353,8 +357,8 @@ __global__ void __launch_bounds__(kCudaStreamedThreads, 2) attention_pool_backwa
 #pragma unroll
       for (int w = 0; w < kWarps; w++) u += of_tile[w * kWarp + lane];
     }
-    const A attention = inside ? split.attention[first + lane] : A(0);
-    const PositionFactors<A> at{attention, inside ? attention * (u - dot) : A(0)};
+    const A attention = counted ? split.attention[first + lane] : A(0);
+    const PositionFactors<A> at{attention, counted ? attention * (u - dot) : A(0)};
 
     const A grad_logit_sum = warp_sum(at.grad_logit);
     const auto accumulate = [&](int64_t c, A sum) {
@@ -372,7 +376,7 @@ __global__ void __launch_bounds__(kCudaStreamedThreads, 2) attention_pool_backwa
           const PositionFactors<A> of_position{__shfl_sync(kAllLanes, at.attention, i),
                                                __shfl_sync(kAllLanes, at.grad_logit, i)};
           if (c >= channels || first + i >= split.end) continue;
-          sum += of_position.grad_logit * x_at(c, first + i);
+          if (counts(first + i)) sum += of_position.grad_logit * x_at(c, first + i);
           put_grad_x(c, first + i, of_position);
         }
         if (c < channels) accumulate(c, sum);
@@ -384,7 +388,7 @@ __global__ void __launch_bounds__(kCudaStreamedThreads, 2) attention_pool_backwa
         for (int i = 0; i < kUnroll; i++) {
           const int64_t c = c0 + i * kWarps;
           const bool needed = inside && c < channels;
-          sum[i] = needed ? at.grad_logit * x_at(c, first + lane) : A(0);
+          sum[i] = counted && c < channels ? at.grad_logit * x_at(c, first + lane) : A(0);
           if (needed) put_grad_x(c, first + lane, at);
         }
         const Share share = transposed_sum<kUnroll, 1, kWarp / 2>(sum, lane);

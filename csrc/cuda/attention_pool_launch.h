@@ -47,6 +47,14 @@ struct PositionWarps {
         groups(all_warps / warps) {}
 };
 
+// Where not all positions count, the path is `streamed`.
+template <typename T>
+CudaPoolPlan pool_plan(const CudaMap& map, const Valid<T>& valid) {
+  CudaTuning decided = tuning();
+  if (valid.data) decided.streamed = 1;
+  return plan_cuda_pool(map, decided);
+}
+
 // Everything but first_sample and splits of the params is the caller's; arrived is zero.
 template <typename T>
 void launch_attention_pool(PoolParams<T> params, const CudaPoolPlan& plan, cudaStream_t stream) {
@@ -75,7 +83,8 @@ void launch_attention_pool(PoolParams<T> params, const CudaPoolPlan& plan, cudaS
       });
     }
   }
-  launch_blocks(attention_pool_streamed<T>, shared_bytes<A>(2 * kCudaStreamedThreads));
+  launch_blocks(params.valid.data ? attention_pool_streamed<T, true> : attention_pool_streamed<T, false>,
+                shared_bytes<A>(2 * kCudaStreamedThreads));
 }
 
 // Everything but first_sample and splits of the params is the caller's.
@@ -106,7 +115,7 @@ void launch_attention_pool_backward(PoolBackwardParams<T> params, const CudaPool
       });
     }
   }
-  launch_blocks(attention_pool_backward_streamed<T>,
+  launch_blocks(params.valid.data ? attention_pool_backward_streamed<T, true> : attention_pool_backward_streamed<T, false>,
                 shared_bytes<A>(2 * kCudaStreamedThreads) + shared_bytes<A>(kCudaStreamedThreads / kWarp));
 }
 

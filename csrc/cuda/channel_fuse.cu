@@ -14,13 +14,15 @@ namespace {
 // to = from, bit for bit, which no arithmetic is: not even x*1 keeps the bits of a NaN.
 void copy(const Tensor& from, Tensor to) { torch::stable::copy_(to, from); }
 
-// x and out are native; out may be x.
-void fuse_into(const Tensor& x, const OptionalTensor& scale_in, const OptionalTensor& shift_in, const Tensor& out) {
+// x, residual and out are native; out may be x. positive gets as many bits as it has room for: all or none.
+void fuse_into(const Tensor& x, const OptionalTensor& scale_in, const OptionalTensor& shift_in, const OptionalTensor& residual,
+               int64_t final_activation, const Tensor& out, const Tensor& positive) {
   Call call(x);
   const OptionalTensor scale = dense(scale_in), shift = dense(shift_in);
   dispatch(x.scalar_type(), [&](auto kind) {
     using T = decltype(kind);
-    channel_fuse<T>({map_of<const T>(x), map_of<T>(out), extent_of(x), parameter<T>(scale), parameter<T>(shift)},
+    channel_fuse<T>({map_of<const T>(x), map_of<T>(out), extent_of(x), parameter<T>(scale), parameter<T>(shift),
+                     map_of<const T>(residual), final_activation != 0, bits_of(positive)},
                     call.stream());
   });
 }
@@ -29,23 +31,25 @@ std::tuple<Tensor, Tensor> channel_fuse_op(const Tensor& x, const OptionalTensor
                                            const OptionalTensor& residual, int64_t final_activation) {
   check_channel_fuse("channel_fuse", x, scale, shift, residual, final_activation);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const Tensor out = empty_like_map(x);
-  if (scale || shift) {
-    fuse_into(native(x), scale, shift, out);
+  const Tensor out = empty_like_map(x), positive = empty_bits(x, final_activation != 0);
+  if (scale || shift || residual || final_activation != 0) {
+    const OptionalTensor added = residual_of(residual, x, /*in_place=*/false);
+    fuse_into(native(x), scale, shift, added, final_activation, out, positive);
   } else {
     copy(x, out);
   }
-  return {out, no_bits(x)};
+  return {out, positive};
 }
 
 void channel_fuse_inplace_op(const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift,
                              const OptionalTensor& residual, int64_t final_activation) {
   check_channel_fuse("channel_fuse_", x, scale, shift, residual, final_activation);
-  check::in_place("channel_fuse_", x);
-  if (!scale && !shift) return;
+  check::in_place("channel_fuse_", x, residual);
+  if (!scale && !shift && !residual && final_activation == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Tensor map = native_dense(x);
-  fuse_into(map, scale, shift, map);
+  const OptionalTensor added = residual_of(residual, x, /*in_place=*/true);
+  fuse_into(map, scale, shift, added, final_activation, map, empty_bits(x, /*has_relu=*/false));
   write_back(map, x);
 }
 
@@ -56,13 +60,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> channel_fuse_backward_op(const Tensor
   check_channel_fuse_backward(grad_in, x_in, scale_in, shift, final_activation, positive, needs);
   const bool need_x = needs[0], need_scale = needs[1], need_shift = needs[2];
   Call call(x_in);
-  const Tensor grad = native_like(grad_in, x_in), x = native(x_in);
+  const Tensor x = native(x_in);
+  const bool has_relu = final_activation != 0, need_residual = needs[3] && has_relu;
+  const Tensor grad_residual = need_residual ? empty_like_map(x_in) : no_gradient(x);
+  Tensor grad = native_like(grad_in, x_in);
+  if (has_relu) grad = relu_backward_of(call, grad, x, positive, need_residual, grad_residual);
   const OptionalTensor scale = dense(scale_in);
   const Tensor grad_x = need_x ? empty_like_map(x_in) : no_gradient(x_in);
   const Tensor grad_scale = gradient_of(need_scale, scale, x), grad_shift = gradient_of(need_shift, shift, x);
   if (!scale && !(need_shift && shift)) {  // nothing is summed
     if (need_x) copy(grad, grad_x);
-    return {grad_x, grad_scale, grad_shift, no_gradient(x)};
+    return {grad_x, grad_scale, grad_shift, grad_residual};
   }
   dispatch(x.scalar_type(), [&](auto kind) {
     using T = decltype(kind);
@@ -70,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> channel_fuse_backward_op(const Tensor
                               parameter<T>(scale), mutable_parameter<T>(grad_scale), mutable_parameter<T>(grad_shift)},
                              call, call.stream());
   });
-  return {grad_x, grad_scale, grad_shift, no_gradient(x)};
+  return {grad_x, grad_scale, grad_shift, grad_residual};
 }
 
 }  // namespace

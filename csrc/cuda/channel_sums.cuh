@@ -39,7 +39,7 @@ struct SumsParams {
     if (through_gate) {
       const TransformParams<T>& forward = transform_grad.forward;
       total_ab = gate_backward(forward, forward.gate[i], total_ab);
-      if (forward.hard_sigmoid) forward.scale[i] = clip(forward.gate[i]);
+      if (forward.hard_sigmoid) forward.scale[i] = clip(forward.gate[i], A(0), A(1));
     }
     sum_ab.put(i, total_ab);
   }

@@ -33,7 +33,7 @@ TransformParams<T> transform_of(const Branch& scale, const Branch& shift, const 
   }
   transform.norm = options.norm_eps.has_value();
   transform.eps = static_cast<A>(options.norm_eps.value_or(0));
-  transform.silu = options.activation == Activation::silu;
+  transform.activation = {options.activation, static_cast<A>(options.slope)};
   transform.hard_sigmoid = options.hard_gate.has_value();
   const HardGate gate = options.hard_gate.value_or(HardGate{});
   transform.gate_alpha = static_cast<A>(gate.alpha);
@@ -43,21 +43,26 @@ TransformParams<T> transform_of(const Branch& scale, const Branch& shift, const 
   return transform;
 }
 
-// x and out are native; out may be x. The attention is left out where nobody needs what is saved.
+// x and out are native; out may be x. The attention and the bits are left out where nobody needs what is saved.
 Saved forward_into(const Tensor& x, const Arguments& given, const Tensor& out, bool saves) {
   Call call(x);
   const Mask mask = dense(given.mask);
   const Branch scale = dense(given.scale), shift = dense(given.shift);
+  const OptionalTensor valid = gcnet_ext::dense(given.valid);
+  const OptionalTensor residual = residual_of(given.residual, given.x, /*in_place=*/out.data_ptr() == x.data_ptr());
+  const bool has_relu = given.options.has_final_relu();
   const int64_t samples = x.size(0), channels = x.size(1);
   const ScalarType dtype = accumulation_dtype(x);
   const bool attends = mask.weight && saves;
   const Saved saved{empty(x, {samples, channels}, dtype), empty(x, {samples, attends ? positions(x) : 0}, dtype),
-                    empty(x, {samples, given.units()}, dtype), empty(x, {samples, scale ? channels : 0}, dtype), no_bits(x)};
+                    empty(x, {samples, given.units()}, dtype), empty(x, {samples, scale ? channels : 0}, dtype),
+                    empty_bits(x, has_relu && saves)};
   dispatch(x.scalar_type(), [&](auto kind) {
     using T = decltype(kind);
     global_context<T>({map_of<const T>(x), map_of<T>(out), extent_of(x), parameter<T>(mask.weight), parameter<T>(mask.bias),
                        acc_data<T>(saved.context), attends ? acc_data<T>(saved.attention) : nullptr,
-                       transform_of<T>(scale, shift, given.options, saved)},
+                       transform_of<T>(scale, shift, given.options, saved), map_of<const T>(residual), has_relu,
+                       bits_of(saved.positive), valid_of<T>(valid, x)},
                       call, call.stream());
   });
   return saved;
@@ -81,7 +86,7 @@ Tensor global_context_inference_op(const Arguments& given) {
 
 void global_context_inplace_op(const Arguments& given) {
   const Tensor& x = given.x;
-  check::in_place(kGlobalContextInPlace, x);
+  check::in_place(kGlobalContextInPlace, x, given.residual);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Tensor map = native_dense(x);
   forward_into(map, given, map, /*saves=*/false);
@@ -92,12 +97,17 @@ BackwardResults global_context_backward_op(const BackwardArguments& given) {
   const Arguments& forward = given.forward;
   const Tensor& x_in = forward.x;
   Call call(x_in);
-  const Tensor grad = native_like(given.grad, x_in), x = native(x_in);
+  const Tensor x = native(x_in);
   const Saved saved{gcnet_ext::dense(given.saved.context), gcnet_ext::dense(given.saved.attention),
                     gcnet_ext::dense(given.saved.hidden), gcnet_ext::dense(given.saved.gate_values), given.saved.positive};
   const Mask mask = dense(forward.mask);
   const Branch scale = dense(forward.scale), shift = dense(forward.shift);
+  const OptionalTensor valid = gcnet_ext::dense(forward.valid);
   const BackwardTensors gradients = gradients_of(given);
+  Tensor grad = native_like(given.grad, x_in);
+  if (forward.options.has_final_relu()) {
+    grad = relu_backward_of(call, grad, x, given.saved.positive, given.needs.residual, gradients.residual);
+  }
   dispatch(x.scalar_type(), [&](auto kind) {
     using T = decltype(kind);
     const auto of_branch = [](const PerWeight<Tensor>& grads) -> BranchGradients<T> {
@@ -113,7 +123,8 @@ BackwardResults global_context_backward_op(const BackwardArguments& given) {
                                 acc_data<T>(saved.attention),
                                 transform_of<T>(scale, shift, forward.options, saved),
                                 mutable_parameter<T>(gradients.mask_weight),
-                                {of_branch(gradients.scale), of_branch(gradients.shift)}},
+                                {of_branch(gradients.scale), of_branch(gradients.shift)},
+                                valid_of<T>(valid, x)},
                                call, call.stream());
   });
   return gradients.results();

@@ -6,6 +6,7 @@
 
 #include "attention_pool_launch.h"
 #include "channel_fuse_launch.h"
+#include "elements_launch.h"
 #include "transform_launch.h"
 
 namespace gcnet_ext::cuda {
@@ -20,6 +21,7 @@ struct AttentionPool {
   Parameter<T> weight, bias;
   acc_t<T>* context;
   acc_t<T>* attention;
+  Valid<T> valid;  // without its shares
 };
 
 // The context of all samples; and their transform, where transform.in_tail says so. arrived: a zero for every sample.
@@ -28,6 +30,8 @@ void pool_context(const AttentionPool<T>& call, const TransformParams<T>& transf
                   cudaStream_t stream) {
   using A = acc_t<T>;
   const Extent& extent = call.extent;
+  const Valid<T> valid = with_shares(call.valid, extent, workspace, stream);
+  if (!call.weight.data && valid.data) return launch_average_valid(call.x, extent, valid, call.context, stream);
   if (!call.weight.data) {
     SumsParams<T> params;
     params.a = call.x;
@@ -40,7 +44,7 @@ void pool_context(const AttentionPool<T>& call, const TransformParams<T>& transf
     launch_channel_sums(params, workspace, stream);
     return;
   }
-  const CudaPoolPlan plan = plan_cuda_pool(common_map<T>(extent, call.x), tuning());
+  const CudaPoolPlan plan = pool_plan(common_map<T>(extent, call.x), valid);
   PoolParams<T> params{};
   params.x = call.x;
   params.extent = extent;
@@ -51,6 +55,7 @@ void pool_context(const AttentionPool<T>& call, const TransformParams<T>& transf
   params.partial = workspace.take<A>(extent.samples * plan.splits * (extent.channels + 2));
   params.arrived = arrived;
   params.transform = transform;
+  params.valid = valid;
   launch_attention_pool(params, plan, stream);
 }
 
@@ -68,6 +73,7 @@ struct AttentionPoolBackward {
   Parameter<T> weight;
   const acc_t<T>*grad_context, *context, *attention;
   MutableParameter<T> grad_weight;
+  Valid<T> valid;  // without its shares
 };
 
 // The gradient of the mask's weight from its parts, [N*splits, C].
@@ -82,20 +88,28 @@ GradientOf<T> mask_gradient(const acc_t<T>* partial, int64_t splits, const Exten
   return of;
 }
 
+// out = x * scale + shift, with the shift for those positions only that had a part in the average.
+template <typename T>
+void average_backward(const FuseParams<T>& params, const Valid<T>& valid, cudaStream_t stream) {
+  if (valid.data) return launch_fuse_elements(params, {}, /*relu=*/false, valid, stream);
+  launch_channel_fuse(params, stream);
+}
+
 template <typename T>
 void attention_pool_backward(const AttentionPoolBackward<T>& call, Workspace& workspace, cudaStream_t stream) {
   using A = acc_t<T>;
   const Extent& extent = call.extent;
+  const Valid<T> valid = with_shares(call.valid, extent, workspace, stream);
   if (!call.weight.data) {
     FuseParams<T> params;
     params.out = call.grad_x;
     params.extent = extent;
     params.shift = Parameter<T>(call.grad_context);
-    params.shift_factor = A(1) / static_cast<A>(extent.positions);
-    if (call.grad_x.data) launch_channel_fuse(params, stream);
+    if (!valid.data) params.shift_factor = A(1) / static_cast<A>(extent.positions);
+    if (call.grad_x.data) average_backward(params, valid, stream);
     return;
   }
-  const CudaPoolPlan plan = plan_cuda_pool(common_map<T>(extent, call.x, call.grad_x), tuning());
+  const CudaPoolPlan plan = pool_plan(common_map<T>(extent, call.x, call.grad_x), valid);
   PoolBackwardParams<T> params;
   params.x = call.x;
   params.grad_x = call.grad_x;
@@ -104,6 +118,7 @@ void attention_pool_backward(const AttentionPoolBackward<T>& call, Workspace& wo
   params.grad_context = call.grad_context;
   params.context = call.context;
   params.attention = call.attention;
+  params.valid = valid;
   if (call.grad_weight.data) params.partial = workspace.take<A>(extent.samples * plan.splits * extent.channels);
   if (call.grad_x.data || call.grad_weight.data) launch_attention_pool_backward(params, plan, stream);
   GradientParams<T> gradients;
@@ -119,6 +134,9 @@ struct ChannelFuse {
   Map<T> out;
   Extent extent;
   Parameter<T> scale, shift;
+  Map<const T> residual = {};  // may be absent
+  bool relu = false;
+  uint8_t* positive = nullptr;  // the bits of the ReLU; null: not wanted
 };
 
 template <typename T>
@@ -129,7 +147,13 @@ void channel_fuse(const ChannelFuse<T>& call, cudaStream_t stream) {
   params.extent = call.extent;
   params.scale = call.scale;
   params.shift = call.shift;
-  launch_channel_fuse(params, stream);
+  if (call.residual.data || call.relu) {
+    launch_fuse_elements(params, call.residual, call.relu, {}, stream);
+  } else {
+    launch_channel_fuse(params, stream);
+  }
+  const Map<const T> out{call.out.data, call.out.sample_stride, call.out.channel_stride, call.out.position_stride};
+  if (call.positive) launch_positive_bits(out, call.extent, call.positive, stream);
 }
 
 // What has no data is not wanted.
@@ -172,10 +196,15 @@ struct GlobalContext {
   acc_t<T>* context;
   acc_t<T>* attention;
   TransformParams<T> transform;
+  Map<const T> residual;  // may be absent
+  bool relu;
+  uint8_t* positive;  // null: not wanted
+  Valid<T> valid;     // without its shares
 };
 
 template <typename T>
 bool transform_in_tail(const TransformParams<T>& transform) {
+  if (!transform.activation.usual()) return false;
   int64_t bytes = 0;
   for (const BranchParams<T>& branch : transform.branch) {
     for (const Parameter<T>* matrix : {&branch.w1, &branch.w2}) {
@@ -191,23 +220,20 @@ void global_context(const GlobalContext<T>& call, Workspace& workspace, cudaStre
   const Extent& extent = call.extent;
   TransformParams<T> transform = call.transform;
   transform.context = call.context;
-  transform.in_tail = transform_in_tail(transform);
+  transform.in_tail = transform_in_tail(transform) && (call.mask_weight.data || !call.valid.data);
   transform.samples = extent.samples;
   if (transform.branch[kShift].units) transform.shift = workspace.take<A>(extent.samples * extent.channels);
   const bool clips = transform.hard_sigmoid && transform.branch[kScale].units;
   if (clips) transform.scale = workspace.take<A>(extent.samples * extent.channels);
   const bool merges = call.mask_weight.data || transform.in_tail;
   unsigned* const arrived = merges ? workspace.zeros(extent.samples, stream) : nullptr;
-  pool_context<T>({call.x, extent, call.mask_weight, call.mask_bias, call.context, call.attention}, transform, arrived,
-                  workspace, stream);
+  pool_context<T>({call.x, extent, call.mask_weight, call.mask_bias, call.context, call.attention, call.valid}, transform,
+                  arrived, workspace, stream);
   if (!transform.in_tail) launch_transform(transform, stream);
-  FuseParams<T> fuse;
-  fuse.x = call.x;
-  fuse.out = call.out;
-  fuse.extent = extent;
+  ChannelFuse<T> fuse{call.x, call.out, extent, {}, {}, call.residual, call.relu, call.positive};
   if (transform.branch[kScale].units) fuse.scale = Parameter<T>(transform.scale_values());
   if (transform.branch[kShift].units) fuse.shift = Parameter<T>(transform.shift);
-  launch_channel_fuse(fuse, stream);
+  channel_fuse(fuse, stream);
 }
 
 // The gradients of a branch's parameters; what has no data is not wanted.
@@ -226,6 +252,7 @@ struct GlobalContextBackward {
   TransformParams<T> transform;
   MutableParameter<T> grad_mask_weight;
   BranchGradients<T> gradients[kBranches];
+  Valid<T> valid;  // without its shares
 };
 
 template <typename T>
@@ -289,7 +316,8 @@ void global_context_backward(const GlobalContextBackward<T>& call, Workspace& wo
   transform.grad_t[kShift] = grad_t_shift;
   if (clips) transform.forward.scale = take(channels);
   transform.grad_context = take(channels);
-  if (!attends) transform.grad_context_factor = A(1) / static_cast<A>(extent.positions);
+  const Valid<T> valid = with_shares(call.valid, extent, workspace, stream);
+  if (!attends && !valid.data) transform.grad_context_factor = A(1) / static_cast<A>(extent.positions);
   transform.activated = take(units);
   transform.grad_hidden = take(units);
   transform.grad_z = take(units);
@@ -313,7 +341,7 @@ void global_context_backward(const GlobalContextBackward<T>& call, Workspace& wo
 
   GradientParams<T> gradients;
   if (attends && (call.grad_x.data || call.grad_mask_weight.data)) {
-    const CudaPoolPlan plan = plan_cuda_pool(common_map<T>(extent, call.x, call.grad, call.grad_x), tuning());
+    const CudaPoolPlan plan = pool_plan(common_map<T>(extent, call.x, call.grad, call.grad_x), valid);
     PoolBackwardParams<T> pool;
     pool.x = call.x;
     pool.grad = call.grad;
@@ -324,6 +352,7 @@ void global_context_backward(const GlobalContextBackward<T>& call, Workspace& wo
     pool.grad_context = transform.grad_context;
     pool.context = call.context;
     pool.attention = call.attention;
+    pool.valid = valid;
     if (call.grad_mask_weight.data) {
       pool.partial = workspace.take<A>(samples * plan.splits * channels);
       gradients.add(mask_gradient(pool.partial, plan.splits, extent, call.grad_mask_weight));
@@ -336,7 +365,7 @@ void global_context_backward(const GlobalContextBackward<T>& call, Workspace& wo
     fuse.extent = extent;
     if (has_scale) fuse.scale = Parameter<T>(transform.forward.scale_values());
     fuse.shift = Parameter<T>(transform.grad_context);
-    launch_channel_fuse(fuse, stream);
+    average_backward(fuse, valid, stream);
   }
   for (int b = 0; b < kBranches; b++) add_branch_gradients(transform, call.gradients[b], b, gradients);
   launch_parameter_gradients(gradients, stream);

@@ -9,6 +9,7 @@
 
 #include <vector>
 
+#include "elements_launch.h"
 #include "launch.h"
 #include "transform.cuh"
 
@@ -53,6 +54,12 @@ Map<T> map_if(bool needed, const Tensor& tensor) {
   return needed ? map_of<T>(tensor) : Map<T>{};
 }
 
+// A map without data where there is no tensor.
+template <typename T>
+Map<T> map_of(const OptionalTensor& tensor) {
+  return tensor ? map_of<T>(*tensor) : Map<T>{};
+}
+
 template <typename T>
 acc_t<T>* acc_data(const Tensor& tensor) {
   return static_cast<acc_t<T>*>(tensor.data_ptr());
@@ -69,6 +76,31 @@ template <typename T>
 MutableParameter<T> mutable_parameter(const Tensor& tensor) {
   if (tensor.numel() == 0) return {};
   return MutableParameter<T>(tensor.data_ptr(), tensor.scalar_type() == ScalarType::Float);
+}
+
+// The bits of the final ReLU, if it has any.
+inline uint8_t* bits_of(const Tensor& positive) {
+  return positive.numel() > 0 ? static_cast<uint8_t*>(positive.data_ptr()) : nullptr;
+}
+
+// The positions of x that count, of a dense tensor; their shares are for the operator to find.
+template <typename T>
+Valid<T> valid_of(const OptionalTensor& valid, const Tensor& x) {
+  if (!valid) return {};
+  const bool same_for_all = valid->size(0) == 1;
+  return {static_cast<const uint8_t*>(valid->data_ptr()), same_for_all ? 0 : positions(x)};
+}
+
+// The gradient of what the final ReLU got, lying as native(x) does: in `result`, or in a tensor of its own where that is not
+// needed.
+inline Tensor relu_backward_of(const Call& call, const Tensor& grad, const Tensor& x, const Tensor& positive, bool needed,
+                               const Tensor& result) {
+  const Tensor to = needed ? result : empty_like_map(x), bits = dense(positive);
+  dispatch(x.scalar_type(), [&](auto kind) {
+    using T = decltype(kind);
+    launch_relu_backward(map_of<const T>(grad), map_of<T>(to), extent_of(x), bits_of(bits), call.stream());
+  });
+  return to;
 }
 
 }  // namespace gcnet_ext::cuda

@@ -63,6 +63,16 @@ struct Extent {
   bool channels_last = false;
 };
 
+// Which positions of each sample count in its pool; without data: all of them.
+template <typename T>
+struct Valid {
+  const uint8_t* data = nullptr;
+  int64_t sample_stride = 0;         // P, or 0 where all samples have the same
+  const acc_t<T>* shares = nullptr;  // [N]: 1 / how many they are, 0 where there are none
+
+  __device__ bool at(int64_t sample, int64_t position) const { return load(data + sample * sample_stride + position) != 0; }
+};
+
 // A parameter of x's dtype T or of float32. Which one is a run-time word, so that a kernel is compiled once per dtype of x.
 template <typename T>
 struct Parameter {

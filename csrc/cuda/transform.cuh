@@ -8,6 +8,7 @@
 // Here are the parts, and the whole for one sample by one block; transform_batched.cuh has the whole for many samples.
 #pragma once
 
+#include "activation.cuh"
 #include "reduce.cuh"
 
 namespace gcnet_ext::cuda {
@@ -21,18 +22,13 @@ struct BranchParams {
   int64_t first_unit = 0;                               // where its hidden units begin
 };
 
-// A NaN stays one.
-template <typename A>
-__device__ __forceinline__ A clip(A gate) {
-  return gate < A(0) ? A(0) : gate > A(1) ? A(1) : gate;
-}
-
 template <typename T>
 struct TransformParams {
   using A = acc_t<T>;
   BranchParams<T> branch[kBranches];
   int64_t channels = 0, units = 0;  // units: of both branches
-  bool norm = false, silu = false, hard_sigmoid = false;
+  bool norm = false, hard_sigmoid = false;
+  ActivationOf<A> activation;
   A eps = 0, gate_alpha = 0, gate_beta = 0;
   const A* context = nullptr;  // [N, C]
   A* hidden = nullptr;         // [N, units]
@@ -53,7 +49,7 @@ struct TransformParams {
     }
     const A value = hard_sigmoid ? gate_alpha * t + gate_beta : A(1) / (A(1) + exponential(-t));
     gate[sample * channels + channel] = value;
-    if (hard_sigmoid) scale[sample * channels + channel] = clip(value);
+    if (hard_sigmoid) scale[sample * channels + channel] = clip(value, A(0), A(1));
   }
 };
 
@@ -184,27 +180,21 @@ __device__ __forceinline__ acc_t<T> norm_affine(const TransformParams<T>& params
   return params.norm ? normalised * branch.norm_weight.at_or(unit, A(1)) + branch.norm_bias.at_or(unit, A(0)) : normalised;
 }
 
-// A NaN stays one.
-template <typename A>
-__device__ __forceinline__ A activation(bool silu, A z) {
-  return silu ? z / (A(1) + exponential(-z)) : (z < A(0) ? A(0) : z);
-}
-
 // act(norm(hidden)) of one unit.
-template <typename T>
+template <bool kUsual, typename T>
 __device__ __forceinline__ acc_t<T> activate(const TransformParams<T>& params, const BranchParams<T>& branch, int64_t unit,
                                              acc_t<T> hidden, const NormStatistics<acc_t<T>>& statistics) {
   const acc_t<T> normalised = (hidden - statistics.mean) * statistics.inverse_std;
-  return activation(params.silu, norm_affine(params, branch, unit, normalised));
+  return params.activation.template of<kUsual>(norm_affine(params, branch, unit, normalised));
 }
 
 // The same of all units of one sample and branch, by one warp.
-template <typename T, typename Load>
+template <bool kUsual, typename T, typename Load>
 __device__ __forceinline__ void activate_by_warp(const TransformParams<T>& params, const BranchParams<T>& branch,
                                                  const Load& hidden, acc_t<T>* activated) {
   const auto statistics = statistics_by_warp(params, branch.units, hidden);
   for (int64_t j = threadIdx.x % kWarp; j < branch.units; j += kWarp) {
-    activated[j] = activate(params, branch, j, hidden(j), statistics);
+    activated[j] = activate<kUsual>(params, branch, j, hidden(j), statistics);
   }
 }
 
@@ -214,7 +204,8 @@ constexpr size_t transform_shared_bytes(int64_t channels, int64_t units) {
   return shared_bytes<A>(channels) + 2 * shared_bytes<A>(units);
 }
 
-// The transform of one sample by one block; other blocks of the launch may have written its context.
+// The transform of one sample by one block, with an activation that is usual; other blocks of the launch may have written its
+// context.
 template <typename T>
 __device__ void transform_sample(const TransformParams<T>& params, int64_t sample) {
   using A = acc_t<T>;
@@ -249,7 +240,7 @@ __device__ void transform_sample(const TransformParams<T>& params, int64_t sampl
       const BranchParams<T>& branch = params.branch[b];
       const A* of_branch = hidden + branch.first_unit;
       if (branch.w2.given())
-        activate_by_warp(params, branch, [&](int64_t j) { return of_branch[j]; }, activated + branch.first_unit);
+        activate_by_warp<true>(params, branch, [&](int64_t j) { return of_branch[j]; }, activated + branch.first_unit);
     }
     __syncthreads();
   }

@@ -35,16 +35,8 @@ __device__ __forceinline__ acc_t<T> gate_backward(const TransformParams<T>& para
   return grad * gate * (A(1) - gate);
 }
 
-// grad act'(z), likewise.
-template <typename A>
-__device__ __forceinline__ A activation_backward(bool silu, A z, A grad) {
-  if (!silu) return z <= A(0) ? A(0) : grad;
-  const A sigmoid = A(1) / (A(1) + exponential(-z));
-  return grad * sigmoid * (A(1) + z * (A(1) - sigmoid));
-}
-
 // From grad_activated to grad_hidden and what the parameters' gradients need, for one sample and branch, by one warp.
-template <typename T, typename Load, typename LoadGrad, typename Put>
+template <bool kUsual, typename T, typename Load, typename LoadGrad, typename Put>
 __device__ __forceinline__ void activate_backward_by_warp(const TransformGradParams<T>& params, int64_t sample,
                                                           const BranchParams<T>& branch, const Load& hidden,
                                                           const LoadGrad& grad_activated, const Put& put_grad_hidden) {
@@ -59,8 +51,8 @@ __device__ __forceinline__ void activate_backward_by_warp(const TransformGradPar
   A sum = A(0), dot = A(0);
   for (int64_t j = lane; j < branch.units; j += kWarp) {
     const A normalised = normalised_at(j), z = norm_affine(forward, branch, j, normalised);
-    const A grad_z = activation_backward(forward.silu, z, grad_activated(j));
-    params.activated[first + j] = activation(forward.silu, z);
+    const A grad_z = forward.activation.template backward<kUsual>(z, grad_activated(j));
+    params.activated[first + j] = forward.activation.template of<kUsual>(z);
     params.grad_z[first + j] = grad_z;
     params.grad_norm_weight[first + j] = grad_z * normalised;
     sum += grad_z * norm_weight(j);
@@ -131,7 +123,7 @@ constexpr size_t transform_backward_shared_bytes(int64_t channels, int64_t units
          shared_bytes<A>(kCudaSweepThreads * kMatrixVector);
 }
 
-// For one sample by one block of kCudaSweepThreads threads; other blocks of the launch may have written grad_t.
+// For one sample by one block of kCudaSweepThreads threads, with an activation that is usual; other blocks of the launch may have written grad_t.
 template <typename T>
 __device__ void transform_backward_sample(const TransformGradParams<T>& params, int64_t sample) {
   using A = acc_t<T>;
@@ -162,7 +154,7 @@ __device__ void transform_backward_sample(const TransformGradParams<T>& params, 
     const BranchParams<T>& branch = forward.branch[b];
     const A* hidden = forward.hidden + sample * forward.units + branch.first_unit;
     if (branch.w2.given()) {
-      activate_backward_by_warp(
+      activate_backward_by_warp</*kUsual=*/true>(
           params, sample, branch, [&](int64_t j) { return hidden[j]; },
           [&](int64_t j) { return grad_activated[branch.first_unit + j]; },
           [&](int64_t j, A value) { grad_hidden[branch.first_unit + j] = value; });

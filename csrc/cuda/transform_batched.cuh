@@ -100,7 +100,7 @@ size_t layer_shared_bytes() {
 }
 
 // Layer 0 is w1, layer 1 is w2 with the norm and activation before it. A warp has kBatchRows rows at a time, `turns` times.
-template <typename T>
+template <typename T, bool kUsual>
 __global__ void __launch_bounds__(kBatchThreads, kBatchBlocks<T>)
     transform_layer(TransformParams<T> params, int layer, int64_t turns, int64_t tiles_of_scale, int64_t tiles_of_shift) {
   using A = acc_t<T>;
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kBatchThreads, kBatchBlocks<T>)
   }
   const auto input = [&](int s, int64_t k) {
     if (layer == 0) return params.context[(tile.first_sample + s) * params.channels + k];
-    return activate(params, branch, k, hidden_of(s)[k], params.norm ? statistics[s] : NormStatistics<A>{});
+    return activate<kUsual>(params, branch, k, hidden_of(s)[k], params.norm ? statistics[s] : NormStatistics<A>{});
   };
 
   for (int64_t turn = 0; turn < turns; turn++) {
@@ -176,7 +176,7 @@ size_t backward_layer_shared_bytes() {
 // Layer 1 is the transpose of w2 with the activation and norm behind it; a block has a chunk of the channels, and the last one
 // adds up what the others left. Layer 0 is the transpose of w1, both branches added up. A lane has two columns; the warps share
 // the rows.
-template <typename T>
+template <typename T, bool kUsual>
 __global__ void __launch_bounds__(kBatchThreads, kBatchBlocks<T>)
     transform_backward_layer(TransformGradParams<T> params, int layer, int64_t tiles_of_scale, int64_t tiles_of_shift) {
   using A = acc_t<T>;
@@ -267,7 +267,8 @@ __global__ void __launch_bounds__(kBatchThreads, kBatchBlocks<T>)
           [&](int64_t, A part) { total += part; });
       return total;
     };
-    activate_backward_by_warp(params, sample, branch, [&](int64_t j) { return hidden[j]; }, sum_of_chunks, [](int64_t, A) {});
+    activate_backward_by_warp<kUsual>(
+        params, sample, branch, [&](int64_t j) { return hidden[j]; }, sum_of_chunks, [](int64_t, A) {});
   }
 }
 

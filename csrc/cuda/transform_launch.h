@@ -27,7 +27,8 @@ void launch_transform(const TransformParams<T>& params, cudaStream_t stream) {
     const int64_t branches = (tiles[kScale] > 0) + (tiles[kShift] > 0);
     const int64_t turns = plan_cuda_pieces(sample_tiles * branches, most, multiprocessors() * kBatchBlocks<T>);
     for (int64_t& of_branch : tiles) of_branch = batch_tiles(of_branch, turns);
-    launch(transform_layer<T>, dim3(static_cast<unsigned>((tiles[kScale] + tiles[kShift]) * sample_tiles)), dim3(kBatchThreads),
+    launch(params.activation.usual() ? transform_layer<T, true> : transform_layer<T, false>,
+           dim3(static_cast<unsigned>((tiles[kScale] + tiles[kShift]) * sample_tiles)), dim3(kBatchThreads),
            layer_shared_bytes<T>(), stream, params, layer, turns, tiles[kScale], tiles[kShift]);
   }
 }
@@ -44,8 +45,9 @@ void launch_transform_backward(const TransformGradParams<T>& params, cudaStream_
     }
     const int64_t blocks = (tiles[kScale] + tiles[kShift]) * batch_tiles(forward.samples, kBatchSamples);
     if (blocks == 0) continue;
-    launch(transform_backward_layer<T>, dim3(static_cast<unsigned>(blocks)), dim3(kBatchThreads),
-           backward_layer_shared_bytes<T>(), stream, params, layer, tiles[kScale], tiles[kShift]);
+    launch(forward.activation.usual() ? transform_backward_layer<T, true> : transform_backward_layer<T, false>,
+           dim3(static_cast<unsigned>(blocks)), dim3(kBatchThreads), backward_layer_shared_bytes<T>(), stream, params, layer,
+           tiles[kScale], tiles[kShift]);
   }
 }
 

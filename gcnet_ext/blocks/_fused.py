@@ -15,9 +15,19 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from .. import functional
-from .._arguments import ACTIVATIONS, Branch, Options
+from .._arguments import ACTIVATIONS, FINAL_ACTIVATIONS, Branch, Options
 from .._library import compiled
-from ._layers import GLOBAL_HOOKS, HOOKS, Gate, check_channels, is_plain, is_pointwise, of_no_tensor, settings_of
+from ._layers import (
+    GLOBAL_HOOKS,
+    HOOKS,
+    Gate,
+    activation_of,
+    check_channels,
+    is_plain,
+    is_pointwise,
+    of_no_tensor,
+    settings_of,
+)
 
 unchanged: Any = getattr(compiled, "unchanged", None)
 class_version: Any = getattr(compiled, "class_version", None)
@@ -31,6 +41,7 @@ class Between(NamedTuple):
 
     norm_eps: float | None = None
     activation: str = "relu"
+    slope: float = Options().slope
 
 
 class PlainBranch(NamedTuple):
@@ -80,8 +91,8 @@ def two_layers(
 
     The layers are for this many spatial dimensions, and is_norm tells the LayerNorm over the hidden units.
     """
-    silu = is_plain(activation, nn.SiLU)
-    if not (silu or is_plain(activation, nn.ReLU)) or not is_pointwise(first, dims) or not is_pointwise(last, dims):
+    kind = activation_of(activation)
+    if kind is None or not is_pointwise(first, dims) or not is_pointwise(last, dims):
         return None
     normalised: Any = None
     if norm is not None and not is_plain(norm, nn.Identity):
@@ -91,7 +102,7 @@ def two_layers(
     return PlainBranch(
         tuple(module for module in (first, norm, activation, last) if module is not None),
         (*_weight_and_bias(first), *_weight_and_bias(normalised), *_weight_and_bias(last)),
-        Between(None if normalised is None else normalised.eps, "silu" if silu else "relu"),
+        Between(None if normalised is None else normalised.eps, *kind),
     )
 
 
@@ -100,7 +111,9 @@ def one_layer(layer: nn.Module) -> PlainBranch | None:
     return PlainBranch((layer,), (*_weight_and_bias(layer), *NO_WEIGHTS[2:])) if is_pointwise(layer) else None
 
 
-def layers(mask: nn.Module | None, scale: PlainBranch | None, shift: PlainBranch | None, gate: Gate) -> Layers | None:
+def layers(
+    mask: nn.Module | None, scale: PlainBranch | None, shift: PlainBranch | None, gate: Gate, final_activation: str = "none"
+) -> Layers | None:
     """Those of a block with this mask, which must be plain, and these branches; None if the two do not match."""
     given = [branch for branch in (scale, shift) if branch is not None]
     between = given[0].between if given else Between()
@@ -111,7 +124,13 @@ def layers(mask: nn.Module | None, scale: PlainBranch | None, shift: PlainBranch
     return Layers(
         modules if mask is None else (mask, *modules),
         (_weight_and_bias(mask), *of_branches),
-        Options(between.norm_eps, ACTIVATIONS[between.activation], hard_gate=gate.hard()),
+        Options(
+            between.norm_eps,
+            ACTIVATIONS[between.activation],
+            between.slope,
+            gate.hard(),
+            FINAL_ACTIVATIONS[final_activation],
+        ),
     )
 
 
@@ -179,13 +198,14 @@ class FusedBlock(nn.Module):
 
     inplanes: int
     inplace: bool = False
+    final_activation: str = "none"
     _seen: _Seen | None = None
     _watched = False
     """Whether changes of its class and new fields of its own count, too."""
 
     def _decisive(self) -> tuple[str, ...]:
         """The attributes of the block that decide what it computes."""
-        return ("gate", "process_group", "inplace")
+        return ("gate", "process_group", "inplace", "final_activation")
 
     def _may_be_seen(self) -> bool:
         """Whether it is enough to look at the block once, and then at what `_C.unchanged` looks at."""
@@ -199,7 +219,7 @@ class FusedBlock(nn.Module):
         """The layers, if all of them are the plain ones."""
         raise NotImplementedError
 
-    def _with_called_layers(self, x: Tensor) -> Tensor:
+    def _with_called_layers(self, x: Tensor, residual: Tensor | None, valid: Tensor | None) -> Tensor:
         """The output, by calling the submodules."""
         raise NotImplementedError
 
@@ -215,14 +235,14 @@ class FusedBlock(nn.Module):
         check_channels(x, self.inplanes if first is None else first.size(1))  # a block may have been pruned
         raise error
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
         if not isinstance(x, Tensor):
-            return of_no_tensor(self, x)
+            return of_no_tensor(self, x, residual=residual, valid=valid)
         seen = None if is_compiling() else self._seen
         weights = None if seen is None else seen.weights(self)
         if seen is not None and weights is not None:
             try:
-                return functional.fused(x, weights, seen.options, inplace=seen.inplace)
+                return functional.fused(x, weights, residual, valid, seen.options, inplace=seen.inplace)
             except RuntimeError as error:
                 return self._refused(x, error)
         found = self._plain_layers()
@@ -231,12 +251,12 @@ class FusedBlock(nn.Module):
             self._seen = _Seen(self, found) if found is not None and lasting else None
         if found is None:
             try:
-                return self._with_called_layers(x)
+                return self._with_called_layers(x, residual, valid)
             except RuntimeError as error:
                 self._explain(x, error)
         weights = [[parameter(*source) for source in sources] for sources in found.weights]
         try:
-            return functional.fused(x, weights, found.options, inplace=self._overwrites())
+            return functional.fused(x, weights, residual, valid, found.options, inplace=self._overwrites())
         except RuntimeError as error:
             return self._refused(x, error)
 

@@ -9,7 +9,8 @@ import contextlib
 import math
 import numbers
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeGuard, TypeVar
 
@@ -17,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from .. import _checks, reference
+from .. import _arguments, _checks, reference
+from .._arguments import Options
 from ..reference import accumulation_dtype
 
-ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
+FINAL_ACTIVATIONS = tuple(_arguments.FINAL_ACTIVATIONS)
 GATES = ("sigmoid", "hard_sigmoid")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # fields of a module
 GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)  # of torch.nn.modules.module, for every module that is called
@@ -41,6 +43,37 @@ class Gate(NamedTuple):
     def hard(self) -> list[float] | None:
         """[alpha, beta] of a hard sigmoid, as the operators take it."""
         return [self.alpha, self.beta] if self.kind == "hard_sigmoid" else None
+
+
+def make_activation(name: str, slope: float) -> nn.Module:
+    """Torch's module of that activation.
+
+    Raises:
+        ValueError: there is no such activation.
+    """
+    check_choice("activation", name, _arguments.ACTIVATIONS)
+    make: dict[str, Callable[[], nn.Module]] = {
+        "none": nn.Identity,
+        "relu": nn.ReLU,
+        "silu": nn.SiLU,
+        "gelu": nn.GELU,
+        "gelu_tanh": partial(nn.GELU, "tanh"),
+        "hardswish": nn.Hardswish,
+        "leaky_relu": partial(nn.LeakyReLU, slope),
+    }
+    return make[name]()
+
+
+def activation_of(module: nn.Module) -> tuple[str, float] | None:
+    """The activation that a plain module of torch computes, by name, and the slope of a LeakyReLU; None for another module."""
+    if is_plain(module, nn.LeakyReLU):
+        return "leaky_relu", module.negative_slope
+    if is_plain(module, nn.GELU):
+        name = {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
+    else:
+        names = {nn.Identity: "none", nn.ReLU: "relu", nn.SiLU: "silu", nn.Hardswish: "hardswish"}
+        name = next((name for kind, name in names.items() if is_plain(module, kind)), None)
+    return None if name is None else (name, Options().slope)
 
 
 def check_choice(name: str, value: object, valid: Iterable[object]) -> None:
@@ -126,8 +159,10 @@ def check_channels(x: Tensor, channels: int) -> None:
         raise RuntimeError(f"x must have {channels} channels (inplanes), got shape {list(x.shape)}{hint}")
 
 
-def of_no_tensor(block: nn.Module, x: Any) -> Any:
+def of_no_tensor(block: nn.Module, x: Any, **others: Any) -> Any:
     """What a call of the block with x gives that is no tensor: in a graph that torch.fx traces a node that calls the block.
+
+    Of the other arguments those that are None are left out.
 
     Raises:
         TypeError: x is nothing that stands for a tensor, or the block is all that is traced.
@@ -138,7 +173,8 @@ def of_no_tensor(block: nn.Module, x: Any) -> Any:
         raise TypeError(
             f"a {type(block).__name__} is one node to torch.fx: trace a module that holds it, such as nn.Sequential"
         )
-    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(block), (x,), {})
+    given = {name: value for name, value in others.items() if value is not None}
+    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(block), (x,), given)
 
 
 def _torchs_methods(kind: type[nn.Module], *names: str) -> dict[str, Any]:
@@ -163,7 +199,8 @@ METHODS: dict[type[nn.Module], dict[str, Any]] = {
     **{
         kind: _torchs_methods(kind, "forward")
         for kind in (
-            *(nn.LayerNorm, nn.ReLU, nn.SiLU, nn.Identity, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.Dropout),
+            *(nn.LayerNorm, nn.ReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.LeakyReLU, nn.Identity, nn.Sigmoid, nn.Hardsigmoid),
+            *(nn.Softmax, nn.Dropout),
             *AVERAGE_POOLS.values(),
         )
     },
@@ -172,6 +209,8 @@ METHODS: dict[type[nn.Module], dict[str, Any]] = {
 SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
     **dict.fromkeys(CONVOLUTIONS.values(), ("kernel_size", "stride", "padding", "groups")),
     nn.LayerNorm: ("eps", "normalized_shape"),
+    nn.GELU: ("approximate",),
+    nn.LeakyReLU: ("negative_slope",),
     nn.Softmax: ("dim",),
     nn.Dropout: ("p",),
     **dict.fromkeys(AVERAGE_POOLS.values(), ("output_size",)),
@@ -272,8 +311,8 @@ def _is_for_images(mask: nn.Module) -> bool:
     return next((parameter.dim() for parameter in mask.parameters() if parameter.dim() in (4, 5)), None) == 4
 
 
-def called_attention(mask: nn.Module, x: Tensor) -> Tensor:
-    """The softmax over positions [N, P] of what the mask, called as the module it is, makes of x.
+def called_attention(mask: nn.Module, x: Tensor, valid: Tensor | None = None) -> Tensor:
+    """The softmax over the positions that count [N, P] of what the mask, called as the module it is, makes of x.
 
     A mask for images gets the positions of any other x in a column, [N, C, P, 1].
 
@@ -281,6 +320,7 @@ def called_attention(mask: nn.Module, x: Tensor) -> Tensor:
         RuntimeError: the mask gives anything but one logit per position.
     """
     _checks.feature_map("attention_pool", x)
+    _checks.valid_positions("attention_pool", valid, x)
     column = x.dim() != 4 and _is_for_images(mask)
     found = call(mask, x.flatten(2).unsqueeze(3) if column else x, x.dtype)
     samples, positions = x.shape[0], math.prod(x.shape[2:])
@@ -288,10 +328,11 @@ def called_attention(mask: nn.Module, x: Tensor) -> Tensor:
         raise RuntimeError(
             f"conv_mask must give one logit per position of x, {samples} * {positions}, got shape {list(found.shape)}"
         )
-    return found.reshape(samples, positions).to(accumulation_dtype(x)).softmax(1)
+    return reference.softmax(found.reshape(samples, positions).to(accumulation_dtype(x)), reference.flat_valid(valid))
 
 
-def called_context(mask: nn.Module, x: Tensor) -> Tensor:
+def called_context(mask: nn.Module, x: Tensor, valid: Tensor | None = None) -> Tensor:
     """The context [N, C] of x under a mask that is called as the module it is, in the accumulation dtype."""
-    attention = called_attention(mask, x)  # before x is read: the mask may begin with a layer that overwrites it
-    return reference.weighted_sum(x.flatten(2).to(accumulation_dtype(x)), attention)
+    attention = called_attention(mask, x, valid)  # before x is read: the mask may begin with a layer that overwrites it
+    positions = reference.only(x.flatten(2).to(accumulation_dtype(x)), reference.flat_valid(valid))
+    return reference.weighted_sum(positions, attention)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import _split, functional
 from . import _layers, _state_dict
 from ._fused import FusedBlock, Layers, PlainBranch, layers, two_layers
-from ._layers import ACTIVATIONS, GATES, Gate
+from ._layers import FINAL_ACTIVATIONS, GATES, Gate
 
 POOLING_TYPES = ("att", "avg")
 FUSION_TYPES = ("channel_add", "channel_mul")
@@ -40,9 +40,12 @@ class GlobalContextBlock(FusedBlock):
         planes: the hidden units themselves, instead of a ratio.
         norm: whether a LayerNorm stands between the two layers of a branch.
         eps: epsilon of the LayerNorms.
-        activation: ``"relu"`` or ``"silu"``, between the two layers.
+        activation: between the two layers: ``"none"``, ``"relu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"``, ``"hardswish"`` or
+            ``"leaky_relu"``.
+        slope: of ``"leaky_relu"`` below 0.
         gate: what the scale goes through: ``"sigmoid"``, or ``"hard_sigmoid"`` for ``clip(gate_alpha t + gate_beta, 0, 1)``.
         gate_alpha, gate_beta: of the hard sigmoid; torch uses 1/6 and 1/2, ONNX 0.2 and 0.5.
+        final_activation: of the result, behind the residual if one is given: ``"none"`` or ``"relu"``.
         process_group: a torch.distributed group; each of its processes holds a part of every image, split along a spatial
             dimension. The context is that of the whole image: one collective of ``N (C + 1)`` numbers in forward, one of
             ``N C`` in backward. The caller sums the gradients of the parameters over the group. deepcopy of the block fails.
@@ -52,6 +55,8 @@ class GlobalContextBlock(FusedBlock):
     Shapes:
         Input ``[N, C, *spatial]`` with one, two or three (or more) spatial dimensions; the output is like it, in its dtype and
         memory format. The input is float16, bfloat16, float32 or float64, the parameters of its dtype or float32.
+        ``block(x, residual, valid)`` adds a residual of the shape and dtype of x to the result before the final activation, and
+        pools over the positions that count: valid is bool, ``[N, *spatial]`` or ``[1, *spatial]``. Both may be None.
 
     Raises:
         ValueError: an argument of the constructor is not valid. The message says what is valid.
@@ -65,7 +70,7 @@ class GlobalContextBlock(FusedBlock):
 
     if TYPE_CHECKING:  # that of nn.Module takes and returns Any
 
-        def __call__(self, x: Tensor) -> Tensor: ...
+        def __call__(self, x: Tensor, residual: Tensor | None = None, valid: Tensor | None = None) -> Tensor: ...
 
     def __init__(
         self,
@@ -79,9 +84,11 @@ class GlobalContextBlock(FusedBlock):
         norm: bool = True,
         eps: float = 1e-5,
         activation: str = "relu",
+        slope: float = 0.01,
         gate: str = "sigmoid",
         gate_alpha: float = 1 / 6,
         gate_beta: float = 0.5,
+        final_activation: str = "none",
         process_group: torch.distributed.ProcessGroup | None = None,
         inplace: bool = False,
         device: torch.device | str | None = None,
@@ -94,14 +101,15 @@ class GlobalContextBlock(FusedBlock):
         _layers.check_choice("pooling_type", pooling_type, POOLING_TYPES)
         if not fusion_types or not all(isinstance(fusion, str) and fusion in FUSION_TYPES for fusion in fusion_types):
             raise ValueError(f"fusion_types must be one or more of {FUSION_TYPES}, got {fusion_types!r}")
-        _layers.check_choice("activation", activation, ACTIVATIONS)
         _layers.check_choice("gate", gate, GATES)
+        _layers.check_choice("final_activation", final_activation, FINAL_ACTIVATIONS)
         self.inplanes = inplanes = _layers.count_channels(inplanes, in_channels)
         self.ratio = ratio
         self.planes = planes = _layers.hidden_units(inplanes, ratio, planes)
         self.pooling_type = pooling_type
         self.fusion_types = fusion_types
         self.gate = Gate(gate, gate_alpha, gate_beta)
+        self.final_activation = final_activation
         self.process_group = process_group
         self.inplace = inplace
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -112,7 +120,7 @@ class GlobalContextBlock(FusedBlock):
             return nn.Sequential(
                 nn.Conv2d(inplanes, planes, 1, **factory),
                 nn.LayerNorm([planes, 1, 1], eps=eps, **factory) if norm else nn.Identity(),
-                ACTIVATIONS[activation](),
+                _layers.make_activation(activation, slope),
                 nn.Conv2d(planes, inplanes, 1, **factory),
             )
 
@@ -137,13 +145,13 @@ class GlobalContextBlock(FusedBlock):
                 nn.init.zeros_(branch[3].weight)
                 nn.init.zeros_(branch[3].bias)
 
-    def attention_map(self, x: Tensor) -> Tensor:
+    def attention_map(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """Where the block looks: the softmax over positions, ``[N, *spatial]``, for pictures. Not differentiable."""
         if self.conv_mask is None:
             raise RuntimeError("pooling_type must be 'att' for an attention map, got 'avg'")
         if _layers.is_pointwise(self.conv_mask):
-            return functional.attention_map(x, self.conv_mask.weight, self.conv_mask.bias)
-        return _layers.called_attention(self.conv_mask, x).detach().reshape(x.shape[:1] + x.shape[2:])
+            return functional.attention_map(x, self.conv_mask.weight, self.conv_mask.bias, valid=valid)
+        return _layers.called_attention(self.conv_mask, x, valid).detach().reshape(x.shape[:1] + x.shape[2:])
 
     def extra_repr(self) -> str:
         return f"{self.inplanes}, ratio={self.ratio}, pooling_type={self.pooling_type!r}, fusion_types={self.fusion_types!r}"
@@ -155,27 +163,33 @@ class GlobalContextBlock(FusedBlock):
         scale, shift = (None if branch is None else _branch(branch) for branch in (mul, add))
         if (scale is None and mul is not None) or (shift is None and add is not None):
             return None
-        return None if mask is not None and not _layers.is_pointwise(mask) else layers(mask, scale, shift, self.gate)
+        return (
+            None
+            if mask is not None and not _layers.is_pointwise(mask)
+            else layers(mask, scale, shift, self.gate, self.final_activation)
+        )
 
-    def _with_called_layers(self, x: Tensor) -> Tensor:
-        context = _layers.as_image(self._context(x))
+    def _with_called_layers(self, x: Tensor, residual: Tensor | None, valid: Tensor | None) -> Tensor:
+        context = _layers.as_image(self._context(x, valid))
         mul, add = self.channel_mul_conv, self.channel_add_conv
         scale = None if mul is None else self.gate(_layers.call_on_context(mul, context, x))
         shift = None if add is None else _layers.call_on_context(add, context.clone(), x)  # mul has saved its own
-        return functional.channel_fuse(x, scale, shift, inplace=self.inplace)
+        return functional.channel_fuse(
+            x, scale, shift, residual=residual, final_activation=self.final_activation, inplace=self.inplace
+        )
 
-    def _context(self, x: Tensor) -> Tensor:
+    def _context(self, x: Tensor, valid: Tensor | None) -> Tensor:
         if self.process_group is not None:
             mask = self.conv_mask
             if mask is not None and not _layers.is_pointwise(mask):
                 raise RuntimeError("with process_group, conv_mask must be a plain 1x1 convolution without hooks, got another")
             weight, bias = (None, None) if mask is None else (mask.weight, mask.bias)
-            return _split.attention_pool(x, weight, bias, self.process_group)
+            return _split.attention_pool(x, weight, bias, valid, self.process_group)
         if self.conv_mask is None:
-            return functional.attention_pool(x)
+            return functional.attention_pool(x, valid=valid)
         if _layers.is_pointwise(self.conv_mask):
-            return functional.attention_pool(x, self.conv_mask.weight, self.conv_mask.bias)
-        return _layers.called_context(self.conv_mask, x)
+            return functional.attention_pool(x, self.conv_mask.weight, self.conv_mask.bias, valid=valid)
+        return _layers.called_context(self.conv_mask, x, valid)
 
 
 def _branch(branch: Any) -> PlainBranch | None:

@@ -49,7 +49,8 @@ class NonLocalBlock(nn.Module):
 
     Shapes:
         Input ``[N, C, *spatial]`` with one, two or three spatial dimensions; the output is like it, in its dtype. What lies
-        between is computed in the dtype of the parameters.
+        between is computed in the dtype of the parameters. Unlike the other blocks this one takes neither a residual nor valid
+        positions.
 
     Raises:
         ValueError: an argument of the constructor is not valid. The message says what is valid.

@@ -22,11 +22,14 @@ class SimplifiedNonLocalBlock(FusedBlock):
     Args:
         inplanes: C, the channels of the input and of the output.
         in_channels: mmcv's name for inplanes.
+        final_activation: of the result, behind the residual if one is given: ``"none"`` or ``"relu"``.
         inplace: overwrite the input with the output. For inference: with autograd it is an error.
         device, dtype: of the parameters, as in every nn.Module.
 
     Shapes:
         Input ``[N, C, *spatial]``; the output is like it, in its dtype and memory format.
+        ``block(x, residual, valid)`` adds a residual of the shape and dtype of x to the result before the final activation, and
+        pools over the positions that count: valid is bool, ``[N, *spatial]`` or ``[1, *spatial]``. Both may be None.
 
     Raises:
         TypeError: inplanes is missing, or both inplanes and in_channels are given.
@@ -38,13 +41,14 @@ class SimplifiedNonLocalBlock(FusedBlock):
 
     if TYPE_CHECKING:  # that of nn.Module takes and returns Any
 
-        def __call__(self, x: Tensor) -> Tensor: ...
+        def __call__(self, x: Tensor, residual: Tensor | None = None, valid: Tensor | None = None) -> Tensor: ...
 
     def __init__(
         self,
         inplanes: int | None = None,
         *,
         in_channels: int | None = None,
+        final_activation: str = "none",
         inplace: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -52,6 +56,8 @@ class SimplifiedNonLocalBlock(FusedBlock):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.inplanes = inplanes = _layers.count_channels(inplanes, in_channels)
+        _layers.check_choice("final_activation", final_activation, _layers.FINAL_ACTIVATIONS)
+        self.final_activation = final_activation
         self.inplace = inplace
         self.conv_mask = nn.Conv2d(inplanes, 1, 1, **factory)
         self.conv_out = nn.Conv2d(inplanes, inplanes, 1, **factory)
@@ -64,26 +70,28 @@ class SimplifiedNonLocalBlock(FusedBlock):
         for tensor in (self.conv_mask.bias, self.conv_out.weight, self.conv_out.bias):
             nn.init.zeros_(tensor)
 
-    def attention_map(self, x: Tensor) -> Tensor:
+    def attention_map(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """Where the block looks: the softmax over positions, ``[N, *spatial]``, for pictures. Not differentiable."""
         if _layers.is_pointwise(self.conv_mask):
-            return functional.attention_map(x, self.conv_mask.weight, self.conv_mask.bias)
-        return _layers.called_attention(self.conv_mask, x).detach().reshape(x.shape[:1] + x.shape[2:])
+            return functional.attention_map(x, self.conv_mask.weight, self.conv_mask.bias, valid=valid)
+        return _layers.called_attention(self.conv_mask, x, valid).detach().reshape(x.shape[:1] + x.shape[2:])
 
     def extra_repr(self) -> str:
         return f"{self.inplanes}"
 
     def _plain_layers(self) -> Layers | None:
         shift = one_layer(self.conv_out)
-        return (
-            None if shift is None or not _layers.is_pointwise(self.conv_mask) else layers(self.conv_mask, None, shift, Gate())
-        )
+        if shift is None or not _layers.is_pointwise(self.conv_mask):
+            return None
+        return layers(self.conv_mask, None, shift, Gate(), self.final_activation)
 
-    def _with_called_layers(self, x: Tensor) -> Tensor:
+    def _with_called_layers(self, x: Tensor, residual: Tensor | None, valid: Tensor | None) -> Tensor:
         mask = self.conv_mask
         if _layers.is_pointwise(mask):
-            context = functional.attention_pool(x, mask.weight, mask.bias)
+            context = functional.attention_pool(x, mask.weight, mask.bias, valid=valid)
         else:
-            context = _layers.called_context(mask, x)
+            context = _layers.called_context(mask, x, valid)
         shift = _layers.call_on_context(self.conv_out, _layers.as_image(context), x)
-        return functional.channel_fuse(x, None, shift, inplace=self.inplace)
+        return functional.channel_fuse(
+            x, None, shift, residual=residual, final_activation=self.final_activation, inplace=self.inplace
+        )

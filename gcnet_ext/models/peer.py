@@ -211,7 +211,7 @@ class FusedPeer(Peer, FusedBlock):
         skeleton = self._skeleton()
         return None if skeleton is None or why_called(skeleton) else plain_layers(skeleton)
 
-    def _with_called_layers(self, x: Tensor) -> Tensor:
+    def _with_called_layers(self, x: Tensor, residual: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
         """Pooling and fusion are compiled, and the layers between are called as the modules they are."""
         skeleton = self._skeleton()
         if skeleton is None:

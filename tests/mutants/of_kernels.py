@@ -60,8 +60,8 @@ MUTANTS = (
     Mutant(
         "fuse-rest-of-a-row",
         "csrc/cpu/kernels/channel_fuse.h",
-        "store(row + i + j, «fused(i + j, lanes)», lanes);",
-        "fused(j, lanes)",
+        "store(row + i + j, «value(i + j, lanes)», lanes);",
+        "value(j, lanes)",
         "The rest of a row is computed from its beginning.",
         (LAYOUTS, FUSE),
     ),

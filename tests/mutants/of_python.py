@@ -65,7 +65,7 @@ MUTANTS = (
     ),
     Mutant(
         "shapes-one-channel",
-        "gcnet_ext/_shapes.py",
+        "gcnet_ext/_bits.py",
         "if «channels == 1 or x.stride(1) != 1» or all",
         "x.stride(1) != 1",
         "The shape function takes one channel with a stride of one for channels_last.",
@@ -146,7 +146,7 @@ MUTANTS = (
     Mutant(
         "scale-and-shift-swapped",
         "gcnet_ext/_arguments.py",
-        "return cls(x, mask, «list(scale or NO_BRANCH), list(shift or NO_BRANCH)», None",
+        "return cls(x, mask, «list(scale or NO_BRANCH), list(shift or NO_BRANCH)», residual",
         "list(shift or NO_BRANCH), list(scale or NO_BRANCH)",
         "The branch that adds multiplies, and the other way round.",
         (LAYOUTS, BLOCK),
@@ -154,7 +154,7 @@ MUTANTS = (
     Mutant(
         "fallback-map-with-a-graph",
         "gcnet_ext/functional.py",
-        "return reference.attention_map(x, weight, bias)«.detach()»",
+        "return reference.attention_map(x, weight, bias, valid=valid)«.detach()»",
         "",
         "In plain PyTorch a map of the attention drags its graph along.",
         (DISPATCH,),
@@ -291,7 +291,7 @@ MUTANTS = (
     Mutant(
         "map-with-a-graph",
         "gcnet_ext/blocks/global_context.py",
-        "_layers.called_attention(self.conv_mask, x)«.detach()».reshape",
+        "_layers.called_attention(self.conv_mask, x, valid)«.detach()».reshape",
         "",
         "A map of the attention of a mask that is called drags its graph along.",
         (SUBMODULES,),

@@ -1,6 +1,8 @@
 // Channel fusion of one block, and the sums over positions that its backward pass and average pooling need.
 //
-//   out = x*scale + shift        sum_a = sum_p a_p        sum_ab = sum_p a_p b_p
+//   out = relu(x*scale + shift + residual)        sum_a = sum_p a_p        sum_ab = sum_p a_p b_p
+//
+// The ReLU leaves a bit for each element, 0 where its argument is at most 0: the gradient passes where the bit is 1.
 #pragma once
 
 #include "simd.h"
@@ -11,27 +13,61 @@ namespace gcnet_ext::cpu::GCNET_CAPABILITY {
 template <typename scalar_t>
 constexpr int64_t kWriteAhead = 2048 / sizeof(scalar_t);
 
-// row = in*scale + shift for `count` elements of a row; scale(i, lanes) and shift(i, lanes) are the vectors for element i on.
-template <bool past_caches, typename scalar_t, typename Scale, typename Shift>
-inline void fuse_row(const scalar_t* in, int64_t count, const Scale& scale, const Shift& shift, scalar_t* row) {
+// row[i] = value(i, lanes) for `count` elements of a row, in their order.
+template <bool past_caches, typename scalar_t, typename Value>
+[[gnu::always_inline]] inline void write_row(scalar_t* row, int64_t count, const Value& value) {
   using acc = acc_t<scalar_t>;
   constexpr std::integral_constant<int64_t, kLanes<acc>> all;
-  const auto fused = [&](int64_t i, auto lanes) { return load(in + i, lanes) * scale(i, lanes) + shift(i, lanes); };
   if constexpr (past_caches) {
     return for_each_vector_to<true>(row, count,
-                                    [&](int64_t i, auto lanes) { store_to<true>(row + i, fused(i, lanes), lanes); });
+                                    [&](int64_t i, auto lanes) { store_to<true>(row + i, value(i, lanes), lanes); });
   }
   const auto ask = [&](int64_t i) { __builtin_prefetch(row + i + kWriteAhead<scalar_t>, 1); };
   constexpr int64_t lines = std::max<int64_t>(1, 2 * all / kLine<scalar_t>);
   int64_t i = 0;
   for (; i + 2 * all <= count; i += 2 * all) {
     for (int64_t line = 0; line < lines; line++) ask(i + line * kLine<scalar_t>);
-    store_two(row + i, fused(i, all), fused(i + all, all));
+    const Vec<acc> first = value(i, all), second = value(i + all, all);
+    store_two(row + i, first, second);
   }
   if (i == count) return;
   ask(i);
-  for_each_vector<acc>(count - i, [&](int64_t j, auto lanes) { store(row + i + j, fused(i + j, lanes), lanes); });
+  for_each_vector<acc>(count - i, [&](int64_t j, auto lanes) { store(row + i + j, value(i + j, lanes), lanes); });
 }
+
+// The bits of a row, in their order.
+class BitWriter {
+ public:
+  explicit BitWriter(uint8_t* next) : next_(next) {}
+  void push(uint32_t bits, int64_t count) {
+    bits_ |= static_cast<uint64_t>(bits & ((1u << count) - 1)) << held_;
+    for (held_ += count; held_ >= 8; held_ -= 8, bits_ >>= 8) *next_++ = static_cast<uint8_t>(bits_);
+  }
+  void flush() {
+    if (held_ > 0) *next_ = static_cast<uint8_t>(bits_);
+  }
+
+ private:
+  uint8_t* next_;
+  uint64_t bits_ = 0;
+  int64_t held_ = 0;  // bits that have not been written
+};
+class BitReader {
+ public:
+  explicit BitReader(const uint8_t* next) : next_(next) {}
+  uint32_t pull(int64_t count) {
+    for (; held_ < count; held_ += 8) bits_ |= static_cast<uint64_t>(*next_++) << held_;
+    const uint32_t found = static_cast<uint32_t>(bits_);
+    bits_ >>= count;
+    held_ -= count;
+    return found;
+  }
+
+ private:
+  const uint8_t* next_;
+  uint64_t bits_ = 0;
+  int64_t held_ = 0;  // bits that have been read and not been asked for
+};
 
 // row = in, bit for bit: from arithmetic a NaN would come back with other bits, and a small bfloat16 of AVX512_BF16 as zero.
 template <bool past_caches, typename scalar_t>
@@ -50,10 +86,56 @@ inline void copy_row(const scalar_t* in, int64_t count, scalar_t* row) {
   copy(end, count);
 }
 
+// row = relu(in*scale + shift + residual), each of the last two if wanted; scale(i, lanes) and shift(i, lanes) are the vectors for
+// element i on. The bits of the ReLU go to `bits`, if that is not null.
+template <bool past_caches, bool has_residual, bool has_relu, typename scalar_t, typename Scale, typename Shift>
+[[gnu::always_inline]] inline void fuse_more_row(const scalar_t* in, const scalar_t* residual, int64_t count, uint8_t* bits,
+                                                 const Scale& scale, const Shift& shift, scalar_t* row) {
+  using acc = acc_t<scalar_t>;
+  BitWriter positive(bits);
+  write_row<past_caches>(row, count, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+    Vec<acc> value = load(in + i, lanes) * scale(i, lanes) + shift(i, lanes);
+    if constexpr (has_residual) value += load(residual + i, lanes);
+    if constexpr (has_relu) {
+      if (bits) positive.push(above_zero(value), lanes);
+      value = value < acc(0) ? Vec<acc>{} : value;  // a NaN stays one
+    }
+    return value;
+  });
+  if (bits) positive.flush();
+}
+
+// With a residual or a ReLU, or both.
+template <bool past_caches, bool has_residual, bool has_relu, typename scalar_t>
+void fuse_more(Block<const scalar_t> x, const Fusion<scalar_t>& fusion, Block<scalar_t> out) {
+  using acc = acc_t<scalar_t>;
+  const Block<const scalar_t> residual = fusion.residual;
+  const acc *const scale = fusion.scale, *const shift = fusion.shift;
+  const Bits<uint8_t> positive = fusion.positive;
+  const auto bits = [=](int64_t r) { return positive.data ? positive.data + r * positive.stride : nullptr; };
+  if (!x.channels_last) {
+    for (int64_t c = 0; c < x.channels; c++) {
+      const Vec<acc> s = broadcast(scale ? scale[c] : acc(1)), t = broadcast(shift ? shift[c] : -acc(0));
+      fuse_more_row<past_caches, has_residual, has_relu>(
+          x.data + c * x.channel_stride, has_residual ? residual.data + c * residual.channel_stride : nullptr, x.positions,
+          bits(c), [=](auto...) { return s; }, [=](auto...) { return t; }, out.data + c * out.channel_stride);
+    }
+    return;
+  }
+  const auto s = [=](int64_t c, auto lanes) { return scale ? load(scale + c, lanes) : broadcast(acc(1)); };
+  const auto t = [=](int64_t c, auto lanes) { return shift ? load(shift + c, lanes) : broadcast(-acc(0)); };
+  for (int64_t p = 0; p < x.positions; p++) {
+    fuse_more_row<past_caches, has_residual, has_relu>(x.data + p * x.position_stride,
+                                                       has_residual ? residual.data + p * residual.position_stride : nullptr,
+                                                       x.channels, bits(p), s, t, out.data + p * out.position_stride);
+  }
+}
+
 // An absent shift is -0: what is added to 0 would turn a product of -0 into 0.
 template <typename scalar_t>
-void channel_fuse(Block<const scalar_t> x, const acc_t<scalar_t>* scale, const acc_t<scalar_t>* shift, Block<scalar_t> out) {
+void channel_fuse(Block<const scalar_t> x, const Fusion<scalar_t>& fusion, Block<scalar_t> out) {
   using acc = acc_t<scalar_t>;
+  const acc *const scale = fusion.scale, *const shift = fusion.shift;
   const auto copied = [&](auto past_caches) {
     const int64_t rows = x.channels_last ? x.positions : x.channels, count = x.channels_last ? x.channels : x.positions;
     const int64_t in_stride = x.channels_last ? x.position_stride : x.channel_stride;
@@ -63,19 +145,31 @@ void channel_fuse(Block<const scalar_t> x, const acc_t<scalar_t>* scale, const a
   const auto rows = [&](auto past_caches) {
     for (int64_t c = 0; c < x.channels; c++) {
       const Vec<acc> s = broadcast(scale ? scale[c] : acc(1)), t = broadcast(shift ? shift[c] : -acc(0));
-      fuse_row<past_caches>(
-          x.data + c * x.channel_stride, x.positions, [&](auto...) { return s; }, [&](auto...) { return t; },
-          out.data + c * out.channel_stride);
+      const scalar_t* in = x.data + c * x.channel_stride;
+      write_row<past_caches>(out.data + c * out.channel_stride, x.positions,
+                             [=](int64_t i, auto lanes) { return load(in + i, lanes) * s + t; });
     }
   };
   const auto rows_of_channels = [&](auto past_caches, auto scaled, auto shifted) {
-    const auto s = [&](int64_t c, auto lanes) { return scaled ? load(scale + c, lanes) : broadcast(acc(1)); };
-    const auto t = [&](int64_t c, auto lanes) { return shifted ? load(shift + c, lanes) : broadcast(-acc(0)); };
-    for (int64_t p = 0; p < x.positions; p++) {
-      fuse_row<past_caches>(x.data + p * x.position_stride, x.channels, s, t, out.data + p * out.position_stride);
+    // Copies: a vector that is stored might lie anywhere, as far as the compiler knows, and change what is only referred to.
+    const Block<const scalar_t> from = x;
+    const Block<scalar_t> to = out;
+    for (int64_t p = 0; p < from.positions; p++) {
+      const scalar_t* in = from.data + p * from.position_stride;
+      write_row<past_caches>(to.data + p * to.position_stride, from.channels, [=](int64_t c, auto lanes) {
+        const Vec<acc> s = scaled ? load(scale + c, lanes) : broadcast(acc(1));
+        const Vec<acc> t = shifted ? load(shift + c, lanes) : broadcast(-acc(0));
+        return load(in + c, lanes) * s + t;
+      });
     }
   };
-  if (!scale && !shift) {
+  if (fusion.residual.data && fusion.relu) {
+    with_flags([&](auto past_caches) { fuse_more<past_caches, true, true>(x, fusion, out); }, out.past_caches);
+  } else if (fusion.residual.data) {
+    with_flags([&](auto past_caches) { fuse_more<past_caches, true, false>(x, fusion, out); }, out.past_caches);
+  } else if (fusion.relu) {
+    with_flags([&](auto past_caches) { fuse_more<past_caches, false, true>(x, fusion, out); }, out.past_caches);
+  } else if (!scale && !shift) {
     with_flags(copied, out.past_caches);
   } else if (x.channels_last) {
     with_flags(rows_of_channels, out.past_caches, scale, shift);
@@ -83,6 +177,23 @@ void channel_fuse(Block<const scalar_t> x, const acc_t<scalar_t>* scale, const a
     with_flags(rows, out.past_caches);
   }
   if (out.past_caches) fence();
+}
+
+template <typename scalar_t>
+void relu_backward(Block<const scalar_t> grad, Bits<const uint8_t> positive, Block<scalar_t> masked) {
+  using acc = acc_t<scalar_t>;
+  const bool channels_last = grad.channels_last;
+  const int64_t rows = channels_last ? grad.positions : grad.channels;
+  const int64_t count = channels_last ? grad.channels : grad.positions;
+  const int64_t grad_stride = channels_last ? grad.position_stride : grad.channel_stride;
+  const int64_t masked_stride = channels_last ? masked.position_stride : masked.channel_stride;
+  for (int64_t r = 0; r < rows; r++) {
+    const scalar_t* in = grad.data + r * grad_stride;
+    BitReader bits(positive.data + r * positive.stride);
+    write_row</*past_caches=*/false>(masked.data + r * masked_stride, count, [&](int64_t i, auto lanes) {
+      return where(bits.pull(lanes), Vec<acc>(load(in + i, lanes)));
+    });
+  }
 }
 
 // sum_a += a, sum_ab += a*b for one vector of channels or positions; what is not asked for is not loaded.

@@ -107,6 +107,20 @@ inline void store_past_caches(BFloat16* p, Vec<float> value) {
   _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(bfloat16_words(value)));
 }
 
+// A bit for each lane, 0 where it is at most 0; and the lanes whose bit is 1, zeros in the others.
+inline uint32_t above_zero(Vec<float> v) { return _mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NLE_UQ)); }
+inline uint32_t above_zero(Vec<double> v) { return _mm256_movemask_pd(_mm256_cmp_pd(v, _mm256_setzero_pd(), _CMP_NLE_UQ)); }
+inline Vec<float> where(uint32_t bits, Vec<float> v) {
+  const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i chosen = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane), lane);
+  return _mm256_and_ps(_mm256_castsi256_ps(chosen), v);
+}
+inline Vec<double> where(uint32_t bits, Vec<double> v) {
+  const __m256i lane = _mm256_setr_epi64x(1, 2, 4, 8);
+  const __m256i chosen = _mm256_cmpeq_epi64(_mm256_and_si256(_mm256_set1_epi64x(bits), lane), lane);
+  return _mm256_and_pd(_mm256_castsi256_pd(chosen), v);
+}
+
 inline __m256 fold(Vec<float> v) { return v; }
 inline __m256d fold(Vec<double> v) { return v; }
 

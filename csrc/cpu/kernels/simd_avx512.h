@@ -74,6 +74,12 @@ inline void store_past_caches(BFloat16* p, Vec<float> value) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_bfloat16(value));
 }
 
+// A bit for each lane, 0 where it is at most 0; and the lanes whose bit is 1, zeros in the others.
+inline uint32_t above_zero(Vec<float> v) { return _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ); }
+inline uint32_t above_zero(Vec<double> v) { return _mm512_cmp_pd_mask(v, _mm512_setzero_pd(), _CMP_NLE_UQ); }
+inline Vec<float> where(uint32_t bits, Vec<float> v) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), v); }
+inline Vec<double> where(uint32_t bits, Vec<double> v) { return _mm512_maskz_mov_pd(static_cast<__mmask8>(bits), v); }
+
 inline __m256 fold(Vec<float> v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
 inline __m256d fold(Vec<double> v) { return _mm256_add_pd(_mm512_castpd512_pd256(v), _mm512_extractf64x4_pd(v, 1)); }
 

@@ -49,6 +49,19 @@ inline void store(BFloat16* p, Vec<float> value) {
   std::memcpy(p, &bits, sizeof bits);
 }
 
+// A bit for each lane, 0 where it is at most 0; and the lanes whose bit is 1, zeros in the others.
+template <typename vector_t>
+inline uint32_t above_zero(vector_t v) {
+  uint32_t bits = 0;
+  for (size_t i = 0; i < kVectorBytes / sizeof v[0]; i++) bits |= static_cast<uint32_t>(!(v[i] <= 0)) << i;
+  return bits;
+}
+template <typename vector_t>
+inline vector_t where(uint32_t bits, vector_t v) {
+  for (size_t i = 0; i < kVectorBytes / sizeof v[0]; i++) v[i] = bits >> i & 1 ? v[i] : 0;
+  return v;
+}
+
 // There is no portable way past the caches.
 template <typename scalar_t>
 inline void store_past_caches(scalar_t* p, Vec<acc_t<scalar_t>> value) {

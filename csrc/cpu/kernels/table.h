@@ -1,6 +1,7 @@
 // The loops of one capability, listed; what is taken from the lists is compiled. Included last by kernels_<capability>.cpp.
 #pragma once
 
+#include "activation.h"
 #include "attention_pool.h"
 #include "channel_fuse.h"
 #include "simd.h"
@@ -16,6 +17,7 @@ constexpr MapKernels<scalar_t> kMap{
     .channel_dots = channel_dots<scalar_t>,
     .pool_gradient = pool_gradient<scalar_t>,
     .channel_fuse = channel_fuse<scalar_t>,
+    .relu_backward = relu_backward<scalar_t>,
     .channel_sums = channel_sums<scalar_t>,
 };
 template <typename acc>
@@ -26,6 +28,8 @@ constexpr VectorKernels<acc> kVector{
     .context_dot = context_dot<acc>,
     .moments = moments<acc>,
     .sigmoid = sigmoid<acc>,
+    .activation = activation<acc>,
+    .activation_gradient = activation_gradient<acc>,
 };
 template <typename acc, typename weight_t>
 constexpr MatrixKernels<acc, weight_t> kMatrix{

@@ -3,6 +3,7 @@
 // The bytes choose a loop, a capability, sizes, strides, which arguments are missing, and the numbers themselves, NaN and
 // infinities among them. Buffers are of exactly the size that the block needs, for AddressSanitizer; the result must be that of
 // plain loops in double, up to rounding, and every plan must cover its sample once.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -10,6 +11,7 @@
 #include <cstring>
 #include <limits>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../../../csrc/cpu/kernels.h"
@@ -134,22 +136,62 @@ void fuzz_sums(Source& from, const MapKernels<T>& kernels, int64_t C, int64_t P,
   }
 }
 
+// A byte for every eight elements of a row, in memory that ends with the last of them.
+struct Bitmap {
+  int64_t row;
+  std::vector<uint8_t> bytes;
+
+  Bitmap(int64_t C, int64_t P, bool channels_last)
+      : row(((channels_last ? C : P) + 7) / 8), bytes(row * (channels_last ? P : C), 0xff) {
+    bytes.shrink_to_fit();
+  }
+  bool at(int64_t c, int64_t p, bool channels_last) const {
+    const int64_t i = channels_last ? c : p;
+    return bytes[(channels_last ? p : c) * row + i / 8] >> i % 8 & 1;
+  }
+};
+
 template <typename T>
 void fuzz_fuse(Source& from, const MapKernels<T>& kernels, int64_t C, int64_t P, bool channels_last) {
   using acc = acc_t<T>;
-  const Buffer2d<T> x(from, C, P, channels_last);
-  Buffer2d<T> out(from, C, P, channels_last);
+  const Buffer2d<T> x(from, C, P, channels_last), residual(from, C, P, channels_last);
+  Buffer2d<T> out(from, C, P, channels_last), masked(from, C, P, channels_last);
   const auto scale = numbers<acc>(from, C), shift = numbers<acc>(from, C);
-  const bool scales = from.flag(), shifts = from.flag();
-  const Buffer2d<T> before = out;
-  kernels.channel_fuse(x.read(), scales ? scale.data() : nullptr, shifts ? shift.data() : nullptr, out.write(from.flag()));
+  const bool scales = from.flag(), shifts = from.flag(), adds = from.flag(), relu = from.flag(), keeps = relu && from.flag();
+  const Buffer2d<T> before = out, masked_before = masked;
+  Bitmap bits(C, P, channels_last);
+  Fusion<T> fusion{scales ? scale.data() : nullptr, shifts ? shift.data() : nullptr};
+  if (adds) fusion.residual = residual.read();
+  fusion.relu = relu;
+  if (keeps) fusion.positive = {bits.bytes.data(), bits.row};
+  kernels.channel_fuse(x.read(), fusion, out.write(from.flag()));
   require(out.gaps_as_in(before), "channel_fuse: a gap");
   for (int64_t c = 0; c < C; c++) {
     for (int64_t p = 0; p < P; p++) {
-      const double product = x.at(c, p) * (scales ? scale[c] : 1), added = shifts ? shift[c] : 0;
-      same_stored<T>(out.at(c, p), product + added, std::abs(product) + std::abs(added), "channel_fuse");
+      const double product = x.at(c, p) * (scales ? scale[c] : 1), shifted = shifts ? shift[c] : 0;
+      const double added = adds ? residual.at(c, p) : 0, value = product + shifted + added;
+      const double sizes = std::abs(product) + std::abs(shifted) + std::abs(added), got = out.at(c, p);
+      same_stored<T>(got, relu && value < 0 ? 0 : value, sizes, "channel_fuse");
       const bool same_bits = std::memcmp(&out.element(c, p), &x.element(c, p), sizeof(T)) == 0;
-      require(scales || shifts || same_bits, "channel_fuse: a copy");
+      require(scales || shifts || adds || relu || same_bits, "channel_fuse: a copy");
+      require(!relu || !(got < 0), "channel_fuse: below zero");
+      if (!keeps) continue;
+      const bool bit = bits.at(c, p, channels_last);
+      require(bit ? !(got < 0) : got == 0, "channel_fuse: a bit");  // a bit of 1 may be that of a number that was rounded to 0
+      require(bit || !(got > 0 || std::isnan(got)), "channel_fuse: no bit");
+    }
+  }
+  for (int64_t i = 0; keeps && i < static_cast<int64_t>(bits.bytes.size()); i++) {
+    const int64_t rest = (channels_last ? C : P) % 8;
+    require((i + 1) % bits.row != 0 || rest == 0 || bits.bytes[i] >> rest == 0, "channel_fuse: a bit of no element");
+  }
+  kernels.relu_backward(x.read(), {bits.bytes.data(), bits.row}, masked.write(false));
+  require(masked.gaps_as_in(masked_before), "relu_backward: a gap");
+  for (int64_t c = 0; c < C; c++) {
+    for (int64_t p = 0; p < P; p++) {
+      const double want = bits.at(c, p, channels_last) ? x.at(c, p) : 0, got = masked.at(c, p);
+      // The instruction of AVX512_BF16 takes a number below 2^-126 for zero.
+      require(std::isnan(want) ? std::isnan(got) : got == want || (std::abs(want) < 1e-37 && got == 0), "relu_backward");
     }
   }
 }
@@ -239,6 +281,44 @@ void fuzz_matrix(Source& from, const MatrixKernels<acc, W>& kernels) {
   }
 }
 
+// act(z) and act'(z) in double.
+std::pair<double, double> activated(Activation activation, double slope, double z) {
+  const double s = 1 / (1 + std::exp(-z)), normal = 0.5 * std::erfc(-z * std::sqrt(0.5));
+  const double cubic = std::sqrt(2 / std::acos(-1)) * (z + 0.044715 * z * z * z), s2 = 1 / (1 + std::exp(-2 * cubic));
+  switch (activation) {
+    case Activation::none: return {z, 1};
+    case Activation::relu: return {z < 0 ? 0 : z, z <= 0 ? 0 : 1};
+    case Activation::silu: return {z * s, s * (1 + z * (1 - s))};
+    case Activation::gelu: return {z * normal, normal + z * std::exp(-z * z / 2) / std::sqrt(2 * std::acos(-1))};
+    case Activation::gelu_tanh:
+      return {z * s2, s2 + 2 * z * s2 * (1 - s2) * std::sqrt(2 / std::acos(-1)) * (1 + 3 * 0.044715 * z * z)};
+    case Activation::hardswish: return {z * std::min(6., std::max(0., z + 3)) / 6, z <= -3 ? 0 : z < 3 ? z / 3 + 0.5 : 1};
+    case Activation::leaky_relu: return {z > 0 ? z : z * slope, z > 0 ? 1 : slope};
+  }
+  return {};
+}
+
+template <typename acc>
+void fuzz_activation(Source& from, const VectorKernels<acc>& kernels) {
+  const auto activation = static_cast<Activation>(from.byte() % 7);
+  const acc slope = static_cast<acc>(0.25);
+  const int64_t count = 1 + from.upto(40);
+  const auto z = numbers<acc>(from, count), grad = numbers<acc>(from, count);
+  auto out = z, through = grad;
+  out.shrink_to_fit();
+  through.shrink_to_fit();
+  kernels.activation(activation, slope, out.data(), count);
+  kernels.activation_gradient(activation, slope, z.data(), count, through.data());
+  for (int64_t i = 0; i < count; i++) {
+    if (std::isnan(static_cast<double>(z[i]))) require(std::isnan(static_cast<double>(out[i])), "the activation of NaN");
+    if (!(std::abs(z[i]) < 1e6) || !(std::abs(grad[i]) < 1e6)) continue;
+    const auto [value, slope_there] = activated(activation, slope, z[i]);
+    const double bound = 32 * std::numeric_limits<acc>::epsilon() * (1 + std::abs(double(z[i])));
+    require(std::abs(out[i] - value) <= bound, "activation");
+    require(std::abs(through[i] - grad[i] * slope_there) <= bound * (1 + std::abs(double(grad[i]))), "activation_gradient");
+  }
+}
+
 template <typename acc>
 void fuzz_vectors(Source& from, const VectorKernels<acc>& kernels) {
   const int64_t P = 1 + from.upto(200), parts = 1 + from.upto(5);
@@ -266,6 +346,7 @@ void fuzz_vectors(Source& from, const VectorKernels<acc>& kernels) {
     const double want = 1 / (1 + std::exp(-static_cast<double>(before[i])));
     require(std::isnan(want) ? std::isnan(static_cast<double>(t[i])) : std::abs(t[i] - want) < 1e-6, "sigmoid");
   }
+  fuzz_activation(from, kernels);
 }
 
 void fuzz_plans(Source& from) {

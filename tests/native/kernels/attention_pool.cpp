@@ -1,5 +1,5 @@
-// attention_pool_rows, _positions and _streamed, without the transform in their tail.
-#include "../../../csrc/cuda/attention_pool_launch.h"
+// attention_pool_rows, _positions and _streamed, without the transform in their tail; and over some of the positions.
+#include "../../../csrc/cuda/operators.h"
 #include "kernel_test.h"
 
 namespace kernel_test {
@@ -13,35 +13,44 @@ struct Expected {
 };
 
 template <class T>
-Expected expected(const FeatureMap<T>& x, const std::vector<T>& weight, double bias) {
+Expected expected(const FeatureMap<T>& x, const std::vector<T>& weight, double bias, const std::vector<uint8_t>& valid) {
   const auto [samples, channels, positions] = std::tuple(x.shape.samples, x.shape.channels, x.shape.positions);
   Expected result{std::vector<double>(samples * channels), std::vector<double>(samples * positions)};
   for (int64_t n = 0; n < samples; n++) {
     double* attention = &result.attention[n * positions];
+    const auto counts = [&, n = n, positions = positions](int64_t p) { return valid.empty() || valid[n * positions + p]; };
     double maximum = -INFINITY, sum = 0;
     for (int64_t p = 0; p < positions; p++) {
+      if (!counts(p)) continue;
       attention[p] = bias;
       for (int64_t c = 0; c < channels; c++) attention[p] += static_cast<double>(weight[c]) * x.at(n, c, p);
       maximum = std::fmax(maximum, attention[p]);
     }
-    for (int64_t p = 0; p < positions; p++) sum += attention[p] = std::exp(attention[p] - maximum);
-    for (int64_t p = 0; p < positions; p++) attention[p] /= sum;
-    for (int64_t c = 0; c < channels; c++) {
-      for (int64_t p = 0; p < positions; p++) result.context[n * channels + c] += attention[p] * x.at(n, c, p);
+    for (int64_t p = 0; p < positions; p++) sum += attention[p] = counts(p) ? std::exp(attention[p] - maximum) : 0;
+    for (int64_t p = 0; p < positions; p++) {
+      if (!counts(p)) continue;
+      attention[p] /= sum;
+      for (int64_t c = 0; c < channels; c++) result.context[n * channels + c] += attention[p] * x.at(n, c, p);
     }
   }
   return result;
 }
 
 template <class T>
-void test(const Shape& shape, int64_t tiles_per_split = 0) {
+void test(const Shape& shape, int64_t tiles_per_split = 0, bool all_count = true) {
   using A = acc_t<T>;
-  const auto x = FeatureMap<T>::random(shape);
+  auto x = FeatureMap<T>::random(shape);
+  const std::vector<uint8_t> valid = all_count ? std::vector<uint8_t>() : random_valid(shape.samples, shape.positions);
+  forget(x, valid);
+  if (!all_count && shape.samples > 2) *x.write().at(0, 0, 0) = std::numeric_limits<T>::quiet_NaN();  // which counts
   const auto weight = random_values<T>(shape.channels, 3 / std::sqrt(static_cast<double>(shape.channels))),
              bias = random_values<T>(1);
   CudaMap map = cuda_map(shape.extent(), sizeof(T));
   map.aligned = aligned(map, x.read());
-  CudaPoolPlan plan = plan_cuda_pool(map);
+  TestWorkspace workspace;
+  const Valid<T> of_samples =
+      with_shares<T>({all_count ? nullptr : valid.data(), shape.positions}, shape.extent(), workspace, nullptr);
+  CudaPoolPlan plan = pool_plan(map, of_samples);
   if (tiles_per_split) {  // more tiles in a split than the plan gives to so few positions
     plan.tiles_per_split = tiles_per_split;
     plan.splits = (shape.positions + plan.tile_positions * tiles_per_split - 1) / (plan.tile_positions * tiles_per_split);
@@ -59,15 +68,63 @@ void test(const Shape& shape, int64_t tiles_per_split = 0) {
   params.attention = attention.data();
   params.partial = partial.data();
   params.arrived = arrived.data();
+  params.valid = of_samples;
   launch_attention_pool(params, plan, nullptr);
 
-  const Expected wanted = expected(x, weight, static_cast<double>(bias[0]));
-  const std::string name =
-      std::string("attention_pool ") + kName<T> + " " + shape.text() + " splits " + std::to_string(plan.splits);
+  const Expected wanted = expected(x, weight, static_cast<double>(bias[0]), valid);
+  const std::string name = std::string("attention_pool ") + kName<T> + " " + shape.text() + " splits " +
+                           std::to_string(plan.splits) + (all_count ? "" : " valid");
   Comparison contexts(name + ", context", resolution<T>() * 10),
       attentions(name + ", attention", resolution<T>() * 10, 1. / shape.positions);
   for (size_t i = 0; i < context.size(); i++) contexts.add(context[i], wanted.context[i]);
   for (size_t i = 0; i < attention.size(); i++) attentions.add(attention[i], wanted.attention[i]);
+}
+
+// The backward pass over some of the positions, with an infinite gradient of the first context.
+template <class T>
+void test_backward(const Shape& shape, bool attends) {
+  using A = acc_t<T>;
+  const auto [samples, channels, positions] = std::tuple(shape.samples, shape.channels, shape.positions);
+  auto x = FeatureMap<T>::random(shape);
+  auto grad_x = FeatureMap<T>::empty({samples, channels, positions, shape.channels_last});
+  const std::vector<uint8_t> valid = random_valid(samples, positions);
+  forget(x, valid);
+  const auto weight = random_values<T>(channels, 3 / std::sqrt(static_cast<double>(channels)));
+  const Expected forward = expected(x, weight, 0, valid);
+  const std::vector<A> context(forward.context.begin(), forward.context.end()),
+      attention(forward.attention.begin(), forward.attention.end());
+  auto grad_context = random_values<A>(samples * channels);
+  grad_context[0] = std::numeric_limits<A>::infinity();
+  TestWorkspace workspace;
+  attention_pool_backward<T>({x.read(),
+                              grad_x.write(),
+                              shape.extent(),
+                              attends ? parameter(weight) : Parameter<T>(),
+                              grad_context.data(),
+                              context.data(),
+                              attention.data(),
+                              {},
+                              {valid.data(), positions}},
+                             workspace, nullptr);
+
+  Comparison comparison(std::string("attention_pool_backward ") + kName<T> + " " + shape.text() + (attends ? "" : " avg"),
+                        resolution<T>() * 10 + resolution<T, T>());
+  for (int64_t n = 0; n < samples; n++) {
+    const int64_t count = std::count(&valid[n * positions], &valid[n * positions] + positions, 1);
+    for (int64_t p = 0; p < positions; p++) {
+      const bool counts = valid[n * positions + p];
+      double grad_logit = 0;
+      for (int64_t c = 0; c < channels && counts; c++) {
+        grad_logit += grad_context[n * channels + c] * (x.at(n, c, p) - forward.context[n * channels + c]);
+      }
+      const double m = attends ? forward.attention[n * positions + p] : 1. / count;
+      for (int64_t c = 0; c < channels; c++) {
+        const double through_logit = attends ? m * grad_logit * static_cast<double>(weight[c]) : 0;
+        if (n == 0 && counts && attends) continue;  // something infinite or not a number
+        comparison.add(grad_x.at(n, c, p), counts ? m * grad_context[n * channels + c] + through_logit : 0);
+      }
+    }
+  }
 }
 
 template <class T>
@@ -87,6 +144,13 @@ void test_dtype() {
     test<T>({1, 1100, 49, channels_last}, 2);
     test<T>({1, 2048, 24, channels_last});
     test<T>({1, 4100, 9, channels_last});
+    test<T>({2, 20, 1, channels_last}, 0, /*all_count=*/false);
+    test<T>({3, 20, 49, channels_last}, 0, /*all_count=*/false);
+    test<T>({2, 300, 200, channels_last, 1, 7}, 2, /*all_count=*/false);
+    for (const bool attends : {false, true}) {
+      test_backward<T>({3, 20, 49, channels_last}, attends);
+      test_backward<T>({3, 270, 70, channels_last, 1, 7}, attends);
+    }
   }
 }
 
@@ -104,6 +168,7 @@ void test_attention_pool(bool small) {
     test<float>({2, 20, 264, channels_last}, 2);
     test<float>({1, 280, 40, channels_last}, 2);
     test<float>({1, 19, 50, channels_last});
+    test<float>({3, 20, 100, channels_last}, 2, /*all_count=*/false);
     test<float>({1, 2100, 70, channels_last}, 2);
   }
 }

@@ -17,44 +17,81 @@ struct BranchValues {
   int64_t units = 0;
 };
 
+// In the order of the schema.
+inline constexpr std::array<const char*, 7> kActivations{"none",      "relu",      "silu",      "gelu",
+                                                         "gelu_tanh", "hardswish", "leaky_relu"};
+inline constexpr double kSlope = 0.125;  // of the leaky ReLU
+
+inline double activation(int kind, double z) {
+  switch (kind) {
+    case 0: return z;
+    case 1: return std::max(z, 0.);
+    case 2: return z / (1 + std::exp(-z));
+    case 3: return z * std::erfc(-z / std::sqrt(2)) / 2;
+    case 4: return z * (1 + std::tanh(std::sqrt(2 / M_PI) * (z + 0.044715 * z * z * z))) / 2;
+    case 5: return z * std::clamp(z + 3, 0., 6.) / 6;
+    default: return std::max(z, 0.) + kSlope * std::min(z, 0.);
+  }
+}
+
+inline double activation_slope(int kind, double z) {
+  const double root = std::sqrt(2 / M_PI);
+  switch (kind) {
+    case 0: return 1;
+    case 1: return z > 0 ? 1 : 0;
+    case 2: return (1 + z / (1 + std::exp(z))) / (1 + std::exp(-z));
+    case 3: return std::erfc(-z / std::sqrt(2)) / 2 + z * std::exp(-z * z / 2) / std::sqrt(2 * M_PI);
+    case 4: {
+      const double tanh = std::tanh(root * (z + 0.044715 * z * z * z));
+      return (1 + tanh) / 2 + z * (1 - tanh * tanh) * root * (1 + 3 * 0.044715 * z * z) / 2;
+    }
+    case 5: return std::fabs(z) < 3 ? z / 3 + 0.5 : z > 0 ? 1 : 0;
+    default: return z > 0 ? 1 : kSlope;
+  }
+}
+
 struct BlockOptions {
-  bool norm = true, silu = false, hard_sigmoid = false;
+  bool norm = true, hard_sigmoid = false;
+  int activation = 1;
   double eps = 1e-5, gate_alpha = 1. / 6, gate_beta = 0.5;
 };
 
-// x, grad, out and grad_x are [N, C, P].
+// x, residual, grad, out and the gradients of x and the residual are [N, C, P].
 struct BlockReference {
   const int64_t N, C, P;
   BlockOptions options;
   Values x, mask_weight;  // without mask_weight: average pooling
   double mask_bias = 0;
+  Values residual, valid;  // may be absent; valid [N, P] is 1 where a position counts in the pool
+  bool final_relu = false;
   std::array<BranchValues, 2> branches;  // scale and shift
 
   Values context, attention, out;
   std::array<Values, 2> hidden, t;  // t of scale is the gate: that of a hard sigmoid before it is clipped
-  Values grad_x, grad_mask_weight;
+  Values grad_x, grad_residual, grad_mask_weight;
   std::array<BranchValues, 2> gradients;
 
   BlockReference(int64_t N, int64_t C, int64_t P) : N(N), C(C), P(P) {}
 
   static double at(const Values& values, int64_t i, double otherwise) { return values.empty() ? otherwise : values[i]; }
 
+  bool counts(int64_t n, int64_t p) const { return at(valid, n * P + p, 1) != 0; }
+
   void pool() {
-    context.assign(N * C, 0), attention.assign(N * P, 1. / P);
+    context.assign(N * C, 0), attention.assign(N * P, 0);
     for (int64_t n = 0; n < N; n++) {
       double* m = &attention[n * P];
-      if (!mask_weight.empty()) {
-        double maximum = -INFINITY, sum = 0;
-        for (int64_t p = 0; p < P; p++) {
-          m[p] = mask_bias;
-          for (int64_t c = 0; c < C; c++) m[p] += mask_weight[c] * x[(n * C + c) * P + p];
-          maximum = std::max(maximum, m[p]);
-        }
-        for (int64_t p = 0; p < P; p++) sum += m[p] = std::exp(m[p] - maximum);
-        for (int64_t p = 0; p < P; p++) m[p] /= sum;
+      double maximum = -INFINITY, sum = 0;
+      for (int64_t p = 0; p < P; p++) {
+        m[p] = mask_bias;
+        for (int64_t c = 0; c < C && !mask_weight.empty(); c++) m[p] += mask_weight[c] * x[(n * C + c) * P + p];
+        if (counts(n, p)) maximum = std::max(maximum, m[p]);
       }
-      for (int64_t c = 0; c < C; c++) {
-        for (int64_t p = 0; p < P; p++) context[n * C + c] += m[p] * x[(n * C + c) * P + p];
+      for (int64_t p = 0; p < P; p++) sum += m[p] = counts(n, p) ? std::exp(m[p] - maximum) : 0;
+      for (int64_t p = 0; p < P; p++) {
+        if (!counts(n, p)) continue;
+        m[p] /= sum;
+        for (int64_t c = 0; c < C; c++) context[n * C + c] += m[p] * x[(n * C + c) * P + p];
       }
     }
   }
@@ -77,7 +114,7 @@ struct BlockReference {
     for (int64_t j = 0; j < H; j++) {
       const double z = options.norm ? units.normalised[j] * at(weights.norm_weight, j, 1) + at(weights.norm_bias, j, 0) : h[j];
       units.z[j] = z;
-      units.activated[j] = options.silu ? z / (1 + std::exp(-z)) : std::max(z, 0.);
+      units.activated[j] = activation(options.activation, z);
     }
     return units;
   }
@@ -116,7 +153,10 @@ struct BlockReference {
       if (branches[b].units) transform(b);
     }
     out = x;
-    for (int64_t i = 0; i < N * C * P; i++) out[i] = x[i] * scale(i / P) + at(t[1], i / P, 0);
+    for (int64_t i = 0; i < N * C * P; i++) {
+      out[i] = x[i] * scale(i / P) + at(t[1], i / P, 0) + at(residual, i, 0);
+      if (final_relu && out[i] < 0) out[i] = 0;
+    }
   }
 
   // Through w2, activation and norm: from grad_t of a sample to the gradient of its hidden units.
@@ -136,8 +176,7 @@ struct BlockReference {
     }
     double mean = 0, dot = 0;
     for (int64_t j = 0; j < H; j++) {
-      const double z = units.z[j], sigmoid = 1 / (1 + std::exp(-z));
-      grad[j] *= options.silu ? sigmoid * (1 + z * (1 - sigmoid)) : (z > 0 ? 1 : 0);
+      grad[j] *= activation_slope(options.activation, units.z[j]);
       if (!options.norm) continue;
       grads.norm_weight[j] += grad[j] * units.normalised[j];
       grads.norm_bias[j] += grad[j];
@@ -149,7 +188,11 @@ struct BlockReference {
     return grad;
   }
 
-  void backward(const Values& grad) {
+  void backward(Values grad) {
+    for (int64_t i = 0; i < N * C * P; i++) {
+      if (final_relu && out[i] <= 0) grad[i] = 0;
+    }
+    grad_residual = grad;
     for (int b = 0; b < 2; b++) {
       const int64_t H = branches[b].units;
       gradients[b] = {Values(H * C), Values(H), Values(H), Values(H), Values(H * C), Values(C), H};
@@ -180,6 +223,10 @@ struct BlockReference {
       double dot = 0;
       for (int64_t c = 0; c < C; c++) dot += grad_context[c] * context[n * C + c];
       for (int64_t p = 0; p < P; p++) {
+        if (!counts(n, p)) {
+          for (int64_t c = 0; c < C; c++) grad_x[(n * C + c) * P + p] = grad[(n * C + c) * P + p] * scale(n * C + c);
+          continue;
+        }
         double u = 0;
         for (int64_t c = 0; c < C; c++) u += grad_context[c] * x[(n * C + c) * P + p];
         const double m = attention[n * P + p], grad_logit = mask_weight.empty() ? 0 : m * (u - dot);

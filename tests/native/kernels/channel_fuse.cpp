@@ -1,5 +1,6 @@
-// fuse_rows and fuse_positions.
+// fuse_rows and fuse_positions; fuse_elements with the bits of its ReLU, and back through it.
 #include "../../../csrc/cuda/channel_fuse_launch.h"
+#include "../../../csrc/cuda/elements_launch.h"
 #include "kernel_test.h"
 
 namespace kernel_test {
@@ -44,6 +45,47 @@ void test(const Shape& shape, const Given& given = {}) {
 }
 
 template <class T>
+void test_relu(const Shape& shape, bool has_residual) {
+  const Shape dense{shape.samples, shape.channels, shape.positions, shape.channels_last};
+  auto x = FeatureMap<T>::random(shape);
+  const auto residual = FeatureMap<T>::random(dense), grad = FeatureMap<T>::random(shape);
+  auto out = FeatureMap<T>::empty(dense), grad_x = FeatureMap<T>::empty(dense);
+  x.values[shape.offset] = std::numeric_limits<T>::quiet_NaN();
+  const auto scale = random_values<T>(shape.samples * shape.channels), shift = random_values<T>(shape.samples * shape.channels);
+  auto bits = unwritten<uint8_t>(bytes_of_bits(shape));
+  FuseParams<T> params{};
+  params.x = x.read();
+  params.out = out.write();
+  params.extent = shape.extent();
+  params.scale = parameter(scale);
+  params.shift = parameter(shift);
+  launch_fuse_elements(params, has_residual ? residual.read() : Map<const T>{}, /*relu=*/true, {}, nullptr);
+  launch_positive_bits(out.read(), shape.extent(), bits.data(), nullptr);
+  launch_relu_backward(grad.read(), grad_x.write(), shape.extent(), bits.data(), nullptr);
+
+  const std::string name = std::string("final relu ") + kName<T> + " " + shape.text() + (has_residual ? " residual" : "");
+  Comparison results(name + ", out", resolution<T, T>()), gradients(name + ", grad", 0), of_bits(name + ", bits", 0);
+  std::vector<uint8_t> wanted(bits.size());
+  const int64_t rows = shape.channels_last ? shape.positions : shape.channels,
+                row_bytes = bytes_of_bits(shape) / shape.samples / rows;
+  for (int64_t n = 0; n < shape.samples; n++) {
+    for (int64_t c = 0; c < shape.channels; c++) {
+      const int64_t row = n * shape.channels + c;
+      for (int64_t p = 0; p < shape.positions; p++) {
+        const double value = x.at(n, c, p) * static_cast<double>(scale[row]) + static_cast<double>(shift[row]) +
+                             (has_residual ? residual.at(n, c, p) : 0);
+        results.add(out.at(n, c, p), value < 0 ? 0 : value);
+        const bool positive = !(out.at(n, c, p) <= 0);
+        gradients.add(grad_x.at(n, c, p), positive ? grad.at(n, c, p) : 0);
+        const int64_t in_row = shape.channels_last ? c : p;
+        wanted[(n * rows + (shape.channels_last ? p : c)) * row_bytes + in_row / 8] |= positive << in_row % 8;
+      }
+    }
+  }
+  for (size_t i = 0; i < bits.size(); i++) of_bits.add(bits[i], wanted[i]);
+}
+
+template <class T>
 void test_dtype() {
   for (const bool channels_last : {false, true}) {
     test<T>({1, 1, 1, channels_last});
@@ -57,6 +99,11 @@ void test_dtype() {
     test<T>({1, 2600, 3, channels_last});
     for (const bool scale : {false, true}) test<T>({2, 16, 24, channels_last}, {true, scale, !scale});
     test<T>({2, 16, 24, channels_last}, {false, false, true});
+    for (const bool residual : {false, true}) {
+      test_relu<T>({1, 1, 1, channels_last}, residual);
+      test_relu<T>({3, 20, 49, channels_last, 1, 5}, residual);
+      test_relu<T>({2, 300, 9, channels_last}, residual);
+    }
   }
 }
 
@@ -69,7 +116,10 @@ void test_channel_fuse(bool small) {
     test_dtype<Half>();
     test_dtype<float>();
   }
-  for (const bool channels_last : {false, true}) test<float>({2, 33, 50, channels_last});
+  for (const bool channels_last : {false, true}) {
+    test<float>({2, 33, 50, channels_last});
+    test_relu<float>({2, 33, 50, channels_last}, /*has_residual=*/true);
+  }
 }
 
 }  // namespace kernel_test

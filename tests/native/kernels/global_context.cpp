@@ -13,11 +13,13 @@ struct Case {
   std::array<int64_t, 2> units = {4, 4};  // of scale and shift; 0: absent
   bool attends = true, w2 = true, single = false;
   BlockOptions options = {};
+  bool residual = false, relu = false, valid = false;
 
   std::string text() const {
     return shape.text() + " units " + std::to_string(units[0]) + "+" + std::to_string(units[1]) + (attends ? "" : " avg") +
-           (w2 ? "" : " one layer") + (single ? " float32 parameters" : "") + (options.norm ? "" : " no norm") +
-           (options.silu ? " silu" : "") + (options.hard_sigmoid ? " hard_sigmoid" : "");
+           (w2 ? "" : " one layer") + (single ? " float32 parameters" : "") + (options.norm ? "" : " no norm") + " " +
+           kActivations[options.activation] + (options.hard_sigmoid ? " hard_sigmoid" : "") + (residual ? " residual" : "") +
+           (relu ? " final relu" : "") + (valid ? " valid" : "");
   }
 };
 
@@ -87,8 +89,12 @@ void test(const Case& given) {
   const Shape& shape = given.shape;
   const int64_t samples = shape.samples, channels = shape.channels, positions = shape.positions;
   const Shape dense{samples, channels, positions, shape.channels_last};
-  const auto x = FeatureMap<T>::random(shape), grad = FeatureMap<T>::random(shape);
-  auto out = FeatureMap<T>::empty(dense), grad_x = FeatureMap<T>::empty(dense);
+  auto x = FeatureMap<T>::random(shape);
+  const auto grad = FeatureMap<T>::random(shape), residual = FeatureMap<T>::random(shape);
+  auto out = FeatureMap<T>::empty(dense), grad_x = FeatureMap<T>::empty(dense), through_relu = FeatureMap<T>::empty(dense);
+  const std::vector<uint8_t> valid = given.valid ? random_valid(samples, positions) : std::vector<uint8_t>();
+  // A NaN at a position that does not count is seen by the fusion and by sum_p g x alone, which a shift does without.
+  if (given.units[kScale] == 0) forget(x, valid);
   const Weight<T> mask = given.attends ? Weight<T>(channels, given.single, 3 / std::sqrt(channels)) : Weight<T>();
   const Weight<T> mask_bias = given.attends ? Weight<T>(1, given.single, 1) : Weight<T>();
   const std::array<Branch<T>, 2> branches{random_branch<T>(given, given.units[0]), random_branch<T>(given, given.units[1])};
@@ -106,7 +112,7 @@ void test(const Case& given) {
   transform.channels = channels;
   transform.units = units;
   transform.norm = given.options.norm;
-  transform.silu = given.options.silu;
+  transform.activation = {static_cast<Activation>(given.options.activation), static_cast<A>(kSlope)};
   transform.hard_sigmoid = given.options.hard_sigmoid;
   transform.eps = static_cast<A>(given.options.eps);
   transform.gate_alpha = static_cast<A>(given.options.gate_alpha);
@@ -115,12 +121,16 @@ void test(const Case& given) {
   transform.gate = gate.data();
 
   TestWorkspace workspace;
+  auto bits = unwritten<uint8_t>(given.relu ? bytes_of_bits(shape) : 0);
+  const Valid<T> of_samples{given.valid ? valid.data() : nullptr, positions};
   global_context<T>(
-      {x.read(), out.write(), shape.extent(), mask.read(), mask_bias.read(), context.data(), attention.data(), transform},
+      {x.read(), out.write(), shape.extent(), mask.read(), mask_bias.read(), context.data(), attention.data(), transform,
+       given.residual ? residual.read() : Map<const T>{}, given.relu, given.relu ? bits.data() : nullptr, of_samples},
       workspace, nullptr);
+  if (given.relu) launch_relu_backward(grad.read(), through_relu.write(), shape.extent(), bits.data(), nullptr);
 
   GlobalContextBackward<T> call;
-  call.grad = grad.read();
+  call.grad = given.relu ? through_relu.read() : grad.read();
   call.x = x.read();
   call.grad_x = grad_x.write();
   call.extent = shape.extent();
@@ -128,6 +138,7 @@ void test(const Case& given) {
   call.context = context.data();
   call.attention = attention.data();
   call.transform = transform;
+  call.valid = of_samples;
   Weight<T> grad_mask(mask, 0);
   call.grad_mask_weight = grad_mask.write();
   std::array<Branch<T>, 2> gradients;
@@ -143,6 +154,9 @@ void test(const Case& given) {
   expected.options = given.options;
   expected.x = values_of(x);
   expected.mask_weight = mask.values();
+  if (given.residual) expected.residual = values_of(residual);
+  expected.valid.assign(valid.begin(), valid.end());
+  expected.final_relu = given.relu;
   expected.mask_bias = given.attends ? mask_bias.values()[0] : 0;
   for (int b = 0; b < 2; b++) {
     const Branch<T>& w = branches[b];
@@ -158,6 +172,7 @@ void test(const Case& given) {
   if (given.attends) compare(name + ", attention", Values(attention.begin(), attention.end()), expected.attention, sums);
   if (given.units[0]) compare(name + ", gate", Values(gate.begin(), gate.end()), expected.t[0], sums);
   compare(name + ", out", values_of(out), expected.out, sums + resolution<T, T>());
+  if (given.relu) compare(name + ", grad_residual", values_of(through_relu), expected.grad_residual, 0);
   compare(name + ", grad_x", values_of(grad_x), expected.grad_x, sums + resolution<T, T>());
   if (given.attends) compare(name + ", grad_mask_weight", grad_mask.values(), expected.grad_mask_weight, stored);
   for (int b = 0; b < 2; b++) {
@@ -172,10 +187,28 @@ void test(const Case& given) {
   }
 }
 
+// Every activation by itself, out to where its terms overflow.
+template <class A>
+void test_activations() {
+  for (int kind = 0; kind < static_cast<int>(kActivations.size()); kind++) {
+    const ActivationOf<A> device{static_cast<Activation>(kind), static_cast<A>(kSlope)};
+    const std::string name = std::string(kName<A>) + " " + kActivations[kind];
+    Comparison values(name, resolution<A>()), slopes(name + ", slope", resolution<A>());
+    for (const double z : {0., 1e-6, 0.3, 1., 2.9, 3., 3.1, 7., 30., 99., 101., 1e10, 1e30, std::nan("")}) {
+      for (const A at : {static_cast<A>(z), static_cast<A>(-z)}) {
+        const A value = device.usual() ? device.template of<true>(at) : device.template of<false>(at);
+        const A slope = device.usual() ? device.template backward<true>(at, 2) : device.template backward<false>(at, 2);
+        values.add(value, activation(kind, at));
+        if (!std::isnan(z)) slopes.add(slope, 2 * activation_slope(kind, at));
+      }
+    }
+  }
+}
+
 template <class T>
 void test_dtype() {
-  BlockOptions silu, hard, plain;
-  silu.silu = hard.hard_sigmoid = true;
+  BlockOptions hard, plain;
+  hard.hard_sigmoid = true;
   plain.norm = false;
   for (const bool channels_last : {false, true}) {
     test<T>({{2, 16, 24, channels_last}});
@@ -187,7 +220,21 @@ void test_dtype() {
     test<T>({{2, 24, 40, channels_last, 0, 8}, {0, 8}, true, true, true});
     test<T>({{2, 12, 9, channels_last}, {4, 4}, false});
     test<T>({{2, 12, 9, channels_last}, {12, 12}, true, false});
-    test<T>({{2, 12, 9, channels_last}, {4, 6}, true, true, false, silu});
+    for (int activation = 0; activation < static_cast<int>(kActivations.size()); activation++) {
+      BlockOptions options;
+      options.activation = activation;
+      test<T>({{2, 12, 9, channels_last}, {4, 6}, true, true, false, options});
+      options.norm = false;
+      test<T>({{9, 520, 2, channels_last}, {70, 70}, true, true, false, options});
+    }
+    for (const bool attends : {false, true}) {
+      for (const bool relu : {false, true}) {
+        test<T>({{2, 13, 9, channels_last, 1, 5}, {4, 6}, attends, true, false, {}, !relu, relu, false});
+        test<T>({{2, 20, 84, channels_last, 0, 8}, {4, 6}, attends, true, false, {}, true, relu, true});
+        test<T>({{3, 300, 49, channels_last}, {0, 6}, attends, true, false, {}, true, relu, true});
+        test<T>({{2, 8, 1, channels_last}, {0, 6}, attends, true, false, {}, false, relu, true});
+      }
+    }
     test<T>({{2, 12, 9, channels_last}, {4, 6}, true, true, false, hard});
     test<T>({{2, 12, 9, channels_last}, {4, 6}, true, true, false, plain});
     test<T>({{9, 520, 8, channels_last}, {130, 130}});  // too many weights for one block
@@ -199,6 +246,8 @@ void test_dtype() {
 }  // namespace
 
 void test_global_context(bool small) {
+  test_activations<float>();
+  test_activations<double>();
   if (!small) {
     test_dtype<double>();
     test_dtype<BFloat16>();
@@ -211,6 +260,11 @@ void test_global_context(bool small) {
   test<float>({{2, 300, 40, false}, {33, 5}, false});
   test<float>({{9, 270, 4, false}, {50, 80}});  // too many weights for one block
   test<float>({{40, 10, 2, false}, {5, 6}});    // more samples than parameter_gradients.cuh stages at a time
+  for (const bool channels_last : {false, true}) {
+    for (const bool attends : {false, true}) {
+      test<float>({{2, 12, 40, channels_last}, {0, 6}, attends, true, false, {}, true, true, true});
+    }
+  }
   test<double>({{1, 20, 70, false}, {5, 6}});
   test<double>({{1, 20, 70, true}, {5, 6}});
 }

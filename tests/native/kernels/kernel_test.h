@@ -2,6 +2,7 @@
 // sees the first byte past the end) that start as NaN, and the comparison with sums in double.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -93,6 +94,31 @@ struct FeatureMap {
     return static_cast<double>(values[shape.offset + n * shape.sample_stride() + c * channel_stride() + p * position_stride()]);
   }
 };
+
+// Which positions count, [N, P]: some of every sample, but none of the last of several.
+inline std::vector<uint8_t> random_valid(int64_t samples, int64_t positions) {
+  std::vector<uint8_t> valid(samples * positions);
+  for (size_t i = 0; i < valid.size(); i++) valid[i] = i % positions == 0 || random_number() > 0;
+  if (samples > 1) std::fill(valid.end() - positions, valid.end(), 0);
+  return valid;
+}
+
+// Makes a NaN of x wherever a position does not count.
+template <class T>
+void forget(FeatureMap<T>& x, const std::vector<uint8_t>& valid) {
+  const Map<T> map = x.write();
+  for (size_t i = 0; i < valid.size(); i++) {
+    for (int64_t c = 0; c < x.shape.channels && !valid[i]; c++) {
+      *map.at(i / x.shape.positions, c, i % x.shape.positions) = std::numeric_limits<T>::quiet_NaN();
+    }
+  }
+}
+
+// The bytes that hold a bit for every element: a row, a channel or in channels_last a position, begins with one of its own.
+inline int64_t bytes_of_bits(const Shape& shape) {
+  const int64_t rows = shape.channels_last ? shape.positions : shape.channels;
+  return shape.samples * rows * ((shape.channels * shape.positions / rows + 7) / 8);
+}
 
 // Memory of exactly the size that was asked for.
 class TestWorkspace final : public gcnet_ext::cuda::Workspace {

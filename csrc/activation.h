@@ -1,0 +1,11 @@
+// What a call can choose to stand between the layers of a branch, and behind the result. The numbers are those of csrc/ops.cpp.
+#pragma once
+
+#include <cstdint>
+
+namespace gcnet_ext {
+
+enum class Activation : int64_t { none, relu, silu, gelu, gelu_tanh, hardswish, leaky_relu };
+enum class FinalActivation : int64_t { none, relu };
+
+}  // namespace gcnet_ext

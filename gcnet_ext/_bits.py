@@ -1,0 +1,38 @@
+"""The bits of the final ReLU as csrc/ops.cpp has them, where Python needs them: their number, and as a mask."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Channels next to each other and positions apart: the rule of csrc/layout.h, word for word."""
+    channels = x.shape[1]
+    spatial = list(zip(x.shape[2:], x.stride()[2:], strict=True))
+    if channels == 1 or x.stride(1) != 1 or all(size == 1 for size, _ in spatial):
+        return False
+    return all(stride >= channels for size, stride in spatial if size != 1)
+
+
+def _rows(x: Tensor) -> tuple[int, int]:
+    """How many rows a sample has, and their length: channels, or in channels_last positions."""
+    positions = x.shape[2:].numel()
+    channels = x.shape[1]
+    return (positions, channels) if is_channels_last(x) else (channels, positions)
+
+
+def bytes_of(x: Tensor) -> int:
+    """How many bytes the bits of a sample of x take: each row begins with a byte of its own."""
+    rows, length = _rows(x)
+    return rows * ((length + 7) // 8)
+
+
+def unpack(positive: Tensor, x: Tensor) -> Tensor:
+    """The bits as a bool mask of the shape of x: whether the ReLU let pass."""
+    rows, length = _rows(x)
+    places = torch.arange(8, dtype=torch.uint8, device=positive.device)
+    bits = (positive.reshape(x.shape[0], rows, -1, 1) >> places & 1).flatten(2)[:, :, :length].bool()
+    if is_channels_last(x):
+        return bits.reshape(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
+    return bits.reshape(x.shape)
