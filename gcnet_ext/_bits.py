@@ -17,8 +17,9 @@ def is_channels_last(x: Tensor) -> bool:
 
 def _rows(x: Tensor) -> tuple[int, int]:
     """How many rows a sample has, and their length: channels, or in channels_last positions."""
-    positions = x.shape[2:].numel()
-    channels = x.shape[1]
+    channels, positions = x.shape[1], 1
+    for size in x.shape[2:]:  # numel() would make numbers of sizes that a graph leaves open
+        positions = positions * size
     return (positions, channels) if is_channels_last(x) else (channels, positions)
 
 
@@ -32,7 +33,7 @@ def unpack(positive: Tensor, x: Tensor) -> Tensor:
     """The bits as a bool mask of the shape of x: whether the ReLU let pass."""
     rows, length = _rows(x)
     places = torch.arange(8, dtype=torch.uint8, device=positive.device)
-    bits = (positive.reshape(x.shape[0], rows, -1, 1) >> places & 1).flatten(2)[:, :, :length].bool()
+    bits = (positive.reshape(x.shape[0], rows, (length + 7) // 8, 1) >> places & 1).flatten(2)[:, :, :length].bool()
     if is_channels_last(x):
         return bits.reshape(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
     return bits.reshape(x.shape)

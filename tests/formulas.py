@@ -1,12 +1,15 @@
 """The operators of csrc/ops.cpp in plain PyTorch, every output of them, for test_fuzz.py.
 
-A formula takes the arguments by name, all in one dtype and dense, and returns the outputs in order, None for one that was not
-asked for. Its steps are small, down to those of the softmax and the norm, so that fuzzing.Noise can make each of them inexact.
-gcnet_ext/reference.py has the forward formulas, and autograd its gradients, but no backward pass of its own.
+A formula takes the arguments by name, all in one dtype and dense, and returns the outputs in order, None for one that was
+not asked for. Masks are numbers, too; `positive` is a mask of the shape of x here, and what an operator returns under that
+name is looked at by fuzzing.assert_bits. The steps are small, down to those of the softmax and the norm, so that fuzzing.Noise
+can make each of them inexact. gcnet_ext/reference.py has the forward formulas, and autograd its gradients, but no backward
+pass of its own.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -20,7 +23,7 @@ from gcnet_ext._arguments import ACTIVATIONS
 
 Arguments = dict[str, Any]
 Outputs = tuple[Tensor | None, ...]
-Pool = Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
+Pool = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
 PARAMETERS = ("w1", "b1", "norm_weight", "norm_bias", "w2", "b2")
 
 
@@ -38,30 +41,57 @@ def _logits(positions: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return sum(others, start=first) + (0 if bias is None else bias.reshape(()))
 
 
-def _pool(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    positions = _positions(x)
+def _counting(x: Tensor, valid: Tensor | None) -> Tensor | None:
+    """Which positions count, [N, P]."""
+    return None if valid is None else valid.flatten(1).expand(x.shape[0], -1) != 0
+
+
+def _only(positions: Tensor, counting: Tensor | None) -> Tensor:
+    return positions if counting is None else positions.where(counting.unsqueeze(1), 0)
+
+
+def _pool(x: Tensor, weight: Tensor | None, bias: Tensor | None, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    counting = _counting(x, valid)
+    positions = _only(_positions(x), counting)
     if weight is None:
-        return positions.mean(2), x.new_empty(x.shape[0], 0)
+        nothing = x.new_empty(x.shape[0], 0)
+        return positions.mean(2) if counting is None else positions.sum(2) / counting.sum(1, keepdim=True).clamp(min=1), nothing
     logits = _logits(positions, weight, bias)
+    if counting is not None:
+        logits = logits.masked_fill(~counting & counting.any(1, keepdim=True), -torch.inf)
     powers = (logits - logits.detach().amax(1, keepdim=True)).exp()
     attention = powers / powers.sum(1, keepdim=True)
+    if counting is not None:
+        attention = attention.where(counting, 0)
     return (positions * attention.unsqueeze(1)).sum(2), attention
 
 
 def _pool_backward(
-    grad_context: Tensor, x: Tensor, weight: Tensor | None, context: Tensor, attention: Tensor, *, in_parts: bool = False
+    grad_context: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    valid: Tensor | None,
+    context: Tensor,
+    attention: Tensor,
+    *,
+    in_parts: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Its gradients of x and weight, by the formulas of csrc/cpu/kernels/attention_pool.h.
 
     In parts: one of them may have no positions, as a thread beyond the last one; it takes context times zero off, which is NaN
     where the context is infinite.
     """
-    positions = _positions(x)
+    counting = _counting(x, valid)
+    positions = _only(_positions(x), counting)
     if weight is None:
-        return (grad_context / positions.shape[2]).unsqueeze(2).expand_as(positions).reshape(x.shape), None
+        count = positions.shape[2] if counting is None else counting.sum(1, keepdim=True).clamp(min=1)
+        return _only((grad_context / count).unsqueeze(2).expand_as(positions), counting).reshape(x.shape), None
     u = (positions * grad_context.unsqueeze(2)).sum(1)
     dl = attention * (u - (grad_context * context).sum(1, keepdim=True))
+    if counting is not None:
+        dl = dl.where(counting, 0)
     dx = grad_context.unsqueeze(2) * attention.unsqueeze(1) + weight.reshape(1, -1, 1) * dl.unsqueeze(1)
+    dx = _only(dx, counting)
     dw = (positions * dl.unsqueeze(1)).sum(2) - context * dl.sum(1, keepdim=True)
     if in_parts:
         dw = dw - context * 0
@@ -73,26 +103,26 @@ class _Pool(torch.autograd.Function):
     u_p is not what dctx . ctx is made of."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        context, attention = _pool(x, weight, bias)
-        ctx.save_for_backward(x, weight, bias, context, attention)
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        context, attention = _pool(x, weight, bias, valid)
+        ctx.save_for_backward(x, weight, bias, valid, context, attention)
         ctx.mark_non_differentiable(attention)
         return context, attention
 
     @staticmethod
     def backward(ctx: Any, grad_context: Tensor, _grad_attention: Tensor) -> Outputs:
-        x, weight, bias, context, attention = ctx.saved_tensors
-        grads = _pool_backward(grad_context, x, weight, context, attention, in_parts=True)
-        return *grads, None if bias is None else torch.zeros_like(bias)
+        x, weight, bias, valid, context, attention = ctx.saved_tensors
+        grads = _pool_backward(grad_context, x, weight, valid, context, attention, in_parts=True)
+        return *grads, None if bias is None else torch.zeros_like(bias), None
 
 
 def attention_pool(a: Arguments, pool: Pool = _pool) -> Outputs:
-    return pool(a["x"], a["weight"], a["bias"])
+    return pool(a["x"], a["weight"], a["bias"], a["valid"])
 
 
 def attention_pool_backward(a: Arguments, *, in_parts: bool = False) -> Outputs:
     context, attention = a["context"].flatten(1), a["attention"].flatten(1)
-    dx, dw = _pool_backward(a["grad_context"], a["x"], a["weight"], context, attention, in_parts=in_parts)
+    dx, dw = _pool_backward(a["grad_context"], a["x"], a["weight"], a["valid"], context, attention, in_parts=in_parts)
     return dx if a["need_x"] else None, dw if a["need_weight"] else None, _zeros(a["need_bias"], a["bias"])
 
 
@@ -101,18 +131,27 @@ def _zeros(needed: bool, bias: Tensor | None) -> Tensor | None:
     return torch.zeros_like(bias) if needed and bias is not None else None
 
 
+def _finish(a: Arguments, out: Tensor) -> Tensor:
+    out = out if a["residual"] is None else out + a["residual"]
+    return out.relu() if a["final_activation"] else out
+
+
+def _before_relu(a: Arguments) -> Tensor:
+    return a["grad"].where(a["positive"] != 0, 0) if a["final_activation"] else a["grad"]
+
+
 def channel_fuse(a: Arguments) -> Outputs:
-    return reference.channel_fuse(a["x"], a["scale"], a["shift"]), schema.no_bits(a["x"])
+    return _finish(a, reference.channel_fuse(a["x"], a["scale"], a["shift"])), schema.no_bits(a["x"])
 
 
 def channel_fuse_backward(a: Arguments) -> Outputs:
-    grad, x, scale, shift = a["grad"], a["x"], a["scale"], a["shift"]
+    grad, x, scale, shift = _before_relu(a), a["x"], a["scale"], a["shift"]
     sums = [_positions(product).sum(2) for product in (grad * x, grad)]
     return (
         (grad if scale is None else grad * _per_channel(scale, x)) if a["need_x"] else None,
         sums[0].reshape(scale.shape) if a["need_scale"] and scale is not None else None,
         sums[1].reshape(shift.shape) if a["need_shift"] and shift is not None else None,
-        None,
+        grad if a["need_residual"] and a["final_activation"] else None,
     )
 
 
@@ -149,13 +188,30 @@ def _second(a: Arguments, hidden: Tensor, norm_weight, norm_bias, w2, b2) -> Ten
             hidden = hidden * norm_weight.reshape(1, -1)
         if norm_bias is not None:
             hidden = hidden + norm_bias.reshape(1, -1)
-    active = torch.nn.functional.silu(hidden) if a["activation"] == ACTIVATIONS["silu"] else hidden.relu()
-    return _first(active, w2.reshape(-1, units), b2)
+    return _first(ACTIVATED[a["activation"]](a, hidden), w2.reshape(-1, units), b2)
+
+
+def _gelu_tanh(_a: Arguments, z: Tensor) -> Tensor:
+    """z sigmoid(2 u), which is z (1 + tanh(u)) / 2; beyond 16 that is 0 or z, and z^3 could be infinite."""
+    near = z.clamp(-16, 16)
+    return z * (2 * math.sqrt(2 / math.pi) * near * (1 + 0.044715 * near * near)).sigmoid()
+
+
+# In small steps, so that noise makes the result as inexact as rounding can.
+ACTIVATED: dict[int, Callable[[Arguments, Tensor], Tensor]] = {
+    ACTIVATIONS["none"]: lambda _a, z: z,
+    ACTIVATIONS["relu"]: lambda _a, z: z.relu(),
+    ACTIVATIONS["silu"]: lambda _a, z: torch.nn.functional.silu(z),
+    ACTIVATIONS["gelu"]: lambda _a, z: z * (0.5 * (1 + torch.erf(z * math.sqrt(0.5)))),
+    ACTIVATIONS["gelu_tanh"]: _gelu_tanh,
+    ACTIVATIONS["hardswish"]: lambda _a, z: torch.nn.functional.hardswish(z),  # whose gradient is a choice, not a product
+    ACTIVATIONS["leaky_relu"]: lambda a, z: z.where(z > 0, z * a["slope"]),
+}
 
 
 def global_context(a: Arguments, pool: Pool = _pool) -> Outputs:
     x = a["x"]
-    context, attention = pool(x, a["mask_weight"], a["mask_bias"])
+    context, attention = pool(x, a["mask_weight"], a["mask_bias"], a["valid"])
     out, hidden, gate = x, [x.new_empty(x.shape[0], 0)], x.new_empty(x.shape[0], 0)
     for name in ("scale", "shift"):
         w1, b1, *rest = _branch(a, name)
@@ -165,7 +221,7 @@ def global_context(a: Arguments, pool: Pool = _pool) -> Outputs:
             if name == "scale":
                 gate = _gate(a, t)
             out = out * _per_channel(_scale(a, gate), x) if name == "scale" else out + _per_channel(t, x)
-    return out, context, attention, torch.cat(hidden, 1), gate, schema.no_bits(x)
+    return _finish(a, out), context, attention, torch.cat(hidden, 1), gate, schema.no_bits(x)
 
 
 def _branch_backward(a: Arguments, name: str, grad_t: Tensor, hidden: Tensor, context: Tensor) -> tuple[Tensor, Outputs]:
@@ -188,7 +244,7 @@ def _branch_backward(a: Arguments, name: str, grad_t: Tensor, hidden: Tensor, co
 
 
 def global_context_backward(a: Arguments, *, in_parts: bool = False) -> Outputs:
-    grad, x, mask_weight = a["grad"], a["x"], a["mask_weight"]
+    grad, x, mask_weight = _before_relu(a), a["x"], a["mask_weight"]
     context, attention, hidden, s = (a[name].flatten(1) for name in ("context", "attention", "hidden", "gate_values"))
     grad_context = torch.zeros_like(context)
     found: list[Sequence[Tensor | None]] = []
@@ -208,7 +264,7 @@ def global_context_backward(a: Arguments, *, in_parts: bool = False) -> Outputs:
         more, grads = _branch_backward(a, name, grad_t, own, context)
         grad_context = grad_context + more
         found.append(grads)
-    dx, dw = _pool_backward(grad_context, x, mask_weight, context, attention, in_parts=in_parts)
+    dx, dw = _pool_backward(grad_context, x, mask_weight, a["valid"], context, attention, in_parts=in_parts)
     dx = dx + (grad if a["scale_w1"] is None else grad * _per_channel(_scale(a, s), x))
     return (
         dx if a["need_x"] else None,
@@ -216,7 +272,7 @@ def global_context_backward(a: Arguments, *, in_parts: bool = False) -> Outputs:
         _zeros(a["need_mask_bias"], a["mask_bias"]),
         *(found[0] if a["need_scale"] else (None,) * 6),
         *(found[1] if a["need_shift"] else (None,) * 6),
-        None,
+        grad if a["need_residual"] and a["final_activation"] else None,
     )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from gcnet_ext import reference
+from gcnet_ext import _bits, reference
 from gcnet_ext._arguments import IN_LISTS
 
 Arguments = dict[str, Any]
@@ -59,7 +59,7 @@ class Drawn(NamedTuple):
         for value in self.special:
             values[torch.rand(values.shape, generator=generator) < 0.1] = value
         if not self.dtype.is_floating_point and not self.dtype.is_complex:
-            values = values.nan_to_num(1).clamp(0, 100)
+            values = (100 * values).nan_to_num(1).clamp(0, 255)
         tensor = to(values.to(self.dtype)).as_strided(self.sizes, self.strides, self.offset)
         return tensor.to("meta") if self.kind == "meta" else LAYOUTS.get(self.kind, lambda tensor: tensor)(tensor)
 
@@ -188,23 +188,26 @@ def good(draw: st.DrawFn, op: str) -> Arguments:
     for name in names:
         if name in sides:
             found[name] = draw(tensors(sides[name], acc))
-        elif name == "positive":
-            found[name] = draw(tensors((n, 0), torch.uint8))
-        elif name == "need_residual":
-            found[name] = False
+        elif name == "residual" and not draw(MOSTLY):
+            found[name] = draw(tensors((n, c, *spatial), dtype))
+        elif name == "valid" and not draw(MOSTLY):
+            found[name] = draw(tensors((draw(st.sampled_from((n, 1))), *spatial), torch.bool))
         elif name.startswith("need_"):
             found[name] = draw(MOSTLY)
         elif name == "norm_eps":  # not 0: where all units are alike the norm would be 0/0, but for a rounding
             found[name] = draw(st.sampled_from((1e-5, None, 1e-5, 1e-3, 1e-12, 1.0)))
         elif name == "activation":
-            found[name] = draw(st.sampled_from((1, 2)))
+            found[name] = draw(st.sampled_from((1, 2, 3, 4, 5, 6, 0)))
         elif name == "slope":
-            found[name] = draw(st.sampled_from((0.01, 0.0, math.nan)))
+            found[name] = draw(st.sampled_from((0.01, 0.0, 2.0)))
         elif name == "hard_gate":
             of_hard_gate = st.sampled_from((1 / 6, 0.2, 0.5, 1.0, 0.0, -1.0))
             found[name] = draw(st.none() | st.lists(of_hard_gate, min_size=2, max_size=2))
         elif name == "final_activation":
-            found[name] = 0
+            found[name] = draw(st.sampled_from((0, 0, 1)))
+    if "positive" in names:
+        size = _bits.bytes_of(found["x"].make()) if found["final_activation"] and c else 0
+        found["positive"] = draw(tensors((n, size), torch.uint8))
     return {name: found.get(name) for name in names}
 
 
@@ -225,6 +228,32 @@ def calls(draw: st.DrawFn, op: str, keep: Sequence[str] = ()) -> Arguments:
 
 def made(arguments: Arguments, to: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Arguments:
     return {name: value.make(to) if isinstance(value, Drawn | Thing) else value for name, value in arguments.items()}
+
+
+def has_final_relu(arguments: Arguments) -> bool:
+    """Of arguments that the operator has taken: torch makes an int of a float."""
+    chosen = arguments.get("final_activation", 0)
+    return int(chosen.make() if isinstance(chosen, Thing) else chosen) != 0
+
+
+def with_masks(arguments: Arguments, x: Tensor) -> Arguments:
+    """As the formulas take them: the bits as a mask of the shape of x. A copy of x may lie in memory in another order."""
+    if not has_final_relu(arguments) or not torch.is_tensor(arguments.get("positive")):
+        return arguments
+    return {**arguments, "positive": _bits.unpack(arguments["positive"], x)}
+
+
+def with_bool(arguments: Arguments) -> Arguments:
+    """As the reference takes them: which positions count is no number."""
+    valid = arguments.get("valid")
+    return {**arguments, "valid": valid != 0} if torch.is_tensor(valid) else arguments
+
+
+def assert_bits(positive: Tensor, out: Tensor, x: Tensor) -> None:
+    """Those of a final ReLU: 1 where the result is above 0 or NaN; where it is 0 it may have been rounded to that."""
+    passed, out = _bits.unpack(positive, x).cpu(), out.cpu()
+    assert bool((passed | (out == 0)).all())
+    assert bool((passed >= ((out > 0) | out.isnan())).all())
 
 
 def names_an_argument(message: str, names: Sequence[str]) -> bool:
@@ -388,6 +417,9 @@ def bits(tensor: Tensor) -> Tensor:
 def plain(arguments: Arguments) -> Arguments:
     """Options as an operator converts them."""
     plain = {name: bool(value) if name.startswith("need_") else value for name, value in arguments.items()}
+    for name in ("activation", "final_activation"):
+        if name in plain:
+            plain[name] = int(plain[name])
     if plain.get("hard_gate") is not None:
         plain["hard_gate"] = [float(value) for value in plain["hard_gate"]]
     return {name: int(value) if name == "activation" else value for name, value in plain.items()}

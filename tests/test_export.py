@@ -13,9 +13,24 @@ from torch.export import Dim
 from gcnet_ext import GlobalContextBlock, NonLocalBlock, SimplifiedNonLocalBlock, SqueezeExcitation, demo
 from gcnet_ext.blocks.non_local import MODES
 
+
+class WithAll(nn.Module):
+    """A residual, a final ReLU, and positions that do not count: the last three columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = GlobalContextBlock(16, 1 / 4, activation="gelu", final_activation="relu")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        height, width = x.shape[2:]
+        valid = (torch.arange(width)[None, None] < width - 3).expand(1, height, width)
+        return self.block(x, x.flip(1), valid)
+
+
 BLOCKS = {
     "gc": lambda: GlobalContextBlock(16, 1 / 4, fusion_types=("channel_add", "channel_mul")),
     "gc, hard sigmoid": lambda: GlobalContextBlock(16, 1 / 4, gate="hard_sigmoid", activation="silu", norm=False),
+    "gc, with all": WithAll,
     "se": lambda: SqueezeExcitation(16, 1 / 4),
     "snl": lambda: SimplifiedNonLocalBlock(16),
     **{f"nl {mode}": lambda mode=mode: NonLocalBlock(16, mode=mode) for mode in MODES},

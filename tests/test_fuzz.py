@@ -21,7 +21,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gcnet_ext import Branch, reference
+from gcnet_ext._arguments import ACTIVATIONS, FINAL_ACTIVATIONS
 
+NAMES, FINAL = tuple(ACTIVATIONS), tuple(FINAL_ACTIVATIONS)  # by their numbers
 FUNCTIONS = ("attention_pool", "channel_fuse", "global_context")
 
 
@@ -43,7 +45,11 @@ def check_operator(backend, op: str, arguments: Arguments, *, sound: bool = Fals
         assert isinstance(found, Exception)  # the dispatcher's, in words of its own
     elif not refused(found, tuple(arguments), sound=sound):
         assert not op.endswith("_") or not shares_memory(arguments["x"])
-        compare((made["x"],) if op.endswith("_") else found, formulas.OPS[op], before, formulas.IN_PARTS.get(op))
+        if fuzzing.has_final_relu(arguments) and op in ("channel_fuse", "global_context"):
+            fuzzing.assert_bits(found[-1], found[0], made["x"])
+            found = (*found[:-1], schema.no_bits(made["x"]))
+        outputs = (made["x"],) if op.endswith("_") else found
+        compare(outputs, formulas.OPS[op], fuzzing.with_masks(before, made["x"]), formulas.IN_PARTS.get(op))
 
 
 def check_shapes(call: Callable[..., Any], arguments: Arguments, found: tuple[Tensor, ...] | Exception) -> None:
@@ -102,20 +108,33 @@ def shares_memory(x: Drawn) -> bool:
 def call_function(module: Any, op: str, a: Arguments, **options: Any) -> Any:
     """The function with the arguments of the operator, except for those of `options`."""
     if op != "global_context":
-        of_the_function = set(fuzzing.GOOD[op]) - {"valid", "residual", "final_activation"}
-        return getattr(module, op)(**{name: value for name, value in a.items() if name in of_the_function}, **options)
+        named = {name: value for name, value in a.items() if name in fuzzing.GOOD[op]}
+        if "final_activation" in named:
+            named["final_activation"] = FINAL[named["final_activation"]]
+        return getattr(module, op)(**{**named, **options})
     branches = {
         branch: Branch(*weights) if any(weight is not None for weight in weights) else None
         for branch in ("scale", "shift")
         for weights in [[a[f"{branch}_{name}"] for name in formulas.PARAMETERS]]
     }
-    named = {name: a[name] for name in ("x", "mask_weight", "mask_bias")}
-    chosen: dict[str, Any] = {"activation": "silu" if a["activation"] == 2 else "relu", "norm": a["norm_eps"] is not None}
+    named = {name: a[name] for name in ("x", "mask_weight", "mask_bias", "residual", "valid")}
+    chosen: dict[str, Any] = {"activation": NAMES[a["activation"]], "slope": a["slope"], "norm": a["norm_eps"] is not None}
+    chosen["final_activation"] = FINAL[a["final_activation"]]
     if a["norm_eps"] is not None:
         chosen["eps"] = a["norm_eps"]
     if a["hard_gate"] is not None:
         chosen |= {"gate": "hard_sigmoid", "gate_alpha": a["hard_gate"][0], "gate_beta": a["hard_gate"][1]}
     return module.global_context(**{**named, **branches, **chosen, **options})
+
+
+def in_plain_pytorch(op: str, **options: Any) -> Callable[[Arguments], Tensor]:
+    """The function of the reference, of arguments that are all numbers."""
+    return lambda a: call_function(reference, op, fuzzing.with_bool(a), **options)
+
+
+def differentiable(arguments: Arguments) -> list[str]:
+    """The names of those that can have a gradient."""
+    return [name for name, value in arguments.items() if isinstance(value, Drawn) and value.dtype.is_floating_point]
 
 
 def differentiated(call: Callable[[Arguments], Tensor], needs: list[str]) -> fuzzing.Formula:
@@ -145,13 +164,13 @@ def test_functions(backend, op, data):
     """Forward, and backward to any of the arguments from a gradient of any strides and values."""
     arguments = data.draw(fuzzing.good(op))
     x = arguments["x"]
-    needs = [name for name, value in arguments.items() if isinstance(value, Drawn) and data.draw(st.booleans())]
+    needs = [name for name in differentiable(arguments) if data.draw(st.booleans())]
     sizes = x.sizes[:2] if op == "attention_pool" else x.sizes
     made = fuzzing.made({**arguments, "the gradient": data.draw(fuzzing.tensors(sizes, x.dtype))}, backend.to)
     found = outcome(lambda: tuple(differentiated(lambda a: call_function(backend, op, a), needs)(made)))
     if not refused(found, tuple(arguments), sound=is_sound(arguments, op)):
         assert [got.dtype for got in found] == [made[name].dtype for name in ("x", *needs)]
-        truth, model = (lambda a: call_function(reference, op, a)), formulas.DIFFERENTIATED_BY_THE_KERNELS[op]
+        truth, model = in_plain_pytorch(op), formulas.DIFFERENTIATED_BY_THE_KERNELS[op]
         compare(found, differentiated(truth, needs), made, differentiated(model, needs))
 
 
@@ -161,7 +180,7 @@ def test_functions(backend, op, data):
 def test_functions_in_place(backend, op, data):
     arguments = data.draw(fuzzing.good(op))
     made = fuzzing.made(arguments, backend.to)
-    needs = [name for name, value in made.items() if torch.is_tensor(value) and data.draw(st.integers(0, 9)) == 0]
+    needs = [name for name in differentiable(arguments) if data.draw(st.integers(0, 9)) == 0]
     before = copies(made)
     leaves = {name: value.requires_grad_(name in needs) if torch.is_tensor(value) else value for name, value in made.items()}
     found = outcome(lambda: call_function(backend, op, leaves, inplace=True))
@@ -178,12 +197,15 @@ def test_functions_in_place(backend, op, data):
 @examples(60)
 def test_attention_map(backend, data):
     arguments = data.draw(fuzzing.calls("attention_pool", keep=NOT_OF_THE_FUNCTIONS))
-    made = {name: value for name, value in fuzzing.made(arguments, backend.to).items() if name != "valid"}
+    made = fuzzing.made(arguments, backend.to)
     found = outcome(lambda: backend.attention_map(**made))
     if not refused(found, tuple(arguments), sound=False):
         sizes = made["x"].shape[:1] + made["x"].shape[2:]
         compare(
-            found, lambda a: (reference.attention_map(**a),), made, lambda a: (formulas.attention_pool(a)[1].reshape(sizes),)
+            found,
+            lambda a: (reference.attention_map(**fuzzing.with_bool(a)),),
+            made,
+            lambda a: (formulas.attention_pool(a)[1].reshape(sizes),),
         )
 
 
@@ -210,7 +232,7 @@ def test_functions_with_anything(backend, op, data):
     if not refused(found, (*arguments, *OPTIONS[op]), sound=False):
         options.pop("inplace", None)
         before = fuzzing.without_replaced(before, options)
-        compare(found, lambda a: (call_function(reference, op, a, **options),), before)
+        compare(found, lambda a: (in_plain_pytorch(op, **options)(a),), before)
 
 
 # ---- what it has found -------------------------------------------------------------------------------------------------------

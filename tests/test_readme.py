@@ -132,6 +132,13 @@ def after_the_block(names: dict[str, Any]) -> None:
     assert torch.allclose(where.sum((1, 2)), torch.ones(16))
 
 
+def after_the_arguments(names: dict[str, Any]) -> None:
+    padded = names["x"].clone()
+    padded[1, :, 4:] = torch.nan
+    again = names["block"](padded, valid=names["lengths"][:, None] > torch.arange(9))
+    assert torch.equal(again[1, :, :4], names["out"][1, :, :4])
+
+
 def after_inserting(names: dict[str, Any]) -> None:
     resnet, model = names["resnet"], names["model"]
     assert names["names"] == [f"layer{stage}.{index}.context_block" for stage in (2, 3, 4) for index in (0, 1)]
@@ -143,11 +150,18 @@ def after_inserting(names: dict[str, Any]) -> None:
 
 # Document and heading: what the reader brings along, and what must hold behind the blocks of that heading.
 GIVEN: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {
-    ("docs/usage.md", "Inserting blocks"): lambda: {"resnet": Model().eval(), "model": Model().eval()}
+    ("docs/usage.md", "The blocks"): lambda: {
+        "channels": 16,
+        "x": torch.randn(2, 16, 9),
+        "residual": torch.randn(2, 16, 9),
+        "lengths": torch.tensor([9, 4]),
+    },
+    ("docs/usage.md", "Inserting blocks"): lambda: {"resnet": Model().eval(), "model": Model().eval()},
 }
 AFTER = {
     ("README.md", "Replace the blocks of a model"): after_replacing,
     ("README.md", "The block"): after_the_block,
+    ("docs/usage.md", "The blocks"): after_the_arguments,
     ("docs/usage.md", "Inserting blocks"): after_inserting,
 }
 

@@ -14,11 +14,10 @@ namespace gcnet_ext::cpu {
 namespace {
 
 // parts[i, p] = sum_c w_nc x_ncp over the channels of the i-th block; w [N, C], or [C] with a stride of 0 for all samples.
-// Where a position does not count they are `other`.
+// They are not computed where a position does not count.
 template <typename scalar_t>
 Buffer<acc_t<scalar_t>> partial_dots(const Map<const scalar_t>& x, const SweepPlan& plan, const Valid& valid,
-                                     acc_t<scalar_t> other, const acc_t<scalar_t>* w, int64_t w_stride, int64_t first,
-                                     int64_t count) {
+                                     const acc_t<scalar_t>* w, int64_t w_stride, int64_t first, int64_t count) {
   using acc = acc_t<scalar_t>;
   const auto position_dots = map_kernels<scalar_t>().position_dots;
   const int64_t positions = x.layout.positions;
@@ -28,7 +27,6 @@ Buffer<acc_t<scalar_t>> partial_dots(const Map<const scalar_t>& x, const SweepPl
     valid.for_each_run(item.sample, 0, positions, [&](int64_t begin, int64_t end) {
       position_dots(block_of(x, item, begin, end), w + item.sample * w_stride + item.c0, part + begin);
     });
-    valid.fill_others(item.sample, 0, positions, other, part);
   };
   for_each_block(plan, x.layout, first, count, dots, Order::backwards);  // what follows goes forwards again
   return parts;
@@ -56,10 +54,13 @@ void pool_by_channels(const Map<const scalar_t>& x, const PoolInputs<acc_t<scala
   const int64_t channels = x.layout.channels, positions = x.layout.positions;
   const SweepPlan plan = sweep_plan(x);
   const int64_t parts_size = plan.channel_blocks * positions;
-  const auto parts = partial_dots(x, plan, valid, lowest, given.weight, 0, first, count);
+  const auto parts = partial_dots(x, plan, valid, given.weight, 0, first, count);
   const auto softmax_of_sum = vector_kernels<acc_t<scalar_t>>().softmax_of_sum;
   parallel_for(count, count * parts_size, [&](int64_t i) {
     acc_t<scalar_t>* m = attention + (first + i) * positions;
+    for (int64_t part = 0; part < plan.channel_blocks; part++) {
+      valid.fill_others(first + i, 0, positions, lowest, parts.get() + i * parts_size + part * positions);
+    }
     softmax_of_sum(parts.get() + i * parts_size, plan.channel_blocks, positions, given.bias, m);
     valid.fill_others(first + i, 0, positions, acc_t<scalar_t>(0), m);
   });
@@ -82,14 +83,18 @@ void pool_backward_by_channels(const Map<const scalar_t>& grad, const Map<const 
   const SweepPlan plan = sweep_plan(x);
   const int64_t parts_size = plan.channel_blocks * positions;
   const Valid& valid = given.valid;
-  const auto parts = partial_dots(x, plan, valid, acc(0), given.grad_context, channels, first, count);
+  const auto parts = partial_dots(x, plan, valid, given.grad_context, channels, first, count);
   const auto dl = buffer<acc>(count * positions), sum_dl = buffer<acc>(count);
   const auto logit_gradient = vector_kernels<acc>().logit_gradient;
   parallel_for(count, count * parts_size, [&](int64_t i) {
     const int64_t row = (first + i) * channels;
     const acc dot = context_dot(plan, given.grad_context + row, given.context + row, channels);
-    sum_dl[i] = logit_gradient(parts.get() + i * parts_size, plan.channel_blocks, positions,
-                               given.attention + (first + i) * positions, dot, dl.get() + i * positions);
+    const acc *u = parts.get() + i * parts_size, *m = given.attention + (first + i) * positions;
+    sum_dl[i] = 0;
+    valid.for_each_run(first + i, 0, positions, [&](int64_t begin, int64_t end) {
+      sum_dl[i] += logit_gradient(u + begin, plan.channel_blocks, positions, end - begin, m + begin, dot,
+                                  dl.get() + i * positions + begin);
+    });
   });
   const auto pool_gradient = map_kernels<scalar_t>().pool_gradient;
   for_each_block(plan, x.layout, first, count, [&](const SweepItem& item) {

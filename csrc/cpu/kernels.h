@@ -100,8 +100,9 @@ struct VectorKernels {
   void (*softmax)(acc* logits, int64_t count, acc max, acc sum);
   // The softmax of sum_i parts[i] + bias; parts [parts_count, count].
   void (*softmax_of_sum)(const acc* parts, int64_t parts_count, int64_t count, acc bias, acc* attention);
-  // dl_p = m_p (sum_i parts[i, p] - dctx . ctx), the gradient of the logits. Returns sum_p dl_p.
-  acc (*logit_gradient)(const acc* parts, int64_t parts_count, int64_t count, const acc* attention, acc context_dot, acc* dl);
+  // dl_p = m_p (sum_i parts[i, p] - dctx . ctx), the gradient of the logits; the parts are `stride` apart. Returns sum_p dl_p.
+  acc (*logit_gradient)(const acc* parts, int64_t parts_count, int64_t stride, int64_t count, const acc* attention,
+                        acc context_dot, acc* dl);
   // dctx . ctx, added in the order in which attention_pool_backward of that layout adds dctx . x_p.
   acc (*context_dot)(const acc* grad_context, const acc* context, int64_t channels, bool channels_last);
   // Mean and (biased) variance.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mutant import Mutant
 
+RESIDUAL, VALID = "test_residual.py", "test_valid.py"
 POOL, FUSE, BLOCK = "test_attention_pool.py", "test_channel_fuse.py", "test_global_context.py"
 LIMITS, LAYOUTS, ROUNDING, IN_PLACE = "test_limits.py", "test_layouts.py", "test_rounding.py", "test_in_place.py"
 PLAN, BAD_INPUT, DETERMINISM = "test_plan.py", "test_bad_input.py", "test_determinism.py"
@@ -11,6 +12,95 @@ PLAN, BAD_INPUT, DETERMINISM = "test_plan.py", "test_bad_input.py", "test_determ
 PAST_CACHES = "test_past_caches.py::test_to_rounding"
 
 MUTANTS = (
+    # ---- residual, final ReLU, positions that count --------------------------------------------------------------------------
+    Mutant(
+        "residual-of-another-block",
+        "csrc/cpu/channel_fuse.cpp",
+        ".residual = «block_of(fusions.residual, item)»,",
+        "block_of(fusions.residual, {item.i, item.sample, 0, item.channels, item.p0, item.positions, item.position_block})",
+        "Every block of channels adds the residual of the first one.",
+        (RESIDUAL,),
+    ),
+    Mutant(
+        "bits-of-another-block",
+        "csrc/cpu/channel_fuse.h",
+        "row * row_bytes + «column / 8», row_bytes",
+        "0",
+        "The bits of a long row all begin where the row does.",
+        (RESIDUAL,),
+    ),
+    Mutant(
+        "bits-not-of-the-gradient",
+        "csrc/cpu/channel_fuse.cpp",
+        "if («relu.masked.data») relu_backward_block",
+        "relu.masked.data && item.sample != 1",
+        "The gradient of one sample does not go through the ReLU.",
+        (RESIDUAL,),
+    ),
+    Mutant(
+        "residual-overlaps",
+        "csrc/check.cpp",
+        "require(«!residual || overlap(*residual, x) != Overlap::partial», op",
+        "true",
+        "A residual that is overwritten before it is read is let through.",
+        (BAD_INPUT,),
+    ),
+    Mutant(
+        "interleaved-residual-in-place",
+        "csrc/tensors.h",
+        "const bool apart = «!in_place || overlap(*residual, x) != Overlap::unknown»;",
+        "true",
+        "A residual that may lie in x is read while x is overwritten.",
+        (RESIDUAL,),
+    ),
+    Mutant(
+        "relu-before-the-residual",
+        "csrc/cpu/kernels/channel_fuse.h",
+        "«if constexpr (has_residual) value += load(residual + i, lanes);»",
+        "if constexpr (has_residual) value = (value < acc(0) ? Vec<acc>{} : value) + load(residual + i, lanes);",
+        "There is a ReLU before the residual is added, too.",
+        (RESIDUAL,),
+    ),
+    Mutant(
+        "bits-of-a-nan",
+        "csrc/cpu/kernels/simd_avx2.h",
+        "_mm256_cmp_ps(v, _mm256_setzero_ps(), «_CMP_NLE_UQ»)",
+        "_CMP_GT_OQ",
+        "No gradient passes the final ReLU of NaN.",
+        (RESIDUAL,),
+    ),
+    Mutant(
+        "average-of-all-positions",
+        "csrc/cpu/attention_pool.cpp",
+        "const int64_t count = «std::max<int64_t>(1, valid.count(sample))»;",
+        "valid ? 1 : valid.count(sample)",
+        "With positions that do not count, the average is a sum.",
+        (VALID,),
+    ),
+    Mutant(
+        "map-of-others",
+        "csrc/cpu/attention_pool_by_channels.cpp",
+        "«valid.fill_others(first + i, 0, positions, acc_t<scalar_t>(0), m);»",
+        "",
+        "The attention of a sample without a position that counts is NaN.",
+        (VALID,),
+    ),
+    Mutant(
+        "gradient-of-others",
+        "csrc/cpu/attention_pool.cpp",
+        "if («!counts») return pass_by(g, of_sample.scale, dx);",
+        "false",
+        "A NaN where a position does not count reaches the gradient of the weight.",
+        (VALID,),
+    ),
+    Mutant(
+        "valid-of-the-first-sample",
+        "csrc/cpu/valid.h",
+        "stride_ = «valid->size(0) == 1 ? 0 : positions»;",
+        "0",
+        "The positions that count are those of the first sample.",
+        (VALID,),
+    ),
     # ---- how the work is cut -------------------------------------------------------------------------------------------------
     Mutant(
         "plan-most-splits",

@@ -7,7 +7,7 @@ from mutant import Mutant
 BLOCK, MODULE, SUBMODULES = "test_global_context.py", "test_global_context_block.py", "test_submodules.py"
 BAD_INPUT, DISPATCH, REPLACE, HOOKS = "test_bad_input.py", "test_dispatch.py", "test_replace.py", "test_hooks.py"
 FLOPS, INSERT, IN_PLACE, NON_LOCAL = "test_flops.py", "test_insert.py", "test_in_place.py", "test_non_local.py"
-TUNING = "test_tuning.py"
+TUNING, RESIDUAL, VALID, ACTIVATED = "test_tuning.py", "test_residual.py", "test_valid.py", "test_activations.py"
 POOL, FUZZ_MODULES, DERIVATIVES = "test_attention_pool.py", "test_fuzz_modules.py", "test_derivatives.py"
 KEEPS, REPORT, LATER = "test_replace_keeps.py", "test_replace_report.py", "test_replace_later.py"
 LOOK_ALIKES = "test_replace_look_alikes.py"
@@ -480,5 +480,53 @@ MUTANTS = (
         "pass",
         "The decisions of a thread stay after the block of code that they are for.",
         (TUNING,),
+    ),
+    Mutant(
+        "residual-kept",
+        "gcnet_ext/_library.py",
+        "ctx.save_for_backward(*others, «None», valid",
+        "_residual",
+        "A residual is kept for backward, which does not need it.",
+        (RESIDUAL,),
+    ),
+    Mutant(
+        "final-relu-not-decisive",
+        "gcnet_ext/blocks/_fused.py",
+        'return ("gate", "process_group", "inplace"«, "final_activation"»)',
+        "",
+        "A block that has been called does not notice that its final activation was changed.",
+        (RESIDUAL,),
+    ),
+    Mutant(
+        "second-derivative-past-the-relu",
+        "gcnet_ext/_library.py",
+        "return «grad.where(_bits.unpack(positive, x), 0) if final_activation else grad»",
+        "grad",
+        "With create_graph=True the gradient does not go through the final ReLU.",
+        (RESIDUAL,),
+    ),
+    Mutant(
+        "called-without-the-residual",
+        "gcnet_ext/blocks/squeeze_excitation.py",
+        "x, scale, residual=«residual», final_activation",
+        "None",
+        "A block with a hooked layer forgets the residual.",
+        (RESIDUAL,),
+    ),
+    Mutant(
+        "reference-multiplies-with-zero",
+        "gcnet_ext/reference.py",
+        "return positions if valid is None else «positions.where(valid.unsqueeze(1), 0)»",
+        "positions * valid.unsqueeze(1)",
+        "In plain PyTorch a NaN where a position does not count reaches the context.",
+        (VALID,),
+    ),
+    Mutant(
+        "slope-not-passed",
+        "gcnet_ext/blocks/_layers.py",
+        'return "leaky_relu", «module.negative_slope»',
+        "Options().slope",
+        "Every LeakyReLU has the default slope.",
+        (ACTIVATED,),
     ),
 )

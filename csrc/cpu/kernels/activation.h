@@ -117,7 +117,7 @@ void activation_gradient(Activation chosen, acc slope, const acc* values, int64_
       }
       if constexpr (kind == Activation::hardswish) {
         const Vec<acc> inside = grad * (z / acc(3) + acc(0.5)), low = z <= acc(-3) ? Vec<acc>{} : inside;
-        out = z < acc(3) ? low : grad;
+        out = z >= acc(3) ? grad : low;
       }
       if constexpr (kind == Activation::leaky_relu) out = z > acc(0) ? grad : grad * slope;
       store(gradient + i, out, lanes);

@@ -304,19 +304,19 @@ void pool_gradient(Block<const scalar_t> grad, Block<const scalar_t> x, const ac
 
 // sum_i parts[i, p] for one vector of positions, in their order.
 template <typename acc, typename Lanes>
-inline Vec<acc> sum_of_parts(const acc* parts, int64_t parts_count, int64_t count, int64_t p, Lanes lanes) {
+inline Vec<acc> sum_of_parts(const acc* parts, int64_t parts_count, int64_t stride, int64_t p, Lanes lanes) {
   Vec<acc> sum = load(parts + p, lanes);
-  for (int64_t i = 1; i < parts_count; i++) sum += load(parts + i * count + p, lanes);
+  for (int64_t i = 1; i < parts_count; i++) sum += load(parts + i * stride + p, lanes);
   return sum;
 }
 
 // (Inlined, because attention_pool_backward has one part only.)
 template <typename acc>
-[[gnu::always_inline]] inline acc logit_gradient(const acc* parts, int64_t parts_count, int64_t count, const acc* attention,
-                                                 acc context_dot, acc* dl) {
+[[gnu::always_inline]] inline acc logit_gradient(const acc* parts, int64_t parts_count, int64_t stride, int64_t count,
+                                                 const acc* attention, acc context_dot, acc* dl) {
   Vec<acc> sums{};
   for_each_vector<acc>(count, [&](int64_t p, auto lanes) {
-    const Vec<acc> u = sum_of_parts(parts, parts_count, count, p, lanes);
+    const Vec<acc> u = sum_of_parts(parts, parts_count, stride, p, lanes);
     store(dl + p, load(attention + p, lanes) * (u - context_dot), lanes);
     sums += load(dl + p, lanes);  // loaded again: a partial vector must not count its unused lanes
   });
@@ -330,7 +330,7 @@ acc_t<scalar_t> attention_pool_backward(Block<const scalar_t> grad, Block<const 
   using acc = acc_t<scalar_t>;
   alignas(kVectorBytes) acc dl[kMaxTile];
   position_dots(x, sample.grad_context, dl);
-  const acc sum_dl = logit_gradient<acc>(dl, 1, x.positions, attention, sample.context_dot, dl);
+  const acc sum_dl = logit_gradient<acc>(dl, 1, x.positions, x.positions, attention, sample.context_dot, dl);
   pool_gradient(grad, x, attention, dl, sample, grad_x, grad_weight);
   return sum_dl;
 }

@@ -331,7 +331,7 @@ void fuzz_vectors(Source& from, const VectorKernels<acc>& kernels) {
   for (int64_t i = 0; i < parts * P; i++) finite = finite && std::abs(static_cast<double>(values[i])) < 1e29;
   for (const acc m : attention) total += m;
   require(!finite || std::abs(total - 1) < 1e-4, "softmax_of_sum");
-  kernels.logit_gradient(values.data(), parts, P, attention.data(), acc(1), dl.data());
+  kernels.logit_gradient(values.data(), parts, P, P, attention.data(), acc(1), dl.data());
   kernels.context_dot(values.data(), values.data(), P, from.flag());
   acc mean, variance;
   kernels.moments(t.data(), P, &mean, &variance);
