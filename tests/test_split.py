@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import traceback
@@ -55,18 +56,34 @@ def part_of(rank: int, size: int, dim: int) -> tuple[slice, ...]:
     return (slice(None),) * dim + (slice(cuts[rank], cuts[rank + 1]),)
 
 
+def valid_positions() -> torch.Tensor:
+    """Some count: in the last sample none, and in the first one none of the first process's."""
+    valid = torch.rand(SHAPE[0], *SHAPE[2:], generator=torch.Generator().manual_seed(1)) > 0.4
+    valid[-1] = False
+    valid[0, : SHAPE[2] // 2] = False
+    valid[0, :, : SHAPE[3] // 2] = False
+    return valid
+
+
+def of_positions(part: tuple[slice, ...]) -> tuple[slice, ...]:
+    """The part of a tensor without channels."""
+    return part[:1] + part[2:]
+
+
 def check_first(rank: int, size: int, group: dist.ProcessGroup) -> None:
     """Output, gradient of the own part, and the sum of the parameters' gradients, for every case."""
-    for pooling, dtype, layout, dim in CASES:
+    for (pooling, dtype, layout, dim), padded in itertools.product(CASES, (False, True)):
         x, grad = inputs(dtype, layout)
+        part = part_of(rank, size, dim)
+        residual, valid = (grad.flip(1), valid_positions()) if padded else (None, None)
+        own_residual, own_valid = (residual[part], valid[of_positions(part)]) if padded else (None, None)
         whole = block_of(pooling, dtype)
         x_whole = x.clone().requires_grad_()
-        want = whole(x_whole)
+        want = whole(x_whole, residual, valid)
         want.backward(grad)
-        part = part_of(rank, size, dim)
         block = block_of(pooling, dtype, group)
         own = x[part].clone().requires_grad_()
-        out = block(own)
+        out = block(own, own_residual, own_valid)
         out.backward(grad[part])
         close(out, want[part], dtype)
         close(own.grad, x_whole.grad[part], dtype, 10)
@@ -86,21 +103,22 @@ def hooked(block: GlobalContextBlock) -> GlobalContextBlock:
     return block
 
 
-def penalised(block: GlobalContextBlock, x: torch.Tensor) -> list[torch.Tensor]:
+def penalised(block: GlobalContextBlock, x: torch.Tensor, valid: torch.Tensor | None) -> list[torch.Tensor]:
     """The gradient of x with create_graph, and the gradients of a penalty on it: of x and of every parameter."""
     x = x.clone().requires_grad_()
-    (first,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
+    (first,) = torch.autograd.grad(block(x, valid=valid).square().sum(), x, create_graph=True)
     wanted = [x, *block.parameters()]
     second = torch.autograd.grad(first.square().sum(), wanted, allow_unused=True, materialize_grads=True)
     return [first.detach(), *second]
 
 
 def check_second(rank: int, size: int, group: dist.ProcessGroup) -> None:
-    for pooling in ("att", "avg"):
+    for pooling, valid in itertools.product(("att", "avg"), (None, valid_positions())):
         x, _ = inputs(torch.float64, "contiguous")
         part = part_of(rank, size, 2)
-        want = penalised(hooked(block_of(pooling, torch.float64)), x)
-        got = penalised(hooked(block_of(pooling, torch.float64, group)), x[part])
+        want = penalised(hooked(block_of(pooling, torch.float64)), x, valid)
+        own_valid = None if valid is None else valid[of_positions(part)]
+        got = penalised(hooked(block_of(pooling, torch.float64, group)), x[part], own_valid)
         for ours, theirs in zip(got[:2], want[:2], strict=True):
             close(ours, theirs[part], torch.float64, 10 * float(theirs.abs().max()))
         for ours, theirs in zip(got[2:], want[2:], strict=True):
