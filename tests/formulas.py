@@ -197,6 +197,14 @@ def _gelu_tanh(_a: Arguments, z: Tensor) -> Tensor:
     return z * (2 * math.sqrt(2 / math.pi) * near * (1 + 0.044715 * near * near)).sigmoid()
 
 
+def _hardswish(_a: Arguments, z: Tensor) -> Tensor:
+    """Torch's, whose gradient is a choice and no product. Of NaN torch's gradient depends on how many elements there are; the
+    kernels' is NaN."""
+    nan = z.isnan()
+    only_nan = z.where(nan, 0)
+    return torch.where(nan, only_nan * only_nan, torch.nn.functional.hardswish(z))
+
+
 # In small steps, so that noise makes the result as inexact as rounding can.
 ACTIVATED: dict[int, Callable[[Arguments, Tensor], Tensor]] = {
     ACTIVATIONS["none"]: lambda _a, z: z,
@@ -204,7 +212,7 @@ ACTIVATED: dict[int, Callable[[Arguments, Tensor], Tensor]] = {
     ACTIVATIONS["silu"]: lambda _a, z: torch.nn.functional.silu(z),
     ACTIVATIONS["gelu"]: lambda _a, z: z * (0.5 * (1 + torch.erf(z * math.sqrt(0.5)))),
     ACTIVATIONS["gelu_tanh"]: _gelu_tanh,
-    ACTIVATIONS["hardswish"]: lambda _a, z: torch.nn.functional.hardswish(z),  # whose gradient is a choice, not a product
+    ACTIVATIONS["hardswish"]: _hardswish,
     ACTIVATIONS["leaky_relu"]: lambda a, z: z.where(z > 0, z * a["slope"]),
 }
 

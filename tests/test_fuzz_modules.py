@@ -23,15 +23,17 @@ from test_bad_input import GOOD
 from torch import Tensor, nn
 
 from gcnet_ext import GlobalContextBlock, NonLocalBlock, SimplifiedNonLocalBlock, SqueezeExcitation
-from gcnet_ext._arguments import ACTIVATIONS
+from gcnet_ext._arguments import ACTIVATIONS, FINAL_ACTIVATIONS
 
 BOTTLENECK = {
     "planes": (None, 1, 4),
-    "activation": ("relu", "silu"),
+    "activation": ("relu", *ACTIVATIONS),
+    "slope": (0.01, 0.5),
     "gate": ("sigmoid", "hard_sigmoid"),
     "gate_alpha": (1 / 6, 0.2),
     "gate_beta": (0.5,),
 }
+FINAL = {"final_activation": tuple(FINAL_ACTIVATIONS)}
 MODULES: dict[type[nn.Module], dict[str, tuple[Any, ...]]] = {
     GlobalContextBlock: {
         "inplanes": (6, 1),
@@ -41,10 +43,11 @@ MODULES: dict[type[nn.Module], dict[str, tuple[Any, ...]]] = {
         "norm": (True, False),
         "eps": (1e-5, 1e-3),
         **BOTTLENECK,
+        **FINAL,
         "inplace": (False,),
     },
-    SqueezeExcitation: {"inplanes": (6, 1), "ratio": (1.0,), **BOTTLENECK, "bias": (True, False), "inplace": (False,)},
-    SimplifiedNonLocalBlock: {"inplanes": (6, 1), "inplace": (False,)},
+    SqueezeExcitation: {"inplanes": (6, 1), "ratio": (1.0,), **BOTTLENECK, "bias": (True, False), **FINAL, "inplace": (False,)},
+    SimplifiedNonLocalBlock: {"inplanes": (6, 1), **FINAL, "inplace": (False,)},
     NonLocalBlock: {
         "inplanes": (6, 1),
         "reduction": (1, 2),
@@ -65,8 +68,24 @@ def feature_maps(draw: st.DrawFn, channels: int) -> Drawn:
     return draw(fuzzing.tensors((draw(st.integers(0, 3)), channels, *spatial), draw(st.sampled_from(grid.FLOATING))))
 
 
+OF_THE_CALL = ("x", "residual", "valid")
+
+
 def called(module: nn.Module) -> Callable[[Arguments], Tensor]:
-    return lambda a: torch.func.functional_call(module, {name: value for name, value in a.items() if name != "x"}, a["x"])
+    def call(a: Arguments) -> Tensor:
+        parameters = {name: value for name, value in a.items() if name not in OF_THE_CALL}
+        return torch.func.functional_call(module, parameters, tuple(a[name] for name in OF_THE_CALL if name in a))
+
+    return call
+
+
+@st.composite
+def arguments_beside(draw: st.DrawFn, x: Drawn) -> Arguments:
+    """A residual and which positions count, each in some calls; if it is not there it is None."""
+    residual = draw(st.none() | fuzzing.tensors(x.sizes, x.dtype))
+    samples, _, *spatial = x.sizes
+    valid = draw(st.none() | fuzzing.tensors((draw(st.sampled_from((samples, 1))), *spatial), torch.bool))
+    return {"residual": residual, "valid": valid}
 
 
 LAYERS = {  # what the operator calls the parameters of a layer
@@ -100,15 +119,16 @@ def truth(
         hard_gate = [options["gate_alpha"], options["gate_beta"]] if options.get("gate") == "hard_sigmoid" else None
         activation = ACTIVATIONS[options.get("activation", "relu")]
         norm_eps = options.get("eps", 1e-5) if normed else None
-        return block({**arguments, "norm_eps": norm_eps, "activation": activation, "hard_gate": hard_gate})
+        chosen = {"norm_eps": norm_eps, "activation": activation, "hard_gate": hard_gate, "slope": options.get("slope")}
+        return block({**arguments, **chosen, "final_activation": FINAL_ACTIVATIONS[options["final_activation"]]})
 
     return call
 
 
 def run_module(call: Callable[[Arguments], Tensor], a: Arguments) -> list[Tensor]:
-    """The output and the gradients of x and of every parameter from a gradient of ones."""
-    leaves = {name: value.detach().requires_grad_() for name, value in a.items()}
-    out = call(leaves)
+    """The output and the gradients of x, of a residual and of every parameter from a gradient of ones."""
+    leaves = {name: value.detach().requires_grad_() for name, value in a.items() if torch.is_tensor(value) and name != "valid"}
+    out = call({**a, **leaves})
     grads = dict(zip(leaves, torch.autograd.grad(out.sum(dtype=torch.float64), list(leaves.values())), strict=True))
     if "conv_mask.bias" in grads:  # it cancels: its gradient is zero whatever the rest is
         grads["conv_mask.bias"] = torch.zeros_like(grads["conv_mask.bias"])
@@ -135,7 +155,8 @@ def test_modules(backend, kind, data):
     if data.draw(st.booleans()):
         module = module.to(x.dtype)
     module = module.to(backend.device)
-    arguments = {"x": x.make(backend.to), **dict(module.named_parameters())}
+    beside = {} if kind is NonLocalBlock else fuzzing.made(data.draw(arguments_beside(x)), backend.to)
+    arguments = {"x": x.make(backend.to), **beside, **dict(module.named_parameters())}
     found = outcome(lambda: tuple(run_module(called(module), arguments)))
     again = outcome(lambda: tuple(run_module(called(module), arguments)))
     if isinstance(found, Exception):
