@@ -112,7 +112,7 @@ void test(const Case& given) {
   transform.channels = channels;
   transform.units = units;
   transform.norm = given.options.norm;
-  transform.activation = {static_cast<Activation>(given.options.activation), static_cast<A>(kSlope)};
+  transform.activation = {static_cast<gcnet_ext::Activation>(given.options.activation), static_cast<A>(kSlope)};
   transform.hard_sigmoid = given.options.hard_sigmoid;
   transform.eps = static_cast<A>(given.options.eps);
   transform.gate_alpha = static_cast<A>(given.options.gate_alpha);
@@ -191,7 +191,7 @@ void test(const Case& given) {
 template <class A>
 void test_activations() {
   for (int kind = 0; kind < static_cast<int>(kActivations.size()); kind++) {
-    const ActivationOf<A> device{static_cast<Activation>(kind), static_cast<A>(kSlope)};
+    const ActivationOf<A> device{static_cast<gcnet_ext::Activation>(kind), static_cast<A>(kSlope)};
     const std::string name = std::string(kName<A>) + " " + kActivations[kind];
     Comparison values(name, resolution<A>()), slopes(name + ", slope", resolution<A>());
     for (const double z : {0., 1e-6, 0.3, 1., 2.9, 3., 3.1, 7., 30., 99., 101., 1e10, 1e30, std::nan("")}) {
