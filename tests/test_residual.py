@@ -139,6 +139,48 @@ def test_bits_are_those_of_the_result(backend, layout):
     assert torch.equal(_bits.unpack(positive, x), out > 0)
 
 
+@pytest.mark.parametrize("layout", grid.LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 300, 40, 41), (1, 2, 40_003)], ids=str)
+def test_several_blocks_of_a_sample(cpu, kernels, shape, layout):
+    """Blocks of channels, and blocks of a long row, whose bits begin within that of the row."""
+    random = Random(0)
+    x, residual, grad = (random.feature_map(shape, torch.float32, layout) for _ in range(3))
+    scale = random.normal(*shape[:2])
+    results = []
+    for module in (gcnet_ext, reference):
+        leaves = [tensor.clone(memory_format=torch.preserve_format).requires_grad_() for tensor in (x, scale, residual)]
+        out = module.channel_fuse(*leaves[:2], residual=leaves[2], final_activation="relu")
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, grad)])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+def test_a_residual_that_lies_in_x_with_gaps(backend):
+    """Overwritten before it was read, if it were not copied first: each element is the neighbour of one of x."""
+    memory = Random(0, backend.to).normal(2, 6, 40)
+    x, residual = memory[..., 1:], memory[..., :-1]
+    want = backend.channel_fuse(x, None, None, residual=residual.clone(), final_activation="relu")
+    assert torch.equal(backend.channel_fuse(x, residual=residual, final_activation="relu", inplace=True), want)
+
+
+def test_first_derivatives_that_can_be_differentiated_are_the_same(backend):
+    random = Random(0, backend.to)
+    x, residual = (random.feature_map((2, 10, 5, 5), torch.float64).requires_grad_() for _ in range(2))
+    inputs = [t.requires_grad_() for t in Case((2, 10, 5, 5), torch.float64).inputs(backend.to)[1:]]
+    for out, given in (
+        (
+            backend.channel_fuse(x, inputs[0].expand(2, 10), residual=residual, final_activation="relu"),
+            (x, residual, inputs[0]),
+        ),
+        (grid.flat(backend.global_context, residual=residual, final_activation="relu")(x, *inputs), (x, residual, *inputs)),
+    ):
+        grad = torch.ones_like(out)
+        plain = torch.autograd.grad(out, given, grad, retain_graph=True)
+        again = torch.autograd.grad(out, given, grad, create_graph=True)
+        for ours, theirs in zip(plain, again, strict=True):
+            assert torch.allclose(ours, theirs)
+
+
 def test_gradcheck(backend):
     """First and second derivatives."""
     random = Random(0, backend.to)
