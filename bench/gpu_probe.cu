@@ -52,9 +52,9 @@ __device__ Access load(const Access* address, Keep keep) {
   return value;
 }
 
-// Reads everything; sink is only written in a case that does not occur, so that no load can be left out.
-__global__ void read_all(const Access* from, int64_t count, Keep keep, unsigned* sink) {
-  unsigned mixed = 0;
+// use(i, value) for every access i of a buffer, by all threads of a launch; a thread has kUnroll of them under way.
+template <typename Use>
+__device__ void for_each_access(const Access* from, int64_t count, Keep keep, const Use& use) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   for (; i + (kUnroll - 1) * step < count; i += kUnroll * step) {
@@ -62,23 +62,22 @@ __global__ void read_all(const Access* from, int64_t count, Keep keep, unsigned*
 #pragma unroll
     for (int j = 0; j < kUnroll; j++) values[j] = load(from + i + j * step, keep);
 #pragma unroll
-    for (int j = 0; j < kUnroll; j++) mixed |= values[j].x | values[j].y | values[j].z | values[j].w;
+    for (int j = 0; j < kUnroll; j++) use(i + j * step, values[j]);
   }
-  for (; i < count; i += step) mixed |= load(from + i, keep).x;
+  for (; i < count; i += step) use(i, load(from + i, keep));
+}
+
+__device__ unsigned any_bit(const Access& value) { return value.x | value.y | value.z | value.w; }
+
+// Reads everything; sink is only written in a case that does not occur, so that no load can be left out.
+__global__ void read_all(const Access* from, int64_t count, Keep keep, unsigned* sink) {
+  unsigned mixed = 0;
+  for_each_access(from, count, keep, [&](int64_t, const Access& value) { mixed |= any_bit(value); });
   if (mixed == 0x12345678u) *sink = mixed;
 }
 
 __global__ void copy_all(const Access* from, Access* to, int64_t count, Keep keep) {
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
-  int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  for (; i + (kUnroll - 1) * step < count; i += kUnroll * step) {
-    Access values[kUnroll];
-#pragma unroll
-    for (int j = 0; j < kUnroll; j++) values[j] = load(from + i + j * step, keep);
-#pragma unroll
-    for (int j = 0; j < kUnroll; j++) __stcs(to + i + j * step, values[j]);
-  }
-  for (; i < count; i += step) __stcs(to + i, load(from + i, keep));
+  for_each_access(from, count, keep, [&](int64_t i, const Access& value) { __stcs(to + i, value); });
 }
 
 // Reads a matrix of `rows` rows of `stride` accesses in tiles of all rows and `lanes` accesses: a block has one tile.
@@ -95,7 +94,7 @@ __global__ void read_tiles(const Access* from, int rows, int stride, int lanes, 
       values[j] = row + j * step < rows ? load(tile + static_cast<int64_t>(row + j * step) * stride, Keep::normal) : Access{};
     }
 #pragma unroll
-    for (int j = 0; j < kUnroll; j++) mixed |= values[j].x | values[j].y | values[j].z | values[j].w;
+    for (int j = 0; j < kUnroll; j++) mixed |= any_bit(values[j]);
   }
   if (mixed == 0x12345678u) *sink = mixed;
 }

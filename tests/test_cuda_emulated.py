@@ -111,10 +111,15 @@ def test_a_residual_and_a_relu_cost_one_reading(module, size, layout):
     """And nothing is read of x in the pool where it does not count."""
     x, residual = maps(size, layout)
     scale = Random(1).normal(*size[:2])
-    fused = lambda: schema.Flat("channel_fuse")(x, scale, None, residual=residual)  # noqa: E731
+
+    def fused():
+        return schema.Flat("channel_fuse")(x, scale, None, residual=residual)
+
+    def whole():
+        return schema.Flat("global_context_inference")(*inputs, residual=residual, final_activation=1)
+
     assert traffic(module, fused, x=x, residual=residual) == {"x": ONCE, "residual": ONCE, "out": ONCE}
     inputs = Case(size, layout=layout).inputs()
-    whole = lambda: schema.Flat("global_context_inference")(*inputs, residual=residual, final_activation=1)  # noqa: E731
     assert traffic(module, whole, x=inputs[0], residual=residual) == {"x": TWICE, "residual": ONCE, "out": ONCE}
     valid = torch.zeros(1, *size[2:], dtype=torch.bool)
     for weight in (Random(1).mask(size[1], torch.float32)[0], None):

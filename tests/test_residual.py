@@ -235,9 +235,10 @@ def test_bits_do_not_depend_on_threads_or_batch(cpu, kernels, threads, layout):
 
     def call(n: slice):
         x, *weights = inputs
-        function = lambda x, residual: grid.flat(  # noqa: E731
-            gcnet_ext.global_context, residual=residual, final_activation="relu"
-        )(x, *weights)
+
+        def function(x, residual):
+            return grid.flat(gcnet_ext.global_context, residual=residual, final_activation="relu")(x, *weights)
+
         return differentiated(function, (x[n], residual[n]), grad[n])
 
     threads(1)
