@@ -107,8 +107,7 @@ void fuse_into(const Tensor& x, const OptionalTensor& scale, const OptionalTenso
     using scalar_t = decltype(kind);
     const auto scales = to_acc<acc_t<scalar_t>>(scale), shifts = to_acc<acc_t<scalar_t>>(shift);
     const auto map = read_map<scalar_t>(x);
-    const Fusions<scalar_t> fusions{pointer(scales), pointer(shifts),
-                                    residual ? read_map<scalar_t>(*residual) : Map<const scalar_t>{}, relu,
+    const Fusions<scalar_t> fusions{pointer(scales), pointer(shifts), read_map<scalar_t>(residual), relu,
                                     bits_of<uint8_t>(positive, map.layout)};
     fuse_samples(map, fusions, 0, x.size(0), write_map<scalar_t>(out, x));
   });
@@ -149,18 +148,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> channel_fuse_backward(const Tensor& g
     using acc = acc_t<scalar_t>;
     const auto scales = to_acc<acc>(scale);
     std::vector<acc> sum_g(need_shift ? x.size(0) * x.size(1) : 0), sum_gx(need_scale ? x.size(0) * x.size(1) : 0);
-    const auto g = read_map<scalar_t>(through), x_map = read_map<scalar_t>(x), g_in = read_map<scalar_t>(grad);
-    const ThroughRelu<scalar_t> through_relu{g_in, bits_of<const uint8_t>(positive, x_map.layout),
-                                             relu ? write_map<scalar_t>(through, through) : Map<scalar_t>{}};
+    const auto g = read_map<scalar_t>(through), x_map = read_map<scalar_t>(x);
+    const auto before_relu = through_relu<scalar_t>(relu, grad, positive, through);
     const auto grad_x_map = write_map_if<scalar_t>(need_x, grad_x, through, x);
     const int64_t sample_bytes = 2 * x.size(1) * positions(x) * sizeof(scalar_t);
     const GroupPlan group = plan_groups(x.size(0), sample_bytes, 0);
     for_each_group(group, x.size(0), x.numel(), [&](int64_t first, int64_t count) {
       if (!sum_g.empty() || !sum_gx.empty()) {
         sum_samples(g, x_map, {}, first, count, sum_g.empty() ? nullptr : sum_g.data(),
-                    sum_gx.empty() ? nullptr : sum_gx.data(), through_relu);
+                    sum_gx.empty() ? nullptr : sum_gx.data(), before_relu);
       } else if (relu) {
-        relu_backward_samples(through_relu, first, count);
+        relu_backward_samples(before_relu, first, count);
       }
       if (need_x) fuse_samples<scalar_t>(g, {.scale = pointer(scales)}, first, count, grad_x_map);
     });

@@ -55,6 +55,14 @@ struct ThroughRelu {
   Map<scalar_t> masked;
 };
 
+// grad is native, and `masked` lies as it does; without a ReLU nothing is computed.
+template <typename scalar_t>
+ThroughRelu<scalar_t> through_relu(bool relu, const Tensor& grad, const Tensor& positive, const Tensor& masked) {
+  if (!relu) return {};
+  const auto map = read_map<scalar_t>(grad);
+  return {map, bits_of<const uint8_t>(positive, map.layout), write_map<scalar_t>(masked, masked)};
+}
+
 template <typename scalar_t>
 void relu_backward_samples(const ThroughRelu<scalar_t>& relu, int64_t first, int64_t count);
 

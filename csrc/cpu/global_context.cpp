@@ -49,9 +49,9 @@ void forward_into(const Tensor& x, Arguments& given, const Tensor& out, const Sa
     const acc* factors = clipped ? clipped.get() : s;
 
     const PoolInputs<acc> pooled{pointer(weight), bias.empty() ? acc(0) : bias[0], Valid(given.valid, positions(x))};
-    const Fusions<scalar_t> fusions{
-        scale ? factors : nullptr, t_shift.get(), residual ? read_map<scalar_t>(*residual) : Map<const scalar_t>{},
-        given.options.has_final_relu(), saved ? bits_of<uint8_t>(saved->positive, map.layout) : BitMap<uint8_t>{}};
+    const Fusions<scalar_t> fusions{scale ? factors : nullptr, t_shift.get(), read_map<scalar_t>(residual),
+                                    given.options.has_final_relu(),
+                                    saved ? bits_of<uint8_t>(saved->positive, map.layout) : BitMap<uint8_t>{}};
     const auto out_map = write_map<scalar_t>(out, x);
     const int64_t sample_bytes = channels * positions(x) * sizeof(scalar_t);
     const GroupPlan group = plan_groups(samples, sample_bytes, weight_bytes(scale, shift));
@@ -122,8 +122,7 @@ BackwardResults global_context_backward(const BackwardArguments& call) {
     const auto weight = to_acc<acc>(mask_weight);
     auto scale = pass_of<acc>(forward.scale, options, x), shift = pass_of<acc>(forward.shift, options, x);
     const auto map = read_map<scalar_t>(x), grad_map = read_map<scalar_t>(through);
-    const ThroughRelu<scalar_t> through_relu{read_map<scalar_t>(grad), bits_of<const uint8_t>(positive, map.layout),
-                                             relu ? write_map<scalar_t>(through, through) : Map<scalar_t>{}};
+    const auto before_relu = through_relu<scalar_t>(relu, grad, positive, through);
     const auto grad_x_map = write_map_if<scalar_t>(needs.x, gradients.x, through, x);
     const Valid valid(forward.valid, positions(x));
     const acc *ctx = data<acc>(context), *h = data<acc>(hidden), *s = scale ? data<acc>(gate) : nullptr;
@@ -144,7 +143,7 @@ BackwardResults global_context_backward(const BackwardArguments& call) {
     const GroupPlan group = plan_groups(samples, sample_bytes, weight_bytes(scale, shift));
     for_each_group(group, samples, x.numel(), [&](int64_t first, int64_t count) {
       const int64_t begin = first * channels;
-      sum_samples(grad_map, map, {}, first, count, grad_t_shift.get(), grad_t_scale.get(), through_relu);
+      sum_samples(grad_map, map, {}, first, count, grad_t_shift.get(), grad_t_scale.get(), before_relu);
       if (scale) {
         if (clipped) clip_gate(s + begin, count * channels, clipped.get() + begin);
         apply_gate_backward(options, s + begin, grad_t_scale.get() + begin, count * channels);

@@ -65,6 +65,11 @@ template <typename scalar_t>
 Map<const scalar_t> read_map(const Tensor& tensor) {
   return {data<scalar_t>(tensor), layout_of(tensor)};
 }
+// Without data where there is no tensor.
+template <typename scalar_t>
+Map<const scalar_t> read_map(const OptionalTensor& tensor) {
+  return tensor ? read_map<scalar_t>(*tensor) : Map<const scalar_t>{};
+}
 // A map that is written while maps of its size are read.
 template <typename scalar_t>
 Map<scalar_t> write_map(const Tensor& tensor, const auto&... read) {
