@@ -64,11 +64,11 @@ test-native: $(BUILT)
 # the torch of .venv, and wheels of either on the other.
 ELSEWHERE := accuracy bench build capabilities docs endurance gpu_check cmake packaging paper_costs security types large
 test-cuda-build: $(CUDA_BUILT) $(BUILT)
-	cd $(CUDA_CHECKOUT) && $(PYTEST:$(VENV)/%=$(abspath $(CUDA_VENV))/%) $(ELSEWHERE:%=--ignore=tests/test_%.py) \
+	cd $(CUDA_CHECKOUT) && $(PYTEST:$(VENV)/%=$(abspath $(CUDA_VENV))/%) $(ELSEWHERE:%=--ignore-glob='tests/*/test_%.py') \
 		-k "not cuda-emulated" $(ARGS)
-	cd $(CUDA_CHECKOUT) && $(PYTEST:$(VENV)/%=$(abspath $(VENV))/%) tests/test_abi.py tests/test_attention_pool.py \
-		tests/test_channel_fuse.py -k "not cuda-emulated"
-	GCNET_EXT_OTHER_PYTHON=$(abspath $(VENV))/bin/python $(PYTEST:$(VENV)/%=$(CUDA_VENV)/%) tests/test_packaging.py
+	cd $(CUDA_CHECKOUT) && $(PYTEST:$(VENV)/%=$(abspath $(VENV))/%) tests/building/test_abi.py \
+		tests/ops/test_attention_pool.py tests/ops/test_channel_fuse.py -k "not cuda-emulated"
+	GCNET_EXT_OTHER_PYTHON=$(abspath $(VENV))/bin/python $(PYTEST:$(VENV)/%=$(CUDA_VENV)/%) tests/building/test_packaging.py
 
 # On a machine with a GPU: builds for it, tests, times, and writes a report to the folder OUT. Uses the python on the PATH.
 gpu-check:
@@ -84,7 +84,7 @@ fuzz: $(BUILT)
 	mkdir -p build/fuzz/corpus
 	cd build/fuzz && ./cpu_fuzz -max_total_time=$(FUZZ_SECONDS) -max_len=8192 -jobs=2 -workers=2 corpus
 	HYPOTHESIS_STORAGE_DIRECTORY=build/fuzz/hypothesis PYTHONDONTWRITEBYTECODE=1 $(PYTEST) -p no:cacheprovider \
-		tests/test_properties.py tests/test_fuzz.py tests/test_fuzz_modules.py \
+		tests/properties/test_properties.py tests/properties/test_fuzz.py tests/properties/test_fuzz_modules.py \
 		--hypothesis-profile=explore --fuzz-seconds=$(FUZZ_SECONDS) $(ARGS)
 
 # Each of tests/mutants in a copy in build/mutants; fails where the Python tests notice less than 95 % of them.

@@ -7,7 +7,7 @@
 
 Counting runs one call on one thread under valgrind's callgrind and adds up what this package's functions executed themselves;
 Python and torch are left out. valgrind has no AVX-512, so it counts the AVX2 kernels. The compiler counts, too: the record says
-which one it was, and tests/test_bench.py holds the counts within 5 % of it.
+which one it was, and tests/bench/test_bench.py holds the counts within 5 % of it.
 """
 
 from __future__ import annotations

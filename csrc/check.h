@@ -1,5 +1,5 @@
 // What the operators accept, as rules. An error says which argument of which operator breaks one; gcnet_ext/_checks.py then
-// says in words what the argument must be and what it was, and tests/test_bad_input.py holds the two to each other.
+// says in words what the argument must be and what it was, and tests/properties/test_bad_input.py holds the two to each other.
 #pragma once
 
 #include "stable.h"

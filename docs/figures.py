@@ -226,7 +226,7 @@ FIGURES = {"cuts.png": draw_cuts, "parts.png": draw_parts, "order.png": draw_ord
 
 
 def save(figure: plt.Figure, path: Path) -> None:
-    """With all of its texts beside the picture: by them tests/test_docs.py sees that a plan is no longer the one drawn."""
+    """With all of its texts beside the picture: by them tests/docs/test_docs.py sees that a plan is no longer the one drawn."""
     texts = "\n".join(text.get_text() for text in figure.findobj(Text) if text.get_text())
     figure.savefig(path, dpi=90, metadata={"Software": None, "Description": texts})
     plt.close(figure)

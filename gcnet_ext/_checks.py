@@ -1,7 +1,7 @@
 """What the operators accept, in words. Every error names the argument, what it must be and what it was.
 
 The reference and the shape functions call these, and so does whoever called a kernel that refused its arguments: the rules of
-`csrc/check.h` name the argument and no more. `tests/test_bad_input.py` compares the two.
+`csrc/check.h` name the argument and no more. `tests/properties/test_bad_input.py` compares the two.
 """
 
 from __future__ import annotations

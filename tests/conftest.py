@@ -9,23 +9,23 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, currently_in_test_context, reject, settings
+from hypothesis import HealthCheck, settings
 from hypothesis.errors import UnsatisfiedAssumption
 
-import gcnet_ext
 from gcnet_ext import _library
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "native"))
+# Here and not in pyproject.toml, so that a copy of this folder runs beside an installed package.
+TESTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TESTS / "support"), str(TESTS / "native")]
 import brief  # noqa: E402
 import emulated  # noqa: E402
 import imitations  # noqa: E402
-import schema  # noqa: E402
+from backends import Backend, EmulatedCuda, why_no_backend  # noqa: E402
+from checkout import ROOT  # noqa: E402
 
 # Here and not in a test file: pytest --hypothesis-profile=explore looks for the name before it reads one.
 settings.register_profile("gcnet_ext", deadline=None, max_examples=40, derandomize=True)
@@ -33,69 +33,6 @@ settings.register_profile(
     "explore", deadline=None, max_examples=10**5, derandomize=False, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("gcnet_ext")
-
-
-class Backend:
-    """What the tests of an op call. A backend that computes in another way overrides `ops`, the functions and `to`.
-
-    The functions are differentiable and have the signatures of gcnet_ext; `ops` holds the raw operators, with flat
-    arguments (schema.py). `to` moves a dense tensor to where the backend computes; views are taken after that, so strides
-    survive.
-    """
-
-    attention_pool = staticmethod(gcnet_ext.attention_pool)
-    attention_map = staticmethod(gcnet_ext.attention_map)
-    channel_fuse = staticmethod(gcnet_ext.channel_fuse)
-    global_context = staticmethod(gcnet_ext.global_context)
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.device = torch.device(name)
-
-    @property
-    def has_kernels(self) -> bool:
-        return self.name in _library._kernel_devices
-
-    @property
-    def ops(self) -> SimpleNamespace:
-        if not self.has_kernels:
-            pytest.skip(f"no compiled kernels for {self.name}: {_library.why_no_kernels(self.name)}")
-        return SimpleNamespace(**{name: schema.Flat(name) for name in emulated.operators("gcnet_ext")})
-
-    def to(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self.device)
-
-
-class EmulatedCuda(Backend):
-    """The CUDA operators on CPU tensors, thread by thread: a thousand times as slow as on a GPU, so small tensors only."""
-
-    most_elements = 310_000
-
-    def __init__(self) -> None:
-        super().__init__("cpu")
-        self.name = "cuda-emulated"
-
-    @property
-    def has_kernels(self) -> bool:
-        return True
-
-    def to(self, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.numel() > self.most_elements:
-            if currently_in_test_context():
-                reject()  # this example, but not those that follow
-            pytest.skip(f"too large to emulate: {list(tensor.shape)}")
-        return tensor
-
-
-def why_no_backend(name: str) -> str:
-    """Why the tests of that backend are skipped; empty when they run."""
-    if name == "cuda-emulated" and (reason := emulated.why_not()):
-        return f"the emulated operators cannot be compiled: {reason}"
-    if name == "cuda" and not torch.cuda.is_available():
-        return "torch.cuda.is_available() is False"
-    if name == "cuda" and "cuda" not in _library._kernel_devices:
-        return "this build of gcnet_ext has no CUDA kernels"
-    return ""
 
 
 @pytest.fixture(scope="session", params=["cpu", "cuda-emulated", "cuda"])
@@ -163,11 +100,16 @@ def fresh_dynamo() -> Iterator[None]:
 
 
 @pytest.fixture
-def python():
-    """Runs a script in an interpreter of its own, in the checkout, and returns the completed process."""
+def python(request: pytest.FixtureRequest):
+    """Runs a script in an interpreter of its own, in the checkout, and returns the completed process.
+
+    It can import the helper modules, and those beside the test.
+    """
+
+    folders = [str(folder) for folder in (TESTS / "support", TESTS / "native", request.path.parent, ROOT)]
 
     def run(script: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
-        path = os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+        path = os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])
         done = subprocess.run(
             [sys.executable, "-c", script],
             check=False,

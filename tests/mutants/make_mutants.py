@@ -26,7 +26,7 @@ import of_cpp
 import of_derivatives
 import of_kernels
 import of_python
-from mutant import ROOT, Mutant, applied
+from mutant import ROOT, Mutant, applied, path_of
 
 MUTANTS = (*of_cpp.MUTANTS, *of_kernels.MUTANTS, *of_python.MUTANTS, *of_derivatives.MUTANTS)
 NUMBERS = {mutant: number for number, mutant in enumerate(MUTANTS, 1)}
@@ -123,7 +123,7 @@ def passes(tree: Path, test: str, number: int = 0) -> bool:
     environment = {**os.environ, **own}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", "not emulated", "-m", "not slow"]
     process = subprocess.Popen(
-        [*command, f"tests/{test}"],
+        [*command, path_of(test)],
         cwd=tree, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     try:

@@ -17,7 +17,8 @@ class Mutant(NamedTuple):
         text: occurs in the file exactly once. What the mistake replaces stands between « and », which are not in the file.
         mistake: what stands there instead. In C++ an expression of the same type, or statements if `text` has some there.
         what: one sentence: what is wrong then.
-        tests: the test files that run, or tests in them, in the order in which they are likely to notice it.
+        tests: names of the test files that run, in any folder of tests, or of tests in them, in the order in which they are
+            likely to notice it.
     """
 
     name: str
@@ -53,6 +54,13 @@ class Mutant(NamedTuple):
         if replaced.endswith(";"):
             return self.replaced_by(f"if ({chosen}) {{ {self.mistake} }} else {{ {replaced} }}")
         return self.replaced_by(f"({chosen} ? ({self.mistake}) : ({replaced}))")
+
+
+def path_of(test: str) -> str:
+    """The test with the folder of its file; names of test files are unique."""
+    name, separator, function = test.partition("::")
+    (path,) = (ROOT / "tests").rglob(name)
+    return f"{path.relative_to(ROOT)}{separator}{function}"
 
 
 def applied(source: str, mutant: Mutant, replacement: str) -> str:

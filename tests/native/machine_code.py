@@ -3,7 +3,7 @@
     python tests/native/machine_code.py LIBRARY            prints registers and stack frames
     python tests/native/machine_code.py LIBRARY --record   writes them to tests/native/register_budget.json
 
-The budget is what tests/test_cuda_machine_code.py holds later builds to. Record it from a build for all architectures (make
+The budget is what test_cuda_machine_code.py holds later builds to. Record it from a build for all architectures (make
 test-cuda-build), with the compiler that CI uses; another compiler allocates registers in another way.
 """
 

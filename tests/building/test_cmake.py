@@ -1,0 +1,79 @@
+"""The CMake project: installed, and used by another one (examples/cmake)."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkout import ROOT
+
+pytestmark = pytest.mark.slow
+EXAMPLE = ROOT / "examples" / "cmake"
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # the cmake of pip, and this python
+
+
+def run(*command: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """With a linker that drops libraries of which nothing is called, as in some distributions."""
+    inherited = {name: value for name, value in os.environ.items() if name != "CMAKE_GENERATOR"}
+    inherited["LDFLAGS"] = "-Wl,--as-needed"
+    done = subprocess.run(list(map(str, command)), env={**inherited, "PATH": PATH}, capture_output=True, text=True, check=False)
+    assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory) -> Path:
+    """Where the operators are installed; built with make, as ninja may be missing."""
+    for tool in ("cmake", "make"):
+        if shutil.which(tool, path=PATH) is None:
+            pytest.skip(f"{tool} is not on the PATH")
+    folder = tmp_path_factory.mktemp("cmake")
+    run("cmake", "-S", ROOT, "-B", folder / "build", "-G", "Unix Makefiles")
+    run("cmake", "--build", folder / "build", "--target", "gcnet_ext", "--parallel", str(os.cpu_count()))
+    run("cmake", "--install", folder / "build", "--prefix", folder / "prefix")
+    shutil.rmtree(folder / "build")  # what is installed does without
+    return folder / "prefix"
+
+
+@pytest.fixture(scope="module")
+def configured(prefix, tmp_path_factory) -> tuple[Path, str]:
+    """The example, and what cmake said of it."""
+    build = tmp_path_factory.mktemp("fuse")
+    where = f"-DCMAKE_PREFIX_PATH={prefix}", f"-DTORCH={torch.__path__[0]}"
+    return build, run("cmake", "-S", EXAMPLE, "-B", build, "-G", "Unix Makefiles", *where).stdout
+
+
+def test_only_the_library_and_its_package_are_installed(prefix):
+    files = {str(path.relative_to(prefix)) for path in prefix.rglob("*") if path.is_file()}
+    (library,) = {name for name in files if name.endswith(".so")}
+    assert re.fullmatch(r"lib\w*(/[\w-]+)?/libgcnet_ext\.so", library)
+    assert {Path(name).name for name in files if name != library} == {
+        "gcnet_ext-config.cmake",
+        "gcnet_ext-config-version.cmake",
+        "gcnet_ext-targets.cmake",
+        "gcnet_ext-targets-noconfig.cmake",
+    }
+    assert all(str(ROOT) not in (prefix / name).read_text() for name in files - {library}), "it can be moved"
+
+
+def test_another_project_runs_an_operator(configured, prefix):
+    build, told = configured
+    (library,) = prefix.rglob("libgcnet_ext.so")
+    assert re.search(rf"gcnet_ext \d+\.\d+\.\d+: {re.escape(str(library))}", told), told
+    run("cmake", "--build", build)
+    assert "gcnet_ext::channel_fuse: largest error" in run(build / "fuse").stdout
+
+
+def test_another_version_is_refused(prefix, tmp_path):
+    """find_package asks for a version, and takes no other minor one."""
+    project = "cmake_minimum_required(VERSION 3.24)\nproject(p NONE)\nfind_package(gcnet_ext 0.99 CONFIG REQUIRED)\n"
+    (tmp_path / "CMakeLists.txt").write_text(project)
+    done = run("cmake", "-S", tmp_path, "-B", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={prefix}", check=False)
+    assert done.returncode != 0
+    assert "compatible with requested version" in done.stderr

@@ -1,0 +1,56 @@
+"""GCNET_EXT_JIT=1 compiles the sources of the checkout; a second import finds nothing to do."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+from checkout import ROOT
+
+SCRIPT = """
+import torch, gcnet_ext
+from gcnet_ext import _library, reference
+assert _library.load_error is None, _library.load_error
+x = torch.randn(2, 6, 4, 5)
+assert torch.allclose(gcnet_ext.attention_pool(x, x[0, :, 0, 0]), reference.attention_pool(x, x[0, :, 0, 0]), atol=1e-5)
+print(_library.compiled.__file__)
+"""
+
+
+@pytest.mark.slow
+def test_second_import_compiles_nothing(python, tmp_path):
+    """The compiled module is the one in the folder that was asked for, and no object file changes afterwards."""
+    if shutil.which("ninja") is None and not os.access(os.path.join(os.path.dirname(os.sys.executable), "ninja"), os.X_OK):
+        pytest.skip("ninja is not installed")
+    environment = {
+        "GCNET_EXT_JIT": "1",
+        "GCNET_EXT_JIT_DIR": str(tmp_path),
+        "TORCH_CUDA_ARCH_LIST": "9.0",  # for a CUDA build of torch: one is enough here
+        "PATH": os.pathsep.join([os.path.dirname(os.sys.executable), os.environ["PATH"]]),
+    }
+
+    def built() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir() if path.suffix in (".o", ".so")}
+
+    first = python(SCRIPT, **environment).stdout.strip()
+    compiled = built()
+    assert first.startswith(str(tmp_path))
+    assert len(compiled) > len(list((ROOT / "csrc" / "cpu").glob("*.cpp")))
+    assert python(SCRIPT, **environment).stdout.strip() == first
+    assert built() == compiled
+
+
+def test_without_a_checkout(python, tmp_path):
+    """An installed package has no sources: the load error says so, and the package works."""
+    shutil.copytree(ROOT / "gcnet_ext", tmp_path / "gcnet_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    script = f"""
+import sys; sys.path.insert(0, {str(tmp_path)!r})
+import gcnet_ext
+from gcnet_ext import _library
+assert _library.__file__.startswith({str(tmp_path)!r})
+print(_library.why_no_kernels("cpu"))
+"""
+    told = python(script, GCNET_EXT_JIT="1").stdout
+    assert "GCNET_EXT_JIT=1 needs a checkout" in told
+    assert str(tmp_path / "csrc") in told

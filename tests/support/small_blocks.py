@@ -1,0 +1,21 @@
+"""A small block of each kind that takes a residual and a mask."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from gcnet_ext import GlobalContextBlock, SimplifiedNonLocalBlock, SqueezeExcitation
+
+BLOCKS = {
+    "gc": lambda **options: GlobalContextBlock(16, 1 / 4, fusion_types=("channel_mul", "channel_add"), **options),
+    "se": lambda **options: SqueezeExcitation(16, 1 / 4, **options),
+    "snl": lambda **options: SimplifiedNonLocalBlock(16, **options),
+}
+
+
+def randomised(block: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.3, generator=generator)
+    return block
