@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import reference
 import torch
 from grid import GLOBAL_CONTEXT_INPUTS
 from schema import OPTIONS, Flat
 from torch.utils._pytree import tree_map_only
 
 import gcnet_ext
-from gcnet_ext import Branch, GlobalContextBlock, reference
-from gcnet_ext._arguments import ACTIVATIONS, FINAL_ACTIVATIONS
+from gcnet_ext import Branch, GlobalContextBlock
+from gcnet_ext.ops._options import ACTIVATIONS, FINAL_ACTIVATIONS
 
 N, C, H = 2, 8, 4
 

@@ -6,11 +6,12 @@ import warnings
 
 import grid
 import pytest
+import reference
 import torch
 from grid import Case, Random
 from torch.utils.checkpoint import checkpoint
 
-from gcnet_ext import GlobalContextBlock, reference
+from gcnet_ext import GlobalContextBlock
 
 
 def calls(backend, layout="contiguous", **options):

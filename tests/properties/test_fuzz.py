@@ -13,6 +13,7 @@ from typing import Any
 import formulas
 import fuzzing
 import pytest
+import reference
 import schema
 import torch
 from fuzzing import Arguments, Drawn, Thing, compare, copies, examples, outcome, refused
@@ -20,8 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gcnet_ext import Branch, reference
-from gcnet_ext._arguments import ACTIVATIONS, FINAL_ACTIVATIONS
+from gcnet_ext import Branch
+from gcnet_ext.ops._options import ACTIVATIONS, FINAL_ACTIVATIONS
 
 NAMES, FINAL = tuple(ACTIVATIONS), tuple(FINAL_ACTIVATIONS)  # by their numbers
 FUNCTIONS = ("attention_pool", "channel_fuse", "global_context")

@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import reference
 import schema
 import torch
 from torch import Tensor
 
-from gcnet_ext import reference
-from gcnet_ext._arguments import ACTIVATIONS
+from gcnet_ext.ops._options import ACTIVATIONS
 
 Arguments = dict[str, Any]
 Outputs = tuple[Tensor | None, ...]

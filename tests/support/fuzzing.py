@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import formulas
 import grid
 import numpy as np
+import reference
 import schema
 import torch
 from hypothesis import HealthCheck, assume, settings
@@ -19,8 +20,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from gcnet_ext import _bits, reference
-from gcnet_ext._arguments import IN_LISTS
+from gcnet_ext.ops import _bits
+from gcnet_ext.ops._global_context_arguments import IN_LISTS
 
 Arguments = dict[str, Any]
 Formula = Callable[[Arguments], Sequence[Tensor | None]]

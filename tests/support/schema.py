@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gcnet_ext._arguments import IN_LISTS
+from gcnet_ext.ops._global_context_arguments import IN_LISTS
 
 NEEDS = {
     "attention_pool_backward": ("need_x", "need_weight", "need_bias"),

