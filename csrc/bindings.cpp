@@ -82,7 +82,7 @@ PYBIND11_MODULE(_C, m) {
   static PyMethodDef unchanged{"unchanged", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&gcnet_ext::unchanged)),
                                METH_FASTCALL, "Fields of objects, if those and others are what they were; else None."};
   m.add_object("unchanged", py::reinterpret_steal<py::object>(PyCFunction_New(&unchanged, nullptr)));
-  m.def("past_caches", &gcnet_ext::plan_cpu_past_caches,
+  m.def("past_caches", &gcnet_ext::plan_cpu_non_temporal,
         "Whether the CPU kernels write an output past the caches, in a call that goes through maps of so many bytes.",
         "bytes"_a);
   m.def("plan", &plan, "How the kernels of a device cut the attention pool of a sample of [C, P] elements.", "device"_a,

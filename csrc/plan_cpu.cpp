@@ -1,6 +1,6 @@
 #include "plan_cpu.h"
 
-#include "cpu/kernels.h"
+#include "cpu/kernels/types.h"
 
 #include <algorithm>
 
@@ -74,6 +74,6 @@ GroupPlan plan_cpu_group(int64_t samples, int64_t sample_bytes, int64_t weight_b
   return {std::clamp<int64_t>(bytes / std::max<int64_t>(1, sample_bytes), 1, std::max<int64_t>(1, samples)), alone};
 }
 
-bool plan_cpu_past_caches(int64_t bytes) { return bytes > kPastCaches; }
+bool plan_cpu_non_temporal(int64_t bytes) { return bytes > kPastCaches; }
 
 }  // namespace gcnet_ext

@@ -39,6 +39,6 @@ GroupPlan plan_cpu_group(int64_t samples, int64_t sample_bytes, int64_t weight_b
 
 // Whether a call that goes through maps of so many bytes, its output included, writes the latter past the caches: the next
 // operator would not find it there. Its lines are then not read before they are written, and x keeps its place.
-bool plan_cpu_past_caches(int64_t bytes);
+bool plan_cpu_non_temporal(int64_t bytes);
 
 }  // namespace gcnet_ext

@@ -115,8 +115,8 @@ void pool_backward_samples(const Map<const scalar_t>& grad, const Map<const scal
     const int64_t end = std::min(begin + plan.split, positions), row = sample * channels;
     const acc context_dot =
         vector_kernels<acc>().context_dot(given.grad_context + row, given.context + row, channels, x.layout.channels_last);
-    const PoolGradient<acc> of_sample{given.grad_context + row, context_dot, given.weight,
-                                      given.scale ? given.scale + row : nullptr};
+    const PoolBackwardSample<acc> of_sample{given.grad_context + row, context_dot, given.weight,
+                                            given.scale ? given.scale + row : nullptr};
     const int64_t part = sample * plan.splits + i % plan.splits;
     acc sum_dl = 0;
     for (int64_t p = begin; p < end; p += plan.tile) {

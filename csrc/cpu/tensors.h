@@ -9,7 +9,7 @@
 #include "../arguments.h"
 #include "../plan_cpu.h"
 #include "../tensors.h"
-#include "kernels.h"
+#include "kernels/table.h"
 
 namespace gcnet_ext::cpu {
 
@@ -52,12 +52,12 @@ template <typename scalar_t>
 struct Map {
   scalar_t* data = nullptr;
   Layout layout{};
-  bool past_caches = false;
+  bool non_temporal = false;
 
   Block<scalar_t> block(int64_t sample, int64_t c0, int64_t channels, int64_t p0, int64_t positions) const {
     scalar_t* start =
         data ? data + sample * layout.sample_stride + c0 * layout.channel_stride + p0 * layout.position_stride : nullptr;
-    return {start, channels, positions, layout.channel_stride, layout.position_stride, layout.channels_last, past_caches};
+    return {start, channels, positions, layout.channel_stride, layout.position_stride, layout.channels_last, non_temporal};
   }
 };
 
@@ -75,7 +75,7 @@ template <typename scalar_t>
 Map<scalar_t> write_map(const Tensor& tensor, const auto&... read) {
   const bool in_place = ((read.data_ptr() == tensor.data_ptr()) || ...);
   const int64_t bytes = (1 + sizeof...(read)) * tensor.numel() * sizeof(scalar_t);
-  return {mutable_data<scalar_t>(tensor), layout_of(tensor), !in_place && plan_cpu_past_caches(bytes)};
+  return {mutable_data<scalar_t>(tensor), layout_of(tensor), !in_place && plan_cpu_non_temporal(bytes)};
 }
 // A map to write to, or one without data when it is not needed (the tensor is then empty).
 template <typename scalar_t>

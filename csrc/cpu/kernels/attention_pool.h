@@ -195,9 +195,9 @@ void attention_pool(Block<const scalar_t> x, const acc_t<scalar_t>* weight, acc_
 }
 
 // dx = g*scale + m dctx + dl w and dw += sum_p dl x for R channels in NCHW: the vectors over positions are shared by them.
-template <int R, typename scalar_t, bool past_caches, bool has_grad, bool has_weight_grad>
+template <int R, typename scalar_t, bool non_temporal, bool has_grad, bool has_weight_grad>
 inline void grad_channels(Block<const scalar_t> grad, Block<const scalar_t> x, const acc_t<scalar_t>* m,
-                          const acc_t<scalar_t>* dl, const PoolGradient<acc_t<scalar_t>>& sample, Block<scalar_t> grad_x,
+                          const acc_t<scalar_t>* dl, const PoolBackwardSample<acc_t<scalar_t>>& sample, Block<scalar_t> grad_x,
                           int64_t c, acc_t<scalar_t>* grad_weight) {
   using acc = acc_t<scalar_t>;
   const int64_t g_stride = grad.channel_stride, x_stride = x.channel_stride, dx_stride = grad_x.channel_stride;
@@ -210,16 +210,16 @@ inline void grad_channels(Block<const scalar_t> grad, Block<const scalar_t> x, c
     w[r] = broadcast(sample.weight[c + r]);
     scale[r] = broadcast(sample.scale ? sample.scale[c + r] : acc(1));
   }
-  for_each_vector_to<past_caches>(dx, x.positions, [&](int64_t p, auto lanes) {
+  for_each_vector_to<non_temporal>(dx, x.positions, [&](int64_t p, auto lanes) {
     const Vec<acc> mp = load(m + p, lanes), dlp = load(dl + p, lanes);
 #pragma GCC unroll 2
     for (int r = 0; r < R; r++) {
       if constexpr (has_grad) __builtin_prefetch(g + (r + kRowsAhead) * g_stride + p);
-      if constexpr (!past_caches) __builtin_prefetch(dx + (r + kRowsAhead) * dx_stride + p, 1);
+      if constexpr (!non_temporal) __builtin_prefetch(dx + (r + kRowsAhead) * dx_stride + p, 1);
       Vec<acc> value = mp * dctx[r] + dlp * w[r];
       if constexpr (has_grad) value += load(g + r * g_stride + p, lanes) * scale[r];
       if constexpr (has_weight_grad) dw[r] += dlp * load(xc + r * x_stride + p, lanes);
-      store_to<past_caches>(dx + r * dx_stride + p, value, lanes);
+      store_to<non_temporal>(dx + r * dx_stride + p, value, lanes);
     }
   });
   if constexpr (has_weight_grad) {
@@ -228,10 +228,10 @@ inline void grad_channels(Block<const scalar_t> grad, Block<const scalar_t> x, c
 }
 
 // dx and dw of R neighbouring positions from p on, in channels_last: the vectors over channels are shared by them.
-template <int R, typename scalar_t, bool past_caches, bool has_grad, bool has_scale, bool has_weight_grad>
+template <int R, typename scalar_t, bool non_temporal, bool has_grad, bool has_scale, bool has_weight_grad>
 inline void grad_positions(const Block<const scalar_t>& grad, const Block<const scalar_t>& x_block,
                            const acc_t<scalar_t>* attention, const acc_t<scalar_t>* all_dl,
-                           const PoolGradient<acc_t<scalar_t>>& sample, const Block<scalar_t>& grad_x, int64_t p,
+                           const PoolBackwardSample<acc_t<scalar_t>>& sample, const Block<scalar_t>& grad_x, int64_t p,
                            acc_t<scalar_t>* dw) {
   using acc = acc_t<scalar_t>;
   const int64_t g_stride = grad.position_stride, x_stride = x_block.position_stride, dx_stride = grad_x.position_stride;
@@ -242,19 +242,19 @@ inline void grad_positions(const Block<const scalar_t>& grad, const Block<const 
     mr[r] = broadcast(attention[p + r]);
     dlr[r] = broadcast(all_dl[p + r]);
   }
-  for_each_vector_to<past_caches>(dx, x_block.channels, [&](int64_t c, auto lanes) {
+  for_each_vector_to<non_temporal>(dx, x_block.channels, [&](int64_t c, auto lanes) {
     const Vec<acc> dctx = load(sample.grad_context + c, lanes), w = load(sample.weight + c, lanes);
     Vec<acc> scale{}, total{};
     if constexpr (has_scale) scale = load(sample.scale + c, lanes);
     if constexpr (has_weight_grad) total = load(dw + c, lanes);
     for (int r = 0; r < R; r++) {
       if constexpr (has_grad) __builtin_prefetch(g + (r + R) * g_stride + c);
-      if constexpr (!past_caches) __builtin_prefetch(dx + (r + R) * dx_stride + c, 1);
+      if constexpr (!non_temporal) __builtin_prefetch(dx + (r + R) * dx_stride + c, 1);
       Vec<acc> value = mr[r] * dctx + dlr[r] * w;
       if constexpr (has_grad && has_scale) value += load(g + r * g_stride + c, lanes) * scale;
       if constexpr (has_grad && !has_scale) value += load(g + r * g_stride + c, lanes);
       if constexpr (has_weight_grad) total += dlr[r] * load(x + r * x_stride + c, lanes);
-      store_to<past_caches>(dx + r * dx_stride + c, value, lanes);
+      store_to<non_temporal>(dx + r * dx_stride + c, value, lanes);
     }
     if constexpr (has_weight_grad) store(dw + c, total, lanes);
   });
@@ -271,7 +271,7 @@ acc context_dot(const acc* grad_context, const acc* context, int64_t channels, b
 
 template <typename scalar_t>
 void pool_gradient(Block<const scalar_t> grad, Block<const scalar_t> x, const acc_t<scalar_t>* attention,
-                   const acc_t<scalar_t>* dl, const PoolGradient<acc_t<scalar_t>>& sample, Block<scalar_t> grad_x,
+                   const acc_t<scalar_t>* dl, const PoolBackwardSample<acc_t<scalar_t>>& sample, Block<scalar_t> grad_x,
                    acc_t<scalar_t>* grad_weight) {
   if (!grad_x.data) {
     if (!grad_weight) return;
@@ -281,25 +281,25 @@ void pool_gradient(Block<const scalar_t> grad, Block<const scalar_t> x, const ac
   // What is written past the caches goes by lines, and rows that are written together must begin theirs together.
   if (x.channels_last) {
     with_flags(
-        [&](auto past_caches, auto has_grad, auto has_scale, auto has_weight_grad) {
+        [&](auto non_temporal, auto has_grad, auto has_scale, auto has_weight_grad) {
           for_each_rows<4>(0, x.positions, [&](int64_t p, auto rows) {
-            grad_positions<rows, scalar_t, past_caches, has_grad, has_scale, has_weight_grad>(grad, x, attention, dl, sample,
-                                                                                              grad_x, p, grad_weight);
+            grad_positions<rows, scalar_t, non_temporal, has_grad, has_scale, has_weight_grad>(grad, x, attention, dl, sample,
+                                                                                               grad_x, p, grad_weight);
           });
         },
-        grad_x.past_caches && grad_x.position_stride % kLine<scalar_t> == 0, grad.data != nullptr, sample.scale != nullptr,
+        grad_x.non_temporal && grad_x.position_stride % kLine<scalar_t> == 0, grad.data != nullptr, sample.scale != nullptr,
         grad_weight != nullptr);
   } else {
     with_flags(
-        [&](auto past_caches, auto has_grad, auto has_weight_grad) {
-          for_each_rows<past_caches ? 1 : 2>(0, x.channels, [&](int64_t c, auto rows) {
-            grad_channels<rows, scalar_t, past_caches, has_grad, has_weight_grad>(grad, x, attention, dl, sample, grad_x, c,
-                                                                                  grad_weight);
+        [&](auto non_temporal, auto has_grad, auto has_weight_grad) {
+          for_each_rows<non_temporal ? 1 : 2>(0, x.channels, [&](int64_t c, auto rows) {
+            grad_channels<rows, scalar_t, non_temporal, has_grad, has_weight_grad>(grad, x, attention, dl, sample, grad_x, c,
+                                                                                   grad_weight);
           });
         },
-        grad_x.past_caches, grad.data != nullptr, grad_weight != nullptr);
+        grad_x.non_temporal, grad.data != nullptr, grad_weight != nullptr);
   }
-  if (grad_x.past_caches) fence();
+  if (grad_x.non_temporal) fence();
 }
 
 // sum_i parts[i, p] for one vector of positions, in their order.
@@ -325,7 +325,7 @@ template <typename acc>
 
 template <typename scalar_t>
 acc_t<scalar_t> attention_pool_backward(Block<const scalar_t> grad, Block<const scalar_t> x, const acc_t<scalar_t>* attention,
-                                        const PoolGradient<acc_t<scalar_t>>& sample, Block<scalar_t> grad_x,
+                                        const PoolBackwardSample<acc_t<scalar_t>>& sample, Block<scalar_t> grad_x,
                                         acc_t<scalar_t>* grad_weight) {
   using acc = acc_t<scalar_t>;
   alignas(kVectorBytes) acc dl[kMaxTile];

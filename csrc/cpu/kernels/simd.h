@@ -1,6 +1,5 @@
-// Vectors of acc (float or double) of the capability's width, from the compiler's vector extension: operators come with it, and
-// the same source compiles to SSE, AVX2, AVX-512 or NEON. What the extension lacks (16-bit loads, masks, sums across lanes) is
-// in simd_<capability>.h, which is included before this file and defines kVectorBytes. GCNET_CAPABILITY is their namespace.
+// Loops over vectors, and what the compiler's vector extension lacks and can be written for every capability. What needs
+// instructions of its own (16-bit loads, masks, sums across lanes) is in simd_<capability>.h, which is included before this file.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +7,7 @@
 #include <cstring>
 #include <limits>
 
-#include "../kernels.h"
+#include "vec.h"
 
 namespace gcnet_ext::cpu::GCNET_CAPABILITY {
 
@@ -56,12 +55,6 @@ inline Vec<double> exp(Vec<double> x) {
 // bfloat16 is the upper half of a float. (The compiler's own conversions of vectors take twice the instructions of widen and
 // narrow.)
 inline Vec<float> load(const BFloat16* p) { return reinterpret_cast<Vec<float>>(widen(p) << 16); }
-
-inline Words bfloat16_words(Vec<float> value) {
-  const Words bits = reinterpret_cast<Words>(value);
-  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
-  return value != value ? Words{} + 0x7fc0u : rounded;
-}
 
 // Two vectors, one behind the other.
 template <typename scalar_t>
@@ -124,10 +117,10 @@ inline void store(scalar_t* p, Vec<acc_t<scalar_t>> value, int64_t count) {
 }
 
 // The same for a row that is written. Past the caches that goes by whole lines: at their edges lanes is no constant.
-template <bool past_caches, typename scalar_t, typename Body>
+template <bool non_temporal, typename scalar_t, typename Body>
 inline void for_each_vector_to(const scalar_t* row, int64_t count, const Body& body) {
   using acc = acc_t<scalar_t>;
-  if constexpr (!past_caches) return for_each_vector<acc>(count, body);
+  if constexpr (!non_temporal) return for_each_vector<acc>(count, body);
   constexpr int64_t lanes = kLanes<acc>, line = kLine<scalar_t>;
   const int64_t address = reinterpret_cast<intptr_t>(row) / sizeof(scalar_t);
   const int64_t begin = std::min(-address & (line - 1), count), end = begin + (count - begin) / line * line;
@@ -140,10 +133,10 @@ inline void for_each_vector_to(const scalar_t* row, int64_t count, const Body& b
 }
 
 // The store of such a body.
-template <bool past_caches, typename scalar_t, typename Lanes>
+template <bool non_temporal, typename scalar_t, typename Lanes>
 inline void store_to(scalar_t* p, Vec<acc_t<scalar_t>> value, Lanes lanes) {
-  if constexpr (past_caches && !std::is_same_v<Lanes, int64_t>) {
-    store_past_caches(p, value);
+  if constexpr (non_temporal && !std::is_same_v<Lanes, int64_t>) {
+    store_non_temporal(p, value);
   } else {
     store(p, value, lanes);
   }

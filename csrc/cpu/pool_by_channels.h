@@ -99,8 +99,8 @@ void pool_backward_by_channels(const Map<const scalar_t>& grad, const Map<const 
   const auto pool_gradient = map_kernels<scalar_t>().pool_gradient;
   for_each_block(plan, x.layout, first, count, [&](const SweepItem& item) {
     const int64_t row = item.sample * channels + item.c0;
-    const PoolGradient<acc> of_block{given.grad_context + row, /*context_dot=*/0, given.weight + item.c0,
-                                     given.scale ? given.scale + row : nullptr};
+    const PoolBackwardSample<acc> of_block{given.grad_context + row, /*context_dot=*/0, given.weight + item.c0,
+                                           given.scale ? given.scale + row : nullptr};
     acc* dw = grad_weight.part(item.sample);
     valid.for_each_piece(item.sample, 0, positions, [&](int64_t begin, int64_t end, bool counts) {
       const auto g = block_of(grad, item, begin, end);

@@ -1,0 +1,81 @@
+// What the CPU kernels take: views of memory, without torch.
+#pragma once
+
+#include <cstdint>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+#include <type_traits>
+
+#include "../../activation.h"
+
+namespace gcnet_ext::cpu {
+
+using c10::BFloat16;
+using c10::Half;
+
+// Sums over scalar_t are taken in this type.
+template <typename scalar_t>
+using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+
+// The most positions of a block that attention_pool and attention_pool_backward take: they have an array of so many numbers on
+// the stack, which is 8 MiB as a rule and 2 MiB in some threads.
+constexpr int64_t kMaxTile = 4096;
+static_assert(kMaxTile * sizeof(double) <= 64 << 10);
+
+// A block of a feature map: some channels of some positions of one sample.
+template <typename scalar_t>
+struct Block {
+  scalar_t* data;
+  int64_t channels, positions;
+  int64_t channel_stride, position_stride;  // one of them is 1
+  bool channels_last;                       // channel_stride is 1
+  bool non_temporal = false;                // written past the caches: nobody reads it soon
+};
+
+// A running softmax-weighted sum: sum_p exp(logit_p - max) x_p and sum_p exp(logit_p - max) over the positions seen so far.
+template <typename acc>
+struct SoftmaxSum {
+  acc max, sum;
+  acc* weighted;  // [C]
+};
+
+// What the second backward pass needs of one sample besides x and g.
+template <typename acc>
+struct PoolBackwardSample {
+  const acc* grad_context;  // dctx [C]
+  acc context_dot;          // dctx . ctx
+  const acc* weight;        // w [C]
+  const acc* scale;         // [C], what g is multiplied with; null for 1
+};
+
+// Bits of a block, one for each element: those of a row begin with a byte, `stride` bytes behind those of the row before. Rows are
+// channels, or positions in channels_last.
+template <typename byte_t>
+struct Bits {
+  byte_t* data = nullptr;
+  int64_t stride = 0;
+};
+
+// What becomes of x in the fusion.
+template <typename scalar_t>
+struct Fusion {
+  const acc_t<scalar_t>* scale;  // [C]; null for 1
+  const acc_t<scalar_t>* shift;  // [C]; null for -0, which changes no number
+  Block<const scalar_t> residual{};
+  bool relu = false;
+  Bits<uint8_t> positive{};  // where the ReLU lets pass; not written without data
+};
+
+// A view of a matrix whose rows lie `stride` elements apart.
+template <typename T>
+struct Matrix {
+  T* data;
+  int64_t rows, columns, stride;
+
+  T* row(int64_t i) const { return data + i * stride; }
+  Matrix some_rows(int64_t begin, int64_t end) const { return {row(begin), end - begin, columns, stride}; }
+  Matrix some_columns(int64_t begin, int64_t end) const { return {data + begin, rows, end - begin, stride}; }
+  operator Matrix<const T>() const { return {data, rows, columns, stride}; }
+};
+
+}  // namespace gcnet_ext::cpu
