@@ -1,38 +1,35 @@
-// attention_pool on the CPU, of small or wide samples in NCHW: cut into blocks of channels, which are contiguous memory.
+// The attention pool of small or wide samples in NCHW: they are cut into blocks of channels, which are contiguous memory.
 //
 //   every block adds to the logits of all positions:       logit_p = sum of its w_c x_cp, over the blocks in their order
 //   every block takes the sums of its channels:            ctx_c = sum_p m_p x_cp
 //
 // Threads that share a sample then read and write whole rows, and no cache line is written by two of them.
-#include "attention_pool.h"
+#pragma once
 
 #include <limits>
 
+#include "pool_inputs.h"
 #include "sweep.h"
 
 namespace gcnet_ext::cpu {
-namespace {
 
-// parts[i, p] = sum_c w_nc x_ncp over the channels of the i-th block; w [N, C], or [C] with a stride of 0 for all samples.
-// They are not computed where a position does not count.
+// parts[i, p] = sum_c w_nc x_ncp over the channels of the i-th block. They are not computed where a position does not count.
 template <typename scalar_t>
-Buffer<acc_t<scalar_t>> partial_dots(const Map<const scalar_t>& x, const SweepPlan& plan, const Valid& valid,
-                                     const acc_t<scalar_t>* w, int64_t w_stride, int64_t first, int64_t count) {
-  using acc = acc_t<scalar_t>;
+MatrixBuffer<acc_t<scalar_t>> partial_dots(const Map<const scalar_t>& x, const SweepPlan& plan, const Valid& valid,
+                                           Matrix<const acc_t<scalar_t>> w) {
   const auto position_dots = map_kernels<scalar_t>().position_dots;
   const int64_t positions = x.layout.positions;
-  auto parts = buffer<acc>(count * plan.channel_blocks * positions);
+  MatrixBuffer<acc_t<scalar_t>> parts(x.layout.samples * plan.channel_blocks, positions);
   const auto dots = [&](const SweepItem& item) {
-    acc* const part = parts.get() + item.i * positions;
     valid.for_each_run(item.sample, 0, positions, [&](int64_t begin, int64_t end) {
-      position_dots(block_of(x, item, begin, end), w + item.sample * w_stride + item.c0, part + begin);
+      position_dots(block_of(x, item, begin, end), channels_of(w, item), parts.row(item.i) + begin);
     });
   };
-  for_each_block(plan, x.layout, first, count, dots, Order::backwards);  // what follows goes forwards again
+  for_each_block(plan, x.layout, dots, Order::backwards);  // what follows goes forwards again
   return parts;
 }
 
-// dctx . ctx of one sample, added as partial_dots and the sum over its blocks add dctx . x_p.
+// dctx . ctx of one sample, added in the order in which partial_dots and the sum over its blocks add dctx . x_p.
 template <typename acc>
 acc context_dot(const SweepPlan& plan, const acc* grad_context, const acc* context, int64_t channels) {
   const auto dot_of_block = [&](int64_t c0) {
@@ -44,85 +41,65 @@ acc context_dot(const SweepPlan& plan, const acc* grad_context, const acc* conte
   return dot;
 }
 
-}  // namespace
-
 template <typename scalar_t>
-void pool_by_channels(const Map<const scalar_t>& x, const PoolInputs<acc_t<scalar_t>>& given, int64_t first, int64_t count,
-                      acc_t<scalar_t>* context, acc_t<scalar_t>* attention) {
-  constexpr auto lowest = -std::numeric_limits<acc_t<scalar_t>>::infinity();
-  const Valid& valid = given.valid;
-  const int64_t channels = x.layout.channels, positions = x.layout.positions;
+void pool_by_channels(const Map<const scalar_t>& x, const PoolMask<acc_t<scalar_t>>& mask, const Valid& valid,
+                      Matrix<acc_t<scalar_t>> context, Matrix<acc_t<scalar_t>> attention) {
+  using acc = acc_t<scalar_t>;
+  constexpr acc lowest = -std::numeric_limits<acc>::infinity();
+  const int64_t samples = x.layout.samples, channels = x.layout.channels, positions = x.layout.positions;
   const SweepPlan plan = sweep_plan(x);
-  const int64_t parts_size = plan.channel_blocks * positions;
-  const auto parts = partial_dots(x, plan, valid, given.weight, 0, first, count);
-  const auto softmax_of_sum = vector_kernels<acc_t<scalar_t>>().softmax_of_sum;
-  parallel_for(count, count * parts_size, [&](int64_t i) {
-    acc_t<scalar_t>* m = attention + (first + i) * positions;
-    for (int64_t part = 0; part < plan.channel_blocks; part++) {
-      valid.fill_others(first + i, 0, positions, lowest, parts.get() + i * parts_size + part * positions);
-    }
-    softmax_of_sum(parts.get() + i * parts_size, plan.channel_blocks, positions, given.bias, m);
-    valid.fill_others(first + i, 0, positions, acc_t<scalar_t>(0), m);
+  const auto parts = partial_dots(x, plan, valid, {mask.weight, samples, channels, /*stride=*/0});
+  const auto softmax_of_sum = vector_kernels<acc>().softmax_of_sum;
+  parallel_for(samples, parts.rows * positions, [&](int64_t n) {
+    const Matrix<acc> parts_of_n = parts.row_range(n * plan.channel_blocks, plan.channel_blocks);
+    for (int64_t i = 0; i < parts_of_n.rows; i++) valid.fill_others(n, 0, positions, lowest, parts_of_n.row(i));
+    softmax_of_sum(parts_of_n.data, parts_of_n.rows, positions, mask.bias, attention.row(n));
+    valid.fill_others(n, 0, positions, acc(0), attention.row(n));
   });
   const auto channel_dots = map_kernels<scalar_t>().channel_dots;
-  for_each_block(plan, x.layout, first, count, [&](const SweepItem& item) {
-    acc_t<scalar_t>* sums = context + item.sample * channels + item.c0;
-    std::fill_n(sums, item.channels, acc_t<scalar_t>(0));
+  for_each_block(plan, x.layout, [&](const SweepItem& item) {
+    acc* sums = channels_of(context, item);
+    std::fill_n(sums, item.channels, acc(0));
     valid.for_each_run(item.sample, 0, positions, [&](int64_t begin, int64_t end) {
-      channel_dots(block_of(x, item, begin, end), attention + item.sample * positions + begin, sums);
+      channel_dots(block_of(x, item, begin, end), attention.row(item.sample) + begin, sums);
     });
   });
 }
 
 template <typename scalar_t>
 void pool_backward_by_channels(const Map<const scalar_t>& grad, const Map<const scalar_t>& x,
-                               const PoolGradients<acc_t<scalar_t>>& given, int64_t first, int64_t count,
-                               const Map<scalar_t>& grad_x, const WeightGradient<acc_t<scalar_t>>& grad_weight) {
+                               const PoolBackwardInputs<acc_t<scalar_t>>& inputs, const Map<scalar_t>& grad_x,
+                               Matrix<acc_t<scalar_t>> weight_parts) {
   using acc = acc_t<scalar_t>;
-  const int64_t channels = x.layout.channels, positions = x.layout.positions;
+  const int64_t samples = x.layout.samples, channels = x.layout.channels, positions = x.layout.positions;
   const SweepPlan plan = sweep_plan(x);
-  const int64_t parts_size = plan.channel_blocks * positions;
-  const Valid& valid = given.valid;
-  const auto parts = partial_dots(x, plan, valid, given.grad_context, channels, first, count);
-  const auto dl = buffer<acc>(count * positions), sum_dl = buffer<acc>(count);
+  const Valid& valid = inputs.valid;
+  const auto parts = partial_dots(x, plan, valid, inputs.grad_context);
+  const MatrixBuffer<acc> dl(samples, positions);
+  const auto sum_dl = buffer<acc>(samples);
   const auto logit_gradient = vector_kernels<acc>().logit_gradient;
-  parallel_for(count, count * parts_size, [&](int64_t i) {
-    const int64_t row = (first + i) * channels;
-    const acc dot = context_dot(plan, given.grad_context + row, given.context + row, channels);
-    const acc *u = parts.get() + i * parts_size, *m = given.attention + (first + i) * positions;
-    sum_dl[i] = 0;
-    valid.for_each_run(first + i, 0, positions, [&](int64_t begin, int64_t end) {
-      sum_dl[i] += logit_gradient(u + begin, plan.channel_blocks, positions, end - begin, m + begin, dot,
-                                  dl.get() + i * positions + begin);
+  parallel_for(samples, parts.rows * positions, [&](int64_t n) {
+    const acc dot = context_dot(plan, inputs.grad_context.row(n), inputs.context.row(n), channels);
+    const acc *u = parts.row(n * plan.channel_blocks), *m = inputs.attention.row(n);
+    sum_dl[n] = 0;
+    valid.for_each_run(n, 0, positions, [&](int64_t begin, int64_t end) {
+      sum_dl[n] += logit_gradient(u + begin, plan.channel_blocks, positions, end - begin, m + begin, dot, dl.row(n) + begin);
     });
   });
   const auto pool_gradient = map_kernels<scalar_t>().pool_gradient;
-  for_each_block(plan, x.layout, first, count, [&](const SweepItem& item) {
-    const int64_t row = item.sample * channels + item.c0;
-    const PoolBackwardSample<acc> of_block{given.grad_context + row, /*context_dot=*/0, given.weight + item.c0,
-                                           given.scale ? given.scale + row : nullptr};
-    acc* dw = grad_weight.part(item.sample);
-    valid.for_each_piece(item.sample, 0, positions, [&](int64_t begin, int64_t end, bool counts) {
+  for_each_block(plan, x.layout, [&](const SweepItem& item) {
+    const int64_t n = item.sample;
+    const PoolBackwardSample<acc> of_block{channels_of(inputs.grad_context, item), /*context_dot=*/0, inputs.weight + item.c0,
+                                           channels_of(inputs.scale, item)};
+    acc* const dw = channels_of(weight_parts, item);
+    valid.for_each_piece(n, 0, positions, [&](int64_t begin, int64_t end, bool counts) {
       const auto g = block_of(grad, item, begin, end);
       const auto dx = block_of(grad_x, item, begin, end);
-      if (!counts) return pass_by(g, of_block.scale, dx);
-      pool_gradient(g, block_of(x, item, begin, end), given.attention + item.sample * positions + begin,
-                    dl.get() + (item.sample - first) * positions + begin, of_block, dx, dw ? dw + item.c0 : nullptr);
+      if (!counts) return grad_of_others(g, of_block.scale, dx);
+      pool_gradient(g, block_of(x, item, begin, end), inputs.attention.row(n) + begin, dl.row(n) + begin, of_block, dx, dw);
     });
-    grad_weight.subtract_context(item.sample, item.c0, item.channels, given.context + row, sum_dl[item.sample - first]);
+    subtract_context(sum_dl[n], channels_of(inputs.context, item), item.channels, dw);
   });
 }
-
-#define GCNET_EXT_INSTANTIATE(scalar_t)                                                                                  \
-  template void pool_by_channels(const Map<const scalar_t>&, const PoolInputs<acc_t<scalar_t>>&, int64_t, int64_t,       \
-                                 acc_t<scalar_t>*, acc_t<scalar_t>*);                                                    \
-  template void pool_backward_by_channels(const Map<const scalar_t>&, const Map<const scalar_t>&,                        \
-                                          const PoolGradients<acc_t<scalar_t>>&, int64_t, int64_t, const Map<scalar_t>&, \
-                                          const WeightGradient<acc_t<scalar_t>>&);
-GCNET_EXT_INSTANTIATE(double)
-GCNET_EXT_INSTANTIATE(float)
-GCNET_EXT_INSTANTIATE(Half)
-GCNET_EXT_INSTANTIATE(BFloat16)
-#undef GCNET_EXT_INSTANTIATE
 
 }  // namespace gcnet_ext::cpu

@@ -31,12 +31,19 @@ template <typename acc>
 Buffer<acc> buffer(int64_t count) {
   return Buffer<acc>(static_cast<acc*>(::operator new[](count * sizeof(acc), kAlignment)));
 }
+
+// A matrix and its memory, uninitialised; one that is not needed has neither.
 template <typename acc>
-Buffer<acc> zeros(int64_t count) {
-  Buffer<acc> values = buffer<acc>(count);
-  std::fill_n(values.get(), count, acc(0));
-  return values;
-}
+struct MatrixBuffer : Matrix<acc> {
+  Buffer<acc> memory;
+
+  MatrixBuffer(int64_t rows, int64_t columns, bool needed = true) {
+    if (!needed) return;
+    memory = buffer<acc>(rows * columns);
+    static_cast<Matrix<acc>&>(*this) = {memory.get(), rows, columns, columns};
+  }
+  void clear() { std::fill_n(memory.get(), this->rows * this->columns, acc(0)); }
+};
 
 template <typename scalar_t>
 const scalar_t* data(const Tensor& tensor) {
@@ -47,13 +54,25 @@ scalar_t* mutable_data(const Tensor& tensor) {
   return static_cast<scalar_t*>(tensor.data_ptr());
 }
 
-// A feature map and its layout; `first` and `count` cut blocks out of it.
+// A view of a dense [N, columns] tensor.
+template <typename acc>
+Matrix<acc> matrix_of(const Tensor& tensor) {
+  return {mutable_data<acc>(tensor), tensor.size(0), tensor.size(1), tensor.size(1)};
+}
+
+// A feature map and its layout. Without data it stands for one that is absent.
 template <typename scalar_t>
 struct Map {
   scalar_t* data = nullptr;
   Layout layout{};
   bool non_temporal = false;
 
+  // The map of the samples from `first` on.
+  Map samples(int64_t first, int64_t count) const {
+    Map part{data + first * layout.sample_stride, layout, non_temporal};
+    part.layout.samples = count;
+    return part;
+  }
   Block<scalar_t> block(int64_t sample, int64_t c0, int64_t channels, int64_t p0, int64_t positions) const {
     scalar_t* start =
         data ? data + sample * layout.sample_stride + c0 * layout.channel_stride + p0 * layout.position_stride : nullptr;

@@ -12,12 +12,17 @@ class Valid {
  public:
   // Every position counts.
   Valid() = default;
-  // Bool [N or 1, *spatial] of a map with so many positions; without it every position counts.
+  // A dense bool [N or 1, *spatial], which must outlive this view of it; without a tensor every position counts.
   Valid(const OptionalTensor& valid, int64_t positions) : positions_(positions) {
     if (!valid) return;
-    dense_ = dense(*valid);
-    data_ = data<bool>(*dense_);
+    data_ = data<bool>(*valid);
     stride_ = valid->size(0) == 1 ? 0 : positions;
+  }
+  // The positions of the samples from `first` on.
+  Valid samples(int64_t first) const {
+    Valid part = *this;
+    part.data_ += first * stride_;
+    return part;
   }
   explicit operator bool() const { return data_ != nullptr; }
 
@@ -54,7 +59,6 @@ class Valid {
  private:
   const bool* row(int64_t sample) const { return data_ + sample * stride_; }
 
-  OptionalTensor dense_;
   const bool* data_ = nullptr;
   int64_t positions_ = 0, stride_ = 0;
 };

@@ -107,7 +107,7 @@ template <bool non_temporal, bool has_residual, bool has_relu, typename scalar_t
 
 // With a residual or a ReLU, or both.
 template <bool non_temporal, bool has_residual, bool has_relu, typename scalar_t>
-void fuse_more(Block<const scalar_t> x, const Fusion<scalar_t>& fusion, Block<scalar_t> out) {
+void fuse_more(Block<const scalar_t> x, const BlockFusion<scalar_t>& fusion, Block<scalar_t> out) {
   using acc = acc_t<scalar_t>;
   const Block<const scalar_t> residual = fusion.residual;
   const acc *const scale = fusion.scale, *const shift = fusion.shift;
@@ -133,7 +133,7 @@ void fuse_more(Block<const scalar_t> x, const Fusion<scalar_t>& fusion, Block<sc
 
 // An absent shift is -0: what is added to 0 would turn a product of -0 into 0.
 template <typename scalar_t>
-void channel_fuse(Block<const scalar_t> x, const Fusion<scalar_t>& fusion, Block<scalar_t> out) {
+void channel_fuse(Block<const scalar_t> x, const BlockFusion<scalar_t>& fusion, Block<scalar_t> out) {
   using acc = acc_t<scalar_t>;
   const acc *const scale = fusion.scale, *const shift = fusion.shift;
   const auto copied = [&](auto non_temporal) {

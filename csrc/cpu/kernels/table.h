@@ -27,7 +27,7 @@ struct MapKernels {
   void (*pool_gradient)(Block<const scalar_t> grad, Block<const scalar_t> x, const acc* attention, const acc* dl,
                         const PoolBackwardSample<acc>& sample, Block<scalar_t> grad_x, acc* grad_weight);
   // out = relu(x*scale + shift + residual), each of it if wanted; x bit for bit if nothing is.
-  void (*channel_fuse)(Block<const scalar_t> x, const Fusion<scalar_t>& fusion, Block<scalar_t> out);
+  void (*channel_fuse)(Block<const scalar_t> x, const BlockFusion<scalar_t>& fusion, Block<scalar_t> out);
   // masked = grad where the bit of `positive` is 1, and 0 elsewhere; masked may be grad.
   void (*relu_backward)(Block<const scalar_t> grad, Bits<const uint8_t> positive, Block<scalar_t> masked);
   // sum_a[c] += sum_p a_cp; sum_ab[c] += sum_p a_cp b_cp (b may have null data; a null sum is not taken).

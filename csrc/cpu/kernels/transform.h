@@ -72,7 +72,7 @@ void linear(Matrix<const acc> x, Matrix<const weight_t> weight, const acc* bias,
             // Behind the last row come the next columns of the first ones.
             const int64_t next =
                 i + ahead < weight.rows ? ahead * weight.stride : (ahead - weight.rows) * weight.stride + kColumnsAtOnce;
-            const Matrix<const weight_t> wi = weight.some_rows(i, i + some).some_columns(k0, k0 + count);
+            const Matrix<const weight_t> wi = weight.row_range(i, some).column_range(k0, count);
             linear_block<block, some, acc, weight_t>({some_x, block, count, kStride}, wi, wi.data + next,
                                                      bias ? bias + i : nullptr,
                                                      /*go_on=*/k0 > 0, {y.row(n) + i, block, some, y.stride});

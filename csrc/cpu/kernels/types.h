@@ -58,7 +58,7 @@ struct Bits {
 
 // What becomes of x in the fusion.
 template <typename scalar_t>
-struct Fusion {
+struct BlockFusion {
   const acc_t<scalar_t>* scale;  // [C]; null for 1
   const acc_t<scalar_t>* shift;  // [C]; null for -0, which changes no number
   Block<const scalar_t> residual{};
@@ -66,16 +66,20 @@ struct Fusion {
   Bits<uint8_t> positive{};  // where the ReLU lets pass; not written without data
 };
 
-// A view of a matrix whose rows lie `stride` elements apart.
+// A view of a matrix whose rows lie `stride` elements apart. Without data it stands for one that is absent.
 template <typename T>
 struct Matrix {
-  T* data;
-  int64_t rows, columns, stride;
+  T* data = nullptr;
+  int64_t rows = 0, columns = 0, stride = 0;
 
   T* row(int64_t i) const { return data + i * stride; }
-  Matrix some_rows(int64_t begin, int64_t end) const { return {row(begin), end - begin, columns, stride}; }
-  Matrix some_columns(int64_t begin, int64_t end) const { return {data + begin, rows, end - begin, stride}; }
-  operator Matrix<const T>() const { return {data, rows, columns, stride}; }
+  Matrix row_range(int64_t first, int64_t count) const { return {row(first), count, columns, stride}; }
+  Matrix column_range(int64_t first, int64_t count) const { return {data + first, rows, count, stride}; }
+  operator Matrix<const T>() const
+    requires(!std::is_const_v<T>)
+  {
+    return {data, rows, columns, stride};
+  }
 };
 
 }  // namespace gcnet_ext::cpu

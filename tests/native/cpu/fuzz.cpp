@@ -160,7 +160,7 @@ void fuzz_fuse(Source& from, const MapKernels<T>& kernels, int64_t C, int64_t P,
   const bool scales = from.flag(), shifts = from.flag(), adds = from.flag(), relu = from.flag(), keeps = relu && from.flag();
   const Buffer2d<T> before = out, masked_before = masked;
   Bitmap bits(C, P, channels_last);
-  Fusion<T> fusion{scales ? scale.data() : nullptr, shifts ? shift.data() : nullptr};
+  BlockFusion<T> fusion{scales ? scale.data() : nullptr, shifts ? shift.data() : nullptr};
   if (adds) fusion.residual = residual.read();
   fusion.relu = relu;
   if (keeps) fusion.positive = {bits.bytes.data(), bits.row};
@@ -249,15 +249,16 @@ void fuzz_matrix(Source& from, const MatrixKernels<acc, W>& kernels) {
   const bool with_bias = from.flag();
   std::vector<acc> y(N * M), dx(N * K);
   std::vector<W> dw(M * K);
-  const int64_t m0 = from.upto(M - 1), m1 = m0 + 1 + from.upto(M - m0 - 1), k0 = from.upto(K - 1),
-                k1 = k0 + 1 + from.upto(K - k0 - 1);
+  const int64_t m0 = from.upto(M - 1), rows = 1 + from.upto(M - m0 - 1), m1 = m0 + rows;
+  const int64_t k0 = from.upto(K - 1), columns = 1 + from.upto(K - k0 - 1), k1 = k0 + columns;
   const Matrix<const acc> all_x{x.data(), N, K, K}, all_dy{dy.data(), N, M, M};
   const Matrix<const W> all_w{weight.data(), M, K, K};
   const Matrix<acc> all_y{y.data(), N, M, M}, all_dx{dx.data(), N, K, K};
-  const auto some_w = all_w.some_rows(m0, m1);
-  kernels.linear(all_x, some_w, with_bias ? bias.data() + m0 : nullptr, all_y.some_columns(m0, m1));
-  kernels.linear_backward_input(all_dy.some_columns(m0, m1), some_w.some_columns(k0, k1), all_dx.some_columns(k0, k1));
-  kernels.linear_backward_weight(all_dy.some_columns(m0, m1), all_x, Matrix<W>{dw.data(), M, K, K}.some_rows(m0, m1));
+  const auto rows_of_w = all_w.row_range(m0, rows);
+  kernels.linear(all_x, rows_of_w, with_bias ? bias.data() + m0 : nullptr, all_y.column_range(m0, rows));
+  kernels.linear_backward_input(all_dy.column_range(m0, rows), rows_of_w.column_range(k0, columns),
+                                all_dx.column_range(k0, columns));
+  kernels.linear_backward_weight(all_dy.column_range(m0, rows), all_x, Matrix<W>{dw.data(), M, K, K}.row_range(m0, rows));
   const auto w = [&](int64_t m, int64_t k) { return static_cast<double>(weight[m * K + k]); };
   for (int64_t n = 0; n < N; n++) {
     for (int64_t m = m0; m < m1; m++) {
