@@ -1,6 +1,6 @@
-// gcnet_ext._C: what was built and how it decides, for Python. The operators are not here: they are in torch.ops.gcnet_ext.
-// No torch header but that of its version: pybind11 depends on CPython's ABI, the kernels on the LibTorch stable ABI, and neither on
-// both.
+// gcnet_ext._C: what was built and how it decides, for Python. The operators are not here: they are in torch.ops.gcnet_ext. It
+// includes no torch header but that of the version: pybind11 depends on CPython's ABI and the operators on the LibTorch stable
+// ABI, and no file depends on both.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/headeronly/version.h>
@@ -11,7 +11,7 @@
 #include "cpu/capability.h"
 #include "plan_cpu.h"
 #include "plan_cuda.h"
-#include "unchanged.h"
+#include "plain_layers.h"
 
 namespace py = pybind11;
 using namespace py::literals;

@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_pool_backward_op(const Tensor& grad
   const Tensor grad_weight = gradient_of(need_weight, weight, x_in), grad_bias = zero_gradient_of(needs[2], bias, x_in);
   if (!need_x && !(need_weight && weight)) return {grad_x, grad_weight, grad_bias};
   const OptionalTensor valid = dense(valid_in);
-  const Tensor x = weight ? native(x_in) : grad_x;  // of an x that is averaged no element is read
+  const Tensor x = weight ? native(x_in) : grad_x;  // average pooling reads no element of x
   dispatch(x.scalar_type(), [&](auto kind) {
     using scalar_t = decltype(kind);
     using acc = acc_t<scalar_t>;

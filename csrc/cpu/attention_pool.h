@@ -12,9 +12,9 @@ PoolPlan pool_plan(const Map<const scalar_t>& x) {
   return plan_cpu_pool(x.layout.channels, x.layout.positions, sizeof(scalar_t), x.layout.channels_last);
 }
 
-// context[n, c] = sum_p m_p x_cp with attention[n, p] = m = softmax(w . x_p + b) over the positions that count; elsewhere m is 0, and
-// so is the context if there are none. In average pooling attention is not written, and m is one over the number of positions
-// that count.
+// context[n, c] = sum_p m_p x_cp with attention[n, p] = m = softmax(w . x_p + b) over the positions that count; elsewhere m is
+// 0, and so is the context if there are none. In average pooling attention is not written, and m is one over the number of
+// positions that count.
 template <typename scalar_t>
 void pool_samples(const Map<const scalar_t>& x, const PoolMask<acc_t<scalar_t>>& mask, const Valid& valid,
                   Matrix<acc_t<scalar_t>> context, Matrix<acc_t<scalar_t>> attention) {
@@ -30,8 +30,8 @@ void pool_samples(const Map<const scalar_t>& x, const PoolMask<acc_t<scalar_t>>&
   });
 }
 
-// The parts of the mask weight's gradient, which are zero before the backward pass: one for every split of every sample, so that their
-// sum does not depend on who computes what.
+// The parts of the mask weight's gradient, which are zero before the backward pass: one for every split of every sample, so
+// that their sum does not depend on who computes what.
 template <typename acc>
 MatrixBuffer<acc> weight_parts(const PoolPlan& plan, int64_t samples, int64_t channels, bool needed) {
   MatrixBuffer<acc> parts(samples * plan.splits, channels, needed);
@@ -39,8 +39,7 @@ MatrixBuffer<acc> weight_parts(const PoolPlan& plan, int64_t samples, int64_t ch
   return parts;
 }
 
-// dx = g*scale + the gradient through the pool; g or dx may be absent. Attention pooling only. The rows of weight_parts, if it is
-// there, are those of these samples.
+// dx = g*scale + the gradient through attention pooling; g or dx may be absent, and so may weight_parts (of these samples).
 template <typename scalar_t>
 void pool_backward_samples(const Map<const scalar_t>& grad, const Map<const scalar_t>& x,
                            const PoolBackwardInputs<acc_t<scalar_t>>& inputs, const Map<scalar_t>& grad_x,

@@ -5,7 +5,7 @@
 
 namespace gcnet_ext::cpu {
 
-// From the sum over the positions of a sample that count to their mean, or from the gradient of the mean to that of each of them.
+// Makes a sum over the positions that count their mean, and the gradient of that mean the gradient of each position.
 template <typename acc>
 void divide_by_count(const Valid& valid, Matrix<acc> values) {
   for (int64_t n = 0; n < values.rows; n++) {
@@ -20,7 +20,7 @@ void average_samples(const Map<const scalar_t>& x, const Valid& valid, Matrix<ac
   divide_by_count(valid, context);
 }
 
-// dx = g*scale + the gradient of the context over the number of positions that count, at those positions; the scale may be absent.
+// dx = g*scale + dctx over the number of positions that count, at those positions, and g*scale elsewhere.
 template <typename scalar_t>
 void average_backward_samples(const Map<const scalar_t>& grad, Matrix<const acc_t<scalar_t>> scale,
                               Matrix<acc_t<scalar_t>> grad_context, const Valid& valid, const Map<scalar_t>& grad_x) {

@@ -1,4 +1,4 @@
-// Sweeps over the samples of a map: out = relu(x*scale + shift + residual), what its gradients need, and the sums over positions.
+// Sweeps over a map: out = relu(x*scale + shift + residual), what its gradients need, and the sums over positions.
 #pragma once
 
 #include "sweep.h"
@@ -28,7 +28,7 @@ BitMap<byte_t> bits_of(const Tensor& positive, const Layout& layout) {
   return {static_cast<byte_t*>(positive.data_ptr()), positive.size(1), (length + 7) / 8};
 }
 
-// What becomes of x in the fusion. A matrix [N, C] or the residual may be absent.
+// What is added to x and what it is multiplied with. A matrix [N, C] or the residual may be absent.
 template <typename scalar_t>
 struct MapFusion {
   Matrix<const acc_t<scalar_t>> scale{}, shift{};
@@ -87,14 +87,14 @@ void relu_backward_samples(const ReluBackward<scalar_t>& relu) {
   for_each_block(sweep_plan(relu.grad), relu.grad.layout, [&](const SweepItem& item) { relu.block(item); });
 }
 
-// Where the gradient of the result goes when it went through the final ReLU: it is that of the residual. If that is not needed it
-// lies where grad_x will, which is written element by element as it is read.
+// The tensor for the gradient before the final ReLU, which is the gradient of the residual. If that is not needed, it is the
+// memory of grad_x, whose elements are written one by one as they are read.
 inline Tensor masked_gradient(const Tensor& x, const Tensor& grad_residual, const Tensor& grad_x) {
   return grad_residual.numel() > 0 ? grad_residual : grad_x.numel() > 0 ? grad_x : empty_like_map(x);
 }
 
-// sum_a[n, c] = sum_p a_ncp and sum_ab[n, c] = sum_p a_ncp b_ncp over the positions that count; either sum may be absent. If a is the
-// gradient before a ReLU, each block of it is computed before it is summed.
+// sum_a[n, c] = sum_p a_ncp and sum_ab[n, c] = sum_p a_ncp b_ncp over the positions that count; either sum may be absent. If a
+// is the gradient before a ReLU, each block of it is computed before it is summed.
 template <typename scalar_t>
 void sum_samples(const Map<const scalar_t>& a, const Map<const scalar_t>& b, const Valid& valid, Matrix<acc_t<scalar_t>> sum_a,
                  Matrix<acc_t<scalar_t>> sum_ab, const ReluBackward<scalar_t>& relu = {}) {

@@ -34,7 +34,7 @@ void forward_into(const Tensor& x, Arguments& call, const Tensor& out, const Sav
     using acc = acc_t<scalar_t>;
     const auto weight = to_acc<acc>(call.mask.weight), bias = to_acc<acc>(call.mask.bias);
     const auto scale = pass_of<acc>(call.scale, call.options, x), shift = pass_of<acc>(call.shift, call.options, x);
-    // Their handles are released as soon as they are read: that is several times slower once x has evicted them from the caches.
+    // The tensors are released as soon as they are read: that is several times slower once x has evicted them from the caches.
     call.mask = {}, call.scale = {}, call.shift = {};
     const auto map = read_map<scalar_t>(x);
     const PoolMask<acc> mask{pointer(weight), bias.empty() ? acc(0) : bias[0]};

@@ -25,7 +25,7 @@ MatrixBuffer<acc_t<scalar_t>> partial_dots(const Map<const scalar_t>& x, const S
       position_dots(block_of(x, item, begin, end), channels_of(w, item), parts.row(item.i) + begin);
     });
   };
-  for_each_block(plan, x.layout, dots, Order::backwards);  // what follows goes forwards again
+  for_each_block(plan, x.layout, dots, Order::backwards);  // the sweep that follows goes forwards, from what is in the caches
   return parts;
 }
 

@@ -40,8 +40,8 @@ void grad_of_others(Block<const scalar_t> grad, const acc_t<scalar_t>* scale, Bl
   }
 }
 
-// From sum_p dl_p x_p, a part of the gradient of the weight, to sum_p dl_p (x_p - ctx). Over a sample dl adds up to zero but for its
-// rounding errors (sum_dl), which would else be multiplied with all that the x_p have in common.
+// From sum_p dl_p x_p, a part of the gradient of the weight, to sum_p dl_p (x_p - ctx). Over a sample dl adds up to zero but
+// for its rounding errors (sum_dl), which would else be multiplied with all that the x_p have in common.
 template <typename acc>
 void subtract_context(acc sum_dl, const acc* context, int64_t channels, acc* part) {
   if (!part) return;

@@ -1,4 +1,4 @@
-// Sweeps over the blocks of some samples of a feature map.
+// A sweep goes once over every block of a feature map.
 #pragma once
 
 #include "parallel.h"

@@ -32,7 +32,7 @@ Buffer<acc> buffer(int64_t count) {
   return Buffer<acc>(static_cast<acc*>(::operator new[](count * sizeof(acc), kAlignment)));
 }
 
-// A matrix and its memory, uninitialised; one that is not needed has neither.
+// A matrix with memory of its own, which is uninitialised. One that is not needed has no data.
 template <typename acc>
 struct MatrixBuffer : Matrix<acc> {
   Buffer<acc> memory;
@@ -89,7 +89,7 @@ template <typename scalar_t>
 Map<const scalar_t> read_map(const OptionalTensor& tensor) {
   return tensor ? read_map<scalar_t>(*tensor) : Map<const scalar_t>{};
 }
-// A map that is written while maps of its size are read.
+// A map that is written by a loop that reads the maps `read`, which are of its size.
 template <typename scalar_t>
 Map<scalar_t> write_map(const Tensor& tensor, const auto&... read) {
   const bool in_place = ((read.data_ptr() == tensor.data_ptr()) || ...);
@@ -118,7 +118,7 @@ const acc* pointer(const std::vector<acc>& values) {
   return values.empty() ? nullptr : values.data();
 }
 
-// values of acc into a tensor of any dtype.
+// Writes values of acc to a tensor of any dtype.
 template <typename acc>
 void from_acc(const acc* values, const Tensor& tensor) {
   dispatch(tensor.scalar_type(),

@@ -41,7 +41,7 @@ OptionalTensor dense_weight(const OptionalTensor& weight) {
   return dense(*weight);
 }
 
-// t -> sigmoid(t), or alpha t + beta for the hard sigmoid, in place.
+// Replaces t by sigmoid(t), or by alpha t + beta for the hard sigmoid.
 template <typename acc>
 void apply_gate(const Options& options, acc* t, int64_t count) {
   if (!options.hard_gate) return vector_kernels<acc>().sigmoid(t, count);
@@ -90,8 +90,8 @@ class BranchPass {
   // Whether the threads share the rows of the weights; otherwise a sample's transform is one thread's work.
   bool row_parallel() const { return (w2_ ? 2 : 1) * channels_ * units_ > kBatchedWeights; }
 
-  // hidden = w1 ctx + b1, and t; if `gated` the values of the gate in its place: sigmoid(t), or alpha t + beta before it is clipped,
-  // which tells a gate that is at its corner from one that is beyond.
+  // hidden = w1 ctx + b1, and t. If it is gated, the values of the gate come in the place of t: sigmoid(t), or alpha t + beta
+  // before it is clipped, which tells a gate that is at its corner from one that is beyond.
   void forward(Matrix<const acc> context, bool gated, Matrix<acc> hidden, Matrix<acc> t) const {
     const MatrixBuffer<acc> activated(context.rows, units_, w2_.has_value());
     for_samples(context.rows, [&](int64_t first, int64_t count) {
@@ -304,7 +304,7 @@ void clip_gate(Matrix<const acc> gates, Matrix<acc> scale) {
   }
 }
 
-// grad -> grad * gate'(t), in place, from the values of the gate. The slope of the hard sigmoid is alpha at its corners too.
+// Multiplies grad with gate'(t), from the values of the gate. The slope of the hard sigmoid is alpha at its corners, too.
 template <typename acc>
 void apply_gate_backward(const Options& options, Matrix<const acc> gates, Matrix<acc> grads) {
   const acc alpha = options.hard_gate ? static_cast<acc>(options.hard_gate->alpha) : acc(0);

@@ -29,7 +29,7 @@ class Valid {
   // How many positions of a sample count.
   int64_t count(int64_t sample) const { return data_ ? std::count(row(sample), row(sample) + positions_, true) : positions_; }
 
-  // body(begin, end, counts) for all runs of positions begin <= p < end that count or do not, from p0 up to p1.
+  // body(begin, end, counts) for the longest runs of positions, from p0 up to p1, that all count or all do not.
   template <typename Body>
   void for_each_piece(int64_t sample, int64_t p0, int64_t p1, const Body& body) const {
     if (!data_) return body(p0, p1, true);
@@ -41,7 +41,7 @@ class Valid {
       begin = end;
     }
   }
-  // body(begin, end) for those that count.
+  // body(begin, end) for the runs of positions that count.
   template <typename Body>
   void for_each_run(int64_t sample, int64_t p0, int64_t p1, const Body& body) const {
     for_each_piece(sample, p0, p1, [&](int64_t begin, int64_t end, bool counts) {

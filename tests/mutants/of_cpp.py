@@ -137,16 +137,16 @@ MUTANTS = (
     Mutant(
         "plan-wide",
         "csrc/plan_cpu.cpp",
-        "return bytes <= kSmallSample || («channels > kWide» && bytes <= kMaxByChannels);",
+        "return bytes <= kSmallSample || («channels > kWide» && bytes <= kMaxWideSample);",
         "channels >= kWide",
         "512 channels count as wide.",
         (PLAN, LIMITS),
     ),
     Mutant(
-        "last-part-of-the-team",
+        "part-of-the-last-thread",
         "csrc/cpu/parallel.h",
-        "body(count * rank / team, «count * (rank + 1) / team»);",
-        "count / team * (rank + 1)",
+        "body(count * rank / threads, «count * (rank + 1) / threads»);",
+        "count / threads * (rank + 1)",
         "Where the threads do not divide the items, the last items are nobody's work.",
         (DETERMINISM, BLOCK),
     ),
@@ -395,7 +395,7 @@ MUTANTS = (
     # ---- what a block has seen -----------------------------------------------------------------------------------------------
     Mutant(
         "class-that-was-patched",
-        "csrc/unchanged.h",
+        "csrc/plain_layers.h",
         "«now == PyLong_AsUnsignedLong(version)»;",
         "true",
         "A class that is patched after the first call of a block is not noticed.",
@@ -403,7 +403,7 @@ MUTANTS = (
     ),
     Mutant(
         "children-in-another-order",
-        "csrc/unchanged.h",
+        "csrc/plain_layers.h",
         "if («key != PyTuple_GET_ITEM(items, i)» ||",
         "false",
         "Two children that change their names are not noticed.",

@@ -11,14 +11,14 @@
 
 namespace gcnet_ext::cpu::GCNET_CAPABILITY {
 
-constexpr int64_t kRowsPerSum = 32;                       // of a sum over rows: a chain of all of them would round as often
-constexpr int kStrip = kVectorBytes == 64 ? 16 : 8;       // vectors of a sum over rows: what the registers hold
-constexpr int kRowsAtOnce = 4;                            // that share a load and a store of what they are added to
-constexpr int kDotsAtOnce = kVectorBytes == 64 ? 16 : 4;  // of one row each, summed across lanes together
-// Rows far apart, and lines that are written, come late: ask for them so many rows ahead.
+constexpr int64_t kRowsPerSum = 32;                  // rows of a partial sum: one chain of all rows would round once for each
+constexpr int kStrip = kVectorBytes == 64 ? 16 : 8;  // vectors that sums over rows take: as many as the registers hold
+constexpr int kRowsAtOnce = 4;                       // rows that share a load and a store of what they are added to
+constexpr int kDotsAtOnce = kVectorBytes == 64 ? 16 : 4;  // dot products whose sums across lanes are taken together
+// Rows that lie far apart and lines that are written arrive late, so they are asked for so many rows ahead.
 constexpr int64_t kRowsAhead = 8;
 
-// sum_i a_i b_i over `count` elements of R rows at once: rows of x with stride, each with the vector w.
+// dots[r] = sum_i w_i x_ri over `count` elements, for R rows of x at once.
 template <int R, typename scalar_t>
 inline void dot_rows(const scalar_t* x, int64_t stride, const acc_t<scalar_t>* w, int64_t count, acc_t<scalar_t>* dots) {
   using acc = acc_t<scalar_t>;
@@ -32,7 +32,7 @@ inline void dot_rows(const scalar_t* x, int64_t stride, const acc_t<scalar_t>* w
   sum_each(sums, dots);
 }
 
-// The same, one row behind the other, as they lie in memory: where they come from there, it is fetched well ahead.
+// dots[r] = sum_i w_i x_ri, too, but one row after the other, in the order of memory: a processor fetches such rows well ahead.
 template <int R, typename scalar_t>
 inline void dot_rows_in_turn(const scalar_t* x, int64_t stride, const acc_t<scalar_t>* w, int64_t count,
                              acc_t<scalar_t>* dots) {
@@ -47,7 +47,7 @@ inline void dot_rows_in_turn(const scalar_t* x, int64_t stride, const acc_t<scal
     for (; i + kChains * lanes <= count; i += kChains * lanes) {
       for (int k = 0; k < kChains; k++) sums[k] += load(w + i + k * lanes) * load(x + i + k * lanes);
     }
-    for_each_vector<acc>(count - i, [&](int64_t j, auto some) { sums[0] += load(w + i + j, some) * load(x + i + j, some); });
+    for_each_vector<acc>(count - i, [&](int64_t j, auto last) { sums[0] += load(w + i + j, last) * load(x + i + j, last); });
     totals[r] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   }
   sum_each(totals, dots);
@@ -92,18 +92,18 @@ inline void add_rows(const scalar_t* x, int64_t stride, int64_t rows, const acc_
   });
 }
 
-// The same in one chain of additions, a few rows at a time: for rows that are long, or few.
+// y_i += sum_r a_r x_ri, too, but in one chain of additions, a few rows at a time: this is for rows that are long, or few.
 template <typename scalar_t>
 inline void add_rows_in_order(const scalar_t* x, int64_t stride, int64_t rows, const acc_t<scalar_t>* a, int64_t count,
                               acc_t<scalar_t>* y) {
   using acc = acc_t<scalar_t>;
   const auto add = [&](auto apart) {
-    for_each_rows<kRowsAtOnce>(0, rows, [&](int64_t first, auto some) {
-      Vec<acc> factor[some.value];
-      for (int r = 0; r < some; r++) factor[r] = broadcast(a[first + r]);
+    for_each_rows<kRowsAtOnce>(0, rows, [&](int64_t first, auto at_once) {
+      Vec<acc> factor[at_once.value];
+      for (int r = 0; r < at_once; r++) factor[r] = broadcast(a[first + r]);
       for_each_vector<acc>(count, [&](int64_t i, auto lanes) {
         Vec<acc> sum = load(y + i, lanes);
-        for (int r = 0; r < some; r++) {
+        for (int r = 0; r < at_once; r++) {
           if constexpr (apart) __builtin_prefetch(x + (first + r + kRowsAhead) * stride + i);
           sum += factor[r] * load(x + (first + r) * stride + i, lanes);
         }
@@ -124,7 +124,7 @@ void position_dots(Block<const scalar_t> x, const acc_t<scalar_t>* w, acc_t<scal
     return;
   }
   std::memset(dots, 0, x.positions * sizeof *dots);
-  if (x.positions <= kStrip * kLanes<acc_t<scalar_t>>) {  // one strip is one chain, too
+  if (x.positions <= kStrip * kLanes<acc_t<scalar_t>>) {  // the sums of one strip are single chains, too
     add_rows(x.data, x.channel_stride, x.channels, w, x.positions, dots);
   } else {
     add_rows_in_order(x.data, x.channel_stride, x.channels, w, x.positions, dots);
@@ -194,7 +194,7 @@ void attention_pool(Block<const scalar_t> x, const acc_t<scalar_t>* weight, acc_
   channel_dots(x, weights, state.weighted);
 }
 
-// dx = g*scale + m dctx + dl w and dw += sum_p dl x for R channels in NCHW: the vectors over positions are shared by them.
+// dx = g*scale + m dctx + dl w and dw += sum_p dl x for R channels in NCHW, which share the vectors over positions.
 template <int R, typename scalar_t, bool non_temporal, bool has_grad, bool has_weight_grad>
 inline void grad_channels(Block<const scalar_t> grad, Block<const scalar_t> x, const acc_t<scalar_t>* m,
                           const acc_t<scalar_t>* dl, const PoolBackwardSample<acc_t<scalar_t>>& sample, Block<scalar_t> grad_x,
@@ -227,7 +227,7 @@ inline void grad_channels(Block<const scalar_t> grad, Block<const scalar_t> x, c
   }
 }
 
-// dx and dw of R neighbouring positions from p on, in channels_last: the vectors over channels are shared by them.
+// dx and dw of R neighbouring positions from p on, in channels_last, which share the vectors over channels.
 template <int R, typename scalar_t, bool non_temporal, bool has_grad, bool has_scale, bool has_weight_grad>
 inline void grad_positions(const Block<const scalar_t>& grad, const Block<const scalar_t>& x_block,
                            const acc_t<scalar_t>* attention, const acc_t<scalar_t>* all_dl,
@@ -278,7 +278,7 @@ void pool_gradient(Block<const scalar_t> grad, Block<const scalar_t> x, const ac
     if (!x.channels_last) return channel_dots(x, dl, grad_weight);
     return add_rows_in_order(x.data, x.position_stride, x.positions, dl, x.channels, grad_weight);  // as grad_positions does
   }
-  // What is written past the caches goes by lines, and rows that are written together must begin theirs together.
+  // Past the caches whole lines are written, and rows that are written together must begin their lines together.
   if (x.channels_last) {
     with_flags(
         [&](auto non_temporal, auto has_grad, auto has_scale, auto has_weight_grad) {
@@ -310,7 +310,7 @@ inline Vec<acc> sum_of_parts(const acc* parts, int64_t parts_count, int64_t stri
   return sum;
 }
 
-// (Inlined, because attention_pool_backward has one part only.)
+// (It is inlined, because attention_pool_backward has a single part.)
 template <typename acc>
 [[gnu::always_inline]] inline acc logit_gradient(const acc* parts, int64_t parts_count, int64_t stride, int64_t count,
                                                  const acc* attention, acc context_dot, acc* dl) {

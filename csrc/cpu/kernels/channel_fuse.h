@@ -9,7 +9,7 @@
 
 namespace gcnet_ext::cpu::GCNET_CAPABILITY {
 
-// A processor fetches the lines that it writes later than those that it reads: ask for them so many elements ahead.
+// A processor fetches the lines that it writes later than those that it reads, so they are asked for so many elements ahead.
 template <typename scalar_t>
 constexpr int64_t kWriteAhead = 2048 / sizeof(scalar_t);
 
@@ -35,7 +35,7 @@ template <bool non_temporal, typename scalar_t, typename Value>
   for_each_vector<acc>(count - i, [&](int64_t j, auto lanes) { store(row + i + j, value(i + j, lanes), lanes); });
 }
 
-// The bits of a row, in their order.
+// Writes the bits of a row, in their order.
 class BitWriter {
  public:
   explicit BitWriter(uint8_t* next) : next_(next) {}
@@ -52,6 +52,7 @@ class BitWriter {
   uint64_t bits_ = 0;
   int64_t held_ = 0;  // bits that have not been written
 };
+// Reads the bits of a row, in their order.
 class BitReader {
  public:
   explicit BitReader(const uint8_t* next) : next_(next) {}
@@ -80,16 +81,16 @@ inline void copy_row(const scalar_t* in, int64_t count, scalar_t* row) {
   const int64_t address = reinterpret_cast<intptr_t>(row) / sizeof(scalar_t);
   const int64_t begin = std::min(-address & (line - 1), count), end = begin + (count - begin) / line * line;
   copy(0, begin);
-  for (int64_t i = begin; i < end; i += lanes) {  // whatever the bits are, they are moved as those of floats
+  for (int64_t i = begin; i < end; i += lanes) {  // whole vectors are moved as if they were of floats
     store_non_temporal(reinterpret_cast<float*>(row + i), load(reinterpret_cast<const float*>(in + i)));
   }
   copy(end, count);
 }
 
-// row = relu(in*scale + shift + residual), each of the last two if wanted; scale(i, lanes) and shift(i, lanes) are the vectors for
-// element i on. The bits of the ReLU go to `bits`, if that is not null.
+// row = relu(in*scale + shift + residual), with a residual or a ReLU, or both; scale(i, lanes) and shift(i, lanes) are the
+// vectors from element i on. The bits of the ReLU go to `bits`, unless that is null.
 template <bool non_temporal, bool has_residual, bool has_relu, typename scalar_t, typename Scale, typename Shift>
-[[gnu::always_inline]] inline void fuse_more_row(const scalar_t* in, const scalar_t* residual, int64_t count, uint8_t* bits,
+[[gnu::always_inline]] inline void fuse_row_with(const scalar_t* in, const scalar_t* residual, int64_t count, uint8_t* bits,
                                                  const Scale& scale, const Shift& shift, scalar_t* row) {
   using acc = acc_t<scalar_t>;
   BitWriter positive(bits);
@@ -105,9 +106,9 @@ template <bool non_temporal, bool has_residual, bool has_relu, typename scalar_t
   if (bits) positive.flush();
 }
 
-// With a residual or a ReLU, or both.
+// out = relu(x*scale + shift + residual) with a residual or a ReLU, or both.
 template <bool non_temporal, bool has_residual, bool has_relu, typename scalar_t>
-void fuse_more(Block<const scalar_t> x, const BlockFusion<scalar_t>& fusion, Block<scalar_t> out) {
+void fuse_with(Block<const scalar_t> x, const BlockFusion<scalar_t>& fusion, Block<scalar_t> out) {
   using acc = acc_t<scalar_t>;
   const Block<const scalar_t> residual = fusion.residual;
   const acc *const scale = fusion.scale, *const shift = fusion.shift;
@@ -116,7 +117,7 @@ void fuse_more(Block<const scalar_t> x, const BlockFusion<scalar_t>& fusion, Blo
   if (!x.channels_last) {
     for (int64_t c = 0; c < x.channels; c++) {
       const Vec<acc> s = broadcast(scale ? scale[c] : acc(1)), t = broadcast(shift ? shift[c] : -acc(0));
-      fuse_more_row<non_temporal, has_residual, has_relu>(
+      fuse_row_with<non_temporal, has_residual, has_relu>(
           x.data + c * x.channel_stride, has_residual ? residual.data + c * residual.channel_stride : nullptr, x.positions,
           bits(c), [=](auto...) { return s; }, [=](auto...) { return t; }, out.data + c * out.channel_stride);
     }
@@ -125,13 +126,13 @@ void fuse_more(Block<const scalar_t> x, const BlockFusion<scalar_t>& fusion, Blo
   const auto s = [=](int64_t c, auto lanes) { return scale ? load(scale + c, lanes) : broadcast(acc(1)); };
   const auto t = [=](int64_t c, auto lanes) { return shift ? load(shift + c, lanes) : broadcast(-acc(0)); };
   for (int64_t p = 0; p < x.positions; p++) {
-    fuse_more_row<non_temporal, has_residual, has_relu>(x.data + p * x.position_stride,
+    fuse_row_with<non_temporal, has_residual, has_relu>(x.data + p * x.position_stride,
                                                         has_residual ? residual.data + p * residual.position_stride : nullptr,
                                                         x.channels, bits(p), s, t, out.data + p * out.position_stride);
   }
 }
 
-// An absent shift is -0: what is added to 0 would turn a product of -0 into 0.
+// An absent shift is -0, because the sum of -0 and 0 would be 0.
 template <typename scalar_t>
 void channel_fuse(Block<const scalar_t> x, const BlockFusion<scalar_t>& fusion, Block<scalar_t> out) {
   using acc = acc_t<scalar_t>;
@@ -164,11 +165,11 @@ void channel_fuse(Block<const scalar_t> x, const BlockFusion<scalar_t>& fusion, 
     }
   };
   if (fusion.residual.data && fusion.relu) {
-    with_flags([&](auto non_temporal) { fuse_more<non_temporal, true, true>(x, fusion, out); }, out.non_temporal);
+    with_flags([&](auto non_temporal) { fuse_with<non_temporal, true, true>(x, fusion, out); }, out.non_temporal);
   } else if (fusion.residual.data) {
-    with_flags([&](auto non_temporal) { fuse_more<non_temporal, true, false>(x, fusion, out); }, out.non_temporal);
+    with_flags([&](auto non_temporal) { fuse_with<non_temporal, true, false>(x, fusion, out); }, out.non_temporal);
   } else if (fusion.relu) {
-    with_flags([&](auto non_temporal) { fuse_more<non_temporal, false, true>(x, fusion, out); }, out.non_temporal);
+    with_flags([&](auto non_temporal) { fuse_with<non_temporal, false, true>(x, fusion, out); }, out.non_temporal);
   } else if (!scale && !shift) {
     with_flags(copied, out.non_temporal);
   } else if (x.channels_last) {
@@ -196,7 +197,7 @@ void relu_backward(Block<const scalar_t> grad, Bits<const uint8_t> positive, Blo
   }
 }
 
-// sum_a += a, sum_ab += a*b for one vector of channels or positions; what is not asked for is not loaded.
+// A sum that is null is not computed, and b is then not loaded.
 template <typename scalar_t>
 void channel_sums(Block<const scalar_t> a, Block<const scalar_t> b, acc_t<scalar_t>* sum_a, acc_t<scalar_t>* sum_ab) {
   using acc = acc_t<scalar_t>;

@@ -66,7 +66,7 @@ inline void sum_each(const Vec<float> (&v)[16], float* sums) {
   _mm512_storeu_ps(sums, _mm512_shuffle_f32x4(first, last, 0x88) + _mm512_shuffle_f32x4(first, last, 0xdd));
 }
 
-// Past the caches: p is where a vector of scalar_t may lie in a line of memory.
+// Stores past the caches. p must be a multiple of the vector's bytes.
 inline void store_non_temporal(float* p, Vec<float> value) { _mm512_stream_ps(p, value); }
 inline void store_non_temporal(double* p, Vec<double> value) { _mm512_stream_pd(p, value); }
 inline void store_non_temporal(Half* p, Vec<float> value) {
@@ -76,7 +76,8 @@ inline void store_non_temporal(BFloat16* p, Vec<float> value) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_bfloat16(value));
 }
 
-// A bit for each lane, 0 where it is at most 0; and the lanes whose bit is 1, zeros in the others.
+// above_zero(v) has a bit for each lane, 0 where the lane is at most 0. where(bits, v) keeps the lanes whose bit is 1, and has
+// zeros in the others.
 inline uint32_t above_zero(Vec<float> v) { return _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ); }
 inline uint32_t above_zero(Vec<double> v) { return _mm512_cmp_pd_mask(v, _mm512_setzero_pd(), _CMP_NLE_UQ); }
 inline Vec<float> where(uint32_t bits, Vec<float> v) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), v); }

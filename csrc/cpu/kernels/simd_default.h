@@ -36,7 +36,8 @@ inline void store(BFloat16* p, Vec<float> value) {
   std::memcpy(p, &bits, sizeof bits);
 }
 
-// A bit for each lane, 0 where it is at most 0; and the lanes whose bit is 1, zeros in the others.
+// above_zero(v) has a bit for each lane, 0 where the lane is at most 0. where(bits, v) keeps the lanes whose bit is 1, and has
+// zeros in the others.
 template <typename vector_t>
 inline uint32_t above_zero(vector_t v) {
   uint32_t bits = 0;
@@ -49,7 +50,7 @@ inline vector_t where(uint32_t bits, vector_t v) {
   return v;
 }
 
-// There is no portable way past the caches.
+// There is no portable store past the caches.
 template <typename scalar_t>
 inline void store_non_temporal(scalar_t* p, Vec<acc_t<scalar_t>> value) {
   store(p, value);

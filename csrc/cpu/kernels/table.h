@@ -1,5 +1,5 @@
-// Every kernel of the CPU, declared and listed: serial functions over one block of memory, which know neither torch nor threads.
-// Each is compiled once per capability of the processors (kernels_<capability>.cpp), and the capability is picked at run time.
+// Every kernel of the CPU, declared and listed: serial functions over one block of memory, which know neither torch nor
+// threads. Each is compiled once for every capability of processors (kernels_<capability>.cpp); one is picked at run time.
 #pragma once
 
 #include <tuple>
@@ -18,7 +18,7 @@ struct MapKernels {
   // grad_weight += sum_p dl_p x_p (unless null). Returns sum_p dl_p.
   acc (*attention_pool_backward)(Block<const scalar_t> grad, Block<const scalar_t> x, const acc* attention,
                                  const PoolBackwardSample<acc>& sample, Block<scalar_t> grad_x, acc* grad_weight);
-  // The steps of the two above, for a block that has some of the channels of all positions.
+  // The next three are the steps of the pool for a block that has all positions, and not all channels.
   // dots[p] = sum_c w_c x_cp
   void (*position_dots)(Block<const scalar_t> x, const acc* w, acc* dots);
   // sums[c] += sum_p a_p x_cp
@@ -26,11 +26,11 @@ struct MapKernels {
   // dx = g*scale + m_p dctx + dl_p w, grad_weight += sum_p dl_p x_p; grad, dx and grad_weight may be null.
   void (*pool_gradient)(Block<const scalar_t> grad, Block<const scalar_t> x, const acc* attention, const acc* dl,
                         const PoolBackwardSample<acc>& sample, Block<scalar_t> grad_x, acc* grad_weight);
-  // out = relu(x*scale + shift + residual), each of it if wanted; x bit for bit if nothing is.
+  // out = relu(x*scale + shift + residual), with the steps that the fusion has; with none of them out is x bit for bit.
   void (*channel_fuse)(Block<const scalar_t> x, const BlockFusion<scalar_t>& fusion, Block<scalar_t> out);
   // masked = grad where the bit of `positive` is 1, and 0 elsewhere; masked may be grad.
   void (*relu_backward)(Block<const scalar_t> grad, Bits<const uint8_t> positive, Block<scalar_t> masked);
-  // sum_a[c] += sum_p a_cp; sum_ab[c] += sum_p a_cp b_cp (b may have null data; a null sum is not taken).
+  // sum_a[c] += sum_p a_cp; sum_ab[c] += sum_p a_cp b_cp (b may have null data; a sum that is null is not computed).
   void (*channel_sums)(Block<const scalar_t> a, Block<const scalar_t> b, acc* sum_a, acc* sum_ab);
 };
 

@@ -29,17 +29,18 @@ struct Block {
   int64_t channels, positions;
   int64_t channel_stride, position_stride;  // one of them is 1
   bool channels_last;                       // channel_stride is 1
-  bool non_temporal = false;                // written past the caches: nobody reads it soon
+  bool non_temporal = false;                // is written past the caches, because nobody reads it soon
 };
 
-// A running softmax-weighted sum: sum_p exp(logit_p - max) x_p and sum_p exp(logit_p - max) over the positions seen so far.
+// A running softmax-weighted sum: `weighted` is sum_p exp(logit_p - max) x_p and `sum` is sum_p exp(logit_p - max), over the
+// positions so far.
 template <typename acc>
 struct SoftmaxSum {
   acc max, sum;
   acc* weighted;  // [C]
 };
 
-// What the second backward pass needs of one sample besides x and g.
+// What the backward pass of the pool needs of one sample besides x and g.
 template <typename acc>
 struct PoolBackwardSample {
   const acc* grad_context;  // dctx [C]
@@ -48,22 +49,22 @@ struct PoolBackwardSample {
   const acc* scale;         // [C], what g is multiplied with; null for 1
 };
 
-// Bits of a block, one for each element: those of a row begin with a byte, `stride` bytes behind those of the row before. Rows are
-// channels, or positions in channels_last.
+// The bits of a block, one for each element. A row of them (a channel, or in channels_last a position) begins with a byte of
+// its own, `stride` bytes behind the beginning of the row before.
 template <typename byte_t>
 struct Bits {
   byte_t* data = nullptr;
   int64_t stride = 0;
 };
 
-// What becomes of x in the fusion.
+// What is added to a block and what it is multiplied with.
 template <typename scalar_t>
 struct BlockFusion {
   const acc_t<scalar_t>* scale;  // [C]; null for 1
   const acc_t<scalar_t>* shift;  // [C]; null for -0, which changes no number
   Block<const scalar_t> residual{};
   bool relu = false;
-  Bits<uint8_t> positive{};  // where the ReLU lets pass; not written without data
+  Bits<uint8_t> positive{};  // gets a bit for each element, unless it has no data
 };
 
 // A view of a matrix whose rows lie `stride` elements apart. Without data it stands for one that is absent.

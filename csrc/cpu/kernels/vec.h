@@ -1,5 +1,5 @@
-// Vec<acc>: a vector of acc (float or double) of GCNET_VECTOR_BYTES, from the compiler's vector extension. Its operators come with
-// it, and the same source compiles to SSE, AVX2, AVX-512 or NEON. GCNET_CAPABILITY is the namespace of one such compilation.
+// Vec<acc>: a vector of acc (float or double), of GCNET_VECTOR_BYTES, from the compiler's vector extension. Operators come with
+// it, and one source compiles to SSE, AVX2, AVX-512 or NEON: each time in a namespace of its own, GCNET_CAPABILITY.
 #pragma once
 
 #include "types.h"
