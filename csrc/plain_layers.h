@@ -1,5 +1,6 @@
-// Whether Python objects are what they were: in one call what would take the interpreter a hundred look-ups. Plain CPython, for
-// the way through pybind11 takes 4 us when nothing of it is in a cache.
+// A block passes its layers by only while they are the plain ones that it saw last, so it asks in every call whether one was
+// replaced, hooked or reconfigured: here by one call, in the place of a hundred look-ups of the interpreter. This is written in
+// plain CPython because the way through pybind11 takes 4 us when nothing of it is in a cache.
 #pragma once
 
 #include <Python.h>
@@ -9,7 +10,7 @@
 
 namespace gcnet_ext {
 
-// Calls body(items...) for every `count` items of a flat tuple; false as soon as body says so.
+// Calls body(items...) for every `count` items of a flat tuple, and stops with false as soon as body returns false.
 template <int count, typename Body>
 bool all_of(PyObject* flat, const Body& body) {
   for (Py_ssize_t i = 0; i + count <= PyTuple_GET_SIZE(flat); i += count) {
@@ -34,7 +35,8 @@ inline PyObject* class_version(PyObject*, PyObject* object) {
     PyErr_SetString(PyExc_TypeError, "class_version takes a class");
     return nullptr;
   }
-  PyObject* found = PyObject_GetAttrString(object, "__init__");  // a look-up that is kept in CPython's cache gives it one
+  // A look-up that CPython keeps in its cache gives the class a version.
+  PyObject* found = PyObject_GetAttrString(object, "__init__");
   if (!found) return nullptr;
   Py_DECREF(found);
   return PyLong_FromUnsignedLong(version_of(reinterpret_cast<PyTypeObject*>(object)));
@@ -53,7 +55,8 @@ inline bool holds_just(PyObject* dictionary, PyObject* items) {
   return true;
 }
 
-// The list of dictionary[name] for each pair of a flat tuple; null if there is none, with or without an exception.
+// The list of dictionary[name] for each pair of a flat tuple. It is null if one of them is missing, with or without an
+// exception.
 inline PyObject* values_of(PyObject* flat) {
   if (!PyTuple_Check(flat)) {
     PyErr_SetString(PyExc_TypeError, "unchanged takes a tuple of tuples as wanted");
