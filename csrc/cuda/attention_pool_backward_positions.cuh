@@ -13,8 +13,7 @@ struct PoolBackwardPositionsShared {
   A* dots;    // [warps]
   A* totals;  // [groups, channels]
 
-  template <typename Memory>
-  __host__ __device__ PoolBackwardPositionsShared(Memory& memory, int warps, int groups, int64_t channels) {
+  __host__ __device__ PoolBackwardPositionsShared(auto& memory, int warps, int groups, int64_t channels) {
     memory.take(sums, 2 * warps * kCudaPositionsPerWarp);
     memory.take(dots, warps);
     memory.take(totals, groups * channels);

@@ -9,6 +9,7 @@
 
 namespace gcnet_ext::cuda {
 
+// These are pointers because the compiler spends more registers on arrays here.
 template <typename A, typename Shape>
 struct PoolBackwardRowsShared {
   A *weight, *grad_context, *scale;  // [channels]
@@ -17,8 +18,7 @@ struct PoolBackwardRowsShared {
   A* grad_logit_sum;                 // [positions]: over the tiles
   A* dots;                           // [warps]
 
-  template <typename Memory>
-  __host__ __device__ explicit PoolBackwardRowsShared(Memory& memory) {
+  __host__ __device__ explicit PoolBackwardRowsShared(auto& memory) {
     memory.take(weight, Shape::channels);
     memory.take(grad_context, Shape::channels);
     memory.take(scale, Shape::channels);

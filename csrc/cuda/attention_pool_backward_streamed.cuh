@@ -8,14 +8,8 @@ namespace gcnet_ext::cuda {
 
 template <typename A>
 struct PoolBackwardStreamedShared {
-  A* sums;  // [2 tiles in turn, warps, positions]: over the channels of a warp
-  A* dots;  // [warps]
-
-  template <typename Memory>
-  __host__ __device__ explicit PoolBackwardStreamedShared(Memory& memory) {
-    memory.take(sums, 2 * kCudaStreamedThreads);
-    memory.take(dots, kCudaStreamedThreads / kWarp);
-  }
+  A sums[2 * kCudaStreamedThreads];  // of two tiles in turn: [warps, positions], over the channels of a warp
+  A dots[kCudaStreamedThreads / kWarp];
 };
 
 // Lane l has position l of the tile. Every channel's part of dw is kept by one thread. kValid: a position that does not
@@ -24,7 +18,7 @@ template <typename T, bool kValid>
 __global__ void __launch_bounds__(kCudaStreamedThreads, 2) attention_pool_backward_streamed(PoolBackwardParams<T> params) {
   using A = acc_t<T>;
   constexpr int kWarps = kCudaStreamedThreads / kWarp, kUnroll = 8;
-  const auto shared = shared_memory<PoolBackwardStreamedShared<A>>();
+  auto& shared = shared_memory<PoolBackwardStreamedShared<A>>();
   const int64_t channels = params.extent.channels;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const PoolBackwardSplit<T> split(params, kWarp);

@@ -22,8 +22,7 @@ struct PoolPositionsShared {
   A* softmaxes;  // [groups, 2]: maximum and sum
   A* totals;     // [groups, channels]
 
-  template <typename Memory>
-  __host__ __device__ PoolPositionsShared(Memory& memory, int warps, int groups, int64_t channels) {
+  __host__ __device__ PoolPositionsShared(auto& memory, int warps, int groups, int64_t channels) {
     memory.take(sums, 2 * warps * kCudaPositionsPerWarp);
     memory.take(softmaxes, 2 * groups);
     memory.take(totals, groups * channels);

@@ -8,23 +8,16 @@ namespace gcnet_ext::cuda {
 
 template <typename A, typename Shape>
 struct PoolRowsShared {
-  A* weight;  // [channels]
-  A* sums;    // [warps, positions]: over the channels of a warp
-  A* logits;  // [positions]
-
-  template <typename Memory>
-  __host__ __device__ explicit PoolRowsShared(Memory& memory) {
-    memory.take(weight, Shape::channels);
-    memory.take(sums, Shape::warps * Shape::positions);
-    memory.take(logits, Shape::positions);
-  }
+  A weight[Shape::channels];
+  A sums[Shape::warps * Shape::positions];  // over the channels of a warp
+  A logits[Shape::positions];
 };
 
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::threads, Shape::blocks) attention_pool_rows(PoolParams<T> params) {
   using A = acc_t<T>;
   constexpr int V = Shape::vector;
-  const auto shared = shared_memory<PoolRowsShared<A, Shape>>();
+  auto& shared = shared_memory<PoolRowsShared<A, Shape>>();
   const int channels = static_cast<int>(params.extent.channels), lane = threadIdx.x % kWarp;
   const PoolSplit<T> split(params, Shape::positions);
   const T* x = params.x.at(split.sample, 0, 0);

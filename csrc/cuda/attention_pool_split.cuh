@@ -57,8 +57,7 @@ struct MergeShared {
   unsigned* word;  // of last_to_arrive
   A* factor;       // [splits]: what the partial sums of each split are multiplied with
 
-  template <typename Memory>
-  __host__ __device__ MergeShared(Memory& memory, int64_t splits) {
+  __host__ __device__ MergeShared(auto& memory, int64_t splits) {
     memory.take(word, 1);
     memory.take(factor, splits);
   }

@@ -8,12 +8,7 @@ namespace gcnet_ext::cuda {
 
 template <typename A>
 struct PoolStreamedShared {
-  A* sums;  // [2 tiles in turn, warps, positions]: over the channels of a warp
-
-  template <typename Memory>
-  __host__ __device__ explicit PoolStreamedShared(Memory& memory) {
-    memory.take(sums, 2 * kCudaStreamedThreads);
-  }
+  A sums[2 * kCudaStreamedThreads];  // of two tiles in turn: [warps, positions], over the channels of a warp
 };
 
 // Lane l has position l of the tile and its logit. `weighted` is kept in the partial sums, each channel by one thread.
@@ -23,7 +18,7 @@ __global__ void __launch_bounds__(kCudaStreamedThreads, 2) attention_pool_stream
   using A = acc_t<T>;
   constexpr int kWarps = kCudaStreamedThreads / kWarp, kUnroll = 8;
   static_assert(kCudaStreamedPositions == kWarp);
-  const auto shared = shared_memory<PoolStreamedShared<A>>();
+  auto& shared = shared_memory<PoolStreamedShared<A>>();
   const int64_t channels = params.extent.channels;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const PoolSplit<T> split(params, kWarp);

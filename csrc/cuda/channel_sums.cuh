@@ -99,14 +99,8 @@ __device__ void finish_sums(const SumsParams<T>& params, int64_t sample) {
 
 template <typename A>
 struct SumsRowsShared {
-  unsigned* word;  // of last_to_arrive
-  A* of_warps;     // [warps, 2]: sum_a and sum_ab, for rows that have the lanes of several warps
-
-  template <typename Memory>
-  __host__ __device__ explicit SumsRowsShared(Memory& memory) {
-    memory.take(word, 1);
-    memory.take(of_warps, 2 * kCudaSweepThreads / kWarp);
-  }
+  unsigned word;                              // of last_to_arrive
+  A of_warps[2 * kCudaSweepThreads / kWarp];  // [warps, 2]: sum_a and sum_ab, for rows that have the lanes of several warps
 };
 
 template <typename T, int V, bool kProducts>
@@ -141,7 +135,7 @@ __global__ void __launch_bounds__(kCudaSweepThreads, 2) sums_rows(SumsParams<T> 
 
   sum_a = sum_over_lanes(sum_a, 1, (lanes < kWarp ? lanes : kWarp) / 2);
   sum_ab = sum_over_lanes(sum_ab, 1, (lanes < kWarp ? lanes : kWarp) / 2);
-  const auto shared = shared_memory<SumsRowsShared<A>>();
+  auto& shared = shared_memory<SumsRowsShared<A>>();
   if (lanes > kWarp) {
     const int warp = threadIdx.x / kWarp, warps = lanes / kWarp;
     if (threadIdx.x % kWarp == 0) {
@@ -156,7 +150,7 @@ __global__ void __launch_bounds__(kCudaSweepThreads, 2) sums_rows(SumsParams<T> 
     }
   }
   if (inside && part == 0) params.put(sample, channel, sum_a, sum_ab);
-  if (params.arrived && last_to_arrive(params.arrived + sample, params.blocks_per_sample, shared.word))
+  if (params.arrived && last_to_arrive(params.arrived + sample, params.blocks_per_sample, &shared.word))
     finish_sums(params, sample);
 }
 
@@ -190,8 +184,7 @@ struct SumsPositionsShared {
   unsigned* word;  // of last_to_arrive
   A* of_rows;      // [2, rows, width]: sum_a and sum_ab
 
-  template <typename Memory>
-  __host__ __device__ SumsPositionsShared(Memory& memory, int rows, int width) {
+  __host__ __device__ SumsPositionsShared(auto& memory, int rows, int width) {
     memory.take(word, 1);
     memory.take(of_rows, 2 * rows * width);
   }

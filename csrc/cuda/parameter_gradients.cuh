@@ -77,14 +77,8 @@ __device__ __forceinline__ void load_stage(Terms<A> from, int64_t first_term, in
 
 template <typename A>
 struct MatrixGradientShared {
-  A* left;   // [terms, rows]
-  A* right;  // [terms, columns]
-
-  template <typename Memory>
-  __host__ __device__ explicit MatrixGradientShared(Memory& memory) {
-    memory.take(left, kGradientStage * kGradientRowTile);
-    memory.take(right, kGradientStage * kGradientColumnTile);
-  }
+  A left[kGradientStage * kGradientRowTile];  // [terms, rows]
+  A right[kGradientStage * kGradientColumnTile];
 };
 
 // A block has a tile of rows and columns: each of its warps has kGradientRows rows, and each lane kGradientColumns neighbours.
@@ -96,7 +90,7 @@ __device__ __forceinline__ void matrix_gradient(const ParameterGradient<T>& of, 
   const int64_t column_tiles = (of.right.count + kColumns - 1) / kColumns;
   const int64_t first_row = block / column_tiles * kRows, first_column = block % column_tiles * kColumns;
   const int row_of_warp = threadIdx.x / kWarp * kGradientRows, column_of_lane = threadIdx.x % kWarp * kGradientColumns;
-  const auto shared = shared_memory<MatrixGradientShared<A>>();
+  auto& shared = shared_memory<MatrixGradientShared<A>>();
   A sum[kGradientRows][kGradientColumns] = {};
   for (int64_t first_term = 0; first_term < of.terms; first_term += kGradientStage) {
     A of_left[kOfLeft], of_right[kOfRight];
@@ -132,19 +126,14 @@ __device__ __forceinline__ void matrix_gradient(const ParameterGradient<T>& of, 
 
 template <typename A>
 struct VectorGradientShared {
-  A* of_threads;  // [threads]
-
-  template <typename Memory>
-  __host__ __device__ explicit VectorGradientShared(Memory& memory) {
-    memory.take(of_threads, kGradientThreads);
-  }
+  A of_threads[kGradientThreads];
 };
 
 // A block has kGradientEntries entries; their terms are shared among the threads.
 template <typename T>
 __device__ __forceinline__ void vector_gradient(const ParameterGradient<T>& of, int64_t block) {
   using A = acc_t<T>;
-  const auto shared = shared_memory<VectorGradientShared<A>>();
+  auto& shared = shared_memory<VectorGradientShared<A>>();
   const int64_t row = block * kGradientEntries + threadIdx.x % kGradientEntries;
   A sum = A(0);
   if (row < of.left.count) {

@@ -1,21 +1,10 @@
-// The shared memory of a kernel is described by one struct. Its constructor takes the pieces one after the other: on the device this
-// gives the pointers, and on the host, where the launch asks for the size, it only counts.
-//
-//   template <typename A>
-//   struct ExampleShared {
-//     A *sums, *totals;
-//     template <typename Memory>
-//     __host__ __device__ ExampleShared(Memory& memory, int64_t channels) {
-//       memory.take(sums, kWarp);
-//       memory.take(totals, channels);
-//     }
-//   };
-//   const auto shared = shared_memory<ExampleShared<A>>(channels);               // in the kernel
-//   launch(kernel, grid, block, shared_bytes<ExampleShared<A>>(channels), ...);  // on the host
+// The shared memory of a kernel is described by one struct, from which the kernel has its pointers and the launch its size: of arrays,
+// or, where sizes are known at run time only, of pointers that a constructor takes from `memory`, one piece after the other.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda_or_emulator.h"
 
@@ -37,44 +26,47 @@ constexpr size_t piece_bytes(int64_t count) {
 }
 
 // Hands out the shared memory of this block.
-class SharedMemory {
- public:
-  __device__ SharedMemory() : next_(dynamic_shared_memory()) {}
+struct SharedMemory {
+  unsigned char* next;
 
   template <typename Value>
   __host__ __device__ void take(Value*& piece, int64_t count) {
-    piece = reinterpret_cast<Value*>(next_);
-    next_ += piece_bytes<Value>(count);
+    piece = reinterpret_cast<Value*>(next);
+    next += piece_bytes<Value>(count);
   }
-
- private:
-  unsigned char* next_;
 };
 
-// Counts the bytes of the pieces, in the place of a block's memory.
+// Counts the bytes of the pieces on the host.
 struct SharedSize {
   size_t bytes = 0;
 
   template <typename Value>
-  __host__ __device__ void take(Value*& piece, int64_t count) {
-    piece = nullptr;
+  __host__ __device__ void take(Value*&, int64_t count) {
     bytes += piece_bytes<Value>(count);
   }
 };
 
-// The pieces of this block's shared memory.
+// The struct of this block.
 template <typename Shared, typename... Sizes>
-__device__ __forceinline__ Shared shared_memory(const Sizes&... sizes) {
-  SharedMemory memory;
-  return Shared(memory, sizes...);
+__device__ __forceinline__ decltype(auto) shared_memory(Sizes... sizes) {
+  if constexpr (std::is_constructible_v<Shared, SharedMemory&, Sizes...>) {
+    SharedMemory memory{dynamic_shared_memory()};
+    return Shared(memory, sizes...);
+  } else {
+    return *reinterpret_cast<Shared*>(dynamic_shared_memory());
+  }
 }
 
-// How much of it they take.
+// The bytes that it takes.
 template <typename Shared, typename... Sizes>
-size_t shared_bytes(const Sizes&... sizes) {
-  SharedSize size;
-  Shared(size, sizes...);
-  return size.bytes;
+size_t shared_bytes(Sizes... sizes) {
+  if constexpr (std::is_constructible_v<Shared, SharedSize&, Sizes...>) {
+    SharedSize memory;
+    Shared(memory, sizes...);
+    return memory.bytes;
+  } else {
+    return sizeof(Shared);
+  }
 }
 
 }  // namespace gcnet_ext::cuda

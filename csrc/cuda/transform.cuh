@@ -206,8 +206,7 @@ struct TransformShared {
   A* context;             // [channels]
   A *hidden, *activated;  // [units]
 
-  template <typename Memory>
-  __host__ __device__ TransformShared(Memory& memory, int64_t channels, int64_t units) {
+  __host__ __device__ TransformShared(auto& memory, int64_t channels, int64_t units) {
     memory.take(context, channels);
     memory.take(hidden, units);
     memory.take(activated, units);

@@ -123,8 +123,7 @@ struct TransformBackwardShared {
   A *grad_activated, *grad_hidden;  // [units]
   A* scratch;                       // of transposed_by_block
 
-  template <typename Memory>
-  __host__ __device__ TransformBackwardShared(Memory& memory, int64_t channels, int64_t units) {
+  __host__ __device__ TransformBackwardShared(auto& memory, int64_t channels, int64_t units) {
     memory.take(grad_t, kBranches * channels);
     memory.take(grad_context, channels);
     memory.take(grad_activated, units);

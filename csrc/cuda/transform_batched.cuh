@@ -96,14 +96,8 @@ struct BatchRows {
 
 template <typename A>
 struct TransformLayerShared {
-  NormStatistics<A>* statistics;  // [samples]
-  A* staged;                      // [samples, terms]
-
-  template <typename Memory>
-  __host__ __device__ explicit TransformLayerShared(Memory& memory) {
-    memory.take(statistics, kBatchSamples);
-    memory.take(staged, kBatchSamples * kBatchStage<A>);
-  }
+  NormStatistics<A> statistics[kBatchSamples];
+  A staged[kBatchSamples * kBatchStage<A>];
 };
 
 // Layer 0 is w1, layer 1 is w2 with the norm and activation before it. A warp has kBatchRows rows at a time, `turns` times.
@@ -112,7 +106,7 @@ __global__ void __launch_bounds__(kBatchThreads, kBatchBlocks<T>)
     transform_layer(TransformParams<T> params, int layer, int64_t turns, int64_t tiles_of_scale, int64_t tiles_of_shift) {
   using A = acc_t<T>;
   constexpr int kStage = kBatchStage<A>;
-  const auto shared = shared_memory<TransformLayerShared<A>>();
+  auto& shared = shared_memory<TransformLayerShared<A>>();
   const BatchTile tile(tiles_of_scale, tiles_of_shift);
   const BranchParams<T>& branch = params.branch[tile.branch];
   const Parameter<T>& matrix = layer == 0 ? branch.w1 : branch.w2;
@@ -195,16 +189,11 @@ GCNET_EXT_COMPILED_ELSEWHERE(launch_transform)
 
 template <typename A>
 struct TransformBackwardLayerShared {
-  unsigned* word;  // of last_to_arrive
-  A* staged;       // [samples, terms]
-  A* of_warps;     // [warps, samples, columns], in the place of `staged` when the sums are done
-
-  template <typename Memory>
-  __host__ __device__ explicit TransformBackwardLayerShared(Memory& memory) {
-    memory.take(word, 1);
-    memory.take(staged, std::max(kBatchSamples * kBatchStage<A>, kBatchWarps * kBatchSamples * kBatchColumns));
-    of_warps = staged;
-  }
+  unsigned word;  // of last_to_arrive
+  union {
+    alignas(16) A staged[kBatchSamples * kBatchStage<A>];
+    A of_warps[kBatchWarps * kBatchSamples * kBatchColumns];  // when the sums are done
+  };
 };
 
 // Layer 1 is the transpose of w2 with the activation and norm behind it; a block has a chunk of the channels, and the last one
@@ -216,7 +205,7 @@ __global__ void __launch_bounds__(kBatchThreads, kBatchBlocks<T>)
   using A = acc_t<T>;
   constexpr int kStage = kBatchStage<A>, kRowsTogether = 8;
   const TransformParams<T>& forward = params.forward;
-  const auto shared = shared_memory<TransformBackwardLayerShared<A>>();
+  auto& shared = shared_memory<TransformBackwardLayerShared<A>>();
   const BatchTile tile(tiles_of_scale, tiles_of_shift);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t chunks = batch_chunks(forward.channels), chunk = layer == 0 ? 0 : tile.first % chunks;
@@ -285,7 +274,7 @@ __global__ void __launch_bounds__(kBatchThreads, kBatchBlocks<T>)
       grad_activated(sample, chunk)[forward.branch[tile.branch].first_unit + column] = total;
     }
   }
-  if (layer == 0 || !last_to_arrive(params.arrived + tile.first_sample / kBatchSamples, tile.tiles, shared.word)) return;
+  if (layer == 0 || !last_to_arrive(params.arrived + tile.first_sample / kBatchSamples, tile.tiles, &shared.word)) return;
   for (int i = warp; i < kBatchSamples * kBranches; i += kBatchWarps) {
     const int64_t sample = tile.first_sample + i / kBranches;
     const BranchParams<T>& branch = forward.branch[i % kBranches];
