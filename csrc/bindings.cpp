@@ -45,9 +45,9 @@ py::dict plan_cpu(int64_t channels, int64_t positions, int64_t element_size, boo
                   "sweep_position_blocks"_a = sweep.position_blocks);
 }
 
-py::dict plan_cuda(const gcnet_ext::CudaMap& map, const gcnet_ext::CudaTuning& tuning) {
-  const auto pool = gcnet_ext::plan_cuda_pool(map, tuning);
-  const int row_lanes = gcnet_ext::plan_cuda_row_lanes(map, gcnet_ext::cuda_vector(map), tuning);
+py::dict plan_cuda(const gcnet_ext::CudaShape& shape, const gcnet_ext::CudaTuning& tuning) {
+  const auto pool = gcnet_ext::plan_cuda_pool(shape, tuning);
+  const int row_lanes = gcnet_ext::plan_cuda_row_lanes(shape, gcnet_ext::cuda_vector(shape), tuning);
   const char* paths[] = {"rows", "positions", "streamed"};
   return py::dict("path"_a = paths[static_cast<int>(pool.path)], "vector"_a = pool.vector, "threads"_a = pool.threads,
                   "tile"_a = pool.tile_positions, "tiles_per_split"_a = pool.tiles_per_split, "splits"_a = pool.splits,

@@ -11,7 +11,9 @@
 #include <string>
 #include <vector>
 
-#include "../../../csrc/cuda/launch.h"
+#include "../../../csrc/cuda/feature_map.cuh"
+#include "../../../csrc/cuda/parameter.cuh"
+#include "../../../csrc/cuda/workspace.h"
 
 namespace kernel_test {
 
@@ -44,7 +46,7 @@ std::vector<T> random_values(int64_t count, double scale = 1, double mean = 0) {
   return values;
 }
 
-// What nobody wrote is NaN.
+// Memory that nobody has written, full of NaN.
 template <class T>
 std::vector<T> unwritten(int64_t count) {
   std::vector<T> values(count);
@@ -95,7 +97,7 @@ struct FeatureMap {
   }
 };
 
-// Which positions count, [N, P]: some of every sample, but none of the last of several.
+// Which positions count, [N, P]: at least the first of every sample; but of several samples, the last has none.
 inline std::vector<uint8_t> random_valid(int64_t samples, int64_t positions) {
   std::vector<uint8_t> valid(samples * positions);
   for (size_t i = 0; i < valid.size(); i++) valid[i] = i % positions == 0 || random_number() > 0;
@@ -114,7 +116,7 @@ void forget(FeatureMap<T>& x, const std::vector<uint8_t>& valid) {
   }
 }
 
-// The bytes that hold a bit for every element: a row, a channel or in channels_last a position, begins with one of its own.
+// The bytes that hold a bit for every element. Each row, a channel or in channels_last a position, begins with a byte of its own.
 inline int64_t bytes_of_bits(const Shape& shape) {
   const int64_t rows = shape.channels_last ? shape.positions : shape.channels;
   return shape.samples * rows * ((shape.channels * shape.positions / rows + 7) / 8);

@@ -1,18 +1,10 @@
-// The few words that device code needs beyond C++: nvcc supplies them on a GPU, tests/native/cuda_emulation.h under g++, where
-// the same kernels run thread by thread on the CPU. Every access to a big tensor goes through load and store, so that the
-// emulator can check its alignment and count its bytes.
+// How device code reaches memory: loads, stores, prefetches and atomics. Every access to a big tensor goes through these loads and
+// stores, so that the emulator can check its alignment and count its bytes.
 #pragma once
 
 #include <cstddef>
-#include <string>
 
-#if defined(__CUDACC__)
-#include <cuda_runtime.h>
-
-#include <stdexcept>
-#else
-#include "cuda_emulation.h"
-#endif
+#include "cuda_or_emulator.h"
 
 namespace gcnet_ext::cuda {
 
@@ -22,51 +14,7 @@ struct alignas(sizeof(T) * V) Vector {
   T data[V];
 };
 
-// What is said on a GPU that the kernels, compiled for these architectures, have no code for.
-inline std::string no_code_for(int major, int minor, const std::string& architectures) {
-  const std::string gpu = std::to_string(major) + "." + std::to_string(minor);
-  return "gcnet_ext: this GPU has compute capability " + gpu + ", and the CUDA kernels were compiled for " + architectures +
-         " only; build them again with TORCH_CUDA_ARCH_LIST=" + gpu + " (see Install in README.md)";
-}
-
 #if defined(__CUDACC__)
-
-__device__ __forceinline__ unsigned char* dynamic_shared_memory() {
-  extern __shared__ __align__(128) unsigned char gcnet_ext_shared_memory[];
-  return gcnet_ext_shared_memory;
-}
-
-[[noreturn]] inline void launch_failed(cudaError_t error) {
-  int device = 0, major = 0, minor = 0;
-  const bool without_code = error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion;
-  if (without_code && !cudaGetDevice(&device) && !cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) &&
-      !cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device)) {
-    throw std::runtime_error(no_code_for(major, minor, GCNET_EXT_CUDA_ARCHITECTURES));
-  }
-  throw std::runtime_error(std::string("gcnet_ext: CUDA launch failed: ") + cudaGetErrorString(error));
-}
-
-template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-            Arguments&&... arguments) {
-  kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Arguments&&>(arguments)...);
-  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) launch_failed(error);
-}
-
-// Of the current device.
-inline int multiprocessors() {
-  int device = 0, count = 1;
-  const cudaError_t found = cudaGetDevice(&device);
-  const cudaError_t error = found ? found : cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) throw std::runtime_error(std::string("gcnet_ext: no CUDA device: ") + cudaGetErrorString(error));
-  return count;
-}
-
-inline void zero_async(void* start, size_t bytes, cudaStream_t stream) {
-  const cudaError_t error = cudaMemsetAsync(start, 0, bytes, stream);
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("gcnet_ext: cudaMemsetAsync failed: ") + cudaGetErrorString(error));
-}
 
 // What a vector of so many bytes travels as. An assignment would do, but the compiler takes that apart where it likes, into
 // four stores of 4 bytes; __stwb, a store like any other, stays whole.
@@ -158,17 +106,6 @@ __device__ __forceinline__ void hide_from_optimizer(Value& value) {
 }
 
 #else  // emulation
-
-inline unsigned char* dynamic_shared_memory() { return emulation::shared_memory(); }
-
-template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, Arguments&&... arguments) {
-  emulation::run(grid, block, shared_bytes, [&] { kernel(arguments...); });
-}
-
-inline int multiprocessors() { return 1; }
-
-inline void zero_async(void* start, size_t bytes, cudaStream_t) { std::memset(start, 0, bytes); }
 
 template <int V, class T>
 Vector<T, V> load_vector(const T* from) {

@@ -1,5 +1,5 @@
-// Compiles the torch glue of csrc/cuda, its schemas and its kernels as they are, for CPU tensors under the emulator: the same
-// operators, in a namespace of their own.
+// Included before csrc/ops.cpp and before each csrc/cuda/*.cu (emulated.py), this registers the operators and their CUDA code a
+// second time: for CPU tensors, and in the namespace gcnet_ext_emulated.
 #pragma once
 
 #include "../../../csrc/stable.h"

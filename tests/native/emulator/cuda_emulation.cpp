@@ -14,7 +14,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "crews.h"
+#include "stacks.h"
 #include "settings.h"
 
 namespace gcnet_ext::cuda::emulation {
@@ -56,7 +56,7 @@ struct Block {
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   unsigned char* shared = nullptr;
-  size_t crew = 0;  // which of the crews its threads are from
+  size_t stack_set = 0;  // the stacks that its threads run on
   unsigned running = 0, waiting = 0, barriers = 0;
   Site barrier_site;
   char order[2];  // of even and odd barriers, for the reason given above
@@ -116,12 +116,12 @@ class Launch {
   Message failure_;
   Fiber host_;
   Block* finished_ = nullptr;
-  std::deque<size_t> free_crews_;
+  std::deque<size_t> free_stack_sets_;
   char begin_ = 0, end_ = 0;  // the launch comes before all of its threads, and they come before its end
 };
 
 Launch* launch = nullptr;
-Crews crews;
+StackSets stack_sets;
 
 // Takes the thread whose turn it is off the queue.
 Thread& Launch::next() {
@@ -244,8 +244,8 @@ void Launch::complete(Warp& warp, Thread* lanes, unsigned mask) {
 void Launch::start(unsigned id) {
   Block& block = blocks_[id];
   const unsigned count = block_size.x * block_size.y * block_size.z;
-  block.crew = free_crews_.front();
-  free_crews_.pop_front();
+  block.stack_set = free_stack_sets_.front();
+  free_stack_sets_.pop_front();
   void* shared = nullptr;
   if (posix_memalign(&shared, 128, std::max<size_t>(shared_bytes_, 1))) throw std::bad_alloc();
   block.shared = static_cast<unsigned char*>(shared);
@@ -260,7 +260,7 @@ void Launch::start(unsigned id) {
     thread.block = &block;
     thread.lane = i % kWarp;
     thread.warp = i / kWarp;
-    crews.create(thread.fiber, block.crew, i, thread_main);
+    stack_sets.create(thread.fiber, block.stack_set, i, thread_main);
   }
   sanitizer_release(&begin_);
   for (unsigned i = 0; i < count; i++) ready(block.threads[schedule_.depth_first ? count - 1 - i : i]);
@@ -268,7 +268,7 @@ void Launch::start(unsigned id) {
 
 void Launch::finish(Block& block) {
   block.threads.clear();
-  free_crews_.push_back(block.crew);
+  free_stack_sets_.push_back(block.stack_set);
 }
 
 void Launch::run() {
@@ -279,7 +279,7 @@ void Launch::run() {
   if (schedule_.seed) {
     for (unsigned i = count; i > 1; i--) std::swap(order[i - 1], order[schedule_.random(i)]);
   }
-  for (size_t i = 0; i < kBlocksAtATime; i++) free_crews_.push_back(i);
+  for (size_t i = 0; i < kBlocksAtATime; i++) free_stack_sets_.push_back(i);
   adopt_host(host_);
   const size_t at_a_time = schedule_.depth_first ? 1 : kBlocksAtATime;
   queue_.resize(std::bit_ceil<size_t>(at_a_time * block_size.x * block_size.y * block_size.z));
@@ -298,7 +298,7 @@ void Launch::run() {
       running--;
     }
     if (failure_.length) {
-      crews.reset(host_, &end_);
+      stack_sets.reset(host_, &end_);
       sanitizer_acquire(&end_);
       throw std::runtime_error(failure_.text);
     }

@@ -2,7 +2,7 @@
 // device. (Linked with -Bsymbolic, so that the glue finds these and not torch's.)
 #include <pybind11/pybind11.h>
 
-#include "../cuda_emulation.h"
+#include "cuda_emulation.h"
 
 extern "C" {
 

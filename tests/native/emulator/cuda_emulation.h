@@ -1,5 +1,5 @@
 // Runs CUDA device code on the CPU, under g++: every CUDA thread is a fiber of its own, and the fibers of a launch take turns
-// on the calling thread. csrc/cuda/compat.h includes this in place of <cuda_runtime.h>.
+// on the calling thread. csrc/cuda/cuda_or_emulator.h includes this in place of <cuda_runtime.h>.
 //
 // What it finds that a GPU would hide:
 //   * barriers, shuffles and votes that not all threads reach together, and deadlocks: an exception that says who waits where;

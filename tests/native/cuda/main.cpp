@@ -1,9 +1,9 @@
 // Every CUDA kernel on a grid of shapes, emulated, against sums in double.
 //
-//   cuda_kernels_test [--small] [group ...]
+//   cuda_kernels [--small] [group ...]
 #include <map>
 
-#include "kernels/kernel_test.h"
+#include "kernel_test.h"
 
 int main(int count, char** arguments) {
   using namespace kernel_test;

@@ -16,11 +16,11 @@ constexpr size_t kBlocksAtATime = 3;  // in the round-robin schedule
 // The stacks of the threads of a block, and who they are for ThreadSanitizer. Both are costly to make, half a millisecond a
 // thread, so blocks hand them on to later blocks, as late as possible: two blocks that share them count as ordered, but any
 // block is unordered with the kBlocksAtATime - 1 or more that started before it.
-class Crews {
+class StackSets {
  public:
-  // Thread number i of a block that has this crew.
-  void create(Fiber& fiber, size_t crew, size_t i, void (*entry)()) {
-    std::vector<Member>& members = crews_[crew];
+  // Thread number i of a block that has this set of stacks.
+  void create(Fiber& fiber, size_t set, size_t i, void (*entry)()) {
+    std::vector<Member>& members = sets_[set];
     while (members.size() <= i) members.push_back({new_stack(), nullptr});
     if (under_thread_sanitizer() && !members[i].identity) members[i].identity = __tsan_create_fiber(0);
     create_fiber(fiber, members[i].stack, kStackBytes, members[i].identity, entry);
@@ -28,7 +28,7 @@ class Crews {
 
   // A launch that failed left them in the middle of something. What they did until then comes before what they release.
   void reset(const Fiber& host, void* released) {
-    for (std::vector<Member>& members : crews_) {
+    for (std::vector<Member>& members : sets_) {
       for (Member& member : members) {
         forget_stack(member.stack, kStackBytes);
         if (!member.identity) continue;
@@ -57,7 +57,7 @@ class Crews {
     return stack;
   }
 
-  std::vector<Member> crews_[kBlocksAtATime];
+  std::vector<Member> sets_[kBlocksAtATime];
 };
 
 }  // namespace gcnet_ext::cuda::emulation

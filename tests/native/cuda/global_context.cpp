@@ -1,7 +1,13 @@
 // global_context and global_context_backward: the pool, the transform in its tail or batched, the fusion, and back.
-#include "../../../csrc/cuda/operators.h"
+#include "../../../csrc/cuda/global_context.cuh"
 #include "block_reference.h"
 #include "kernel_test.h"
+
+namespace gcnet_ext::cuda {
+GCNET_EXT_COMPILED_HERE(launch_transform)
+GCNET_EXT_COMPILED_HERE(launch_transform_backward)
+GCNET_EXT_COMPILED_HERE(launch_parameter_gradients)
+}  // namespace gcnet_ext::cuda
 
 namespace kernel_test {
 namespace {
@@ -37,7 +43,6 @@ struct Weight {
       narrow = random_values<T>(count, scale, scale / 4);
     }
   }
-  Weight(const Weight& like, int) : narrow(unwritten<T>(like.narrow.size())), wide(unwritten<float>(like.wide.size())) {}
 
   Values values() const { return wide.empty() ? Values(narrow.begin(), narrow.end()) : Values(wide.begin(), wide.end()); }
   Parameter<T> read() const {
@@ -50,16 +55,24 @@ struct Weight {
 };
 
 template <class T>
+Weight<T> unwritten_like(const Weight<T>& weight) {
+  Weight<T> like;
+  like.narrow = unwritten<T>(weight.narrow.size());
+  like.wide = unwritten<float>(weight.wide.size());
+  return like;
+}
+
+template <class T>
 using Branch = std::array<Weight<T>, 6>;  // w1, b1, norm_weight, norm_bias, w2, b2
 
 template <class T>
-Branch<T> random_branch(const Case& given, int64_t units) {
-  const int64_t channels = given.shape.channels;
+Branch<T> random_branch(const Case& block, int64_t units) {
+  const int64_t channels = block.shape.channels;
   if (units == 0) return {};
-  const auto make = [&](int64_t count, double scale) { return Weight<T>(count, given.single, scale); };
+  const auto make = [&](int64_t count, double scale) { return Weight<T>(count, block.single, scale); };
   Branch<T> branch{make(units * channels, 2 / std::sqrt(channels)), make(units, 1)};
-  if (!given.w2) return branch;
-  if (given.options.norm) branch[2] = make(units, 1), branch[3] = make(units, 1);
+  if (!block.w2) return branch;
+  if (block.options.norm) branch[2] = make(units, 1), branch[3] = make(units, 1);
   branch[4] = make(channels * units, 2 / std::sqrt(units)), branch[5] = make(channels, 1);
   return branch;
 }
@@ -84,97 +97,107 @@ void compare(const std::string& what, const Values& found, const Values& expecte
 }
 
 template <class T>
-void test(const Case& given) {
+void test(const Case& block) {
   using A = acc_t<T>;
-  const Shape& shape = given.shape;
+  const Shape& shape = block.shape;
   const int64_t samples = shape.samples, channels = shape.channels, positions = shape.positions;
   const Shape dense{samples, channels, positions, shape.channels_last};
   auto x = FeatureMap<T>::random(shape);
   const auto grad = FeatureMap<T>::random(shape), residual = FeatureMap<T>::random(shape);
   auto out = FeatureMap<T>::empty(dense), grad_x = FeatureMap<T>::empty(dense), through_relu = FeatureMap<T>::empty(dense);
-  const std::vector<uint8_t> valid = given.valid ? random_valid(samples, positions) : std::vector<uint8_t>();
+  const std::vector<uint8_t> valid = block.valid ? random_valid(samples, positions) : std::vector<uint8_t>();
   // A NaN at a position that does not count is seen by the fusion and by sum_p g x alone, which a shift does without.
-  if (given.units[kScale] == 0) forget(x, valid);
-  const Weight<T> mask = given.attends ? Weight<T>(channels, given.single, 3 / std::sqrt(channels)) : Weight<T>();
-  const Weight<T> mask_bias = given.attends ? Weight<T>(1, given.single, 1) : Weight<T>();
-  const std::array<Branch<T>, 2> branches{random_branch<T>(given, given.units[0]), random_branch<T>(given, given.units[1])};
-  const int64_t units = given.units[0] + given.units[1];
-  auto context = unwritten<A>(samples * channels), attention = unwritten<A>(given.attends ? samples * positions : 0);
-  auto hidden = unwritten<A>(samples * units), gate = unwritten<A>(given.units[0] ? samples * channels : 0);
+  if (block.units[kScale] == 0) forget(x, valid);
+  const Weight<T> mask = block.attends ? Weight<T>(channels, block.single, 3 / std::sqrt(channels)) : Weight<T>();
+  const Weight<T> mask_bias = block.attends ? Weight<T>(1, block.single, 1) : Weight<T>();
+  const std::array<Branch<T>, 2> branches{random_branch<T>(block, block.units[0]), random_branch<T>(block, block.units[1])};
+  const int64_t units = block.units[0] + block.units[1];
+  auto context = unwritten<A>(samples * channels), attention = unwritten<A>(block.attends ? samples * positions : 0);
+  auto hidden = unwritten<A>(samples * units), gate = unwritten<A>(block.units[0] ? samples * channels : 0);
 
   TransformParams<T> transform;
   const auto read = [](const Weight<T>& weight) { return weight.read(); };
   for (int b = 0; b < 2; b++) {
     const Branch<T>& w = branches[b];
     transform.branch[b] = {read(w[0]), read(w[1]), read(w[2]),     read(w[3]),
-                           read(w[4]), read(w[5]), given.units[b], b ? given.units[0] : 0};
+                           read(w[4]), read(w[5]), block.units[b], b ? block.units[0] : 0};
   }
   transform.channels = channels;
   transform.units = units;
-  transform.norm = given.options.norm;
-  transform.activation = {static_cast<gcnet_ext::Activation>(given.options.activation), static_cast<A>(kSlope)};
-  transform.hard_sigmoid = given.options.hard_sigmoid;
-  transform.eps = static_cast<A>(given.options.eps);
-  transform.gate_alpha = static_cast<A>(given.options.gate_alpha);
-  transform.gate_beta = static_cast<A>(given.options.gate_beta);
+  transform.norm = block.options.norm;
+  transform.activation = {static_cast<gcnet_ext::Activation>(block.options.activation), static_cast<A>(kSlope)};
+  transform.hard_sigmoid = block.options.hard_sigmoid;
+  transform.eps = static_cast<A>(block.options.eps);
+  transform.gate_alpha = static_cast<A>(block.options.gate_alpha);
+  transform.gate_beta = static_cast<A>(block.options.gate_beta);
   transform.hidden = hidden.data();
   transform.gate = gate.data();
 
   TestWorkspace workspace;
-  auto bits = unwritten<uint8_t>(given.relu ? bytes_of_bits(shape) : 0);
-  const Valid<T> of_samples{given.valid ? valid.data() : nullptr, positions};
-  global_context<T>(
-      {x.read(), out.write(), shape.extent(), mask.read(), mask_bias.read(), context.data(), attention.data(), transform,
-       given.residual ? residual.read() : Map<const T>{}, given.relu, given.relu ? bits.data() : nullptr, of_samples},
-      workspace, nullptr);
-  if (given.relu) launch_relu_backward(grad.read(), through_relu.write(), shape.extent(), bits.data(), nullptr);
+  auto bits = unwritten<uint8_t>(block.relu ? bytes_of_bits(shape) : 0);
+  const Valid<T> of_samples{block.valid ? valid.data() : nullptr, positions};
+  PoolParams<T> pool;
+  pool.x = x.read();
+  pool.extent = shape.extent();
+  pool.weight = mask.read();
+  pool.bias = mask_bias.read();
+  pool.context = context.data();
+  pool.attention = attention.data();
+  pool.transform = transform;
+  pool.valid = of_samples;
+  Fusion<T> fuse;
+  fuse.out = out.write();
+  if (block.residual) fuse.residual = residual.read();
+  fuse.relu = block.relu;
+  global_context(pool, fuse, block.relu ? bits.data() : nullptr, workspace, nullptr);
+  if (block.relu) launch_relu_backward(grad.read(), through_relu.write(), shape.extent(), bits.data(), nullptr);
 
-  GlobalContextBackward<T> call;
-  call.grad = given.relu ? through_relu.read() : grad.read();
-  call.x = x.read();
-  call.grad_x = grad_x.write();
-  call.extent = shape.extent();
-  call.mask_weight = mask.read();
-  call.context = context.data();
-  call.attention = attention.data();
-  call.transform = transform;
-  call.valid = of_samples;
-  Weight<T> grad_mask(mask, 0);
-  call.grad_mask_weight = grad_mask.write();
+  PoolBackwardParams<T> pool_backward;
+  pool_backward.grad = block.relu ? through_relu.read() : grad.read();
+  pool_backward.x = x.read();
+  pool_backward.grad_x = grad_x.write();
+  pool_backward.extent = shape.extent();
+  pool_backward.weight = mask.read();
+  pool_backward.context = context.data();
+  pool_backward.attention = attention.data();
+  pool_backward.valid = of_samples;
+  Weight<T> grad_mask = unwritten_like(mask);
+  BlockGradients<T> of_block;
+  of_block.mask_weight = grad_mask.write();
   std::array<Branch<T>, 2> gradients;
   for (int b = 0; b < 2; b++) {
-    for (int i = 0; i < 6; i++) gradients[b][i] = Weight<T>(branches[b][i], 0);
+    for (int i = 0; i < 6; i++) gradients[b][i] = unwritten_like(branches[b][i]);
     Branch<T>& w = gradients[b];
-    call.gradients[b] = {w[0].write(), w[1].write(), w[2].write(), w[3].write(), w[4].write(), w[5].write()};
+    of_block.branch[b] = {w[0].write(), w[1].write(), w[2].write(), w[3].write(), w[4].write(), w[5].write()};
   }
   TestWorkspace backward_workspace;
-  global_context_backward(call, backward_workspace, nullptr);
+  global_context_backward(pool_backward, transform, of_block, backward_workspace, nullptr);
 
   BlockReference expected(samples, channels, positions);
-  expected.options = given.options;
+  expected.options = block.options;
   expected.x = values_of(x);
   expected.mask_weight = mask.values();
-  if (given.residual) expected.residual = values_of(residual);
+  if (block.residual) expected.residual = values_of(residual);
   expected.valid.assign(valid.begin(), valid.end());
-  expected.final_relu = given.relu;
-  expected.mask_bias = given.attends ? mask_bias.values()[0] : 0;
+  expected.final_relu = block.relu;
+  expected.mask_bias = block.attends ? mask_bias.values()[0] : 0;
   for (int b = 0; b < 2; b++) {
     const Branch<T>& w = branches[b];
     expected.branches[b] = {w[0].values(), w[1].values(), w[2].values(), w[3].values(),
-                            w[4].values(), w[5].values(), given.units[b]};
+                            w[4].values(), w[5].values(), block.units[b]};
   }
   expected.forward();
   expected.backward(values_of(grad));
 
-  const std::string name = std::string("global_context ") + kName<T> + " " + given.text();
-  const double sums = resolution<T>() * 100, stored = sums + (given.single ? 1e-7 : resolution<T, T>());
+  const std::string name = std::string("global_context ") + kName<T> + " " + block.text();
+  const double sums = resolution<T>() * 100, stored = sums + (block.single ? 1e-7 : resolution<T, T>());
   compare(name + ", context", Values(context.begin(), context.end()), expected.context, sums);
-  if (given.attends) compare(name + ", attention", Values(attention.begin(), attention.end()), expected.attention, sums);
-  if (given.units[0]) compare(name + ", gate", Values(gate.begin(), gate.end()), expected.t[0], sums);
+  if (block.attends) compare(name + ", attention", Values(attention.begin(), attention.end()), expected.attention, sums);
+  if (block.units[0]) compare(name + ", gate", Values(gate.begin(), gate.end()), expected.t[0], sums);
   compare(name + ", out", values_of(out), expected.out, sums + resolution<T, T>());
-  if (given.relu) compare(name + ", grad_residual", values_of(through_relu), expected.grad_residual, 0);
+  if (block.relu) compare(name + ", grad_residual", values_of(through_relu), expected.grad_residual, 0);
   compare(name + ", grad_x", values_of(grad_x), expected.grad_x, sums + resolution<T, T>());
-  if (given.attends) compare(name + ", grad_mask_weight", grad_mask.values(), expected.grad_mask_weight, stored);
+  if (block.attends) compare(name + ", grad_mask_weight", grad_mask.values(), expected.grad_mask_weight, stored);
   for (int b = 0; b < 2; b++) {
     const BranchValues& wanted = expected.gradients[b];
     const std::array<const Values*, 6> all{&wanted.w1,        &wanted.b1, &wanted.norm_weight,

@@ -9,7 +9,9 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/compat.h"
+#include "../../../csrc/cuda/launch.h"
+#include "../../../csrc/cuda/memory_access.h"
+#include "../../../csrc/cuda/shared_memory.cuh"
 
 using namespace gcnet_ext::cuda;
 

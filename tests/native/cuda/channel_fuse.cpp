@@ -1,14 +1,21 @@
 // fuse_rows and fuse_positions; fuse_elements with the bits of its ReLU, and back through it.
-#include "../../../csrc/cuda/channel_fuse_launch.h"
-#include "../../../csrc/cuda/elements_launch.h"
+#include "../../../csrc/cuda/channel_fuse.cuh"
 #include "kernel_test.h"
+
+namespace gcnet_ext::cuda {
+GCNET_EXT_COMPILED_HERE(launch_channel_fuse)
+GCNET_EXT_COMPILED_HERE(launch_fuse_elements)
+GCNET_EXT_COMPILED_HERE(launch_positive_bits)
+GCNET_EXT_COMPILED_HERE(launch_relu_backward)
+}  // namespace gcnet_ext::cuda
 
 namespace kernel_test {
 namespace {
 
 using namespace gcnet_ext::cuda;
 
-struct Given {
+// What the fusion has of its operands.
+struct Operands {
   bool x = true, scale = true, shift = true;
 
   std::string text() const {
@@ -17,28 +24,28 @@ struct Given {
 };
 
 template <class T>
-void test(const Shape& shape, const Given& given = {}) {
+void test(const Shape& shape, const Operands& has = {}) {
   using A = acc_t<T>;
   const auto x = FeatureMap<T>::random(shape);
   auto out = FeatureMap<T>::empty({shape.samples, shape.channels, shape.positions, shape.channels_last});
   const auto scale = random_values<T>(shape.samples * shape.channels), shift = random_values<T>(shape.samples * shape.channels);
   FuseParams<T> params{};
-  if (given.x) params.x = x.read();
+  if (has.x) params.x = x.read();
   params.out = out.write();
   params.extent = shape.extent();
-  if (given.scale) params.scale = parameter(scale);
-  if (given.shift) params.shift = parameter(shift);
+  if (has.scale) params.scale = parameter(scale);
+  if (has.shift) params.shift = parameter(shift);
   params.shift_factor = A(0.5);
   launch_channel_fuse(params, nullptr);
 
-  Comparison comparison(std::string("channel_fuse ") + kName<T> + " " + shape.text() + given.text(), resolution<T, T>());
+  Comparison comparison(std::string("channel_fuse ") + kName<T> + " " + shape.text() + has.text(), resolution<T, T>());
   for (int64_t n = 0; n < shape.samples; n++) {
     for (int64_t c = 0; c < shape.channels; c++) {
       const int64_t row = n * shape.channels + c;
-      const double factor = given.scale ? static_cast<double>(scale[row]) : 1;
-      const double offset = given.shift ? 0.5 * static_cast<double>(shift[row]) : 0;
+      const double factor = has.scale ? static_cast<double>(scale[row]) : 1;
+      const double offset = has.shift ? 0.5 * static_cast<double>(shift[row]) : 0;
       for (int64_t p = 0; p < shape.positions; p++) {
-        comparison.add(out.at(n, c, p), (given.x ? x.at(n, c, p) * factor : 0) + offset);
+        comparison.add(out.at(n, c, p), (has.x ? x.at(n, c, p) * factor : 0) + offset);
       }
     }
   }
@@ -53,13 +60,15 @@ void test_relu(const Shape& shape, bool has_residual) {
   x.values[shape.offset] = std::numeric_limits<T>::quiet_NaN();
   const auto scale = random_values<T>(shape.samples * shape.channels), shift = random_values<T>(shape.samples * shape.channels);
   auto bits = unwritten<uint8_t>(bytes_of_bits(shape));
-  FuseParams<T> params{};
+  Fusion<T> params;
   params.x = x.read();
   params.out = out.write();
   params.extent = shape.extent();
   params.scale = parameter(scale);
   params.shift = parameter(shift);
-  launch_fuse_elements(params, has_residual ? residual.read() : Map<const T>{}, /*relu=*/true, {}, nullptr);
+  if (has_residual) params.residual = residual.read();
+  params.relu = true;
+  launch_fuse_elements(params, nullptr);
   launch_positive_bits(out.read(), shape.extent(), bits.data(), nullptr);
   launch_relu_backward(grad.read(), grad_x.write(), shape.extent(), bits.data(), nullptr);
 

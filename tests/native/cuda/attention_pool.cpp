@@ -1,6 +1,13 @@
 // attention_pool_rows, _positions and _streamed, without the transform in their tail; and over some of the positions.
-#include "../../../csrc/cuda/operators.h"
+#include "../../../csrc/cuda/attention_pool_backward.cuh"
 #include "kernel_test.h"
+
+namespace gcnet_ext::cuda {
+GCNET_EXT_COMPILED_HERE(launch_attention_pool)
+GCNET_EXT_COMPILED_HERE(launch_attention_pool_backward)
+GCNET_EXT_COMPILED_HERE(with_shares)
+GCNET_EXT_COMPILED_HERE(launch_average_valid)
+}  // namespace gcnet_ext::cuda
 
 namespace kernel_test {
 namespace {
@@ -42,15 +49,13 @@ void test(const Shape& shape, int64_t tiles_per_split = 0, bool all_count = true
   auto x = FeatureMap<T>::random(shape);
   const std::vector<uint8_t> valid = all_count ? std::vector<uint8_t>() : random_valid(shape.samples, shape.positions);
   forget(x, valid);
-  if (!all_count && shape.samples > 2) *x.write().at(0, 0, 0) = std::numeric_limits<T>::quiet_NaN();  // which counts
+  if (!all_count && shape.samples > 2) *x.write().at(0, 0, 0) = std::numeric_limits<T>::quiet_NaN();  // at a position that counts
   const auto weight = random_values<T>(shape.channels, 3 / std::sqrt(static_cast<double>(shape.channels))),
              bias = random_values<T>(1);
-  CudaMap map = cuda_map(shape.extent(), sizeof(T));
-  map.aligned = aligned(map, x.read());
   TestWorkspace workspace;
   const Valid<T> of_samples =
       with_shares<T>({all_count ? nullptr : valid.data(), shape.positions}, shape.extent(), workspace, nullptr);
-  CudaPoolPlan plan = pool_plan(map, of_samples);
+  CudaPoolPlan plan = pool_plan(common_shape<T>(shape.extent(), x.read()), of_samples);
   if (tiles_per_split) {  // more tiles in a split than the plan gives to so few positions
     plan.tiles_per_split = tiles_per_split;
     plan.splits = (shape.positions + plan.tile_positions * tiles_per_split - 1) / (plan.tile_positions * tiles_per_split);
@@ -96,16 +101,17 @@ void test_backward(const Shape& shape, bool attends) {
   auto grad_context = random_values<A>(samples * channels);
   grad_context[0] = std::numeric_limits<A>::infinity();
   TestWorkspace workspace;
-  attention_pool_backward<T>({x.read(),
-                              grad_x.write(),
-                              shape.extent(),
-                              attends ? parameter(weight) : Parameter<T>(),
-                              grad_context.data(),
-                              context.data(),
-                              attention.data(),
-                              {},
-                              {valid.data(), positions}},
-                             workspace, nullptr);
+  PoolBackwardParams<T> params;
+  params.x = x.read();
+  params.grad_x = grad_x.write();
+  params.extent = shape.extent();
+  if (attends) params.weight = parameter(weight);
+  params.grad_context = grad_context.data();
+  params.context = context.data();
+  params.attention = attention.data();
+  params.valid = {valid.data(), positions};
+  GradientParams<T> no_gradients;
+  attention_pool_backward(params, {}, no_gradients, workspace, nullptr);
 
   Comparison comparison(std::string("attention_pool_backward ") + kName<T> + " " + shape.text() + (attends ? "" : " avg"),
                         resolution<T>() * 10 + resolution<T, T>());
@@ -120,7 +126,7 @@ void test_backward(const Shape& shape, bool attends) {
       const double m = attends ? forward.attention[n * positions + p] : 1. / count;
       for (int64_t c = 0; c < channels; c++) {
         const double through_logit = attends ? m * grad_logit * static_cast<double>(weight[c]) : 0;
-        if (n == 0 && counts && attends) continue;  // something infinite or not a number
+        if (n == 0 && counts && attends) continue;  // the infinite gradient makes these infinite or NaN
         comparison.add(grad_x.at(n, c, p), counts ? m * grad_context[n * channels + c] + through_logit : 0);
       }
     }

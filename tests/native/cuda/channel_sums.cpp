@@ -1,6 +1,10 @@
 // sums_rows and sums_positions, with nothing after them.
-#include "../../../csrc/cuda/channel_fuse_launch.h"
+#include "../../../csrc/cuda/channel_sums.cuh"
 #include "kernel_test.h"
+
+namespace gcnet_ext::cuda {
+GCNET_EXT_COMPILED_HERE(launch_channel_sums)
+}  // namespace gcnet_ext::cuda
 
 namespace kernel_test {
 namespace {
