@@ -191,7 +191,7 @@ def backward_flops(x: Sequence[int], weight: Sequence[int] | None, need_x: bool,
 # ---- gradients ---------------------------------------------------------------------------------------------------------------
 
 
-class _Function(torch.autograd.Function):
+class _AttentionPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         context, attention = _dispatch.below_autograd("attention_pool", args)
@@ -219,7 +219,7 @@ def _reference_context(x: Tensor, weight: Tensor | None, bias: Tensor | None, *,
     return pool(x.flatten(2).to(accumulation_dtype(x)), weight, constant(bias), flat_valid(valid))
 
 
-_differentiable = partial(_dispatch.differentiable, _Function, "attention_pool")
+_differentiable = partial(_dispatch.differentiable, _AttentionPool, "attention_pool")
 _dispatch.register(
     "attention_pool",
     Arguments,

@@ -157,7 +157,7 @@ def _gradients(call: BackwardArguments) -> tuple[Tensor, ...]:
 # ---- gradients ---------------------------------------------------------------------------------------------------------------
 
 
-class _Function(torch.autograd.Function):
+class _ChannelFuse(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, shift, residual, final_activation):
         out, positive = _dispatch.below_autograd("channel_fuse", (x, scale, shift, residual, final_activation))
@@ -183,7 +183,7 @@ class _Function(torch.autograd.Function):
         return *map(needed, needs, (*gradients, grad_residual if final else grad)), None
 
 
-_differentiable = partial(_dispatch.differentiable, _Function, "channel_fuse")
+_differentiable = partial(_dispatch.differentiable, _ChannelFuse, "channel_fuse")
 _dispatch.register("channel_fuse", Arguments, check=_check, shapes=_results, differentiable=_differentiable)
 _dispatch.register("channel_fuse_", Arguments, check=_check_in_place, shapes=lambda _: None)
 _dispatch.register("channel_fuse_backward", BackwardArguments, check=_check_backward, shapes=_gradients)

@@ -111,7 +111,7 @@ def fused(
     if is_compiling():
         return torch.ops.gcnet_ext.global_context.default(*args)[0]
     if torch.is_grad_enabled() and _torch.any_requires_grad(*(by_themselves := flat(*args))):
-        return _torch.apply(_FunctionOfOutput, *by_themselves)
+        return _torch.apply(_GlobalContextOutput, *by_themselves)
     return _dispatch.below_autograd("global_context_inference", args)
 
 
@@ -248,7 +248,7 @@ def _run(ctx: Any, options: tuple, tensors: tuple) -> tuple[Tensor, ...]:
     return outputs
 
 
-class _Function(torch.autograd.Function):
+class _GlobalContext(torch.autograd.Function):
     """Takes the options and each tensor by itself: autograd finds none in a list."""
 
     @staticmethod
@@ -278,7 +278,7 @@ class _Function(torch.autograd.Function):
         return None, *map(needed, needs, of_tensors[1:])
 
 
-class _FunctionOfOutput(_Function):
+class _GlobalContextOutput(_GlobalContext):
     """Returns the output alone: autograd need not know of the other results, which takes 4 us."""
 
     @staticmethod
@@ -288,13 +288,13 @@ class _FunctionOfOutput(_Function):
 
 def _differentiable(*args: Any) -> tuple[Tensor, ...]:
     if torch.is_grad_enabled() and _torch.any_requires_grad(*(by_themselves := flat(*args))):
-        return _Function.apply(*by_themselves)
+        return _GlobalContext.apply(*by_themselves)
     return _dispatch.below_autograd("global_context", args)
 
 
 def _differentiable_output(*args: Any) -> Tensor:
     if torch.is_grad_enabled() and _torch.any_requires_grad(*(by_themselves := flat(*args))):
-        return _torch.apply(_FunctionOfOutput, *by_themselves)
+        return _torch.apply(_GlobalContextOutput, *by_themselves)
     return _dispatch.below_autograd("global_context_inference", args)
 
 
