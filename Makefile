@@ -46,7 +46,7 @@ CUDA_BUILT = $(CUDA_CHECKOUT)/cuda-built-$(CUDA_TAG)
 .PHONY: demo test test-all test-native test-cuda-build gpu-check lint format bench mutants fuzz build clean
 
 demo: $(BUILT)
-	$(VENV)/bin/python -m gcnet_ext demo $(ARGS)
+	$(VENV)/bin/python examples/demo.py $(ARGS)
 
 test: $(BUILT)
 	$(PYTEST) --brief $(ARGS)

@@ -40,7 +40,7 @@ def plan(row: Row, tuning: CudaTuning) -> dict[str, Any]:
     """How a map is cut under these decisions."""
     size = 4 if row.dtype == "float32" else 2
     positions = row.height * row.width
-    return gcnet_ext._library.compiled.plan(
+    return gcnet_ext._load.compiled.plan(
         "cuda", row.channels, positions, size, row.channels_last, aligned=True, tuning=tuning.numbers()
     )
 

@@ -71,7 +71,7 @@ class Shape(NamedTuple):
     def plan(self) -> dict[str, Any]:
         """How the pool is cut."""
         sizes = self.channels, self.positions, self.element_size
-        return gcnet_ext._library.compiled.plan("cuda", *sizes, self.channels_last, aligned=True)
+        return gcnet_ext._load.compiled.plan("cuda", *sizes, self.channels_last, aligned=True)
 
     def narrow(self) -> bool:
         """Whether the rows do not allow accesses of 16 bytes."""

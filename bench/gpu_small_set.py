@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import reference
 import torch
 from torch import nn
 
 import gcnet_ext
-from gcnet_ext import Branch, reference
+from gcnet_ext import Branch
 
 SHAPES = ((2, 16, 9, 9), (1, 64, 28, 28), (2, 300, 5, 7), (1, 2048, 7, 7))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.benchmark import Measurement, TaskSpec, Timer
 
 import gcnet_ext
-from gcnet_ext import _library
+from gcnet_ext import _load
 
 ROOT = Path(__file__).resolve().parent.parent
 # Freed memory stays in the heap: otherwise each large output is faulted in anew, which hides what is compared.
@@ -126,6 +126,6 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "gcnet_ext": gcnet_ext.__version__,
         "revision": _git("rev-parse", "HEAD") + changed,
-        "build": None if _library.compiled is None else _library.compiled.build_info(),
-        "capability": None if _library.compiled is None else _library.compiled.cpu_capability(),
+        "build": None if _load.compiled is None else _load.compiled.build_info(),
+        "capability": None if _load.compiled is None else _load.compiled.cpu_capability(),
     }

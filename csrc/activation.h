@@ -1,4 +1,4 @@
-// What a call can choose to stand between the layers of a branch, and behind the result. The numbers are those of csrc/ops.cpp.
+// The activations that a call can choose between the layers of a branch, and behind the result, by their numbers in ops.cpp.
 #pragma once
 
 #include <cstdint>

@@ -8,14 +8,14 @@ namespace {
 // w1 [H, C], b1 [H], norm [H], w2 [C, H], b2 [C]; without a w2: w1 [C, C], b1 [C]; without a w1: nothing.
 void check_branch(const char* op, const char* prefix, const Branch& branch, const check::Like& x, int64_t channels) {
   const auto& [w1, b1, norm_weight, norm_bias, w2, b2] = static_cast<const PerWeight<OptionalTensor>&>(branch);
-  const auto given_with = [&](bool needed, const OptionalTensor& tensor, const char* name) {
+  const auto only_with = [&](bool needed, const OptionalTensor& tensor, const char* name) {
     check::require(needed || !tensor, op, {prefix, name});
   };
-  given_with(w1.has_value(), b1, "b1");
-  given_with(w2.has_value(), norm_weight, "norm_weight");
-  given_with(w2.has_value(), norm_bias, "norm_bias");
-  given_with(w1.has_value(), w2, "w2");
-  given_with(w2.has_value(), b2, "b2");
+  only_with(w1.has_value(), b1, "b1");
+  only_with(w2.has_value(), norm_weight, "norm_weight");
+  only_with(w2.has_value(), norm_bias, "norm_bias");
+  only_with(w1.has_value(), w2, "w2");
+  only_with(w2.has_value(), b2, "b2");
   if (!w1) return;
   const int64_t hidden = !w2 ? channels : w1->dim() > 0 ? w1->size(0) : 0;
   check::require(hidden > 0, op, {prefix, "w1"});

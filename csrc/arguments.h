@@ -1,5 +1,4 @@
-// The arguments of the operators by name, for both devices: the lists of csrc/ops.cpp are unpacked and checked here, and nowhere
-// else.
+// The arguments of the operators, for both devices: the lists of csrc/ops.cpp are unpacked and checked here and nowhere else.
 #pragma once
 
 #include "activation.h"
@@ -23,12 +22,12 @@ struct Mask {
   OptionalTensor weight, bias;
 };
 
-// Something for each weight of a branch.
+// One T for each weight of a branch.
 template <typename T>
 struct PerWeight {
   T w1, b1, norm_weight, norm_bias, w2, b2;
 
-  // f of each of them.
+  // What f makes of each of them.
   template <typename F>
   auto map(const F& f) const -> PerWeight<decltype(f(w1))> {
     return {f(w1), f(b1), f(norm_weight), f(norm_bias), f(w2), f(b2)};
@@ -57,7 +56,7 @@ struct Options {
   bool has_final_relu() const { return final_activation == FinalActivation::relu; }
 };
 
-// Those of global_context, of its inference, and in place.
+// The arguments of global_context, global_context_inference and global_context_.
 struct Arguments {
   Tensor x;
   Mask mask;
@@ -74,7 +73,7 @@ struct Saved {
   Tensor context, attention, hidden, gate_values, positive;
 };
 
-// Whose gradients are needed.
+// Which gradients are needed.
 struct Needs {
   bool x, mask_weight, mask_bias, scale, shift, residual;
 };
@@ -88,8 +87,9 @@ struct BackwardArguments {
   void check(const char* op) const;
 };
 
-// The gradients, uninitialised but for that of the mask's bias, which is zero; empty tensors where they are not needed. That of the
-// residual is needed behind a ReLU only: otherwise it is the gradient of the result, which autograd has.
+// The gradients. They are uninitialised, except for that of the mask's bias, which is zero; one that is not needed is an empty
+// tensor. The gradient of the residual is computed only behind a ReLU: otherwise it is the gradient of the result, which
+// autograd has.
 struct BackwardTensors {
   Tensor x, mask_weight, mask_bias;
   PerWeight<Tensor> scale, shift;
@@ -99,7 +99,7 @@ struct BackwardTensors {
 };
 BackwardTensors gradients_of(const BackwardArguments& call);
 
-// The parts of a list of the schema. They are moved out: TORCH_BOX passes references to values of its own.
+// The elements of a list of the schema by name. They are moved out of the list, because nobody but TORCH_BOX has it.
 Mask mask_of(const char* op, TensorList& list);
 Branch branch_of(const char* op, const char* name, TensorList& list);
 Options options_of(const char* op, std::optional<double> norm_eps, int64_t activation, double slope,
@@ -127,7 +127,7 @@ auto forward(Tensor& x, TensorList& mask, TensorList& scale, TensorList& shift, 
   return body(arguments);
 }
 
-// The backward operator likewise.
+// The backward operator with the arguments of its schema, for TORCH_BOX: body gets them by name, checked.
 template <auto body>
 BackwardResults backward(Tensor& grad, Tensor& x, TensorList& mask, TensorList& scale, TensorList& shift, OptionalTensor& valid,
                          std::optional<double> norm_eps, int64_t activation, double slope,
@@ -144,7 +144,8 @@ BackwardResults backward(Tensor& grad, Tensor& x, TensorList& mask, TensorList& 
   return body(arguments);
 }
 
-// The arguments of the other operators, which are few.
+// The other operators have few arguments, which are not unpacked. Their functions for both devices check them by these
+// functions, so that an operator has the same rules on each.
 void check_attention_pool(const char* op, const Tensor& x, const Mask& mask, const OptionalTensor& valid);
 void check_attention_pool_backward(const Tensor& grad_context, const Tensor& x, const Mask& mask, const OptionalTensor& valid,
                                    const Tensor& context, const Tensor& attention, const std::vector<bool>& needs);

@@ -1,6 +1,6 @@
-// gcnet_ext._C: what was built and how it decides, for Python. The operators are not here: they are in torch.ops.gcnet_ext.
-// No torch header but that of its version: pybind11 depends on CPython's ABI, the kernels on the LibTorch stable ABI, and neither on
-// both.
+// gcnet_ext._C: what was built and how it decides, for Python. The operators are not here: they are in torch.ops.gcnet_ext. It
+// includes no torch header but that of the version: pybind11 depends on CPython's ABI and the operators on the LibTorch stable
+// ABI, and no file depends on both.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/headeronly/version.h>
@@ -11,7 +11,7 @@
 #include "cpu/capability.h"
 #include "plan_cpu.h"
 #include "plan_cuda.h"
-#include "unchanged.h"
+#include "plain_layers.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -45,9 +45,9 @@ py::dict plan_cpu(int64_t channels, int64_t positions, int64_t element_size, boo
                   "sweep_position_blocks"_a = sweep.position_blocks);
 }
 
-py::dict plan_cuda(const gcnet_ext::CudaMap& map, const gcnet_ext::CudaTuning& tuning) {
-  const auto pool = gcnet_ext::plan_cuda_pool(map, tuning);
-  const int row_lanes = gcnet_ext::plan_cuda_row_lanes(map, gcnet_ext::cuda_vector(map), tuning);
+py::dict plan_cuda(const gcnet_ext::CudaShape& shape, const gcnet_ext::CudaTuning& tuning) {
+  const auto pool = gcnet_ext::plan_cuda_pool(shape, tuning);
+  const int row_lanes = gcnet_ext::plan_cuda_row_lanes(shape, gcnet_ext::cuda_vector(shape), tuning);
   const char* paths[] = {"rows", "positions", "streamed"};
   return py::dict("path"_a = paths[static_cast<int>(pool.path)], "vector"_a = pool.vector, "threads"_a = pool.threads,
                   "tile"_a = pool.tile_positions, "tiles_per_split"_a = pool.tiles_per_split, "splits"_a = pool.splits,
@@ -82,7 +82,7 @@ PYBIND11_MODULE(_C, m) {
   static PyMethodDef unchanged{"unchanged", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&gcnet_ext::unchanged)),
                                METH_FASTCALL, "Fields of objects, if those and others are what they were; else None."};
   m.add_object("unchanged", py::reinterpret_steal<py::object>(PyCFunction_New(&unchanged, nullptr)));
-  m.def("past_caches", &gcnet_ext::plan_cpu_past_caches,
+  m.def("past_caches", &gcnet_ext::plan_cpu_non_temporal,
         "Whether the CPU kernels write an output past the caches, in a call that goes through maps of so many bytes.",
         "bytes"_a);
   m.def("plan", &plan, "How the kernels of a device cut the attention pool of a sample of [C, P] elements.", "device"_a,

@@ -38,7 +38,7 @@ void require(bool holds, const char* op, Name name) {
 void count(const char* op, const char* name, size_t elements, size_t wanted) { require(elements == wanted, op, {"", name}); }
 
 void feature_map(const char* op, const Tensor& x, bool pooled) {
-  // What the schema calls a Tensor comes undefined where Python said None.
+  // If Python passes None for what the schema calls a Tensor, it arrives undefined.
   require(x.defined() && x.dim() >= 3 && is_floating(x.scalar_type()) && x.size(1) > 0 && (!pooled || positions(x) > 0), op,
           {"", "x"});
 }

@@ -23,7 +23,7 @@ int64_t collapsed_stride(const Tensor& x) {
   return stride < 0 ? 1 : stride;
 }
 
-// Past the dispatcher by name, which the stable ABI's own new_empty goes through: a call has up to 15 small outputs.
+// The stable ABI's own new_empty looks its operator up by name in every call. This does not: a call has up to 15 small outputs.
 Tensor empty_strided(const Tensor& like, IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides, ScalarType dtype) {
   AtenTensorHandle handle = nullptr;
   int32_t device_type = 0, device_index = 0;
@@ -77,7 +77,7 @@ bool has_own_memory(const Tensor& x) {
     if (x.size(dim) > 1) strides_and_sizes.emplace_back(x.stride(dim), x.size(dim));
   }
   std::sort(strides_and_sizes.begin(), strides_and_sizes.end());
-  int64_t reach = 0;  // of the dimensions with smaller strides, together
+  int64_t reach = 0;  // how far the dimensions with smaller strides reach together
   for (const auto& [stride, size] : strides_and_sizes) {
     if (stride <= reach) return false;
     reach += stride * (size - 1);
@@ -88,11 +88,11 @@ bool has_own_memory(const Tensor& x) {
 namespace {
 struct Bytes {
   uintptr_t begin, end;
-  bool dense;  // no byte between the two belongs to anybody else
+  bool dense;  // every byte between the two belongs to the tensor
 };
 
 Bytes bytes_of(const Tensor& x) {
-  int64_t last = 0;  // element
+  int64_t last = 0;  // the last element
   for (int64_t dim = 0; dim < x.dim(); dim++) last += (x.size(dim) - 1) * x.stride(dim);
   const auto begin = reinterpret_cast<uintptr_t>(x.data_ptr());
   return {begin, begin + (last + 1) * x.element_size(), last + 1 == x.numel()};

@@ -16,7 +16,7 @@ struct Layout {
   bool channels_last;                                      // channel_stride is 1, otherwise position_stride is
 };
 
-// Channels next to each other and positions apart: the rule of gcnet_ext/_shapes.py, word for word.
+// Whether the channels of a position lie next to each other, and the positions apart. gcnet_ext/_shapes.py has the same rule.
 bool is_channels_last(const Tensor& x);
 // The positions of x: the product of its spatial sizes.
 int64_t positions(const Tensor& x);
@@ -30,21 +30,21 @@ Tensor native(const Tensor& x);
 Tensor native_dense(const Tensor& x);
 // Copies what was computed on a dense copy of x back into x; does nothing where the map is x itself.
 void write_back(const Tensor& map, const Tensor& x);
-// grad itself where it lies as native(like) does, otherwise a dense copy that does: the two are walked together.
+// grad itself if it lies as native(like) does, otherwise a dense copy that does, because kernels walk the two together.
 Tensor native_like(const Tensor& grad, const Tensor& like);
 // Whether no two elements of x share memory, so that each can be overwritten.
 bool has_own_memory(const Tensor& x);
-// How much of a tensor lies in the memory of x, of the same sizes and dtype: nothing; everything, each element in its own place;
-// or some of it. Where they are interleaved nobody knows.
+// How a tensor and x, which have the same sizes and dtype, share memory: not at all; completely, each element with the same
+// element of x; or in part. If the two are interleaved, it is unknown.
 enum class Overlap { none, all, partial, unknown };
 Overlap overlap(const Tensor& tensor, const Tensor& x);
-// How many bytes hold a bit for every element of a sample of x: those of a channel (NCHW) or position (channels_last) begin with
-// a byte of their own, so that no two threads write to one byte.
+// How many bytes hold a bit for every element of a sample of x. The bits of a channel (NCHW) or of a position (channels_last)
+// begin with a byte of their own, so that no two threads write to one byte.
 int64_t bytes_of_bits(const Tensor& x);
 // An uninitialised contiguous tensor on the device of `like`.
 Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype);
-// An uninitialised dense tensor like a parameter, with its very strides where it lies in memory as a contiguous one does: those
-// of sizes of one are free, and channels_last gives them to a 1x1 convolution. (DistributedDataParallel compares them.)
+// An uninitialised dense tensor like a parameter, with the very strides of a contiguous one: a dimension of size 1 may have any
+// stride, channels_last gives a 1x1 convolution unusual ones, and DistributedDataParallel compares them.
 Tensor empty_like_parameter(const Tensor& parameter);
 // An uninitialised tensor of the shape and memory format of x, dense.
 Tensor empty_like_map(const Tensor& x);

@@ -8,9 +8,9 @@ namespace {
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // What every row (NCHW) or position (channels_last) of a dense map starts at a multiple of: 16, 8 or fewer bytes.
-int64_t alignment(const CudaMap& map) {
-  const int64_t bytes = (map.channels_last ? map.channels : map.positions) * map.element_size;
-  return bytes % 16 == 0 ? 16 : bytes % 8 == 0 ? 8 : map.element_size;
+int64_t alignment(const CudaShape& shape) {
+  const int64_t bytes = (shape.channels_last ? shape.channels : shape.positions) * shape.element_size;
+  return bytes % 16 == 0 ? 16 : bytes % 8 == 0 ? 8 : shape.element_size;
 }
 
 void cut(CudaPoolPlan& plan, int64_t positions, int64_t least_tiles, int64_t most_splits) {
@@ -35,27 +35,27 @@ void fit(const std::array<CudaRowTile, kCount>& tiles, int vector, int64_t chann
 
 }  // namespace
 
-bool cuda_aligned(const CudaMap& map, const void* address, int64_t sample_stride, int64_t channel_stride,
+bool cuda_aligned(const CudaShape& shape, const void* address, int64_t sample_stride, int64_t channel_stride,
                   int64_t position_stride) {
-  const int64_t strides = (map.channels_last ? position_stride : channel_stride) | sample_stride;
-  return (strides * map.element_size | static_cast<int64_t>(reinterpret_cast<uintptr_t>(address))) % alignment(map) == 0;
+  const int64_t strides = (shape.channels_last ? position_stride : channel_stride) | sample_stride;
+  return (strides * shape.element_size | static_cast<int64_t>(reinterpret_cast<uintptr_t>(address))) % alignment(shape) == 0;
 }
 
-int cuda_vector(const CudaMap& map) {
-  if (!map.aligned) return 1;
-  if (alignment(map) == 16) return static_cast<int>(16 / map.element_size);
-  return alignment(map) == 8 && map.element_size == 2 && !map.channels_last ? 4 : 1;
+int cuda_vector(const CudaShape& shape) {
+  if (!shape.aligned) return 1;
+  if (alignment(shape) == 16) return static_cast<int>(16 / shape.element_size);
+  return alignment(shape) == 8 && shape.element_size == 2 && !shape.channels_last ? 4 : 1;
 }
 
-CudaPoolPlan plan_cuda_pool(const CudaMap& map, const CudaTuning& tuning) {
+CudaPoolPlan plan_cuda_pool(const CudaShape& shape, const CudaTuning& tuning) {
   CudaPoolPlan plan{CudaPoolPath::streamed, 1, -1, kCudaStreamedThreads, kCudaStreamedPositions, 0, 0};
-  const int vector = cuda_vector(map);
+  const int vector = cuda_vector(shape);
   int64_t least_tiles = 1;
-  if (map.element_size == 8 || tuning.streamed) {
+  if (shape.element_size == 8 || tuning.streamed) {
     // float64 is for checking gradients: one path is enough.
-  } else if (map.channels_last) {
+  } else if (shape.channels_last) {
     // Warps that share the channels of a position, and groups of them that work on different positions.
-    const int64_t warps = ceil_div(map.channels, 32 * vector);
+    const int64_t warps = ceil_div(shape.channels, 32 * vector);
     if (warps <= 16) {
       const int64_t groups = std::max<int64_t>(1, 8 / warps);
       plan.path = CudaPoolPath::positions;
@@ -63,15 +63,15 @@ CudaPoolPlan plan_cuda_pool(const CudaMap& map, const CudaTuning& tuning) {
       plan.threads = static_cast<int>(groups * warps * 32);
       plan.tile_positions = groups * kCudaPositionsPerWarp;
       constexpr int64_t kLeastBytes = 64 << 10;  // that a block reads, so that its own start and end are worth it
-      least_tiles = ceil_div(kLeastBytes, plan.tile_positions * map.channels * map.element_size);
+      least_tiles = ceil_div(kLeastBytes, plan.tile_positions * shape.channels * shape.element_size);
     }
   } else {
     const int64_t larger = tuning.larger_tile;
-    if (vector * map.element_size == 16) fit(kCudaRowTiles, vector, map.channels, larger, plan);
-    if (vector * map.element_size == 8) fit(kCudaHalfRowTiles, vector, map.channels, larger, plan);
-    fit(kCudaScalarRowTiles, 1, map.channels, larger, plan);
+    if (vector * shape.element_size == 16) fit(kCudaRowTiles, vector, shape.channels, larger, plan);
+    if (vector * shape.element_size == 8) fit(kCudaHalfRowTiles, vector, shape.channels, larger, plan);
+    fit(kCudaScalarRowTiles, 1, shape.channels, larger, plan);
   }
-  cut(plan, map.positions, least_tiles, plan_cuda_most_splits(tuning));
+  cut(plan, shape.positions, least_tiles, plan_cuda_most_splits(tuning));
   return plan;
 }
 
@@ -101,21 +101,21 @@ bool plan_cuda_tail(int64_t channels, int64_t units, int64_t weight_bytes, int64
   return fits && (tuning.transform ? tuning.transform == 1 : weight_bytes <= kMostBytes);
 }
 
-CudaPositionGrid plan_cuda_positions(const CudaMap& map, int vector, int64_t most_splits) {
+CudaPositionGrid plan_cuda_positions(const CudaShape& shape, int vector, int64_t most_splits) {
   constexpr int64_t kAccesses = 4 * kCudaSweepUnroll;  // of a thread, at least, where there are as many positions
-  const int64_t vectors = ceil_div(map.channels, vector), lanes = std::min<int64_t>(vectors, kCudaSweepThreads);
-  const int64_t positions = std::max<int64_t>(map.positions, 1), rows = kCudaSweepThreads / lanes;
+  const int64_t vectors = ceil_div(shape.channels, vector), lanes = std::min<int64_t>(vectors, kCudaSweepThreads);
+  const int64_t positions = std::max<int64_t>(shape.positions, 1), rows = kCudaSweepThreads / lanes;
   const int64_t pieces = std::min(ceil_div(positions, rows * kAccesses), std::max<int64_t>(most_splits, 1));
   const int64_t split = ceil_div(ceil_div(positions, pieces), rows) * rows;
   return {static_cast<int>(lanes), static_cast<int>(rows), ceil_div(vectors, lanes), split, ceil_div(positions, split)};
 }
 
-int plan_cuda_row_lanes(const CudaMap& map, int vector, const CudaTuning& tuning) {
+int plan_cuda_row_lanes(const CudaShape& shape, int vector, const CudaTuning& tuning) {
   if (tuning.row_lanes) return static_cast<int>(tuning.row_lanes);
   constexpr int64_t kLeastThreads = 1 << 14, kMostRounds = 5;
-  const int64_t accesses = ceil_div(map.positions, vector);
+  const int64_t accesses = ceil_div(shape.positions, vector);
   const auto enough = [&](int64_t lanes) {
-    return map.channels * lanes >= kLeastThreads && accesses <= kMostRounds * kCudaSweepUnroll * lanes;
+    return shape.channels * lanes >= kLeastThreads && accesses <= kMostRounds * kCudaSweepUnroll * lanes;
   };
   int lanes = 1;
   while (lanes < kCudaSweepThreads && lanes < accesses && !enough(lanes)) lanes *= 2;

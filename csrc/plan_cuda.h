@@ -21,7 +21,7 @@ struct CudaTuning {
 };
 
 // One sample's feature map, as far as plans depend on it.
-struct CudaMap {
+struct CudaShape {
   int64_t channels, positions, element_size;
   bool channels_last;
   bool aligned;  // every row (NCHW) or position (channels_last) starts at a multiple of 16 or 8 bytes if its length is one
@@ -55,16 +55,16 @@ struct CudaPoolPlan {
   int64_t tile_positions;           // positions that a block works on at a time
   int64_t tiles_per_split, splits;  // a block works on tiles_per_split tiles at most; a sample has so many blocks
 };
-CudaPoolPlan plan_cuda_pool(const CudaMap& map, const CudaTuning& tuning = {});
+CudaPoolPlan plan_cuda_pool(const CudaShape& shape, const CudaTuning& tuning = {});
 
 // How many of the pieces of a sample a block should do so that all are done soonest, where `slots` blocks run at a time.
 int64_t plan_cuda_pieces(int64_t samples, int64_t pieces, int64_t slots);
 
 // Elements of the widest access: of 16 bytes, of 8 in NCHW if they are float16 or bfloat16, otherwise one.
-int cuda_vector(const CudaMap& map);
+int cuda_vector(const CudaShape& shape);
 
-// Whether a map with this address and these strides (in elements) is CudaMap::aligned.
-bool cuda_aligned(const CudaMap& map, const void* address, int64_t sample_stride, int64_t channel_stride,
+// Whether a map with this address and these strides (in elements) is CudaShape::aligned.
+bool cuda_aligned(const CudaShape& shape, const void* address, int64_t sample_stride, int64_t channel_stride,
                   int64_t position_stride);
 
 inline constexpr int kCudaPositionsPerWarp = 8;    // of the path `positions`
@@ -77,14 +77,14 @@ struct CudaPositionGrid {
   int lanes, rows;
   int64_t channel_blocks, split_positions, splits;
 };
-CudaPositionGrid plan_cuda_positions(const CudaMap& map, int vector, int64_t most_splits);
+CudaPositionGrid plan_cuda_positions(const CudaShape& shape, int vector, int64_t most_splits);
 
 // The most splits of a sample.
 int64_t plan_cuda_most_splits(const CudaTuning& tuning);
 
 // The sums over the positions of an NCHW map: lanes per row, a power of two up to the threads of a block. Few, so that each
 // has enough to do, but enough to keep the GPU busy with one sample.
-int plan_cuda_row_lanes(const CudaMap& map, int vector, const CudaTuning& tuning = {});
+int plan_cuda_row_lanes(const CudaShape& shape, int vector, const CudaTuning& tuning = {});
 
 // More splits keep more processors busy on one sample; each costs a row of partial sums that the last block has to merge alone.
 inline constexpr int64_t kCudaMaxSplits = 64;

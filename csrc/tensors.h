@@ -10,7 +10,7 @@
 
 namespace gcnet_ext {
 
-// Calls body with a value of the type that x is stored in.
+// Calls body with a value of the C++ type of this dtype.
 template <typename Body>
 auto dispatch(ScalarType dtype, const Body& body) {
   switch (dtype) {
@@ -25,25 +25,25 @@ auto dispatch(ScalarType dtype, const Body& body) {
 inline Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
 inline OptionalTensor dense(const OptionalTensor& tensor) { return tensor ? OptionalTensor(dense(*tensor)) : std::nullopt; }
 
-// What stands for a gradient that is not needed: an empty tensor.
+// An empty tensor, which stands for a gradient that is not needed.
 inline Tensor no_gradient(const Tensor& x) { return empty(x, {0}, x.scalar_type()); }
 // An uninitialised gradient of a parameter, dense; empty when it is not needed.
 inline Tensor gradient_of(bool needed, const OptionalTensor& parameter, const Tensor& x) {
   return needed && parameter ? empty_like_parameter(*parameter) : no_gradient(x);
 }
-// A gradient that is zero whatever the rest is.
+// The gradient of a parameter on which the result does not depend: zeros.
 inline Tensor zero_gradient_of(bool needed, const OptionalTensor& parameter, const Tensor& x) {
   const Tensor gradient = gradient_of(needed, parameter, x);
   if (gradient.numel() > 0) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(gradient.get()));
   return gradient;
 }
-// A residual as the map of x and its output are walked, and where no element of it is overwritten before it is read.
+// The residual in the layout of x. It is copied if an in-place call could overwrite an element of it before that is read.
 inline OptionalTensor residual_of(const OptionalTensor& residual, const Tensor& x, bool in_place) {
   if (!residual) return std::nullopt;
   const bool apart = !in_place || overlap(*residual, x) != Overlap::unknown;
   return native_like(apart ? *residual : torch::stable::clone(*residual), x);
 }
-// The uninitialised bits of the final ReLU, none where there is no such ReLU.
+// The uninitialised bits of the final ReLU; the tensor is empty if there is no such ReLU.
 inline Tensor empty_bits(const Tensor& x, bool has_relu) {
   return empty(x, {x.size(0), has_relu ? bytes_of_bits(x) : 0}, ScalarType::Byte);
 }

@@ -20,7 +20,7 @@ from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
-from gcnet_ext import _library
+from gcnet_ext import _load
 
 BYTES = 4  # float32
 CACHE = 2 << 20  # bytes of the second-level cache of one core, of the modelled processor
@@ -28,7 +28,7 @@ DARK, LIGHT, LINE, MISS = "#4878a8", "#a9c6e3", "#c44e52", "#dd8452"
 
 
 def plan(channels: int, positions: int, channels_last: bool = False) -> dict:
-    return _library.compiled.plan("cpu", channels, positions, BYTES, channels_last)
+    return _load.compiled.plan("cpu", channels, positions, BYTES, channels_last)
 
 
 def by_channels(channels: int, positions: int, channels_last: bool) -> bool:

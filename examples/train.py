@@ -17,6 +17,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import demo
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from tqdm import tqdm
 
-from gcnet_ext import GlobalContextBlock, demo, insert_blocks
+from gcnet_ext import GlobalContextBlock, insert_blocks
 
 FULL = distributed_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
 FROM_FIRST = distributed_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)

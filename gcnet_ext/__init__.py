@@ -2,8 +2,11 @@
 
 from ._version import __version__
 from .blocks import GlobalContextBlock, NonLocalBlock, SimplifiedNonLocalBlock, SqueezeExcitation
-from .functional import Branch, attention_map, attention_pool, channel_fuse, global_context
 from .models import Report, insert_blocks, replace_blocks, to_peer_state_dict
+from .ops._transform import Branch
+from .ops.attention_pool import attention_map, attention_pool
+from .ops.channel_fuse import channel_fuse
+from .ops.global_context import global_context
 
 __all__ = [
     "Branch",

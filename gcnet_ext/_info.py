@@ -8,8 +8,10 @@ from types import ModuleType
 
 import torch
 
-from . import _build, _library
+from . import _build, _load
+from ._torch import has_kernel
 from ._version import __version__
+from .ops import _dispatch
 
 CAPABILITY_VARIABLE = "GCNET_EXT_CPU_CAPABILITY"
 _INDENT = 14
@@ -18,7 +20,7 @@ _INDENT = 14
 def describe() -> str:
     """The report: one row per fact, and for everything that is not used the reason. Never raises."""
     built: dict[str, Callable[[], str]] = {"version": _version, "torch": _torch, "library": _library_path}
-    if _library.compiled is not None:
+    if _load.compiled is not None:
         built |= {
             "compiler": lambda: str(_build_info()["compiler"]),
             "OpenMP": _openmp,
@@ -43,9 +45,9 @@ def _section(title: str, rows: dict[str, Callable[[], str]]) -> list[str]:
 
 
 def _compiled() -> ModuleType:
-    if _library.compiled is None:
+    if _load.compiled is None:
         raise RuntimeError("there is no compiled library")
-    return _library.compiled
+    return _load.compiled
 
 
 def _build_info() -> dict:
@@ -56,23 +58,23 @@ def _build_info() -> dict:
 
 
 def _version() -> str:
-    if _library.compiled is None:
+    if _load.compiled is None:
         return __version__
     library = _build_info()["version"]
     if library == __version__:
         return __version__
-    return f"{__version__}, but the compiled kernels are of version {library}; {_library.HOW_TO_BUILD}"
+    return f"{__version__}, but the compiled kernels are of version {library}; {_load.HOW_TO_BUILD}"
 
 
 def _torch() -> str:
-    if _library.compiled is None:
+    if _load.compiled is None:
         return f"running {torch.__version__}"
     info = _build_info()
     return f"built with {info['torch']} for the stable ABI of {info['abi_target']} and later, running {torch.__version__}"
 
 
 def _library_path() -> str:
-    return _library.why_no_kernels("cpu") if _library.compiled is None else str(_compiled().__file__)
+    return _load.why_no_kernels("cpu") if _load.compiled is None else str(_compiled().__file__)
 
 
 def _openmp() -> str:
@@ -82,19 +84,18 @@ def _openmp() -> str:
 
 def _operators() -> str:
     """The operators that have a kernel of their own, a line per device, and those that have none."""
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    names = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("gcnet_ext::"))
-    found = {key: [name for name in names if has_kernel(name, key)] for key in ("CPU", "CUDA")}
-    found["no kernel"] = [name for name in names if not any(name in some for some in found.values())]
-    lines = (f"{key}: {', '.join(name.removeprefix('gcnet_ext::') for name in some)}" for key, some in found.items() if some)
-    return "\n".join(lines) or "none"
+    names = sorted(_dispatch.kernels)
+    keys = [key for key in ("CPU", "CUDA") if key.lower() in _load.kernel_devices]
+    found = {key: [name for name in names if has_kernel(f"gcnet_ext::{name}", key)] for key in keys}
+    found["no kernel"] = [name for name in names if not any(name in with_kernel for with_kernel in found.values())]
+    return "\n".join(f"{key}: {', '.join(listed)}" for key, listed in found.items() if listed) or "none"
 
 
 # ---- what this machine can use -----------------------------------------------------------------------------------------------
 
 
 def _cpu() -> str:
-    return f"compiled kernels, {_capability()}" if "cpu" in _library.kernel_devices() else f"plain PyTorch: {_why_not('cpu')}"
+    return f"compiled kernels, {_capability()}" if "cpu" in _load.kernel_devices else f"plain PyTorch: {_why_not('cpu')}"
 
 
 def _capability() -> str:
@@ -120,7 +121,7 @@ def _cuda() -> str:
         reasons.append(f"torch {torch.__version__} is built without CUDA")
     elif not torch.cuda.is_available():
         reasons.append(f"torch is built with CUDA {torch.version.cuda} but finds no GPU it can use")
-    if "cuda" not in _library.kernel_devices():
+    if "cuda" not in _load.kernel_devices:
         reasons.append(_why_not("cuda"))
     if reasons:
         return "not used: " + "\nand: ".join(reasons)
@@ -135,4 +136,4 @@ def _cuda() -> str:
 
 
 def _why_not(device: str) -> str:
-    return "no compiled library, see above" if _library.compiled is None else _library.why_no_kernels(device)
+    return "no compiled library, see above" if _load.compiled is None else _load.why_no_kernels(device)

@@ -16,11 +16,11 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis.errors import UnsatisfiedAssumption
 
-from gcnet_ext import _library
+from gcnet_ext import _load
 
 # Here and not in pyproject.toml, so that a copy of this folder runs beside an installed package.
 TESTS = Path(__file__).resolve().parent
-sys.path[:0] = [str(TESTS / "support"), str(TESTS / "native")]
+sys.path[:0] = [str(TESTS / "support"), str(TESTS / "native"), str(TESTS.parent / "examples")]
 import brief  # noqa: E402
 import emulated  # noqa: E402
 import imitations  # noqa: E402
@@ -71,14 +71,14 @@ def cpu() -> Backend:
 @pytest.fixture
 def kernels() -> None:
     """For tests of what only the compiled CPU kernels promise."""
-    if "cpu" not in _library._kernel_devices:
-        pytest.skip(f"no compiled kernels: {_library.why_no_kernels('cpu')}")
+    if "cpu" not in _load.kernel_devices:
+        pytest.skip(f"no compiled kernels: {_load.why_no_kernels('cpu')}")
 
 
 @pytest.fixture(params=["default", "avx2", "avx512", "avx512_bf16"])
 def capability(request: pytest.FixtureRequest, kernels: None) -> str:
     """Each CPU capability in turn; one that this machine or this build does not have is skipped."""
-    if request.param not in _library.compiled.usable_capabilities():
+    if request.param not in _load.compiled.usable_capabilities():
         pytest.skip(f"this processor or this build has no {request.param}")
     return request.param
 
@@ -195,10 +195,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header() -> str:
-    if _library.compiled is None:
-        return f"gcnet_ext: plain PyTorch, {_library.why_no_kernels('cpu')}"
-    devices, capability = sorted(_library._kernel_devices), _library.compiled.cpu_capability()
-    return f"gcnet_ext: compiled kernels for {devices}, CPU capability {capability}, {_library.compiled.__file__}"
+    if _load.compiled is None:
+        return f"gcnet_ext: plain PyTorch, {_load.why_no_kernels('cpu')}"
+    devices, capability = sorted(_load.kernel_devices), _load.compiled.cpu_capability()
+    return f"gcnet_ext: compiled kernels for {devices}, CPU capability {capability}, {_load.compiled.__file__}"
 
 
 @pytest.fixture

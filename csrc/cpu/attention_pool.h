@@ -1,9 +1,9 @@
-// Attention pooling of samples of a feature map, and its backward pass, as the whole block uses them too.
+// The attention pool of a map's samples, and its backward pass, as attention_pool and the whole block use them.
 #pragma once
 
-#include "../plan_cpu.h"
-#include "tensors.h"
-#include "valid.h"
+#include "average_pool.h"
+#include "pool_by_channels.h"
+#include "pool_by_positions.h"
 
 namespace gcnet_ext::cpu {
 
@@ -12,79 +12,56 @@ PoolPlan pool_plan(const Map<const scalar_t>& x) {
   return plan_cpu_pool(x.layout.channels, x.layout.positions, sizeof(scalar_t), x.layout.channels_last);
 }
 
-// What the pool gets.
-template <typename acc>
-struct PoolInputs {
-  const acc* weight;  // [C]; null for average pooling
-  acc bias;
-  Valid valid;
-};
-
-// context[n, c] = sum_p m_p x_cp with attention[n, p] = m = softmax(w . x_p + b) for samples first <= n < first + count, over the
-// positions that count; elsewhere m is 0, and so is the context if there are none. A null weight means average pooling: attention
-// is not written, and m is one over the number of positions that count.
+// context[n, c] = sum_p m_p x_cp with attention[n, p] = m = softmax(w . x_p + b) over the positions that count; elsewhere m is
+// 0, and so is the context if there are none. In average pooling attention is not written, and m is one over the number of
+// positions that count.
 template <typename scalar_t>
-void pool_samples(const Map<const scalar_t>& x, const PoolInputs<acc_t<scalar_t>>& given, int64_t first, int64_t count,
-                  acc_t<scalar_t>* context, acc_t<scalar_t>* attention);
+void pool_samples(const Map<const scalar_t>& x, const PoolMask<acc_t<scalar_t>>& mask, const Valid& valid,
+                  Matrix<acc_t<scalar_t>> context, Matrix<acc_t<scalar_t>> attention) {
+  if (!mask.weight) return average_samples(x, valid, context);
+  const PoolPlan plan = pool_plan(x);
+  if (!plan.by_channels) return pool_by_positions(plan, x, mask, valid, context, attention);
+  // x is read twice, so as many samples go at a time as stay in the caches.
+  const int64_t samples = x.layout.samples, elements = x.layout.channels * x.layout.positions;
+  const GroupPlan group = plan_groups(samples, elements * sizeof(scalar_t), /*weight_bytes=*/0);
+  for_each_group(group, samples, samples * elements, [&](int64_t first, int64_t count) {
+    pool_by_channels(x.samples(first, count), mask, valid.samples(first), context.row_range(first, count),
+                     attention.row_range(first, count));
+  });
+}
 
-// From the sum over the positions of a sample that count to their mean, or back to the gradient of each.
+// The parts of the mask weight's gradient, which are zero before the backward pass: one for every split of every sample, so
+// that their sum does not depend on who computes what.
 template <typename acc>
-void divide_by_count(const Valid& valid, int64_t sample, int64_t channels, acc* values);
+MatrixBuffer<acc> weight_parts(const PoolPlan& plan, int64_t samples, int64_t channels, bool needed) {
+  MatrixBuffer<acc> parts(samples * plan.splits, channels, needed);
+  parts.clear();
+  return parts;
+}
 
-// The gradient of the weight: one partial sum per sample and split, so that it does not depend on who computes what.
-template <typename acc>
-struct WeightGradient {
-  int64_t parts = 0, channels = 0;
-  Buffer<acc> partial;
-
-  WeightGradient() = default;
-  WeightGradient(int64_t samples, int64_t splits, int64_t channels)
-      : parts(samples * splits), channels(channels), partial(zeros<acc>(samples * splits * channels)) {}
-  acc* part(int64_t i) const { return partial ? partial.get() + i * channels : nullptr; }
-  // From sum_p dl_p x_p to sum_p dl_p (x_p - ctx), for some channels of a part; their context, and sum_p dl_p of the part. Over
-  // a sample dl adds up to zero but for its rounding errors, which would else be multiplied with all that the x_p have in
-  // common.
-  void subtract_context(int64_t i, int64_t c0, int64_t count, const acc* context, acc sum_dl) const;
-  // The sum of all parts, in their order.
-  std::vector<acc> total() const;
-};
-
-// What the backward pass of the pool gets: everything [N, C] or [N, P], of all samples.
-template <typename acc>
-struct PoolGradients {
-  const acc* grad_context;
-  const acc* context;
-  const acc* attention;
-  const acc* weight;
-  const acc* scale;  // may be null
-  Valid valid;
-};
-
-// dx = g*scale + the gradient through the pool, for those samples; g or dx may have null data. Attention pooling only.
+// dx = g*scale + the gradient through attention pooling; g or dx may be absent, and so may weight_parts (of these samples).
 template <typename scalar_t>
 void pool_backward_samples(const Map<const scalar_t>& grad, const Map<const scalar_t>& x,
-                           const PoolGradients<acc_t<scalar_t>>& given, int64_t first, int64_t count,
-                           const Map<scalar_t>& grad_x, const WeightGradient<acc_t<scalar_t>>& grad_weight);
+                           const PoolBackwardInputs<acc_t<scalar_t>>& inputs, const Map<scalar_t>& grad_x,
+                           Matrix<acc_t<scalar_t>> weight_parts) {
+  const PoolPlan plan = pool_plan(x);
+  if (plan.by_channels) return pool_backward_by_channels(grad, x, inputs, grad_x, weight_parts);
+  pool_backward_by_positions(plan, grad, x, inputs, grad_x, weight_parts);
+}
 
-// The same two for samples whose plan is by_channels.
-template <typename scalar_t>
-void pool_by_channels(const Map<const scalar_t>& x, const PoolInputs<acc_t<scalar_t>>& given, int64_t first, int64_t count,
-                      acc_t<scalar_t>* context, acc_t<scalar_t>* attention);
-template <typename scalar_t>
-void pool_backward_by_channels(const Map<const scalar_t>& grad, const Map<const scalar_t>& x,
-                               const PoolGradients<acc_t<scalar_t>>& given, int64_t first, int64_t count,
-                               const Map<scalar_t>& grad_x, const WeightGradient<acc_t<scalar_t>>& grad_weight);
-
-// dx = g*scale in a block, where a position does not count; zeros without data of g.
-template <typename scalar_t>
-void pass_by(Block<const scalar_t> grad, const acc_t<scalar_t>* scale, Block<scalar_t> grad_x) {
-  if (!grad_x.data) return;
-  if (grad.data) return map_kernels<scalar_t>().channel_fuse(grad, {scale, /*shift=*/nullptr}, grad_x);
-  for (int64_t c = 0; c < grad_x.channels; c++) {
-    for (int64_t p = 0; p < grad_x.positions; p++) {
-      grad_x.data[c * grad_x.channel_stride + p * grad_x.position_stride] = scalar_t(0);
+// The gradient of the mask's weight: the sum of all parts, in their order.
+template <typename acc>
+void sum_weight_parts(Matrix<const acc> parts, const Tensor& gradient) {
+  std::vector<acc> sum(parts.columns);
+  constexpr int64_t kSlice = 64;  // channels of one item
+  const int64_t slices = (parts.columns + kSlice - 1) / kSlice;
+  parallel_for(slices, parts.rows * parts.columns, [&](int64_t slice) {
+    const int64_t end = std::min(parts.columns, (slice + 1) * kSlice);
+    for (int64_t i = 0; i < parts.rows; i++) {
+      for (int64_t c = slice * kSlice; c < end; c++) sum[c] += parts.row(i)[c];
     }
-  }
+  });
+  from_acc(sum.data(), gradient);
 }
 
 }  // namespace gcnet_ext::cpu

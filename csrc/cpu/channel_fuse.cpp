@@ -1,103 +1,14 @@
 // channel_fuse on the CPU: out = relu(x*scale + shift + residual), and its gradients.
 #include "channel_fuse.h"
 
-#include "sweep.h"
-
 namespace gcnet_ext::cpu {
-template <typename scalar_t>
-void fuse_samples(const Map<const scalar_t>& x, const Fusions<scalar_t>& fusions, int64_t first, int64_t count,
-                  const Map<scalar_t>& out) {
-  const auto fuse = map_kernels<scalar_t>().channel_fuse;
-  const auto fuse_block = [&](const SweepItem& item) {
-    const int64_t row = item.sample * x.layout.channels + item.c0;
-    const Fusion<scalar_t> fusion{.scale = fusions.scale ? fusions.scale + row : nullptr,
-                                  .shift = fusions.shift ? fusions.shift + row : nullptr,
-                                  .residual = block_of(fusions.residual, item),
-                                  .relu = fusions.relu,
-                                  .positive = fusions.positive.block(x.layout, item.sample, item.c0, item.p0)};
-    fuse(block_of(x, item), fusion, block_of(out, item));
-  };
-  for_each_block(sweep_plan(x), x.layout, first, count, fuse_block, Order::backwards);
-}
-
-template <typename scalar_t>
-void average_backward_samples(const Map<const scalar_t>& grad, const acc_t<scalar_t>* scale, const acc_t<scalar_t>* shift,
-                              const Valid& valid, int64_t first, int64_t count, const Map<scalar_t>& grad_x) {
-  const auto fuse = map_kernels<scalar_t>().channel_fuse;
-  const auto fuse_block = [&](const SweepItem& item) {
-    const int64_t row = item.sample * grad.layout.channels + item.c0;
-    valid.for_each_piece(item.sample, item.p0, item.p0 + item.positions, [&](int64_t begin, int64_t end, bool counts) {
-      fuse(block_of(grad, item, begin, end), {scale ? scale + row : nullptr, counts ? shift + row : nullptr},
-           block_of(grad_x, item, begin, end));
-    });
-  };
-  for_each_block(sweep_plan(grad), grad.layout, first, count, fuse_block, Order::backwards);
-}
-
-template <typename scalar_t>
-void relu_backward_block(const ThroughRelu<scalar_t>& relu, const SweepItem& item) {
-  map_kernels<scalar_t>().relu_backward(block_of(relu.grad, item),
-                                        relu.positive.block(relu.grad.layout, item.sample, item.c0, item.p0),
-                                        block_of(relu.masked, item));
-}
-
-template <typename scalar_t>
-void relu_backward_samples(const ThroughRelu<scalar_t>& relu, int64_t first, int64_t count) {
-  for_each_block(sweep_plan(relu.grad), relu.grad.layout, first, count,
-                 [&](const SweepItem& item) { relu_backward_block(relu, item); });
-}
-
-template <typename scalar_t>
-void sum_samples(const Map<const scalar_t>& a, const Map<const scalar_t>& b, const Valid& valid, int64_t first, int64_t count,
-                 acc_t<scalar_t>* sum_a, acc_t<scalar_t>* sum_ab, const ThroughRelu<scalar_t>& relu) {
-  using acc = acc_t<scalar_t>;
-  const int64_t channels = a.layout.channels;
-  const SweepPlan plan = sweep_plan(a);
-  const auto sums = map_kernels<scalar_t>().channel_sums;
-  const int64_t blocks = plan.position_blocks;
-  // One partial sum per block of positions, then added in their order.
-  const auto partial = buffer<acc>(2 * count * blocks * channels);
-  for_each_block(plan, a.layout, first, count, [&](const SweepItem& item) {
-    acc* part = partial.get() + 2 * ((item.sample - first) * blocks + item.position_block) * channels + item.c0;
-    std::fill_n(part, item.channels, acc(0));
-    std::fill_n(part + channels, item.channels, acc(0));
-    if (relu.masked.data) relu_backward_block(relu, item);
-    valid.for_each_run(item.sample, item.p0, item.p0 + item.positions, [&](int64_t begin, int64_t end) {
-      sums(block_of(a, item, begin, end), block_of(b, item, begin, end), sum_a ? part : nullptr,
-           sum_ab ? part + channels : nullptr);
-    });
-  });
-  parallel_for(count, count * blocks * channels, [&](int64_t i) {
-    const acc* part = partial.get() + 2 * i * blocks * channels;
-    const auto merge = [&](acc* total, const acc* parts) {
-      std::fill_n(total, channels, acc(0));
-      for (int64_t block = 0; block < blocks; block++) {
-        for (int64_t c = 0; c < channels; c++) total[c] += parts[2 * block * channels + c];
-      }
-    };
-    if (sum_a) merge(sum_a + (first + i) * channels, part);
-    if (sum_ab) merge(sum_ab + (first + i) * channels, part + channels);
-  });
-}
-
-Tensor masked_gradient(const Tensor& x, const Tensor& grad_residual, const Tensor& grad_x) {
-  return grad_residual.numel() > 0 ? grad_residual : grad_x.numel() > 0 ? grad_x : empty_like_map(x);
-}
-
-#define GCNET_EXT_INSTANTIATE(scalar_t)                                                                                     \
-  template void fuse_samples(const Map<const scalar_t>&, const Fusions<scalar_t>&, int64_t, int64_t, const Map<scalar_t>&); \
-  template void average_backward_samples(const Map<const scalar_t>&, const acc_t<scalar_t>*, const acc_t<scalar_t>*,        \
-                                         const Valid&, int64_t, int64_t, const Map<scalar_t>&);                             \
-  template void relu_backward_samples(const ThroughRelu<scalar_t>&, int64_t, int64_t);                                      \
-  template void sum_samples(const Map<const scalar_t>&, const Map<const scalar_t>&, const Valid&, int64_t, int64_t,         \
-                            acc_t<scalar_t>*, acc_t<scalar_t>*, const ThroughRelu<scalar_t>&);
-GCNET_EXT_INSTANTIATE(double)
-GCNET_EXT_INSTANTIATE(float)
-GCNET_EXT_INSTANTIATE(Half)
-GCNET_EXT_INSTANTIATE(BFloat16)
-#undef GCNET_EXT_INSTANTIATE
-
 namespace {
+
+// A parameter [N, C] as numbers of acc; absent where there is none.
+template <typename acc>
+Matrix<const acc> matrix_of(const std::vector<acc>& values, const Tensor& x) {
+  return values.empty() ? Matrix<const acc>{} : Matrix<const acc>{values.data(), x.size(0), x.size(1), x.size(1)};
+}
 
 // x and out are native; out may be x. The bits of a ReLU are written to `positive` if it has room for them.
 void fuse_into(const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift, const OptionalTensor& residual_in,
@@ -107,14 +18,14 @@ void fuse_into(const Tensor& x, const OptionalTensor& scale, const OptionalTenso
     using scalar_t = decltype(kind);
     const auto scales = to_acc<acc_t<scalar_t>>(scale), shifts = to_acc<acc_t<scalar_t>>(shift);
     const auto map = read_map<scalar_t>(x);
-    const Fusions<scalar_t> fusions{pointer(scales), pointer(shifts), read_map<scalar_t>(residual), relu,
-                                    bits_of<uint8_t>(positive, map.layout)};
-    fuse_samples(map, fusions, 0, x.size(0), write_map<scalar_t>(out, x));
+    const MapFusion<scalar_t> fusion{matrix_of(scales, x), matrix_of(shifts, x), read_map<scalar_t>(residual), relu,
+                                     bits_of<uint8_t>(positive, map.layout)};
+    fuse_samples(map, fusion, write_map<scalar_t>(out, x));
   });
 }
 
-std::tuple<Tensor, Tensor> channel_fuse(const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift,
-                                        const OptionalTensor& residual, int64_t final_activation) {
+std::tuple<Tensor, Tensor> channel_fuse_op(const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift,
+                                           const OptionalTensor& residual, int64_t final_activation) {
   check_channel_fuse("channel_fuse", x, scale, shift, residual, final_activation);
   const bool relu = final_activation != 0;
   const Tensor out = empty_like_map(x), positive = empty_bits(x, relu);
@@ -122,8 +33,8 @@ std::tuple<Tensor, Tensor> channel_fuse(const Tensor& x, const OptionalTensor& s
   return {out, positive};
 }
 
-void channel_fuse_(const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift, const OptionalTensor& residual,
-                   int64_t final_activation) {
+void channel_fuse_inplace_op(const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift,
+                             const OptionalTensor& residual, int64_t final_activation) {
   check_channel_fuse("channel_fuse_", x, scale, shift, residual, final_activation);
   check::in_place("channel_fuse_", x, residual);
   if (!scale && !shift && !residual && final_activation == 0) return;
@@ -132,10 +43,10 @@ void channel_fuse_(const Tensor& x, const OptionalTensor& scale, const OptionalT
   write_back(map, x);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> channel_fuse_backward(const Tensor& grad_in, const Tensor& x_in,
-                                                                 const OptionalTensor& scale, const OptionalTensor& shift,
-                                                                 int64_t final_activation, const Tensor& positive_in,
-                                                                 const std::vector<bool>& needs) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> channel_fuse_backward_op(const Tensor& grad_in, const Tensor& x_in,
+                                                                    const OptionalTensor& scale, const OptionalTensor& shift,
+                                                                    int64_t final_activation, const Tensor& positive_in,
+                                                                    const std::vector<bool>& needs) {
   check_channel_fuse_backward(grad_in, x_in, scale, shift, final_activation, positive_in, needs);
   const bool relu = final_activation != 0, need_x = needs[0], need_scale = needs[1] && scale, need_shift = needs[2] && shift;
   const Tensor grad = native_like(grad_in, x_in), x = native(x_in), positive = dense(positive_in);
@@ -147,23 +58,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> channel_fuse_backward(const Tensor& g
     using scalar_t = decltype(kind);
     using acc = acc_t<scalar_t>;
     const auto scales = to_acc<acc>(scale);
-    std::vector<acc> sum_g(need_shift ? x.size(0) * x.size(1) : 0), sum_gx(need_scale ? x.size(0) * x.size(1) : 0);
-    const auto g = read_map<scalar_t>(through), x_map = read_map<scalar_t>(x);
-    const auto before_relu = through_relu<scalar_t>(relu, grad, positive, through);
+    const MatrixBuffer<acc> sum_g(x.size(0), x.size(1), need_shift), sum_gx(x.size(0), x.size(1), need_scale);
+    const auto g_map = read_map<scalar_t>(through), x_map = read_map<scalar_t>(x);
+    const auto before_relu = relu ? ReluBackward<scalar_t>(grad, positive, through) : ReluBackward<scalar_t>();
+    const MapFusion<scalar_t> by_scale{.scale = matrix_of(scales, x)};
     const auto grad_x_map = write_map_if<scalar_t>(need_x, grad_x, through, x);
     const int64_t sample_bytes = 2 * x.size(1) * positions(x) * sizeof(scalar_t);
-    const GroupPlan group = plan_groups(x.size(0), sample_bytes, 0);
+    const GroupPlan group = plan_groups(x.size(0), sample_bytes, /*weight_bytes=*/0);
     for_each_group(group, x.size(0), x.numel(), [&](int64_t first, int64_t count) {
-      if (!sum_g.empty() || !sum_gx.empty()) {
-        sum_samples(g, x_map, {}, first, count, sum_g.empty() ? nullptr : sum_g.data(),
-                    sum_gx.empty() ? nullptr : sum_gx.data(), before_relu);
+      const auto g = g_map.samples(first, count);
+      if (need_shift || need_scale) {
+        sum_samples(g, x_map.samples(first, count), {}, sum_g.row_range(first, count), sum_gx.row_range(first, count),
+                    before_relu.samples(first, count));
       } else if (relu) {
-        relu_backward_samples(before_relu, first, count);
+        relu_backward_samples(before_relu.samples(first, count));
       }
-      if (need_x) fuse_samples<scalar_t>(g, {.scale = pointer(scales)}, first, count, grad_x_map);
+      if (need_x) fuse_samples(g, by_scale.samples(first, count), grad_x_map.samples(first, count));
     });
-    if (!sum_gx.empty()) from_acc(sum_gx.data(), grad_scale);
-    if (!sum_g.empty()) from_acc(sum_g.data(), grad_shift);
+    if (need_scale) from_acc(sum_gx.data, grad_scale);
+    if (need_shift) from_acc(sum_g.data, grad_shift);
   });
   return {grad_x, grad_scale, grad_shift, grad_residual};
 }
@@ -172,7 +85,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> channel_fuse_backward(const Tensor& g
 }  // namespace gcnet_ext::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(gcnet_ext, CPU, m) {
-  m.impl("channel_fuse", TORCH_BOX(&gcnet_ext::cpu::channel_fuse));
-  m.impl("channel_fuse_", TORCH_BOX(&gcnet_ext::cpu::channel_fuse_));
-  m.impl("channel_fuse_backward", TORCH_BOX(&gcnet_ext::cpu::channel_fuse_backward));
+  m.impl("channel_fuse", TORCH_BOX(&gcnet_ext::cpu::channel_fuse_op));
+  m.impl("channel_fuse_", TORCH_BOX(&gcnet_ext::cpu::channel_fuse_inplace_op));
+  m.impl("channel_fuse_backward", TORCH_BOX(&gcnet_ext::cpu::channel_fuse_backward_op));
 }

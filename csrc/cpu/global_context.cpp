@@ -5,8 +5,6 @@
 //
 // The samples are worked on in groups that stay in the caches between the steps, so that x comes from memory once.
 #include "attention_pool.h"
-#include "channel_fuse.h"
-#include "parallel.h"
 #include "transform.h"
 
 namespace gcnet_ext::cpu {
@@ -15,7 +13,7 @@ namespace {
 template <typename acc>
 std::optional<BranchPass<acc>> pass_of(const Branch& branch, const Options& options, const Tensor& x) {
   if (!branch) return std::nullopt;
-  return BranchPass<acc>(branch, options, x.size(0), x.size(1));
+  return BranchPass<acc>(branch, options, x.size(1));
 }
 
 template <typename acc>
@@ -24,44 +22,56 @@ int64_t weight_bytes(const std::optional<BranchPass<acc>>& scale, const std::opt
 }
 
 // x and out are native; out may be x. Nothing is kept without `saved`.
-void forward_into(const Tensor& x, Arguments& given, const Tensor& out, const Saved* saved) {
-  const int64_t samples = x.size(0), channels = x.size(1), attended = given.mask.weight ? positions(x) : 0;
-  const int64_t scale_units = given.scale.units(), units = given.units();
-  const bool clips = given.scale && given.options.hard_gate;
-  const OptionalTensor residual = residual_of(given.residual, x, /*in_place=*/out.data_ptr() == x.data_ptr());
+void forward_into(const Tensor& x, Arguments& call, const Tensor& out, const Saved* saved) {
+  const int64_t samples = x.size(0), channels = x.size(1), attended = call.mask.weight ? positions(x) : 0;
+  const int64_t scale_units = call.scale.units(), shift_units = call.shift.units();
+  const bool clips = call.scale && call.options.hard_gate;
+  const OptionalTensor residual = residual_of(call.residual, x, /*in_place=*/out.data_ptr() == x.data_ptr());
+  const OptionalTensor valid = dense(call.valid);
 
   dispatch(x.scalar_type(), [&](auto kind) {
     using scalar_t = decltype(kind);
     using acc = acc_t<scalar_t>;
-    const auto weight = to_acc<acc>(given.mask.weight), bias = to_acc<acc>(given.mask.bias);
-    auto scale = pass_of<acc>(given.scale, given.options, x), shift = pass_of<acc>(given.shift, given.options, x);
-    // Their handles are released as soon as they are read: that is several times slower once x has evicted them from the caches.
-    given.mask = {}, given.scale = {}, given.shift = {};
+    const auto weight = to_acc<acc>(call.mask.weight), bias = to_acc<acc>(call.mask.bias);
+    const auto scale = pass_of<acc>(call.scale, call.options, x), shift = pass_of<acc>(call.shift, call.options, x);
+    // The tensors are released as soon as they are read: that is several times slower once x has evicted them from the caches.
+    call.mask = {}, call.scale = {}, call.shift = {};
     const auto map = read_map<scalar_t>(x);
-    const auto t_shift = shift ? buffer<acc>(samples * channels) : nullptr;
-    const int64_t gates = scale ? channels : 0;
-    const auto own = saved ? nullptr : buffer<acc>(samples * (channels + gates + attended + units));
-    acc* ctx = saved ? mutable_data<acc>(saved->context) : own.get();
-    acc* s = saved ? mutable_data<acc>(saved->gate_values) : ctx + samples * channels;
-    acc* m = saved ? mutable_data<acc>(saved->attention) : s + samples * gates;
-    acc* h = saved ? mutable_data<acc>(saved->hidden) : m + samples * attended;
-    const auto clipped = clips ? buffer<acc>(samples * channels) : nullptr;
-    const acc* factors = clipped ? clipped.get() : s;
+    const PoolMask<acc> mask{pointer(weight), bias.empty() ? acc(0) : bias[0]};
+    const Valid counted(valid, positions(x));
 
-    const PoolInputs<acc> pooled{pointer(weight), bias.empty() ? acc(0) : bias[0], Valid(given.valid, positions(x))};
-    const Fusions<scalar_t> fusions{scale ? factors : nullptr, t_shift.get(), read_map<scalar_t>(residual),
-                                    given.options.has_final_relu(),
-                                    saved ? bits_of<uint8_t>(saved->positive, map.layout) : BitMap<uint8_t>{}};
+    // What the backward pass needs is kept in tensors, or else in one piece of memory.
+    const int64_t gates = scale ? channels : 0, units = scale_units + shift_units;
+    const auto memory = saved ? nullptr : buffer<acc>(samples * (channels + gates + attended + units));
+    acc* next = memory.get();
+    const auto kept = [&](const Tensor Saved::* tensor, int64_t columns) {
+      if (saved) return matrix_of<acc>(saved->*tensor);
+      return Matrix<acc>{std::exchange(next, next + samples * columns), samples, columns, columns};
+    };
+    const Matrix<acc> context = kept(&Saved::context, channels), gate = kept(&Saved::gate_values, gates);
+    const Matrix<acc> attention = kept(&Saved::attention, attended), hidden = kept(&Saved::hidden, units);
+    const MatrixBuffer<acc> clipped(samples, channels, clips), t_shift(samples, channels, shift.has_value());
+
+    const MapFusion<scalar_t> fusion{.scale = !scale  ? Matrix<acc>{}
+                                              : clips ? clipped
+                                                      : gate,
+                                     .shift = t_shift,
+                                     .residual = read_map<scalar_t>(residual),
+                                     .relu = call.options.has_final_relu(),
+                                     .positive = saved ? bits_of<uint8_t>(saved->positive, map.layout) : BitMap<uint8_t>{}};
     const auto out_map = write_map<scalar_t>(out, x);
     const int64_t sample_bytes = channels * positions(x) * sizeof(scalar_t);
     const GroupPlan group = plan_groups(samples, sample_bytes, weight_bytes(scale, shift));
     for_each_group(group, samples, x.numel(), [&](int64_t first, int64_t count) {
-      pool_samples(map, pooled, first, count, ctx, m);
+      const auto rows = [&](const Matrix<acc>& matrix) { return matrix.row_range(first, count); };
+      const Map<const scalar_t> x_part = map.samples(first, count);
+      const Matrix<acc> ctx = rows(context), h = rows(hidden);
+      pool_samples(x_part, mask, counted.samples(first), ctx, rows(attention));
       const auto branch = [&](int64_t i) {
         if (i == 0) {
-          scale->forward(ctx, first, count, h, units, /*gated=*/true, s);
+          scale->forward(ctx, /*gated=*/true, h.column_range(0, scale_units), rows(gate));
         } else {
-          shift->forward(ctx, first, count, h + scale_units, units, /*gated=*/false, t_shift.get());
+          shift->forward(ctx, /*gated=*/false, h.column_range(scale_units, shift_units), rows(t_shift));
         }
       };
       if (scale && shift && count == 1 && !scale->row_parallel() && !shift->row_parallel()) {  // each is one thread's work
@@ -70,96 +80,111 @@ void forward_into(const Tensor& x, Arguments& given, const Tensor& out, const Sa
         if (scale) branch(0);
         if (shift) branch(1);
       }
-      if (clipped) clip_gate(s + first * channels, count * channels, clipped.get() + first * channels);
-      fuse_samples(map, fusions, first, count, out_map);
+      if (clips) clip_gate<acc>(rows(gate), rows(clipped));
+      fuse_samples(x_part, fusion.samples(first, count), out_map.samples(first, count));
     });
   });
 }
 
-ForwardResults global_context(Arguments& given) {
-  const Tensor& x = given.x;
+ForwardResults global_context_op(Arguments& call) {
+  const Tensor& x = call.x;
   const int64_t samples = x.size(0), channels = x.size(1);
   const ScalarType dtype = accumulation_dtype(x);
   const Tensor out = empty_like_map(x);
-  const Saved saved{empty(x, {samples, channels}, dtype), empty(x, {samples, given.mask.weight ? positions(x) : 0}, dtype),
-                    empty(x, {samples, given.units()}, dtype), empty(x, {samples, given.scale ? channels : 0}, dtype),
-                    empty_bits(x, given.options.has_final_relu())};
-  forward_into(native(x), given, out, &saved);
+  const Saved saved{empty(x, {samples, channels}, dtype), empty(x, {samples, call.mask.weight ? positions(x) : 0}, dtype),
+                    empty(x, {samples, call.units()}, dtype), empty(x, {samples, call.scale ? channels : 0}, dtype),
+                    empty_bits(x, call.options.has_final_relu())};
+  forward_into(native(x), call, out, &saved);
   return {out, saved.context, saved.attention, saved.hidden, saved.gate_values, saved.positive};
 }
 
-Tensor global_context_inference(Arguments& given) {
-  const Tensor out = empty_like_map(given.x);
-  forward_into(native(given.x), given, out, nullptr);
+Tensor global_context_inference_op(Arguments& call) {
+  const Tensor out = empty_like_map(call.x);
+  forward_into(native(call.x), call, out, nullptr);
   return out;
 }
 
-void global_context_(Arguments& given) {
-  check::in_place(kGlobalContextInPlace, given.x, given.residual);
-  const Tensor map = native(given.x);
-  forward_into(map, given, map, nullptr);
-  write_back(map, given.x);
+void global_context_inplace_op(Arguments& call) {
+  check::in_place(kGlobalContextInPlace, call.x, call.residual);
+  const Tensor map = native(call.x);
+  forward_into(map, call, map, nullptr);
+  write_back(map, call.x);
 }
 
-BackwardResults global_context_backward(const BackwardArguments& call) {
+BackwardResults global_context_backward_op(const BackwardArguments& call) {
   const Arguments& forward = call.forward;
   const Saved& saved = call.saved;
   const Needs& needs = call.needs;
-  const Tensor &grad_in = call.grad, &x_in = forward.x;
-  const OptionalTensor& mask_weight = forward.mask.weight;
   const Options& options = forward.options;
-  const int64_t samples = x_in.size(0), channels = x_in.size(1), scale_units = forward.scale.units(), units = forward.units();
-  const Tensor grad = native_like(grad_in, x_in), x = native(x_in);
-  const Tensor context = dense(saved.context), attention = dense(saved.attention), hidden = dense(saved.hidden);
-  const Tensor gate = dense(saved.gate_values), positive = dense(saved.positive);
+  const int64_t samples = forward.x.size(0), channels = forward.x.size(1);
+  const int64_t scale_units = forward.scale.units(), shift_units = forward.shift.units();
+  const Tensor grad = native_like(call.grad, forward.x), x = native(forward.x);
+  const Tensor saved_context = dense(saved.context), saved_attention = dense(saved.attention);
+  const Tensor saved_hidden = dense(saved.hidden), saved_gate = dense(saved.gate_values), positive = dense(saved.positive);
+  const OptionalTensor valid = dense(forward.valid);
   const BackwardTensors gradients = gradients_of(call);
-  const bool relu = options.has_final_relu();
-  const Tensor through = relu ? masked_gradient(x_in, gradients.residual, gradients.x) : grad;
+  const bool relu = options.has_final_relu(), need_weight = needs.mask_weight && forward.mask.weight;
+  const Tensor through = relu ? masked_gradient(forward.x, gradients.residual, gradients.x) : grad;
 
   dispatch(x.scalar_type(), [&](auto kind) {
     using scalar_t = decltype(kind);
     using acc = acc_t<scalar_t>;
-    const auto weight = to_acc<acc>(mask_weight);
-    auto scale = pass_of<acc>(forward.scale, options, x), shift = pass_of<acc>(forward.shift, options, x);
-    const auto map = read_map<scalar_t>(x), grad_map = read_map<scalar_t>(through);
-    const auto before_relu = through_relu<scalar_t>(relu, grad, positive, through);
+    const auto weight = to_acc<acc>(forward.mask.weight);
+    const auto scale = pass_of<acc>(forward.scale, options, x), shift = pass_of<acc>(forward.shift, options, x);
+    const auto x_map = read_map<scalar_t>(x), g_map = read_map<scalar_t>(through);
+    const auto before_relu = relu ? ReluBackward<scalar_t>(grad, positive, through) : ReluBackward<scalar_t>();
     const auto grad_x_map = write_map_if<scalar_t>(needs.x, gradients.x, through, x);
-    const Valid valid(forward.valid, positions(x));
-    const acc *ctx = data<acc>(context), *h = data<acc>(hidden), *s = scale ? data<acc>(gate) : nullptr;
-    if (scale) scale->prepare_backward();
-    if (shift) shift->prepare_backward();
+    const auto context = matrix_of<const acc>(saved_context), hidden = matrix_of<const acc>(saved_hidden);
+    const auto gate = matrix_of<const acc>(saved_gate);
 
-    const PoolPlan plan = pool_plan(map);
-    const auto grad_weight =
-        needs.mask_weight && mask_weight ? WeightGradient<acc>(samples, plan.splits, channels) : WeightGradient<acc>();
-    const auto grad_t_scale = scale ? buffer<acc>(samples * channels) : nullptr;
-    const auto grad_t_shift = shift ? buffer<acc>(samples * channels) : nullptr;
-    const auto grad_context = zeros<acc>(samples * channels);
-    const auto clipped = scale && options.hard_gate ? buffer<acc>(samples * channels) : nullptr;
-    const acc* factors = clipped ? clipped.get() : s;
-    const PoolGradients<acc> given{grad_context.get(), ctx, data<acc>(attention), pointer(weight), factors, valid};
+    const PoolPlan plan = pool_plan(x_map);
+    const auto parts = weight_parts<acc>(plan, samples, channels, need_weight);
+    const MatrixBuffer<acc> grad_t_scale(samples, channels, scale.has_value()),
+        grad_t_shift(samples, channels, shift.has_value());
+    MatrixBuffer<acc> grad_context(samples, channels);
+    grad_context.clear();
+    const auto scale_memory = scale ? scale->hidden_layer_memory(samples) : MatrixBuffer<acc>(0, 0, false);
+    const auto shift_memory = shift ? shift->hidden_layer_memory(samples) : MatrixBuffer<acc>(0, 0, false);
+    const auto scale_layer = HiddenLayer<acc>::in(scale_memory), shift_layer = HiddenLayer<acc>::in(shift_memory);
+    const bool clips = scale && options.hard_gate;
+    const MatrixBuffer<acc> clipped(samples, channels, clips);
+    const PoolBackwardInputs<acc> inputs{.grad_context = grad_context,
+                                         .context = context,
+                                         .attention = matrix_of<const acc>(saved_attention),
+                                         .weight = pointer(weight),
+                                         .scale = !scale  ? Matrix<const acc>{}
+                                                  : clips ? Matrix<const acc>(clipped)
+                                                          : gate,
+                                         .valid = Valid(valid, positions(x))};
 
     const int64_t sample_bytes = 2 * channels * positions(x) * sizeof(scalar_t);
     const GroupPlan group = plan_groups(samples, sample_bytes, weight_bytes(scale, shift));
     for_each_group(group, samples, x.numel(), [&](int64_t first, int64_t count) {
-      const int64_t begin = first * channels;
-      sum_samples(grad_map, map, {}, first, count, grad_t_shift.get(), grad_t_scale.get(), before_relu);
+      const auto rows = [&](const auto& matrix) { return matrix.row_range(first, count); };
+      const auto g = g_map.samples(first, count), x_part = x_map.samples(first, count);
+      const auto dx = grad_x_map.samples(first, count);
+      const PoolBackwardInputs<acc> pool = inputs.samples(first, count);
+      const Matrix<acc> dt_scale = rows(grad_t_scale), dt_shift = rows(grad_t_shift), dctx = rows(grad_context);
+      const Matrix<const acc> h = rows(hidden);
+      sum_samples(g, x_part, {}, dt_shift, dt_scale, before_relu.samples(first, count));
       if (scale) {
-        if (clipped) clip_gate(s + begin, count * channels, clipped.get() + begin);
-        apply_gate_backward(options, s + begin, grad_t_scale.get() + begin, count * channels);
-        scale->backward(grad_t_scale.get(), h, units, first, count, grad_context.get());
+        if (clips) clip_gate(rows(gate), rows(clipped));
+        apply_gate_backward(options, rows(gate), dt_scale);
+        scale->backward(dt_scale, h.column_range(0, scale_units), scale_layer.samples(first, count), dctx);
       }
-      if (shift) shift->backward(grad_t_shift.get(), h + scale_units, units, first, count, grad_context.get());
-      if (mask_weight) {
-        if (needs.x || needs.mask_weight) pool_backward_samples(grad_map, map, given, first, count, grad_x_map, grad_weight);
+      if (shift) {
+        shift->backward(dt_shift, h.column_range(scale_units, shift_units), shift_layer.samples(first, count), dctx);
+      }
+      if (forward.mask.weight) {
+        const Matrix<acc> parts_of_w = parts.row_range(first * plan.splits, count * plan.splits);
+        if (needs.x || needs.mask_weight) pool_backward_samples(g, x_part, pool, dx, parts_of_w);
       } else if (needs.x) {
-        for (int64_t n = first; n < first + count; n++) divide_by_count(valid, n, channels, grad_context.get() + n * channels);
-        average_backward_samples<scalar_t>(grad_map, factors, grad_context.get(), valid, first, count, grad_x_map);
+        average_backward_samples(g, pool.scale, dctx, pool.valid, dx);
       }
     });
-    if (needs.mask_weight && mask_weight) from_acc(grad_weight.total().data(), gradients.mask_weight);
-    if (needs.scale && scale) scale->parameter_gradients(grad_t_scale.get(), ctx, gradients.scale);
-    if (needs.shift && shift) shift->parameter_gradients(grad_t_shift.get(), ctx, gradients.shift);
+    if (need_weight) sum_weight_parts<acc>(parts, gradients.mask_weight);
+    if (needs.scale && scale) scale->parameter_gradients(grad_t_scale, context, scale_layer, gradients.scale);
+    if (needs.shift && shift) shift->parameter_gradients(grad_t_shift, context, shift_layer, gradients.shift);
   });
   return gradients.results();
 }
@@ -168,10 +193,10 @@ BackwardResults global_context_backward(const BackwardArguments& call) {
 }  // namespace gcnet_ext::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(gcnet_ext, CPU, m) {
-  m.impl("global_context", TORCH_BOX((&gcnet_ext::forward<gcnet_ext::kGlobalContext, &gcnet_ext::cpu::global_context>)));
+  m.impl("global_context", TORCH_BOX((&gcnet_ext::forward<gcnet_ext::kGlobalContext, &gcnet_ext::cpu::global_context_op>)));
   m.impl("global_context_inference",
-         TORCH_BOX((&gcnet_ext::forward<gcnet_ext::kGlobalContext, &gcnet_ext::cpu::global_context_inference>)));
+         TORCH_BOX((&gcnet_ext::forward<gcnet_ext::kGlobalContext, &gcnet_ext::cpu::global_context_inference_op>)));
   m.impl("global_context_",
-         TORCH_BOX((&gcnet_ext::forward<gcnet_ext::kGlobalContextInPlace, &gcnet_ext::cpu::global_context_>)));
-  m.impl("global_context_backward", TORCH_BOX((&gcnet_ext::backward<&gcnet_ext::cpu::global_context_backward>)));
+         TORCH_BOX((&gcnet_ext::forward<gcnet_ext::kGlobalContextInPlace, &gcnet_ext::cpu::global_context_inplace_op>)));
+  m.impl("global_context_backward", TORCH_BOX((&gcnet_ext::backward<&gcnet_ext::cpu::global_context_backward_op>)));
 }

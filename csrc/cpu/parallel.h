@@ -5,11 +5,11 @@
 #include <cstdint>
 
 #include "../plan_cpu.h"
-#include "team.h"
+#include "threads.h"
 
 namespace gcnet_ext::cpu {
 
-constexpr int64_t kSerialElements = 16384;  // below, waking a thread costs more than it saves
+constexpr int64_t kSerialElements = 16384;  // for fewer elements, waking a thread costs more than it saves
 
 enum class Order { forwards, backwards };
 
@@ -17,9 +17,9 @@ enum class Order { forwards, backwards };
 // not depend on its part. `elements` is the size of the whole loop's work. Inside another parallel region the loop is serial.
 template <typename Body>
 void parallel_ranges(int64_t count, int64_t elements, const Body& body) {
-  const int64_t threads = std::min(count, torch_threads());
-  if (threads <= 1 || elements < kSerialElements || in_team()) return body(0, count);
-  run_team(threads, [&](int64_t rank, int64_t team) { body(count * rank / team, count * (rank + 1) / team); });
+  const int64_t most = std::min(count, torch_threads());
+  if (most <= 1 || elements < kSerialElements || in_parallel_region()) return body(0, count);
+  run_on_threads(most, [&](int64_t rank, int64_t threads) { body(count * rank / threads, count * (rank + 1) / threads); });
 }
 
 // body(i) for 0 <= i < count, each thread with a row of neighbours. The items and what each of them computes depend on the
@@ -36,7 +36,7 @@ void parallel_for(int64_t count, int64_t elements, const Body& body, Order order
   });
 }
 
-// The groups in which samples of so many bytes go through all steps, between which so many bytes of weights are read.
+// How samples of so many bytes are grouped, if each group reads so many bytes of weights.
 inline GroupPlan plan_groups(int64_t samples, int64_t sample_bytes, int64_t weight_bytes) {
   return plan_cpu_group(samples, sample_bytes, weight_bytes, torch_threads());
 }
@@ -48,7 +48,7 @@ void for_each_group(const GroupPlan& plan, int64_t samples, int64_t elements, co
   const auto groups = [&](int64_t begin, int64_t end) {
     for (int64_t first = begin; first < end; first += plan.samples) body(first, std::min(plan.samples, end - first));
   };
-  return plan.alone ? parallel_ranges(samples, elements, groups) : groups(0, samples);
+  return plan.per_thread ? parallel_ranges(samples, elements, groups) : groups(0, samples);
 }
 
 }  // namespace gcnet_ext::cpu

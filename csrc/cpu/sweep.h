@@ -1,4 +1,4 @@
-// Sweeps over the blocks of some samples of a feature map.
+// A sweep goes once over every block of a feature map.
 #pragma once
 
 #include "parallel.h"
@@ -11,19 +11,18 @@ struct SweepItem {
   int64_t i, sample, c0, channels, p0, positions, position_block;
 };
 
-// body(item) for every block of samples first <= n < first + count, each by one thread.
+// body(item) for every block of a map's samples, each by one thread.
 template <typename Body>
-void for_each_block(const SweepPlan& plan, const Layout& layout, int64_t first, int64_t count, const Body& body,
-                    Order order = Order::forwards) {
-  const int64_t items = count * plan.channel_blocks * plan.position_blocks;
+void for_each_block(const SweepPlan& plan, const Layout& layout, const Body& body, Order order = Order::forwards) {
+  const int64_t items = layout.samples * plan.channel_blocks * plan.position_blocks;
   const auto item = [&](int64_t i) {
     const int64_t channel_block = i % plan.channel_blocks, rest = i / plan.channel_blocks;
     const int64_t position_block = rest % plan.position_blocks;
     const int64_t c0 = channel_block * plan.channels, p0 = position_block * plan.positions;
-    body(SweepItem{i, first + rest / plan.position_blocks, c0, std::min(plan.channels, layout.channels - c0), p0,
+    body(SweepItem{i, rest / plan.position_blocks, c0, std::min(plan.channels, layout.channels - c0), p0,
                    std::min(plan.positions, layout.positions - p0), position_block});
   };
-  parallel_for(items, count * layout.channels * layout.positions, item, order);
+  parallel_for(items, layout.samples * layout.channels * layout.positions, item, order);
 }
 
 template <typename scalar_t>
@@ -36,10 +35,16 @@ Block<scalar_t> block_of(const Map<scalar_t>& x, const SweepItem& item) {
   return x.block(item.sample, item.c0, item.channels, item.p0, item.positions);
 }
 
-// Its channels at the positions begin <= p < end.
+// The channels of a block at the positions begin <= p < end.
 template <typename scalar_t>
 Block<scalar_t> block_of(const Map<scalar_t>& x, const SweepItem& item, int64_t begin, int64_t end) {
   return x.block(item.sample, item.c0, item.channels, begin, end - begin);
+}
+
+// What a matrix [N, C] has for the channels of a block; null where it is absent.
+template <typename T>
+T* channels_of(const Matrix<T>& matrix, const SweepItem& item) {
+  return matrix.data ? matrix.row(item.sample) + item.c0 : nullptr;
 }
 
 }  // namespace gcnet_ext::cpu

@@ -12,19 +12,24 @@ class Valid {
  public:
   // Every position counts.
   Valid() = default;
-  // Bool [N or 1, *spatial] of a map with so many positions; without it every position counts.
+  // A dense bool [N or 1, *spatial], which must outlive this view of it; without a tensor every position counts.
   Valid(const OptionalTensor& valid, int64_t positions) : positions_(positions) {
     if (!valid) return;
-    dense_ = dense(*valid);
-    data_ = data<bool>(*dense_);
+    data_ = data<bool>(*valid);
     stride_ = valid->size(0) == 1 ? 0 : positions;
+  }
+  // The positions of the samples from `first` on.
+  Valid samples(int64_t first) const {
+    Valid part = *this;
+    part.data_ += first * stride_;
+    return part;
   }
   explicit operator bool() const { return data_ != nullptr; }
 
   // How many positions of a sample count.
   int64_t count(int64_t sample) const { return data_ ? std::count(row(sample), row(sample) + positions_, true) : positions_; }
 
-  // body(begin, end, counts) for all runs of positions begin <= p < end that count or do not, from p0 up to p1.
+  // body(begin, end, counts) for the longest runs of positions, from p0 up to p1, that all count or all do not.
   template <typename Body>
   void for_each_piece(int64_t sample, int64_t p0, int64_t p1, const Body& body) const {
     if (!data_) return body(p0, p1, true);
@@ -36,7 +41,7 @@ class Valid {
       begin = end;
     }
   }
-  // body(begin, end) for those that count.
+  // body(begin, end) for the runs of positions that count.
   template <typename Body>
   void for_each_run(int64_t sample, int64_t p0, int64_t p1, const Body& body) const {
     for_each_piece(sample, p0, p1, [&](int64_t begin, int64_t end, bool counts) {
@@ -54,7 +59,6 @@ class Valid {
  private:
   const bool* row(int64_t sample) const { return data_ + sample * stride_; }
 
-  OptionalTensor dense_;
   const bool* data_ = nullptr;
   int64_t positions_ = 0, stride_ = 0;
 };

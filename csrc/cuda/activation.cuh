@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../activation.h"
-#include "traits.cuh"
+#include "numbers.cuh"
 
 namespace gcnet_ext::cuda {
 

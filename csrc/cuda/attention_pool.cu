@@ -1,13 +1,11 @@
-// attention_pool on CUDA: from tensors to the launches of operators.h.
+// attention_pool on CUDA: from tensors to launches.
+#include "attention_pool_backward.cuh"
 #include "tensors.h"
-
-#include "instantiations.h"
 
 namespace gcnet_ext::cuda {
 
-#define GCNET_EXT_HERE(T) GCNET_EXT_ATTENTION_POOL(, T)
-GCNET_EXT_FOR_ALL_TYPES(GCNET_EXT_HERE)
-#undef GCNET_EXT_HERE
+GCNET_EXT_COMPILED_HERE(launch_attention_pool)
+GCNET_EXT_COMPILED_HERE(launch_attention_pool_backward)
 
 namespace {
 
@@ -21,9 +19,15 @@ std::tuple<Tensor, Tensor> attention_pool_op(const Tensor& x_in, const OptionalT
   const Tensor attention = empty(x, {x.size(0), weight ? positions(x) : 0}, accumulation_dtype(x));
   dispatch(x.scalar_type(), [&](auto kind) {
     using T = decltype(kind);
-    attention_pool<T>({map_of<const T>(x), extent_of(x), parameter<T>(weight), parameter<T>(bias), acc_data<T>(context),
-                       acc_data<T>(attention), valid_of<T>(valid, x)},
-                      call, call.stream());
+    PoolParams<T> params;
+    params.x = map_of<const T>(x);
+    params.extent = extent_of(x);
+    params.weight = parameter<T>(weight);
+    params.bias = parameter<T>(bias);
+    params.context = acc_data<T>(context);
+    params.attention = acc_data<T>(attention);
+    params.valid = valid_of<T>(valid, x);
+    attention_pool(params, call, call.stream());
   });
   return {context, attention};
 }
@@ -42,10 +46,18 @@ std::tuple<Tensor, Tensor, Tensor> attention_pool_backward_op(const Tensor& grad
   const Tensor grad_weight = gradient_of(need_weight, weight, x_in), grad_bias = zero_gradient_of(needs[2], bias, x_in);
   dispatch(x.scalar_type(), [&](auto kind) {
     using T = decltype(kind);
-    attention_pool_backward<T>(
-        {map_of<const T>(x), map_if<T>(need_x, grad_x), extent_of(x), parameter<T>(weight), acc_data<T>(grad_context),
-         acc_data<T>(context), acc_data<T>(attention), mutable_parameter<T>(grad_weight), valid_of<T>(valid, x)},
-        call, call.stream());
+    PoolBackwardParams<T> params;
+    params.x = map_of<const T>(x);
+    params.grad_x = map_if<T>(need_x, grad_x);
+    params.extent = extent_of(x);
+    params.weight = parameter<T>(weight);
+    params.grad_context = acc_data<T>(grad_context);
+    params.context = acc_data<T>(context);
+    params.attention = acc_data<T>(attention);
+    params.valid = valid_of<T>(valid, x);
+    GradientParams<T> gradients;
+    attention_pool_backward(params, mutable_parameter<T>(grad_weight), gradients, call, call.stream());
+    launch_parameter_gradients(gradients, call.stream());
   });
   return {grad_x, grad_weight, grad_bias};
 }

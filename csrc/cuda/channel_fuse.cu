@@ -1,13 +1,17 @@
-// channel_fuse on CUDA: from tensors to the launches of operators.h.
+// channel_fuse on CUDA: from tensors to launches.
+#include "channel_fuse.cuh"
+#include "channel_sums.cuh"
 #include "tensors.h"
-
-#include "instantiations.h"
 
 namespace gcnet_ext::cuda {
 
-#define GCNET_EXT_HERE(T) GCNET_EXT_CHANNEL_FUSE(, T)
-GCNET_EXT_FOR_ALL_TYPES(GCNET_EXT_HERE)
-#undef GCNET_EXT_HERE
+GCNET_EXT_COMPILED_HERE(launch_channel_fuse)
+GCNET_EXT_COMPILED_HERE(launch_fuse_elements)
+GCNET_EXT_COMPILED_HERE(launch_positive_bits)
+GCNET_EXT_COMPILED_HERE(launch_relu_backward)
+GCNET_EXT_COMPILED_HERE(with_shares)
+GCNET_EXT_COMPILED_HERE(launch_average_valid)
+GCNET_EXT_COMPILED_HERE(launch_channel_sums)
 
 namespace {
 
@@ -21,9 +25,16 @@ void fuse_into(const Tensor& x, const OptionalTensor& scale_in, const OptionalTe
   const OptionalTensor scale = dense(scale_in), shift = dense(shift_in);
   dispatch(x.scalar_type(), [&](auto kind) {
     using T = decltype(kind);
-    channel_fuse<T>({map_of<const T>(x), map_of<T>(out), extent_of(x), parameter<T>(scale), parameter<T>(shift),
-                     map_of<const T>(residual), final_activation != 0, bits_of(positive)},
-                    call.stream());
+    Fusion<T> params;
+    params.x = map_of<const T>(x);
+    params.out = map_of<T>(out);
+    params.extent = extent_of(x);
+    params.scale = parameter<T>(scale);
+    params.shift = parameter<T>(shift);
+    params.residual = map_of<const T>(residual);
+    params.relu = final_activation != 0;
+    channel_fuse(params, call.stream());
+    if (positive.numel() > 0) launch_positive_bits(read_only(params.out), params.extent, bits_of(positive), call.stream());
   });
 }
 
@@ -68,15 +79,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> channel_fuse_backward_op(const Tensor
   const OptionalTensor scale = dense(scale_in);
   const Tensor grad_x = need_x ? empty_like_map(x_in) : no_gradient(x_in);
   const Tensor grad_scale = gradient_of(need_scale, scale, x), grad_shift = gradient_of(need_shift, shift, x);
-  if (!scale && !(need_shift && shift)) {  // nothing is summed
-    if (need_x) copy(grad, grad_x);
+  const bool sums = grad_scale.numel() > 0 || grad_shift.numel() > 0;
+  if (!sums && !need_x) return {grad_x, grad_scale, grad_shift, grad_residual};
+  if (!sums && !scale) {
+    copy(grad, grad_x);
     return {grad_x, grad_scale, grad_shift, grad_residual};
   }
   dispatch(x.scalar_type(), [&](auto kind) {
     using T = decltype(kind);
-    channel_fuse_backward<T>({map_of<const T>(grad), map_of<const T>(x), map_if<T>(need_x, grad_x), extent_of(x),
-                              parameter<T>(scale), mutable_parameter<T>(grad_scale), mutable_parameter<T>(grad_shift)},
-                             call, call.stream());
+    if (!sums) {
+      Fusion<T> params;
+      params.x = map_of<const T>(grad);
+      params.out = map_of<T>(grad_x);
+      params.extent = extent_of(x);
+      params.scale = parameter<T>(scale);
+      return channel_fuse(params, call.stream());
+    }
+    SumsParams<T> params;
+    params.a = map_of<const T>(grad);
+    params.b = map_if<const T>(grad_scale.numel() > 0, x);
+    params.fused = map_if<T>(need_x, grad_x);
+    params.scale = parameter<T>(scale);
+    params.extent = extent_of(x);
+    params.sum_a = mutable_parameter<T>(grad_shift);
+    params.sum_ab = mutable_parameter<T>(grad_scale);
+    launch_channel_sums(params, call, call.stream());
   });
   return {grad_x, grad_scale, grad_shift, grad_residual};
 }

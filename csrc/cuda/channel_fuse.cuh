@@ -1,31 +1,37 @@
-// The fusion: out = x * scale + shift, with scale and shift [N, C] (csrc/ops.cpp: channel_fuse).
+// The fusion: out = act(x * scale + shift + residual), with scale and shift [N, C] (csrc/ops.cpp: channel_fuse). The act of most
+// blocks is the identity, and their residual is x itself in the shift; these have the two fast kernels, fuse_rows and fuse_positions.
 //
 // The tiles are walked from the last to the first: the pool before it went through x from the first to the last, so that the
 // second-level cache still holds the end of x.
 #pragma once
 
+#include <algorithm>
+
 #include "../plan_cuda.h"
-#include "reduce.cuh"
+#include "elements.cuh"
+#include "final_relu.cuh"
+#include "parameter.cuh"
+#include "valid_positions.cuh"
 
 namespace gcnet_ext::cuda {
 
 template <typename T>
 struct FuseParams {
   using A = acc_t<T>;
-  Map<const T> x;  // without data: out = shift
+  Map<const T> x;  // absent: 0
   Map<T> out;      // dense
   Extent extent;
-  Parameter<T> scale, shift;  // may be absent
+  Parameter<T> scale, shift;  // [N, C]; absent: 1 and 0
   A shift_factor = 1;         // what shift is multiplied with
   int64_t first_tile = 0;     // of this launch, in the order of the walk
 
-  // Of row n*C + c. An absent shift is -0, which changes no number at all.
+  // The factors of row n*C + c. An absent shift is -0, because x + -0 is x even for x = -0.
   struct Factors {
     A scale, shift;
     __device__ T operator()(T x) const { return static_cast<T>(multiply_add(widen(x), scale, shift)); }
   };
   __device__ Factors factors(int64_t row) const {
-    return {scale.at_or(row, A(1)), shift.given() ? shift.at(row) * shift_factor : -A(0)};
+    return {scale.at_or(row, A(1)), shift.present() ? shift.at(row) * shift_factor : -A(0)};
   }
 };
 
@@ -117,11 +123,11 @@ __global__ void __launch_bounds__(kCudaSweepThreads, 3) fuse_positions(FuseParam
   A scale[V], shift[V];
 #pragma unroll
   for (int j = 0; j < V; j++) scale[j] = A(1), shift[j] = -A(0);
-  if (params.scale.given()) params.scale.get(sample * C + channel, scale);
-  if (params.shift.given()) params.shift.get(sample * C + channel, shift);
+  if (params.scale.present()) params.scale.get(sample * C + channel, scale);
+  if (params.shift.present()) params.shift.get(sample * C + channel, shift);
   typename FuseParams<T>::Factors factors[V];
 #pragma unroll
-  for (int j = 0; j < V; j++) factors[j] = {scale[j], params.shift.given() ? shift[j] * params.shift_factor : shift[j]};
+  for (int j = 0; j < V; j++) factors[j] = {scale[j], params.shift.present() ? shift[j] * params.shift_factor : shift[j]};
   for (int64_t first = begin + row; first < end; first += kCudaSweepUnroll * grid.rows) {
     Vector<T, V> values[kCudaSweepUnroll];
 #pragma unroll
@@ -139,6 +145,85 @@ __global__ void __launch_bounds__(kCudaSweepThreads, 3) fuse_positions(FuseParam
       store_vector(params.out.at(sample, channel, p), values[u]);
     }
   }
+}
+
+// Sets first_tile of the params.
+template <typename T>
+void launch_channel_fuse(FuseParams<T> params, cudaStream_t stream) {
+  const Extent& extent = params.extent;
+  if (extent.samples == 0 || extent.positions == 0) return;
+  const auto launch_tiles = [&](auto kernel, int64_t tiles, auto... arguments) {
+    for (params.first_tile = 0; params.first_tile < tiles; params.first_tile += kCudaMaxBlocks) {
+      const auto blocks = static_cast<unsigned>(std::min(tiles - params.first_tile, kCudaMaxBlocks));
+      launch(kernel, dim3(blocks), dim3(kCudaSweepThreads), 0, stream, params, arguments...);
+    }
+  };
+  constexpr int V = kWidest<T>;
+  const CudaShape shape = common_shape<T>(extent, params.x, params.out);
+  if (extent.channels_last) {
+    const bool wide = cuda_vector(shape) == V;
+    const CudaPositionGrid grid = plan_cuda_positions(shape, wide ? V : 1, extent.positions);
+    const int64_t tiles = extent.samples * grid.splits * grid.channel_blocks;
+    return wide ? launch_tiles(fuse_positions<T, V>, tiles, grid) : launch_tiles(fuse_positions<T, 1>, tiles, grid);
+  }
+  // There is one segment if x is dense, otherwise one for each sample.
+  if (extent.channels == 1) params.x.channel_stride = extent.positions;  // the stride of a single channel is arbitrary
+  const int64_t plane = extent.channels * extent.positions;
+  const bool rows_touch = !params.x.data || params.x.channel_stride == extent.positions;
+  const bool dense = rows_touch && (!params.x.data || params.x.sample_stride == plane || extent.samples == 1);
+  const int64_t segments = dense ? 1 : extent.samples, rows = dense ? extent.samples * extent.channels : extent.channels;
+  const auto starts_aligned = [&](const auto* start, int64_t stride) {
+    return reinterpret_cast<uintptr_t>(start) % 16 == 0 && (segments == 1 || stride % V == 0);
+  };
+  const bool wide = rows_touch && extent.positions >= V && starts_aligned(params.x.data, params.x.sample_stride) &&
+                    starts_aligned(params.out.data, params.out.sample_stride);
+  const int64_t tile = kCudaSweepThreads * kCudaSweepUnroll * (wide ? V : 1);
+  const int64_t tiles = segments * ((rows * extent.positions + tile - 1) / tile);
+  return wide ? launch_tiles(fuse_rows<T, V>, tiles, segments, rows) : launch_tiles(fuse_rows<T, 1>, tiles, segments, rows);
+}
+GCNET_EXT_COMPILED_ELSEWHERE(launch_channel_fuse)
+
+// ---- any layout: a thread has an element at a time, with everything that the fusion can have ---------------------------------
+
+template <typename T>
+__global__ void __launch_bounds__(kElementThreads)
+    fuse_elements(FuseParams<T> params, Map<const T> residual, bool relu, Valid<T> valid) {
+  using A = acc_t<T>;
+  const Extent& extent = params.extent;
+  const RowsOfSample rows(extent);
+  for_elements(extent.samples * extent.channels * extent.positions, [&](int64_t i) {
+    const Place at(rows, i);
+    auto factors = params.factors(at.sample * extent.channels + at.channel);
+    if (valid.data) factors.shift = valid.at(at.sample, at.position) ? factors.shift * valid.shares[at.sample] : -A(0);
+    A value = multiply_add(params.x.data ? widen(load(at.in(params.x))) : A(0), factors.scale, factors.shift);
+    if (residual.data) value += widen(load(at.in(residual)));
+    if (relu && value < A(0)) value = A(0);  // a NaN stays one
+    store(at.in(params.out), static_cast<T>(value));
+  });
+}
+
+// All that the fusion can have.
+template <typename T>
+struct Fusion : FuseParams<T> {
+  Map<const T> residual;  // absent: 0
+  bool relu = false;      // act is a ReLU
+  Valid<T> valid;         // the positions that count get their share of the shift, and the others get none
+
+  bool needs_elements() const { return residual.data || relu || valid.data; }
+};
+
+template <typename T>
+void launch_fuse_elements(const Fusion<T>& fusion, cudaStream_t stream) {
+  const FuseParams<T>& params = fusion;
+  launch_elements(fuse_elements<T>, params.extent.elements(), stream, params, fusion.residual, fusion.relu, fusion.valid);
+}
+GCNET_EXT_COMPILED_ELSEWHERE(launch_fuse_elements)
+
+// The fusion by the fastest kernel that can do it.
+template <typename T>
+void channel_fuse(const Fusion<T>& fusion, cudaStream_t stream) {
+  if (fusion.needs_elements()) return launch_fuse_elements(fusion, stream);
+  launch_channel_fuse<T>(fusion, stream);
 }
 
 }  // namespace gcnet_ext::cuda

@@ -2,13 +2,20 @@
 //
 //   sum_a = sum_p a_cp      sum_ab = sum_p a_cp b_cp
 //
-// and on the way, in the backward pass of the fusion, fused = a * scale.
-// Average pooling is sum_a / P with a = x; the backward pass wants sum_p g and sum_p g x. The last block of a sample to finish
-// goes on with the transform, or its backward pass, where the weights are small.
+// and, in the backward pass of the fusion, fused = a * scale on the way.
+// Average pooling is sum_a / P with a = x. The backward pass has a = g and b = x. Where the weights of the transform are small, the
+// last block of a sample to finish goes on with it, or with its backward pass.
 #pragma once
 
+#include <algorithm>
+
 #include "../plan_cuda.h"
+#include "feature_map.cuh"
+#include "launch.h"
+#include "shared_memory.cuh"
 #include "transform_backward.cuh"
+#include "tuning.h"
+#include "workspace.h"
 
 namespace gcnet_ext::cuda {
 
@@ -17,15 +24,15 @@ enum class AfterSums { nothing, transform, transform_backward };
 template <typename T>
 struct SumsParams {
   using A = acc_t<T>;
-  Map<const T> a, b;   // b without data: no sum_ab
-  Map<T> fused;        // without data: not wanted
+  Map<const T> a, b;   // b is absent where there is no sum_ab
+  Map<T> fused;        // absent where nobody needs it
   Parameter<T> scale;  // [N, C], of fused; absent: fused is a, bit for bit
   Extent extent;
   MutableParameter<T> sum_a, sum_ab;  // [N, C]; either may be absent
   A factor = 1;                       // what sum_a is multiplied with
   A* partial = nullptr;               // [N, splits, 2, C], for channels_last
-  unsigned* arrived = nullptr;        // [N] zeros: the blocks that are done; null when nothing comes after
-  int64_t first_sample = 0;
+  unsigned* arrived = nullptr;  // [N], zero before the launch: the blocks that are done; null if no block finishes a sample
+  int64_t first_sample = 0;     // of this launch
   unsigned blocks_per_sample = 0;
   AfterSums after = AfterSums::nothing;
   bool through_gate = false;  // sum_ab is the gradient of the gate, and goes on through it; a hard sigmoid's scale is written
@@ -45,13 +52,13 @@ struct SumsParams {
   }
 };
 
-// Some accesses of a and, where they are wanted, b. All are under way together: a branch between two of them, such as whether b
-// is there, would have the first wait.
+// The accesses of a and, for products, of b that are under way together. A branch between two of them, such as a test for b, would
+// make the second wait for the first.
 template <typename T, int V, bool kProducts>
 struct SumsAccesses {
   Vector<T, V> a[kCudaSweepUnroll], b[kCudaSweepUnroll];
 
-  // Every `hop` positions one, while there are some left.
+  // One access every `hop` positions, as long as it begins before the last of the `left` positions.
   __device__ void fetch(const T* from_a, int64_t stride_a, const T* from_b, int64_t stride_b, int64_t hop, int64_t left) {
 #pragma unroll
     for (int u = 0; u < kCudaSweepUnroll; u++) {
@@ -76,7 +83,7 @@ __device__ __forceinline__ void put_fused(T* to, const Vector<T, V>& a, bool sca
   store_vector(to, product);
 }
 
-// By the last block of a sample.
+// Called by the last block of a sample.
 template <typename T>
 __device__ void finish_sums(const SumsParams<T>& params, int64_t sample) {
   if (params.after == AfterSums::nothing) return;
@@ -88,7 +95,13 @@ __device__ void finish_sums(const SumsParams<T>& params, int64_t sample) {
   }
 }
 
-// ---- NCHW: some lanes per row, a power of two -------------------------------------------------------------------------------
+// ---- NCHW: lanes of a row, a power of two -------------------------------------------------------------------------------
+
+template <typename A>
+struct SumsRowsShared {
+  unsigned word;                              // of last_to_arrive
+  A of_warps[2 * kCudaSweepThreads / kWarp];  // [warps, 2]: sum_a and sum_ab, for rows that have the lanes of several warps
+};
 
 template <typename T, int V, bool kProducts>
 __global__ void __launch_bounds__(kCudaSweepThreads, 2) sums_rows(SumsParams<T> params, int lanes) {
@@ -116,33 +129,66 @@ __global__ void __launch_bounds__(kCudaSweepThreads, 2) sums_rows(SumsParams<T> 
         if constexpr (kProducts) sum_ab += widen(values.a[u].data[j]) * widen(values.b[u].data[j]);
       }
       const int64_t p = first + u * hop;
-      if (fused && p < end) put_fused(fused + p, values.a[u], params.scale.given(), [&](int) { return scale; });
+      if (fused && p < end) put_fused(fused + p, values.a[u], params.scale.present(), [&](int) { return scale; });
     }
   }
 
   sum_a = sum_over_lanes(sum_a, 1, (lanes < kWarp ? lanes : kWarp) / 2);
   sum_ab = sum_over_lanes(sum_ab, 1, (lanes < kWarp ? lanes : kWarp) / 2);
-  SharedMemory shared;
-  unsigned* word = shared.take<unsigned>(1);
+  auto& shared = shared_memory<SumsRowsShared<A>>();
   if (lanes > kWarp) {
-    A* of_warps = shared.take<A>(2 * kCudaSweepThreads / kWarp);
     const int warp = threadIdx.x / kWarp, warps = lanes / kWarp;
     if (threadIdx.x % kWarp == 0) {
-      of_warps[2 * warp] = sum_a;
-      of_warps[2 * warp + 1] = sum_ab;
+      shared.of_warps[2 * warp] = sum_a;
+      shared.of_warps[2 * warp + 1] = sum_ab;
     }
     __syncthreads();
     sum_a = sum_ab = A(0);
     for (int w = 0; w < warps; w++) {
-      sum_a += of_warps[2 * (warp / warps * warps + w)];
-      sum_ab += of_warps[2 * (warp / warps * warps + w) + 1];
+      sum_a += shared.of_warps[2 * (warp / warps * warps + w)];
+      sum_ab += shared.of_warps[2 * (warp / warps * warps + w) + 1];
     }
   }
   if (inside && part == 0) params.put(sample, channel, sum_a, sum_ab);
-  if (params.arrived && last_to_arrive(params.arrived + sample, params.blocks_per_sample, word)) finish_sums(params, sample);
+  if (params.arrived && last_to_arrive(params.arrived + sample, params.blocks_per_sample, &shared.word))
+    finish_sums(params, sample);
+}
+
+template <typename T>
+size_t after_sums_shared_bytes(const SumsParams<T>& params) {
+  using A = acc_t<T>;
+  const int64_t channels = params.extent.channels;
+  if (params.after == AfterSums::transform) return shared_bytes<TransformShared<A>>(channels, params.transform.units);
+  if (params.after == AfterSums::nothing) return 0;
+  return shared_bytes<TransformBackwardShared<A>>(channels, params.transform_grad.forward.units);
+}
+
+template <typename T>
+void launch_sums_rows(SumsParams<T> params, const CudaShape& shape, cudaStream_t stream) {
+  const int vector = cuda_vector(shape), lanes = plan_cuda_row_lanes(shape, vector, tuning());
+  const int rows = kCudaSweepThreads / lanes;
+  params.blocks_per_sample = static_cast<unsigned>((params.extent.channels + rows - 1) / rows);
+  const size_t shared = std::max(shared_bytes<SumsRowsShared<acc_t<T>>>(), after_sums_shared_bytes(params));
+  for_sample_ranges(params, params.blocks_per_sample, [&](const SumsParams<T>& range, dim3 blocks) {
+    with_vector<T>(vector, [&](auto v) {
+      launch(params.b.data ? sums_rows<T, v, true> : sums_rows<T, v, false>, blocks, dim3(kCudaSweepThreads), shared, stream,
+             range, lanes);
+    });
+  });
 }
 
 // ---- channels_last: a thread has V channels and goes through positions ------------------------------------------------------
+
+template <typename A>
+struct SumsPositionsShared {
+  unsigned* word;  // of last_to_arrive
+  A* of_rows;      // [2, rows, width]: sum_a and sum_ab
+
+  __host__ __device__ SumsPositionsShared(auto& memory, int rows, int width) {
+    memory.take(word, 1);
+    memory.take(of_rows, 2 * rows * width);
+  }
+};
 
 template <typename T, int V, bool kProducts>
 __global__ void __launch_bounds__(kCudaSweepThreads, 2) sums_positions(SumsParams<T> params, CudaPositionGrid grid) {
@@ -161,7 +207,7 @@ __global__ void __launch_bounds__(kCudaSweepThreads, 2) sums_positions(SumsParam
     scale[j] = A(1);
     sum_a[j] = sum_ab[j] = A(0);
   }
-  if (inside && params.fused.data && params.scale.given()) params.scale.get(sample * C + channel, scale);
+  if (inside && params.fused.data && params.scale.present()) params.scale.get(sample * C + channel, scale);
   for (int64_t first = begin + row; inside && first < end; first += kCudaSweepUnroll * grid.rows) {
     SumsAccesses<T, V, kProducts> values;
     values.fetch(params.a.at(sample, channel, first), params.a.position_stride,
@@ -175,31 +221,29 @@ __global__ void __launch_bounds__(kCudaSweepThreads, 2) sums_positions(SumsParam
       }
       const int64_t p = first + u * grid.rows;
       if (params.fused.data && p < end) {
-        put_fused(params.fused.at(sample, channel, p), values.a[u], params.scale.given(), [&](int j) { return scale[j]; });
+        put_fused(params.fused.at(sample, channel, p), values.a[u], params.scale.present(), [&](int j) { return scale[j]; });
       }
     }
   }
 
-  // The rows of the block, then the splits of the sample, each in their order.
-  SharedMemory shared;
-  unsigned* word = shared.take<unsigned>(1);
+  // The rows of the block are added up, then the splits of the sample, both in their order.
   const int width = grid.lanes * V;
-  A* of_rows = shared.take<A>(2 * grid.rows * width);
+  const auto shared = shared_memory<SumsPositionsShared<A>>(grid.rows, width);
   if (row < grid.rows) {
 #pragma unroll
     for (int j = 0; j < V; j++) {
-      of_rows[row * width + part * V + j] = sum_a[j];
-      of_rows[(grid.rows + row) * width + part * V + j] = sum_ab[j];
+      shared.of_rows[row * width + part * V + j] = sum_a[j];
+      shared.of_rows[(grid.rows + row) * width + part * V + j] = sum_ab[j];
     }
   }
   __syncthreads();
   for (int i = threadIdx.x; i < 2 * width; i += kCudaSweepThreads) {
     const int which = i / width, c = i % width;
     A total = A(0);
-    for (int r = 0; r < grid.rows; r++) total += of_rows[(which * grid.rows + r) * width + c];
+    for (int r = 0; r < grid.rows; r++) total += shared.of_rows[(which * grid.rows + r) * width + c];
     if (first_channel + c < C) params.partial[((sample * grid.splits + split) * 2 + which) * C + first_channel + c] = total;
   }
-  if (!last_to_arrive(params.arrived + sample, params.blocks_per_sample, word)) return;
+  if (!last_to_arrive(params.arrived + sample, params.blocks_per_sample, shared.word)) return;
   const A* partial = params.partial + sample * grid.splits * 2 * C;
   for (int64_t c = threadIdx.x; c < C; c += kCudaSweepThreads) {
     A total_a = A(0), total_ab = A(0);
@@ -214,5 +258,40 @@ __global__ void __launch_bounds__(kCudaSweepThreads, 2) sums_positions(SumsParam
   }
   finish_sums(params, sample);
 }
+
+template <typename T>
+void launch_sums_positions(SumsParams<T> params, const CudaShape& shape, Workspace& workspace, cudaStream_t stream) {
+  using A = acc_t<T>;
+  const Extent& extent = params.extent;
+  const int vector = cuda_vector(shape);
+  const CudaPositionGrid grid = plan_cuda_positions(shape, vector, plan_cuda_most_splits(tuning()));
+  params.blocks_per_sample = static_cast<unsigned>(grid.splits * grid.channel_blocks);
+  params.partial = workspace.take<A>(extent.samples * grid.splits * 2 * extent.channels);
+  const size_t own = shared_bytes<SumsPositionsShared<A>>(grid.rows, grid.lanes * vector);
+  const size_t shared = std::max(own, after_sums_shared_bytes(params));
+  const auto launch_range = [&](auto kernel) {
+    for_sample_ranges(params, params.blocks_per_sample, [&](const SumsParams<T>& range, dim3 blocks) {
+      launch(kernel, blocks, dim3(kCudaSweepThreads), shared, stream, range, grid);
+    });
+  };
+  constexpr int V = kWidest<T>;
+  if (params.b.data) return launch_range(vector == 1 ? sums_positions<T, 1, true> : sums_positions<T, V, true>);
+  launch_range(vector == 1 ? sums_positions<T, 1, false> : sums_positions<T, V, false>);
+}
+
+// Sets partial, first_sample and blocks_per_sample of the params; also arrived, if it is null and a block finishes each sample.
+template <typename T>
+void launch_channel_sums(SumsParams<T> params, Workspace& workspace, cudaStream_t stream) {
+  const Extent& extent = params.extent;
+  if (!extent.channels_last && params.after == AfterSums::nothing) {
+    params.arrived = nullptr;
+  } else if (!params.arrived) {
+    params.arrived = workspace.zeros(extent.samples, stream);
+  }
+  const CudaShape shape = common_shape<T>(extent, params.a, params.b, params.fused);
+  if (extent.channels_last) return launch_sums_positions(params, shape, workspace, stream);
+  launch_sums_rows(params, shape, stream);
+}
+GCNET_EXT_COMPILED_ELSEWHERE(launch_channel_sums)
 
 }  // namespace gcnet_ext::cuda

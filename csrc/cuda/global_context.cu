@@ -1,13 +1,12 @@
-// global_context on CUDA: from tensors to the launches of operators.h.
+// global_context on CUDA: from tensors to the launches of global_context.cuh.
+#include "global_context.cuh"
 #include "tensors.h"
-
-#include "instantiations.h"
 
 namespace gcnet_ext::cuda {
 
-#define GCNET_EXT_HERE(T) GCNET_EXT_TRANSFORM(, T)
-GCNET_EXT_FOR_ALL_TYPES(GCNET_EXT_HERE)
-#undef GCNET_EXT_HERE
+GCNET_EXT_COMPILED_HERE(launch_transform)
+GCNET_EXT_COMPILED_HERE(launch_transform_backward)
+GCNET_EXT_COMPILED_HERE(launch_parameter_gradients)
 
 namespace {
 
@@ -44,88 +43,98 @@ TransformParams<T> transform_of(const Branch& scale, const Branch& shift, const 
 }
 
 // x and out are native; out may be x. The attention and the bits are left out where nobody needs what is saved.
-Saved forward_into(const Tensor& x, const Arguments& given, const Tensor& out, bool saves) {
+Saved forward_into(const Tensor& x, const Arguments& arguments, const Tensor& out, bool saves) {
   Call call(x);
-  const Mask mask = dense(given.mask);
-  const Branch scale = dense(given.scale), shift = dense(given.shift);
-  const OptionalTensor valid = gcnet_ext::dense(given.valid);
-  const OptionalTensor residual = residual_of(given.residual, given.x, /*in_place=*/out.data_ptr() == x.data_ptr());
-  const bool has_relu = given.options.has_final_relu();
+  const Mask mask = dense(arguments.mask);
+  const Branch scale = dense(arguments.scale), shift = dense(arguments.shift);
+  const OptionalTensor valid = gcnet_ext::dense(arguments.valid);
+  const OptionalTensor residual = residual_of(arguments.residual, arguments.x, /*in_place=*/out.data_ptr() == x.data_ptr());
+  const bool has_relu = arguments.options.has_final_relu();
   const int64_t samples = x.size(0), channels = x.size(1);
   const ScalarType dtype = accumulation_dtype(x);
   const bool attends = mask.weight && saves;
   const Saved saved{empty(x, {samples, channels}, dtype), empty(x, {samples, attends ? positions(x) : 0}, dtype),
-                    empty(x, {samples, given.units()}, dtype), empty(x, {samples, scale ? channels : 0}, dtype),
+                    empty(x, {samples, arguments.units()}, dtype), empty(x, {samples, scale ? channels : 0}, dtype),
                     empty_bits(x, has_relu && saves)};
   dispatch(x.scalar_type(), [&](auto kind) {
     using T = decltype(kind);
-    global_context<T>({map_of<const T>(x), map_of<T>(out), extent_of(x), parameter<T>(mask.weight), parameter<T>(mask.bias),
-                       acc_data<T>(saved.context), attends ? acc_data<T>(saved.attention) : nullptr,
-                       transform_of<T>(scale, shift, given.options, saved), map_of<const T>(residual), has_relu,
-                       bits_of(saved.positive), valid_of<T>(valid, x)},
-                      call, call.stream());
+    PoolParams<T> pool;
+    pool.x = map_of<const T>(x);
+    pool.extent = extent_of(x);
+    pool.weight = parameter<T>(mask.weight);
+    pool.bias = parameter<T>(mask.bias);
+    pool.context = acc_data<T>(saved.context);
+    if (attends) pool.attention = acc_data<T>(saved.attention);
+    pool.transform = transform_of<T>(scale, shift, arguments.options, saved);
+    pool.valid = valid_of<T>(valid, x);
+    Fusion<T> fuse;
+    fuse.out = map_of<T>(out);
+    fuse.residual = map_of<const T>(residual);
+    fuse.relu = has_relu;
+    global_context(pool, fuse, bits_of(saved.positive), call, call.stream());
   });
   return saved;
 }
 
-ForwardResults global_context_op(const Arguments& given) {
-  const Tensor& x = given.x;
+ForwardResults global_context_op(const Arguments& arguments) {
+  const Tensor& x = arguments.x;
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Tensor out = empty_like_map(x);
-  const Saved saved = forward_into(native(x), given, out, /*saves=*/true);
+  const Saved saved = forward_into(native(x), arguments, out, /*saves=*/true);
   return {out, saved.context, saved.attention, saved.hidden, saved.gate_values, saved.positive};
 }
 
-Tensor global_context_inference_op(const Arguments& given) {
-  const Tensor& x = given.x;
+Tensor global_context_inference_op(const Arguments& arguments) {
+  const Tensor& x = arguments.x;
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Tensor out = empty_like_map(x);
-  forward_into(native(x), given, out, /*saves=*/false);
+  forward_into(native(x), arguments, out, /*saves=*/false);
   return out;
 }
 
-void global_context_inplace_op(const Arguments& given) {
-  const Tensor& x = given.x;
-  check::in_place(kGlobalContextInPlace, x, given.residual);
+void global_context_inplace_op(const Arguments& arguments) {
+  const Tensor& x = arguments.x;
+  check::in_place(kGlobalContextInPlace, x, arguments.residual);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Tensor map = native_dense(x);
-  forward_into(map, given, map, /*saves=*/false);
+  forward_into(map, arguments, map, /*saves=*/false);
   write_back(map, x);
 }
 
-BackwardResults global_context_backward_op(const BackwardArguments& given) {
-  const Arguments& forward = given.forward;
+BackwardResults global_context_backward_op(const BackwardArguments& arguments) {
+  const Arguments& forward = arguments.forward;
   const Tensor& x_in = forward.x;
   Call call(x_in);
   const Tensor x = native(x_in);
-  const Saved saved{gcnet_ext::dense(given.saved.context), gcnet_ext::dense(given.saved.attention),
-                    gcnet_ext::dense(given.saved.hidden), gcnet_ext::dense(given.saved.gate_values), given.saved.positive};
+  const Saved saved{gcnet_ext::dense(arguments.saved.context), gcnet_ext::dense(arguments.saved.attention),
+                    gcnet_ext::dense(arguments.saved.hidden), gcnet_ext::dense(arguments.saved.gate_values),
+                    arguments.saved.positive};
   const Mask mask = dense(forward.mask);
   const Branch scale = dense(forward.scale), shift = dense(forward.shift);
   const OptionalTensor valid = gcnet_ext::dense(forward.valid);
-  const BackwardTensors gradients = gradients_of(given);
-  Tensor grad = native_like(given.grad, x_in);
+  const BackwardTensors gradients = gradients_of(arguments);
+  Tensor grad = native_like(arguments.grad, x_in);
   if (forward.options.has_final_relu()) {
-    grad = relu_backward_of(call, grad, x, given.saved.positive, given.needs.residual, gradients.residual);
+    grad = relu_backward_of(call, grad, x, arguments.saved.positive, arguments.needs.residual, gradients.residual);
   }
   dispatch(x.scalar_type(), [&](auto kind) {
     using T = decltype(kind);
-    const auto of_branch = [](const PerWeight<Tensor>& grads) -> BranchGradients<T> {
-      return {mutable_parameter<T>(grads.w1),        mutable_parameter<T>(grads.b1), mutable_parameter<T>(grads.norm_weight),
-              mutable_parameter<T>(grads.norm_bias), mutable_parameter<T>(grads.w2), mutable_parameter<T>(grads.b2)};
+    PoolBackwardParams<T> pool;
+    pool.x = map_of<const T>(x);
+    pool.grad = map_of<const T>(grad);
+    pool.grad_x = map_if<T>(arguments.needs.x, gradients.x);
+    pool.extent = extent_of(x);
+    pool.weight = parameter<T>(mask.weight);
+    pool.context = acc_data<T>(saved.context);
+    pool.attention = acc_data<T>(saved.attention);
+    pool.valid = valid_of<T>(valid, x);
+    const auto of_branch = [](const PerWeight<Tensor>& branch) -> BranchGradients<T> {
+      const auto& [w1, b1, norm_weight, norm_bias, w2, b2] = branch.map(mutable_parameter<T>);
+      return {w1, b1, norm_weight, norm_bias, w2, b2};
     };
-    global_context_backward<T>({map_of<const T>(grad),
-                                map_of<const T>(x),
-                                map_if<T>(given.needs.x, gradients.x),
-                                extent_of(x),
-                                parameter<T>(mask.weight),
-                                acc_data<T>(saved.context),
-                                acc_data<T>(saved.attention),
-                                transform_of<T>(scale, shift, forward.options, saved),
-                                mutable_parameter<T>(gradients.mask_weight),
-                                {of_branch(gradients.scale), of_branch(gradients.shift)},
-                                valid_of<T>(valid, x)},
-                               call, call.stream());
+    const BlockGradients<T> of_block{mutable_parameter<T>(gradients.mask_weight),
+                                     {of_branch(gradients.scale), of_branch(gradients.shift)}};
+    global_context_backward(pool, transform_of<T>(scale, shift, forward.options, saved), of_block, call, call.stream());
   });
   return gradients.results();
 }

@@ -1,65 +1,83 @@
-// What the host side of every kernel shares: from the maps of a call to the terms of plan_cuda.h, and grids that fit.
+// Launches of kernels, on a GPU or in the emulator, in grids that fit.
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
+#include <string>
+#include <type_traits>
 
 #include "../plan_cuda.h"
-#include "traits.cuh"
+#include "cuda_or_emulator.h"
+
+#if defined(__CUDACC__)
+#include <stdexcept>
+#endif
+
+// The kernels of a launch are compiled once, in the .cu file of one operator. What includes the launch elsewhere finds it declared
+// by GCNET_EXT_COMPILED_ELSEWHERE(launch), below its definition, and that one file has GCNET_EXT_COMPILED_HERE(launch).
+#define GCNET_EXT_FOR_EACH_TYPE(linkage, function)              \
+  linkage template decltype(function<double>) function<double>; \
+  linkage template decltype(function<float>) function<float>;   \
+  linkage template decltype(function<Half>) function<Half>;     \
+  linkage template decltype(function<BFloat16>) function<BFloat16>;
+#define GCNET_EXT_COMPILED_ELSEWHERE(function) GCNET_EXT_FOR_EACH_TYPE(extern, function)
+#define GCNET_EXT_COMPILED_HERE(function) GCNET_EXT_FOR_EACH_TYPE(, function)
 
 namespace gcnet_ext::cuda {
 
-// What this thread has decided in the place of the plan functions (tuning.cu).
-inline CudaTuning& tuning() {
-  static thread_local CudaTuning decided{};
-  return decided;
+// What is said on a GPU that the kernels, compiled for these architectures, have no code for.
+inline std::string no_code_for(int major, int minor, const std::string& architectures) {
+  const std::string gpu = std::to_string(major) + "." + std::to_string(minor);
+  return "gcnet_ext: this GPU has compute capability " + gpu + ", and the CUDA kernels were compiled for " + architectures +
+         " only; build them again with TORCH_CUDA_ARCH_LIST=" + gpu + " (see Install in README.md)";
 }
 
-// Memory for one call, valid until its launches are done.
-class Workspace {
- public:
-  virtual ~Workspace() = default;
+#if defined(__CUDACC__)
 
-  template <typename Value>
-  Value* take(int64_t count) {
-    return static_cast<Value*>(allocate(std::max<int64_t>(count, 1) * sizeof(Value)));
+[[noreturn]] inline void launch_failed(cudaError_t error) {
+  int device = 0, major = 0, minor = 0;
+  const bool without_code = error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion;
+  if (without_code && !cudaGetDevice(&device) && !cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) &&
+      !cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device)) {
+    throw std::runtime_error(no_code_for(major, minor, GCNET_EXT_CUDA_ARCHITECTURES));
   }
-  unsigned* zeros(int64_t count, cudaStream_t stream) {
-    unsigned* counters = take<unsigned>(count);
-    if (count > 0) zero_async(counters, count * sizeof(unsigned), stream);
-    return counters;
-  }
-
- private:
-  virtual void* allocate(size_t bytes) = 0;
-};
-
-inline CudaMap cuda_map(const Extent& extent, size_t element_size, bool is_aligned = false) {
-  return {extent.channels, extent.positions, static_cast<int64_t>(element_size), extent.channels_last, is_aligned};
+  throw std::runtime_error(std::string("gcnet_ext: CUDA launch failed: ") + cudaGetErrorString(error));
 }
 
-// A map that is not there is no obstacle.
-template <typename T>
-bool aligned(const CudaMap& map, const Map<T>& x) {
-  return x.data == nullptr || cuda_aligned(map, x.data, x.sample_stride, x.channel_stride, x.position_stride);
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+            Arguments&&... arguments) {
+  kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Arguments&&>(arguments)...);
+  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) launch_failed(error);
 }
 
-// Both at once, for maps that are walked together.
-template <typename T, typename... Maps>
-CudaMap common_map(const Extent& extent, const Maps&... maps) {
-  CudaMap map = cuda_map(extent, sizeof(T));
-  map.aligned = (aligned(map, maps) && ...);
-  return map;
+// Of the current device.
+inline int multiprocessors() {
+  int device = 0, count = 1;
+  const cudaError_t found = cudaGetDevice(&device);
+  const cudaError_t error = found ? found : cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) throw std::runtime_error(std::string("gcnet_ext: no CUDA device: ") + cudaGetErrorString(error));
+  return count;
 }
 
-// Calls body with the elements per access of a plan as a constant.
-template <typename T, typename Body>
-void with_vector(int vector, const Body& body) {
-  if (vector == kWidest<T>) return body(std::integral_constant<int, kWidest<T>>{});
-  if constexpr (sizeof(T) == 2) {
-    if (vector == 4) return body(std::integral_constant<int, 4>{});
-  }
-  body(std::integral_constant<int, 1>{});
+inline void zero_async(void* start, size_t bytes, cudaStream_t stream) {
+  const cudaError_t error = cudaMemsetAsync(start, 0, bytes, stream);
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("gcnet_ext: cudaMemsetAsync failed: ") + cudaGetErrorString(error));
 }
+
+#else  // emulation
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, Arguments&&... arguments) {
+  emulation::run(grid, block, shared_bytes, [&] { kernel(arguments...); });
+}
+
+inline int multiprocessors() { return 1; }
+
+inline void zero_async(void* start, size_t bytes, cudaStream_t) { std::memset(start, 0, bytes); }
+
+#endif
 
 // Launches for as many samples at a time as a grid can hold.
 template <typename Params, typename Launch>

@@ -1,7 +1,8 @@
 // Sums and maxima over the lanes of a warp, and the softmax that is kept while its logits arrive tile by tile.
 #pragma once
 
-#include "traits.cuh"
+#include "memory_access.h"
+#include "numbers.cuh"
 
 namespace gcnet_ext::cuda {
 

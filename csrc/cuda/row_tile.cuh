@@ -5,7 +5,10 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
+#include "../plan_cuda.h"
+#include "memory_access.h"
 #include "reduce.cuh"
 
 namespace gcnet_ext::cuda {
@@ -108,5 +111,22 @@ class RowTile {
   int lane_, segment_, channel_;
   Vector<T, V> rows_[Shape::rows];
 };
+
+// Calls body with the RowShape number `tile` of those with accesses of kVector elements.
+template <const auto& tiles, int kVector, typename Body, size_t... i>
+void with_row_tile(int tile, const Body& body, std::index_sequence<i...>) {
+  ((tile == static_cast<int>(i) ? body(RowShape<kVector, tiles[i].lanes, tiles[i].rows, tiles[i].threads>{}) : void()), ...);
+}
+
+// Calls body with the RowShape of a plan whose path is rows.
+template <typename T, typename Body>
+void with_row_shape(const CudaPoolPlan& plan, const Body& body) {
+  const auto among = [&]<const auto & tiles, int kVector>() {
+    if (plan.vector == kVector) with_row_tile<tiles, kVector>(plan.tile, body, std::make_index_sequence<tiles.size()>());
+  };
+  among.template operator()<kCudaRowTiles, kWidest<T>>();
+  if constexpr (sizeof(T) == 2) among.template operator()<kCudaHalfRowTiles, 4>();
+  among.template operator()<kCudaScalarRowTiles, 1>();
+}
 
 }  // namespace gcnet_ext::cuda

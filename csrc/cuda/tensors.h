@@ -9,9 +9,10 @@
 
 #include <vector>
 
-#include "elements_launch.h"
-#include "launch.h"
-#include "transform.cuh"
+#include "final_relu.cuh"
+#include "parameter.cuh"
+#include "valid_positions.cuh"
+#include "workspace.h"
 
 namespace gcnet_ext::cuda {
 

@@ -9,7 +9,10 @@
 #pragma once
 
 #include "activation.cuh"
+#include "memory_access.h"
+#include "parameter.cuh"
 #include "reduce.cuh"
+#include "shared_memory.cuh"
 
 namespace gcnet_ext::cuda {
 
@@ -198,49 +201,52 @@ __device__ __forceinline__ void activate_by_warp(const TransformParams<T>& param
   }
 }
 
-// Shared memory of transform_sample.
 template <typename A>
-constexpr size_t transform_shared_bytes(int64_t channels, int64_t units) {
-  return shared_bytes<A>(channels) + 2 * shared_bytes<A>(units);
-}
+struct TransformShared {
+  A* context;             // [channels]
+  A *hidden, *activated;  // [units]
+
+  __host__ __device__ TransformShared(auto& memory, int64_t channels, int64_t units) {
+    memory.take(context, channels);
+    memory.take(hidden, units);
+    memory.take(activated, units);
+  }
+};
 
 // The transform of one sample by one block, with an activation that is usual; other blocks of the launch may have written its
 // context.
 template <typename T>
 __device__ void transform_sample(const TransformParams<T>& params, int64_t sample) {
   using A = acc_t<T>;
-  SharedMemory shared;
-  A* context = shared.take<A>(params.channels);
-  A* hidden = shared.take<A>(params.units);
-  A* activated = shared.take<A>(params.units);
+  const auto shared = shared_memory<TransformShared<A>>(params.channels, params.units);
   load_ahead<4>(
       threadIdx.x, params.channels, blockDim.x,
       [&](int64_t c) { return load_fresh(params.context + sample * params.channels + c); },
-      [&](int64_t c, A value) { context[c] = value; });
+      [&](int64_t c, A value) { shared.context[c] = value; });
   __syncthreads();
 #pragma unroll 1
   for (int layer = 0; layer < 2; layer++) {
 #pragma unroll 1
     for (int b = 0; b < kBranches; b++) {
       const BranchParams<T>& branch = params.branch[b];
-      if (layer == 1 && !branch.w2.given()) continue;
+      if (layer == 1 && !branch.w2.present()) continue;
       const int64_t rows = layer == 0 ? branch.units : params.channels, columns = layer == 0 ? params.channels : branch.units;
       affine_by_block(layer == 0 ? branch.w1 : branch.w2, layer == 0 ? branch.b1 : branch.b2, rows, columns,
-                      layer == 0 ? context : activated + branch.first_unit, [&](int64_t row, A value) {
+                      layer == 0 ? shared.context : shared.activated + branch.first_unit, [&](int64_t row, A value) {
                         if (layer == 0) {
-                          hidden[branch.first_unit + row] = value;
+                          shared.hidden[branch.first_unit + row] = value;
                           params.hidden[sample * params.units + branch.first_unit + row] = value;
                         }
-                        if (layer == 1 || !branch.w2.given()) params.put(b, sample, row, value);
+                        if (layer == 1 || !branch.w2.present()) params.put(b, sample, row, value);
                       });
     }
     if (layer == 1) break;
     __syncthreads();
     for (int b = threadIdx.x / kWarp; b < kBranches; b += blockDim.x / kWarp) {
       const BranchParams<T>& branch = params.branch[b];
-      const A* of_branch = hidden + branch.first_unit;
-      if (branch.w2.given())
-        activate_by_warp<true>(params, branch, [&](int64_t j) { return of_branch[j]; }, activated + branch.first_unit);
+      const A* of_branch = shared.hidden + branch.first_unit;
+      if (branch.w2.present())
+        activate_by_warp<true>(params, branch, [&](int64_t j) { return of_branch[j]; }, shared.activated + branch.first_unit);
     }
     __syncthreads();
   }

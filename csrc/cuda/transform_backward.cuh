@@ -8,6 +8,7 @@
 // (parameter_gradients.cuh).
 #pragma once
 
+#include "../plan_cuda.h"
 #include "transform.cuh"
 
 namespace gcnet_ext::cuda {
@@ -18,7 +19,6 @@ struct TransformGradParams {
   TransformParams<T> forward;
   const A* grad_t[kBranches] = {};  // [N, C]
   A* grad_context = nullptr;        // [N, C]
-  A grad_context_factor = 1;        // what it is multiplied with: 1/P for average pooling
   A* activated = nullptr;           // [N, units], and so are the others
   A* grad_hidden = nullptr;
   A* grad_z = nullptr;
@@ -116,12 +116,21 @@ __device__ __forceinline__ void transposed_by_block(const Parameter<T>& matrix, 
   with_values(matrix, as);
 }
 
-// Shared memory of transform_backward_sample.
 template <typename A>
-constexpr size_t transform_backward_shared_bytes(int64_t channels, int64_t units) {
-  return (kBranches + 1) * shared_bytes<A>(channels) + 2 * shared_bytes<A>(units) +
-         shared_bytes<A>(kCudaSweepThreads * kMatrixVector);
-}
+struct TransformBackwardShared {
+  A* grad_t;                        // [branches, channels]
+  A* grad_context;                  // [channels]
+  A *grad_activated, *grad_hidden;  // [units]
+  A* scratch;                       // of transposed_by_block
+
+  __host__ __device__ TransformBackwardShared(auto& memory, int64_t channels, int64_t units) {
+    memory.take(grad_t, kBranches * channels);
+    memory.take(grad_context, channels);
+    memory.take(grad_activated, units);
+    memory.take(grad_hidden, units);
+    memory.take(scratch, kCudaSweepThreads * kMatrixVector);
+  }
+};
 
 // For one sample by one block of kCudaSweepThreads threads, with an activation that is usual; other blocks of the launch may have written grad_t.
 template <typename T>
@@ -129,35 +138,30 @@ __device__ void transform_backward_sample(const TransformGradParams<T>& params, 
   using A = acc_t<T>;
   const TransformParams<T>& forward = params.forward;
   const int64_t channels = forward.channels;
-  SharedMemory shared;
-  A* grad_t = shared.take<A>(kBranches * channels);
-  A* grad_context = shared.take<A>(channels);
-  A* grad_activated = shared.take<A>(forward.units);
-  A* grad_hidden = shared.take<A>(forward.units);
-  A* scratch = shared.take<A>(kCudaSweepThreads * kMatrixVector);
+  const auto shared = shared_memory<TransformBackwardShared<A>>(channels, forward.units);
   for (int64_t c = threadIdx.x; c < channels; c += blockDim.x) {
-    grad_context[c] = A(0);
+    shared.grad_context[c] = A(0);
     for (int b = 0; b < kBranches; b++) {
       if (forward.branch[b].units == 0) continue;
-      grad_t[b * channels + c] = load_fresh(params.grad_t[b] + sample * channels + c);
+      shared.grad_t[b * channels + c] = load_fresh(params.grad_t[b] + sample * channels + c);
     }
   }
   __syncthreads();
 #pragma unroll 1
   for (int b = 0; b < kBranches; b++) {
     const BranchParams<T>& branch = forward.branch[b];
-    if (!branch.w2.given()) continue;
-    transposed_by_block(branch.w2, channels, branch.units, grad_t + b * channels, scratch,
-                        [&](int64_t j, A value) { grad_activated[branch.first_unit + j] = value; });
+    if (!branch.w2.present()) continue;
+    transposed_by_block(branch.w2, channels, branch.units, shared.grad_t + b * channels, shared.scratch,
+                        [&](int64_t j, A value) { shared.grad_activated[branch.first_unit + j] = value; });
   }
   for (int b = threadIdx.x / kWarp; b < kBranches; b += blockDim.x / kWarp) {
     const BranchParams<T>& branch = forward.branch[b];
     const A* hidden = forward.hidden + sample * forward.units + branch.first_unit;
-    if (branch.w2.given()) {
+    if (branch.w2.present()) {
       activate_backward_by_warp</*kUsual=*/true>(
           params, sample, branch, [&](int64_t j) { return hidden[j]; },
-          [&](int64_t j) { return grad_activated[branch.first_unit + j]; },
-          [&](int64_t j, A value) { grad_hidden[branch.first_unit + j] = value; });
+          [&](int64_t j) { return shared.grad_activated[branch.first_unit + j]; },
+          [&](int64_t j, A value) { shared.grad_hidden[branch.first_unit + j] = value; });
     }
   }
   __syncthreads();
@@ -165,12 +169,12 @@ __device__ void transform_backward_sample(const TransformGradParams<T>& params, 
   for (int b = 0; b < kBranches; b++) {
     const BranchParams<T>& branch = forward.branch[b];
     if (branch.units == 0) continue;
-    const A* grad = branch.w2.given() ? grad_hidden + branch.first_unit : grad_t + b * channels;
-    transposed_by_block(branch.w1, branch.units, channels, grad, scratch,
-                        [&](int64_t c, A value) { grad_context[c] += value; });
+    const A* grad = branch.w2.present() ? shared.grad_hidden + branch.first_unit : shared.grad_t + b * channels;
+    transposed_by_block(branch.w1, branch.units, channels, grad, shared.scratch,
+                        [&](int64_t c, A value) { shared.grad_context[c] += value; });
   }
   for (int64_t c = threadIdx.x; c < channels; c += blockDim.x) {
-    params.grad_context[sample * channels + c] = grad_context[c] * params.grad_context_factor;
+    params.grad_context[sample * channels + c] = shared.grad_context[c];
   }
 }
 

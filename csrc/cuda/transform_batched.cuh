@@ -3,13 +3,14 @@
 // only, so that a sample gets the same bits in any batch.
 #pragma once
 
+#include "launch.h"
 #include "transform_backward.cuh"
 
 namespace gcnet_ext::cuda {
 
 constexpr int kBatchThreads = 256, kBatchWarps = kBatchThreads / kWarp;
 template <typename T>
-constexpr int kBatchBlocks = sizeof(acc_t<T>) == sizeof(float) ? 2 : 1;  // on a multiprocessor: enough registers for no spills
+constexpr int kBatchBlocks = sizeof(acc_t<T>) == sizeof(float) ? 2 : 1;  // on a multiprocessor: more would spill registers
 constexpr int kBatchSamples = 8;
 constexpr int kBatchRows = 2;             // of a matrix, per warp
 constexpr int kBatchColumns = 2 * kWarp;  // of a transposed matrix, per block
@@ -93,11 +94,11 @@ struct BatchRows {
   }
 };
 
-template <typename T>
-size_t layer_shared_bytes() {
-  using A = acc_t<T>;
-  return shared_bytes<NormStatistics<A>>(kBatchSamples) + shared_bytes<A>(kBatchSamples * kBatchStage<A>);
-}
+template <typename A>
+struct TransformLayerShared {
+  NormStatistics<A> statistics[kBatchSamples];
+  A staged[kBatchSamples * kBatchStage<A>];
+};
 
 // Layer 0 is w1, layer 1 is w2 with the norm and activation before it. A warp has kBatchRows rows at a time, `turns` times.
 template <typename T, bool kUsual>
@@ -105,9 +106,7 @@ __global__ void __launch_bounds__(kBatchThreads, kBatchBlocks<T>)
     transform_layer(TransformParams<T> params, int layer, int64_t turns, int64_t tiles_of_scale, int64_t tiles_of_shift) {
   using A = acc_t<T>;
   constexpr int kStage = kBatchStage<A>;
-  SharedMemory shared;
-  auto* statistics = shared.take<NormStatistics<A>>(kBatchSamples);
-  A* staged = shared.take<A>(kBatchSamples * kStage);
+  auto& shared = shared_memory<TransformLayerShared<A>>();
   const BatchTile tile(tiles_of_scale, tiles_of_shift);
   const BranchParams<T>& branch = params.branch[tile.branch];
   const Parameter<T>& matrix = layer == 0 ? branch.w1 : branch.w2;
@@ -119,12 +118,12 @@ __global__ void __launch_bounds__(kBatchThreads, kBatchBlocks<T>)
     for (int s = warp; s < kBatchSamples && tile.first_sample + s < params.samples; s += kBatchWarps) {
       const A* hidden = hidden_of(s);
       const auto of_sample = statistics_by_warp(params, branch.units, [&](int64_t j) { return hidden[j]; });
-      if (lane == 0) statistics[s] = of_sample;
+      if (lane == 0) shared.statistics[s] = of_sample;
     }
   }
   const auto input = [&](int s, int64_t k) {
     if (layer == 0) return params.context[(tile.first_sample + s) * params.channels + k];
-    return activate<kUsual>(params, branch, k, hidden_of(s)[k], params.norm ? statistics[s] : NormStatistics<A>{});
+    return activate<kUsual>(params, branch, k, hidden_of(s)[k], params.norm ? shared.statistics[s] : NormStatistics<A>{});
   };
 
   for (int64_t turn = 0; turn < turns; turn++) {
@@ -142,17 +141,17 @@ __global__ void __launch_bounds__(kBatchThreads, kBatchBlocks<T>)
         const bool vectors = vector_rows(values, columns);
         if (vectors) of_warp.fetch(values, first_row, rows, columns, first);
         if (!staged_before) {
-          __syncthreads();  // what is there has been used
-          stage_samples(tile.first_sample, params.samples, first, columns, width, input, staged);
+          __syncthreads();  // no warp reads the terms before these any more
+          stage_samples(tile.first_sample, params.samples, first, columns, width, input, shared.staged);
           __syncthreads();
         }
-        if (vectors) return of_warp.multiply(staged, width, sum);
+        if (vectors) return of_warp.multiply(shared.staged, width, sum);
         for (int k = lane; k < width && first + k < columns; k += kWarp) {
 #pragma unroll
           for (int r = 0; r < kBatchRows; r++) {
             const A value = first_row + r < rows ? static_cast<A>(load(values + (first_row + r) * columns + first + k)) : A(0);
 #pragma unroll
-            for (int s = 0; s < kBatchSamples; s++) sum[r * kBatchSamples + s] += value * staged[s * kStage + k];
+            for (int s = 0; s < kBatchSamples; s++) sum[r * kBatchSamples + s] += value * shared.staged[s * kStage + k];
           }
         }
       });
@@ -162,16 +161,40 @@ __global__ void __launch_bounds__(kBatchThreads, kBatchBlocks<T>)
     if (!share.owner || row >= rows || sample >= params.samples) continue;
     const A value = sum[0] + bias.at_or(row, A(0));
     if (layer == 0) params.hidden[sample * params.units + branch.first_unit + row] = value;
-    if (layer == 1 || !branch.w2.given()) params.put(tile.branch, sample, row, value);
+    if (layer == 1 || !branch.w2.present()) params.put(tile.branch, sample, row, value);
   }
 }
 
+// Two launches, or one when no branch has a w2.
 template <typename T>
-size_t backward_layer_shared_bytes() {
-  using A = acc_t<T>;
-  return shared_bytes<unsigned>(1) + std::max(shared_bytes<A>(kBatchSamples * kBatchStage<A>),
-                                              shared_bytes<A>(kBatchWarps * kBatchSamples * kBatchColumns));
+void launch_transform(const TransformParams<T>& params, cudaStream_t stream) {
+  constexpr int64_t kRows = kBatchWarps * kBatchRows;
+  for (int layer = 0; layer < 2; layer++) {
+    int64_t tiles[kBranches];
+    for (int b = 0; b < kBranches; b++) {
+      const BranchParams<T>& branch = params.branch[b];
+      tiles[b] = layer == 0 ? batch_tiles(branch.units, kRows) : branch.w2.data ? batch_tiles(params.channels, kRows) : 0;
+    }
+    const int64_t sample_tiles = batch_tiles(params.samples, kBatchSamples), most = std::max(tiles[kScale], tiles[kShift]);
+    if (most * sample_tiles == 0) continue;
+    const int64_t branches = (tiles[kScale] > 0) + (tiles[kShift] > 0);
+    const int64_t turns = plan_cuda_pieces(sample_tiles * branches, most, multiprocessors() * kBatchBlocks<T>);
+    for (int64_t& of_branch : tiles) of_branch = batch_tiles(of_branch, turns);
+    launch(params.activation.usual() ? transform_layer<T, true> : transform_layer<T, false>,
+           dim3(static_cast<unsigned>((tiles[kScale] + tiles[kShift]) * sample_tiles)), dim3(kBatchThreads),
+           shared_bytes<TransformLayerShared<acc_t<T>>>(), stream, params, layer, turns, tiles[kScale], tiles[kShift]);
+  }
 }
+GCNET_EXT_COMPILED_ELSEWHERE(launch_transform)
+
+template <typename A>
+struct TransformBackwardLayerShared {
+  unsigned word;  // of last_to_arrive
+  union {
+    alignas(16) A staged[kBatchSamples * kBatchStage<A>];
+    A of_warps[kBatchWarps * kBatchSamples * kBatchColumns];  // when the sums are done
+  };
+};
 
 // Layer 1 is the transpose of w2 with the activation and norm behind it; a block has a chunk of the channels, and the last one
 // adds up what the others left. Layer 0 is the transpose of w1, both branches added up. A lane has two columns; the warps share
@@ -182,10 +205,7 @@ __global__ void __launch_bounds__(kBatchThreads, kBatchBlocks<T>)
   using A = acc_t<T>;
   constexpr int kStage = kBatchStage<A>, kRowsTogether = 8;
   const TransformParams<T>& forward = params.forward;
-  SharedMemory shared;
-  unsigned* word = shared.take<unsigned>(1);
-  A* staged = shared.take<A>(kBatchSamples * kStage);
-  A* of_warps = staged;  // [warps][samples][columns], when the sums are done
+  auto& shared = shared_memory<TransformBackwardLayerShared<A>>();
   const BatchTile tile(tiles_of_scale, tiles_of_shift);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t chunks = batch_chunks(forward.channels), chunk = layer == 0 ? 0 : tile.first % chunks;
@@ -198,7 +218,7 @@ __global__ void __launch_bounds__(kBatchThreads, kBatchBlocks<T>)
   for (int b = 0; b < kBranches; b++) {
     const BranchParams<T>& branch = forward.branch[b];
     if (branch.units == 0 || (layer == 1 && b != tile.branch)) continue;
-    const bool from_t = layer == 1 || !branch.w2.given();
+    const bool from_t = layer == 1 || !branch.w2.present();
     const A* input = from_t ? params.grad_t[b] : params.grad_hidden + branch.first_unit;
     const int64_t stride = from_t ? forward.channels : forward.units, all_rows = layer == 0 ? branch.units : forward.channels;
     const int64_t begin = chunk * kBatchChunk, end_of_chunk = begin + kBatchChunk;
@@ -207,7 +227,7 @@ __global__ void __launch_bounds__(kBatchThreads, kBatchBlocks<T>)
     for (int64_t first = begin; first < rows; first += kStage) {
       const int64_t left = rows - first;
       const int width = left < kStage ? static_cast<int>(left) : kStage;
-      stage_samples(tile.first_sample, forward.samples, first, rows, width, from, staged);
+      stage_samples(tile.first_sample, forward.samples, first, rows, width, from, shared.staged);
       __syncthreads();
       with_values(layer == 0 ? branch.w1 : branch.w2, [&](const auto* values) {
         using W = std::remove_cv_t<std::remove_pointer_t<decltype(values)>>;
@@ -226,7 +246,7 @@ __global__ void __launch_bounds__(kBatchThreads, kBatchBlocks<T>)
 #pragma unroll
               for (int s = 0; s < kBatchSamples; s++) {
 #pragma unroll
-                for (int i = 0; i < 2; i++) sum[s][i] += static_cast<A>(pair.data[i]) * staged[s * kStage + r];
+                for (int i = 0; i < 2; i++) sum[s][i] += static_cast<A>(pair.data[i]) * shared.staged[s * kStage + r];
               }
             });
       });
@@ -236,7 +256,7 @@ __global__ void __launch_bounds__(kBatchThreads, kBatchBlocks<T>)
 #pragma unroll
   for (int s = 0; s < kBatchSamples; s++) {
 #pragma unroll
-    for (int i = 0; i < 2; i++) of_warps[(warp * kBatchSamples + s) * kBatchColumns + lane + i * kWarp] = sum[s][i];
+    for (int i = 0; i < 2; i++) shared.of_warps[(warp * kBatchSamples + s) * kBatchColumns + lane + i * kWarp] = sum[s][i];
   }
   __syncthreads();
   const auto grad_activated = [&](int64_t sample, int64_t of_chunk) {
@@ -246,19 +266,19 @@ __global__ void __launch_bounds__(kBatchThreads, kBatchBlocks<T>)
     const int64_t sample = tile.first_sample + i / kBatchColumns, column = first_column + i % kBatchColumns;
     A total = A(0);
 #pragma unroll
-    for (int w = 0; w < kBatchWarps; w++) total += of_warps[w * kBatchSamples * kBatchColumns + i];
+    for (int w = 0; w < kBatchWarps; w++) total += shared.of_warps[w * kBatchSamples * kBatchColumns + i];
     if (sample >= forward.samples || column >= columns) continue;
     if (layer == 0) {
-      params.grad_context[sample * forward.channels + column] = total * params.grad_context_factor;
+      params.grad_context[sample * forward.channels + column] = total;
     } else {
       grad_activated(sample, chunk)[forward.branch[tile.branch].first_unit + column] = total;
     }
   }
-  if (layer == 0 || !last_to_arrive(params.arrived + tile.first_sample / kBatchSamples, tile.tiles, word)) return;
+  if (layer == 0 || !last_to_arrive(params.arrived + tile.first_sample / kBatchSamples, tile.tiles, &shared.word)) return;
   for (int i = warp; i < kBatchSamples * kBranches; i += kBatchWarps) {
     const int64_t sample = tile.first_sample + i / kBranches;
     const BranchParams<T>& branch = forward.branch[i % kBranches];
-    if (sample >= forward.samples || !branch.w2.given()) continue;
+    if (sample >= forward.samples || !branch.w2.present()) continue;
     const A* hidden = forward.hidden + sample * forward.units + branch.first_unit;
     const auto sum_of_chunks = [&](int64_t j) {
       A total = A(0);
@@ -271,5 +291,27 @@ __global__ void __launch_bounds__(kBatchThreads, kBatchBlocks<T>)
         params, sample, branch, [&](int64_t j) { return hidden[j]; }, sum_of_chunks, [](int64_t, A) {});
   }
 }
+
+// The counters, zero before the launch, of launch_transform_backward.
+inline int64_t batch_counters(int64_t samples) { return batch_tiles(samples, kBatchSamples); }
+
+template <typename T>
+void launch_transform_backward(const TransformGradParams<T>& params, cudaStream_t stream) {
+  const TransformParams<T>& forward = params.forward;
+  for (int layer = 1; layer >= 0; layer--) {
+    int64_t tiles[kBranches] = {layer == 0 ? batch_tiles(forward.channels, kBatchColumns) : 0, 0};
+    for (int b = 0; b < kBranches && layer == 1; b++) {
+      if (forward.branch[b].w2.data) {
+        tiles[b] = batch_tiles(forward.branch[b].units, kBatchColumns) * batch_chunks(forward.channels);
+      }
+    }
+    const int64_t blocks = (tiles[kScale] + tiles[kShift]) * batch_tiles(forward.samples, kBatchSamples);
+    if (blocks == 0) continue;
+    launch(forward.activation.usual() ? transform_backward_layer<T, true> : transform_backward_layer<T, false>,
+           dim3(static_cast<unsigned>(blocks)), dim3(kBatchThreads), shared_bytes<TransformBackwardLayerShared<acc_t<T>>>(),
+           stream, params, layer, tiles[kScale], tiles[kShift]);
+  }
+}
+GCNET_EXT_COMPILED_ELSEWHERE(launch_transform_backward)
 
 }  // namespace gcnet_ext::cuda

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple, NoReturn
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from .. import functional
-from .._arguments import ACTIVATIONS, FINAL_ACTIVATIONS, Branch, Options
-from .._library import compiled
+from .._load import compiled
+from .._torch import GLOBAL_HOOKS, HOOKS
+from ..ops import global_context
+from ..ops._options import ACTIVATIONS, FINAL_ACTIVATIONS, Options
+from ..ops._transform import Branch
 from ._layers import (
-    GLOBAL_HOOKS,
-    HOOKS,
     Gate,
     activation_of,
     check_channels,
@@ -36,7 +36,7 @@ NOTHING: Source = (None, "weight")
 NO_WEIGHTS = (NOTHING,) * len(Branch._fields)
 
 
-class Between(NamedTuple):
+class NormAndActivation(NamedTuple):
     """What stands between the two layers of a branch; the same in both branches."""
 
     norm_eps: float | None = None
@@ -48,8 +48,8 @@ class PlainBranch(NamedTuple):
     """The layers of a branch, all of them plain, and what the operator takes from them."""
 
     modules: tuple[nn.Module, ...]
-    weights: tuple[Source, ...]  # in the order of functional.Branch
-    between: Between = Between()
+    weights: tuple[Source, ...]  # in the order of `Branch`
+    between: NormAndActivation = NormAndActivation()
 
 
 class Layers(NamedTuple):
@@ -102,7 +102,7 @@ def two_layers(
     return PlainBranch(
         tuple(module for module in (first, norm, activation, last) if module is not None),
         (*_weight_and_bias(first), *_weight_and_bias(normalised), *_weight_and_bias(last)),
-        Between(None if normalised is None else normalised.eps, *kind),
+        NormAndActivation(None if normalised is None else normalised.eps, *kind),
     )
 
 
@@ -116,7 +116,7 @@ def layers(
 ) -> Layers | None:
     """Those of a block with this mask, which must be plain, and these branches; None if the two do not match."""
     given = [branch for branch in (scale, shift) if branch is not None]
-    between = given[0].between if given else Between()
+    between = given[0].between if given else NormAndActivation()
     if any(branch.between != between for branch in given):
         return None
     modules = tuple(module for branch in given for module in branch.modules)
@@ -242,7 +242,7 @@ class FusedBlock(nn.Module):
         weights = None if seen is None else seen.weights(self)
         if seen is not None and weights is not None:
             try:
-                return functional.fused(x, weights, residual, valid, seen.options, inplace=seen.inplace)
+                return global_context.fused(x, weights, residual, valid, seen.options, inplace=seen.inplace)
             except RuntimeError as error:
                 return self._refused(x, error)
         found = self._plain_layers()
@@ -256,7 +256,7 @@ class FusedBlock(nn.Module):
                 self._explain(x, error)
         weights = [[parameter(*source) for source in sources] for sources in found.weights]
         try:
-            return functional.fused(x, weights, residual, valid, found.options, inplace=self._overwrites())
+            return global_context.fused(x, weights, residual, valid, found.options, inplace=self._overwrites())
         except RuntimeError as error:
             return self._refused(x, error)
 

@@ -18,14 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from .. import _arguments, _checks, reference
-from .._arguments import Options
-from ..reference import accumulation_dtype
-
-FINAL_ACTIVATIONS = tuple(_arguments.FINAL_ACTIVATIONS)
-GATES = ("sigmoid", "hard_sigmoid")
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # fields of a module
-GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)  # of torch.nn.modules.module, for every module that is called
+from .._torch import GLOBAL_HOOKS, HOOKS, modules_can_be_read
+from ..ops import _checks, _transform
+from ..ops._options import ACTIVATIONS, Options
+from ..ops._precision import accumulation_dtype
+from ..ops.attention_pool import flat_valid, only, softmax, weighted_sum
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -38,7 +35,7 @@ class Gate(NamedTuple):
     beta: float = 0.5
 
     def __call__(self, t: Tensor) -> Tensor:
-        return reference.apply_gate(t, self.hard())
+        return _transform.apply_gate(t, self.hard())
 
     def hard(self) -> list[float] | None:
         """[alpha, beta] of a hard sigmoid, as the operators take it."""
@@ -51,7 +48,7 @@ def make_activation(name: str, slope: float) -> nn.Module:
     Raises:
         ValueError: there is no such activation.
     """
-    check_choice("activation", name, _arguments.ACTIVATIONS)
+    check_choice("activation", name, ACTIVATIONS)
     make: dict[str, Callable[[], nn.Module]] = {
         "none": nn.Identity,
         "relu": nn.ReLU,
@@ -242,6 +239,8 @@ def is_plain(module: nn.Module, kind: type[Module]) -> TypeGuard[Module]:
 def is_untouched(module: nn.Module) -> bool:
     """Whether calling the module runs the forward of its class, and nothing else: no hook, nothing in place of it."""
     cls = type(module)
+    if not modules_can_be_read:
+        return False
     if cls.__getattribute__ is not object.__getattribute__ or "forward" in module.__dict__:
         return False
     if cls.__call__ is not nn.Module.__call__ or cls.__getattr__ is not nn.Module.__getattr__:
@@ -328,11 +327,11 @@ def called_attention(mask: nn.Module, x: Tensor, valid: Tensor | None = None) ->
         raise RuntimeError(
             f"conv_mask must give one logit per position of x, {samples} * {positions}, got shape {list(found.shape)}"
         )
-    return reference.softmax(found.reshape(samples, positions).to(accumulation_dtype(x)), reference.flat_valid(valid))
+    return softmax(found.reshape(samples, positions).to(accumulation_dtype(x)), flat_valid(valid))
 
 
 def called_context(mask: nn.Module, x: Tensor, valid: Tensor | None = None) -> Tensor:
     """The context [N, C] of x under a mask that is called as the module it is, in the accumulation dtype."""
     attention = called_attention(mask, x, valid)  # before x is read: the mask may begin with a layer that overwrites it
-    positions = reference.only(x.flatten(2).to(accumulation_dtype(x)), reference.flat_valid(valid))
-    return reference.weighted_sum(positions, attention)
+    positions = only(x.flatten(2).to(accumulation_dtype(x)), flat_valid(valid))
+    return weighted_sum(positions, attention)

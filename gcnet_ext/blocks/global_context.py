@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .. import _split, functional
+from .._torch import children
+from ..ops import _split_pool
+from ..ops._options import FINAL_ACTIVATIONS, GATES
+from ..ops.attention_pool import attention_map, attention_pool
+from ..ops.channel_fuse import channel_fuse
 from . import _layers, _state_dict
 from ._fused import FusedBlock, Layers, PlainBranch, layers, two_layers
-from ._layers import FINAL_ACTIVATIONS, GATES, Gate
+from ._layers import Gate
 
 POOLING_TYPES = ("att", "avg")
 FUSION_TYPES = ("channel_add", "channel_mul")
@@ -150,7 +154,7 @@ class GlobalContextBlock(FusedBlock):
         if self.conv_mask is None:
             raise RuntimeError("pooling_type must be 'att' for an attention map, got 'avg'")
         if _layers.is_pointwise(self.conv_mask):
-            return functional.attention_map(x, self.conv_mask.weight, self.conv_mask.bias, valid=valid)
+            return attention_map(x, self.conv_mask.weight, self.conv_mask.bias, valid=valid)
         return _layers.called_attention(self.conv_mask, x, valid).detach().reshape(x.shape[:1] + x.shape[2:])
 
     def extra_repr(self) -> str:
@@ -174,9 +178,7 @@ class GlobalContextBlock(FusedBlock):
         mul, add = self.channel_mul_conv, self.channel_add_conv
         scale = None if mul is None else self.gate(_layers.call_on_context(mul, context, x))
         shift = None if add is None else _layers.call_on_context(add, context.clone(), x)  # mul has saved its own
-        return functional.channel_fuse(
-            x, scale, shift, residual=residual, final_activation=self.final_activation, inplace=self.inplace
-        )
+        return channel_fuse(x, scale, shift, residual=residual, final_activation=self.final_activation, inplace=self.inplace)
 
     def _context(self, x: Tensor, valid: Tensor | None) -> Tensor:
         if self.process_group is not None:
@@ -184,16 +186,16 @@ class GlobalContextBlock(FusedBlock):
             if mask is not None and not _layers.is_pointwise(mask):
                 raise RuntimeError("with process_group, conv_mask must be a plain 1x1 convolution without hooks, got another")
             weight, bias = (None, None) if mask is None else (mask.weight, mask.bias)
-            return _split.attention_pool(x, weight, bias, valid, self.process_group)
+            return _split_pool.attention_pool(x, weight, bias, valid, self.process_group)
         if self.conv_mask is None:
-            return functional.attention_pool(x, valid=valid)
+            return attention_pool(x, valid=valid)
         if _layers.is_pointwise(self.conv_mask):
-            return functional.attention_pool(x, self.conv_mask.weight, self.conv_mask.bias, valid=valid)
+            return attention_pool(x, self.conv_mask.weight, self.conv_mask.bias, valid=valid)
         return _layers.called_context(self.conv_mask, x, valid)
 
 
 def _branch(branch: Any) -> PlainBranch | None:
     """conv, LayerNorm over all it gets or nothing, activation, conv; else None."""
-    if not _layers.is_plain(branch, nn.Sequential) or len(branch._modules) != 4:
+    if not _layers.is_plain(branch, nn.Sequential) or len(children(branch)) != 4:
         return None
-    return two_layers(*branch._modules.values())
+    return two_layers(*children(branch).values())

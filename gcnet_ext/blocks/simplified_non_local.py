@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional
+from ..ops._options import FINAL_ACTIVATIONS
+from ..ops.attention_pool import attention_map, attention_pool
+from ..ops.channel_fuse import channel_fuse
 from . import _layers
 from ._fused import FusedBlock, Layers, layers, one_layer
 from ._layers import Gate
@@ -56,7 +58,7 @@ class SimplifiedNonLocalBlock(FusedBlock):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.inplanes = inplanes = _layers.count_channels(inplanes, in_channels)
-        _layers.check_choice("final_activation", final_activation, _layers.FINAL_ACTIVATIONS)
+        _layers.check_choice("final_activation", final_activation, FINAL_ACTIVATIONS)
         self.final_activation = final_activation
         self.inplace = inplace
         self.conv_mask = nn.Conv2d(inplanes, 1, 1, **factory)
@@ -73,7 +75,7 @@ class SimplifiedNonLocalBlock(FusedBlock):
     def attention_map(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """Where the block looks: the softmax over positions, ``[N, *spatial]``, for pictures. Not differentiable."""
         if _layers.is_pointwise(self.conv_mask):
-            return functional.attention_map(x, self.conv_mask.weight, self.conv_mask.bias, valid=valid)
+            return attention_map(x, self.conv_mask.weight, self.conv_mask.bias, valid=valid)
         return _layers.called_attention(self.conv_mask, x, valid).detach().reshape(x.shape[:1] + x.shape[2:])
 
     def extra_repr(self) -> str:
@@ -88,10 +90,8 @@ class SimplifiedNonLocalBlock(FusedBlock):
     def _with_called_layers(self, x: Tensor, residual: Tensor | None, valid: Tensor | None) -> Tensor:
         mask = self.conv_mask
         if _layers.is_pointwise(mask):
-            context = functional.attention_pool(x, mask.weight, mask.bias, valid=valid)
+            context = attention_pool(x, mask.weight, mask.bias, valid=valid)
         else:
             context = _layers.called_context(mask, x, valid)
         shift = _layers.call_on_context(self.conv_out, _layers.as_image(context), x)
-        return functional.channel_fuse(
-            x, None, shift, residual=residual, final_activation=self.final_activation, inplace=self.inplace
-        )
+        return channel_fuse(x, None, shift, residual=residual, final_activation=self.final_activation, inplace=self.inplace)

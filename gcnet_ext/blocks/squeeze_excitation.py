@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional
+from ..ops._options import FINAL_ACTIVATIONS, GATES
+from ..ops.attention_pool import attention_pool
+from ..ops.channel_fuse import channel_fuse
 from . import _layers, _state_dict
 from ._fused import FusedBlock, Layers, layers, two_layers
-from ._layers import FINAL_ACTIVATIONS, GATES, Gate
+from ._layers import Gate
 
 
 class SqueezeExcitation(FusedBlock):
@@ -95,9 +97,7 @@ class SqueezeExcitation(FusedBlock):
         return None if scale is None else layers(None, scale, None, self.gate, self.final_activation)
 
     def _with_called_layers(self, x: Tensor, residual: Tensor | None, valid: Tensor | None) -> Tensor:
-        hidden = _layers.call(self.fc1, _layers.as_image(functional.attention_pool(x, valid=valid)), x.dtype)
+        hidden = _layers.call(self.fc1, _layers.as_image(attention_pool(x, valid=valid)), x.dtype)
         hidden = _layers.call(self.activation, hidden, hidden.dtype)
         scale = self.gate(_layers.call(self.fc2, hidden, hidden.dtype).flatten(1).to(_layers.accumulation_dtype(x)))
-        return functional.channel_fuse(
-            x, scale, residual=residual, final_activation=self.final_activation, inplace=self.inplace
-        )
+        return channel_fuse(x, scale, residual=residual, final_activation=self.final_activation, inplace=self.inplace)

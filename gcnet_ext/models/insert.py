@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from .._torch import HOOKS, children, modules_can_be_read
 from ..blocks import GlobalContextBlock, NonLocalBlock, SimplifiedNonLocalBlock, SqueezeExcitation
 from .residual import NAME, class_with_context_block
 
@@ -110,7 +111,7 @@ def insert_blocks(
 
 def _apply(module: Any, _arguments: tuple, output: Tensor) -> Tensor:
     """The hook. A function of this module, with nothing of its own: it survives deepcopy and pickle."""
-    block = module._modules[NAME]
+    block = getattr(module, NAME)
     if not is_compiling():
         block.__dict__["_calls"] = block.__dict__.get("_calls", 0) + 1
     return block(output)
@@ -128,7 +129,7 @@ class _Watch:
         if is_compiling() or self.told:
             return
         for name, module in self.places.items():
-            block = module._modules.get(NAME)
+            block = children(module).get(NAME)
             calls = self.calls[name] if block is None else vars(block).get("_calls", 0)
             if calls == self.calls[name]:
                 self._look(model, name, module)
@@ -137,9 +138,13 @@ class _Watch:
     def _look(self, model: nn.Module, name: str, module: nn.Module) -> None:
         """At a block that was not called from Python in this forward pass; a compiled module may have called it."""
         parts = list(model.modules())
-        hooked = module._modules.get(NAME) is not None and _apply in module._forward_hooks.values()
+        hooked = children(module).get(NAME) is not None and (
+            not modules_can_be_read or _apply in getattr(module, HOOKS[0]).values()
+        )
         if hooked and any(part is module for part in parts):
-            compiled = any(part._compiled_call_impl is not None or "Optimized" in type(part).__name__ for part in parts)
+            compiled = any(
+                getattr(part, "_compiled_call_impl", None) is not None or "Optimized" in type(part).__name__ for part in parts
+            )
             if self.calls[name] or compiled:
                 return
             why = "the module that it stands behind was not called"
@@ -212,7 +217,7 @@ def _resnet_in(model: nn.Module) -> tuple[str, nn.Module]:
 
 
 def _has_stages(module: nn.Module) -> bool:
-    return any(isinstance(module._modules.get(f"layer{stage}"), nn.Module) for stage in STAGES)
+    return any(isinstance(children(module).get(f"layer{stage}"), nn.Module) for stage in STAGES)
 
 
 def _examples(model: nn.Module) -> list[str]:
@@ -255,7 +260,7 @@ def _channels(module: nn.Module, name: str) -> int:
     channels = _channels_of(module)
     for convolution, norm in LAST_LAYERS if channels is None else ():
         for layer in (norm, convolution):
-            channels = _channels_of(module._modules.get(layer)) if channels is None else channels
+            channels = _channels_of(children(module).get(layer)) if channels is None else channels
     if channels is None:
         raise ValueError(f"the channels of {name!r} are unknown: give modules={{{name!r}: channels}}")
     return channels

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import functional
+from .._torch import children, parameters
 from ..blocks import _layers, non_local
 from ..blocks._fused import FusedBlock, Layers, layers, two_layers
-from ..reference import accumulation_dtype
+from ..ops._precision import accumulation_dtype
+from ..ops.attention_pool import attention_map, attention_pool
+from ..ops.channel_fuse import channel_fuse
 from . import watch
 from .skeleton import (
     READERS,
@@ -84,8 +86,8 @@ class Peer(nn.Module):
         """Whether the layers take x as it is, or autocast casts what they take."""
         layer: Any = self
         for name in first:
-            layer = layer._modules.get(name, self)
-        weight = layer._parameters.get("weight")
+            layer = children(layer).get(name, self)
+        weight = parameters(layer).get("weight")
         if weight is None or weight.dtype == x.dtype:
             return True
         device = x.device.type
@@ -221,7 +223,7 @@ class FusedPeer(Peer, FusedBlock):
             context = _layers.called_context(mask, x)
         else:
             try:
-                context = functional.attention_pool(x) if mask is None else functional.attention_pool(x, mask.weight, mask.bias)
+                context = attention_pool(x) if mask is None else attention_pool(x, mask.weight, mask.bias)
             except RuntimeError as error:
                 return self._refused(x, error)
         image = context.reshape(context.shape + (1,) * skeleton.dims)
@@ -242,7 +244,7 @@ class FusedPeer(Peer, FusedBlock):
             scale = scale if gate is None else gate(scale)
         if skeleton.shift is not None:
             shift = term(skeleton.shift).flatten(1).to(accumulation_dtype(x))
-        return functional.channel_fuse(x, scale, shift)
+        return channel_fuse(x, scale, shift)
 
     def _refused(self, x: Tensor, error: RuntimeError) -> Any:
         """Whether x is right is for the former class to say, in its words."""
@@ -262,7 +264,7 @@ class FusedPeer(Peer, FusedBlock):
         mask: Any = None if skeleton is None else skeleton.mask
         if skeleton is None or mask is None or not _layers.is_pointwise(mask, skeleton.dims):
             raise RuntimeError(f"the block must have a plain 1x1 convolution as its mask, got {mask!r}")
-        return functional.attention_map(x, mask.weight, mask.bias)
+        return attention_map(x, mask.weight, mask.bias)
 
 
 def plain_layers(skeleton: Skeleton) -> Layers | None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..blocks._layers import GLOBAL_HOOKS
+from .._torch import GLOBAL_HOOKS, parameters
 from .skeleton import Left, Skeleton
 from .watch import STANDARD
 
@@ -29,7 +29,7 @@ def _nothing_left_over(block: nn.Module, skeleton: Skeleton) -> None:
     Raises:
         Left: one has none.
     """
-    for name, parameter in block._parameters.items():
+    for name, parameter in parameters(block).items():
         if parameter is not None:
             raise Left(f"its parameter {name} has no counterpart in ours")
     accounted = {id(part) for module in skeleton.modules() for part in module.modules()}

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from .._torch import children, parameters
 from ..blocks._fused import norm_over_units
 from ..blocks._layers import AVERAGE_POOLS, CONVOLUTIONS, Gate, is_plain, is_untouched, settings_of
 
@@ -176,11 +177,11 @@ def _of_sequentials(block: Any, idle: tuple[nn.Module, ...]) -> Skeleton:
 
 def context_block(block: Any) -> Skeleton:
     """mmcv's ContextBlock."""
-    if getattr(block._modules.get("softmax"), "dim", 2) not in (2, -1):
+    if getattr(children(block).get("softmax"), "dim", 2) not in (2, -1):
         raise Left("its softmax is not one over positions")
-    if (block.pooling_type == "att") != ("conv_mask" in block._modules):
+    if (block.pooling_type == "att") != ("conv_mask" in children(block)):
         raise Left(f"its pooling_type is {block.pooling_type!r}, and its layers are for another")
-    idle = (block._modules.get(name) for name in ("softmax", "avg_pool"))
+    idle = (children(block).get(name) for name in ("softmax", "avg_pool"))
     return _of_sequentials(block, tuple(part for part in idle if part is not None))
 
 
@@ -189,7 +190,7 @@ PARTS = ("conv_mask", "channel_add_conv", "channel_mul_conv")
 
 def snippet(block: Any) -> Skeleton:
     """The block of the paper as many repositories hold it."""
-    idle = (part for name, part in block._modules.items() if part is not None and name not in PARTS)
+    idle = (part for name, part in children(block).items() if part is not None and name not in PARTS)
     return _of_sequentials(block, tuple(idle))
 
 
@@ -260,7 +261,7 @@ def reader_of(module: nn.Module) -> tuple[str, bool] | None:
         if isinstance(kind, type) and issubclass(type(module), kind):
             return reader, type(module) is kind and is_original(kind)
     # Not by hasattr: a module that wraps another one gives its attributes, too.
-    if all(name in module._modules or name in vars(module) for name in ("channel_add_conv", "channel_mul_conv")):
+    if all(name in children(module) or name in vars(module) for name in ("channel_add_conv", "channel_mul_conv")):
         return "snippet", False
     return None
 
@@ -316,8 +317,8 @@ def _is_named_so(module: nn.Module) -> bool:
 
 def _ends_in_a_gate(module: nn.Module) -> bool:
     """Whether it has a sigmoid, and one or two 1x1 layers that lead from some channels to as many."""
-    leaves: list[Any] = [part for part in module.modules() if not part._modules]
+    leaves: list[Any] = [part for part in module.modules() if not children(part)]
     sigmoid = any("sigmoid" in type(part).__name__.lower() for part in leaves)
-    weights = [part._parameters.get("weight") for part in leaves]
+    weights = [parameters(part).get("weight") for part in leaves]
     sizes = [weight.shape for weight in weights if weight is not None and weight.dim() > 1 and weight.shape[2:].numel() == 1]
     return sigmoid and len(sizes) in (1, 2) and sizes[0][1] == sizes[-1][0]

@@ -227,7 +227,7 @@ def test_instruction_counts():
     recorded = json.loads(profile.RECORD.read_text())
     if recorded["compiler"] != profile.compiler():
         pytest.skip(f"recorded with {recorded['compiler']}, this is {profile.compiler()}")
-    if "avx2" not in profile.gcnet_ext._library.compiled.build_info()["capabilities"]:
+    if "avx2" not in profile.gcnet_ext._load.compiled.build_info()["capabilities"]:
         pytest.skip("no AVX2 kernels in this build")
     found = {
         " ".join(case): sum(each.values()) for case, each in zip(profile.RECORDED, profile.count(profile.RECORDED), strict=True)

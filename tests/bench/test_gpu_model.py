@@ -14,7 +14,7 @@ import gcnet_ext
 
 REPORTS = sorted(path.parent.name for path in (ROOT / "bench" / "results").glob("*/gpu_check.json"))
 
-pytestmark = pytest.mark.skipif(gcnet_ext._library.compiled is None, reason="the plan functions are in the compiled library")
+pytestmark = pytest.mark.skipif(gcnet_ext._load.compiled is None, reason="the plan functions are in the compiled library")
 
 
 @pytest.fixture

@@ -9,11 +9,12 @@ import pickle
 import eager
 import grid
 import pytest
+import reference
 import torch
 from grid import Random
 from torch import nn
 
-from gcnet_ext import GlobalContextBlock, reference
+from gcnet_ext import GlobalContextBlock
 
 FUSION_TYPES = {"mul": ("channel_mul",), "add": ("channel_add",), "both": ("channel_add", "channel_mul")}
 

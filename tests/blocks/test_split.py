@@ -13,7 +13,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from processes import free_port
 
-from gcnet_ext import GlobalContextBlock, _library, _split
+from gcnet_ext import GlobalContextBlock, _load
+from gcnet_ext.ops import _split_pool
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -169,7 +170,7 @@ def test_a_mask_that_is_not_the_plain_layer(alone):
 
 
 def test_without_kernels(monkeypatch, alone):
-    monkeypatch.setattr(_library, "_kernel_devices", frozenset())
+    monkeypatch.setattr(_load, "kernel_devices", frozenset())
     block = block_of("att", torch.float32, alone)
     with pytest.raises(RuntimeError, match="process_group needs the compiled kernels"):
         block(torch.ones(1, 16, 2, 2))
@@ -210,7 +211,7 @@ def test_accuracy_under_autocast(alone):
 
     def results(x, weight, bias):
         leaf = x.clone().requires_grad_()
-        context = _split.attention_pool(leaf, weight, bias, None, alone)
+        context = _split_pool.attention_pool(leaf, weight, bias, None, alone)
         (plain,) = torch.autograd.grad(context.square().sum(), leaf, retain_graph=True)
         (first,) = torch.autograd.grad(context.square().sum(), leaf, create_graph=True)
         return [context, plain, first, *torch.autograd.grad(first.square().sum(), leaf)]

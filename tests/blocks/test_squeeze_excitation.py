@@ -11,7 +11,7 @@ from test_global_context_block import check, gradcheck_module
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gcnet_ext import SqueezeExcitation, _library
+from gcnet_ext import SqueezeExcitation, _load
 
 
 class HardSigmoid(nn.Module):
@@ -143,7 +143,7 @@ def test_wrong_input():
 
 
 def test_compile(backend):
-    if backend.name not in _library.kernel_devices():
+    if backend.name not in _load.kernel_devices:
         pytest.skip("compiled once, on the CPU")
     block = pair(backend, 16, 4)[0]
     x = Random(1, backend.to).feature_map((2, 16, 5, 5), torch.float32)

@@ -11,7 +11,7 @@ import eager
 import pytest
 import torch
 
-from gcnet_ext import GlobalContextBlock, _library, replace_blocks
+from gcnet_ext import GlobalContextBlock, _load, replace_blocks
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -31,7 +31,7 @@ def seen():
     children = {"first": object(), "second": object()}
     fields = {"hooks": hooks, "weight": object(), "children": children}
     arguments = (
-        (thing, Thing, _library.compiled.class_version(Thing)),
+        (thing, Thing, _load.compiled.class_version(Thing)),
         (fields, "hooks", hooks, fields, "forward", None),
         (hooks, 0),
         (children, tuple(part for item in children.items() for part in item)),
@@ -41,7 +41,7 @@ def seen():
 
 
 def unchanged(arguments):
-    return _library.compiled.unchanged(*arguments)
+    return _load.compiled.unchanged(*arguments)
 
 
 def test_returns_what_is_wanted_now(seen):
@@ -164,13 +164,13 @@ def test_raises_rather_than_crashes(arguments):
 
 def test_class_version():
     """It stays as long as the class and its bases stay."""
-    version = _library.compiled.class_version(Thing)
+    version = _load.compiled.class_version(Thing)
     assert version != 0
-    assert _library.compiled.class_version(Thing) == version
+    assert _load.compiled.class_version(Thing) == version
     Base.another = 1
-    assert _library.compiled.class_version(Thing) not in (0, version)
+    assert _load.compiled.class_version(Thing) not in (0, version)
     with pytest.raises(TypeError, match="class_version takes a class"):
-        _library.compiled.class_version(Thing())
+        _load.compiled.class_version(Thing())
 
 
 @pytest.mark.parametrize("replaced", [False, True])

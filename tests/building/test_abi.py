@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from gcnet_ext import _library
+from gcnet_ext import _load
 
 # C functions, which torch's stable ABI consists of (aoti_torch_*, torch_*), and C++'s own library.
 STABLE = re.compile(r"^(?!THP)(\w+|std::.*|operator .*|(typeinfo|vtable|VTT) for (std|__cxxabiv1)::.*)$")
 
 
 def libraries() -> list[Path]:
-    if _library.compiled is None:
-        pytest.skip(f"no compiled library: {_library.load_error}")
-    return sorted(Path(_library.compiled.__file__).parent.glob("**/_C*.so"))
+    if _load.compiled is None:
+        pytest.skip(f"no compiled library: {_load.load_error}")
+    return sorted(Path(_load.compiled.__file__).parent.glob("**/_C*.so"))
 
 
 def undefined_symbols(library: Path) -> list[str]:

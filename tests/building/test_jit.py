@@ -10,11 +10,12 @@ from checkout import ROOT
 
 SCRIPT = """
 import torch, gcnet_ext
-from gcnet_ext import _library, reference
-assert _library.load_error is None, _library.load_error
+from gcnet_ext import _load
+import reference
+assert _load.load_error is None, _load.load_error
 x = torch.randn(2, 6, 4, 5)
 assert torch.allclose(gcnet_ext.attention_pool(x, x[0, :, 0, 0]), reference.attention_pool(x, x[0, :, 0, 0]), atol=1e-5)
-print(_library.compiled.__file__)
+print(_load.compiled.__file__)
 """
 
 
@@ -47,9 +48,9 @@ def test_without_a_checkout(python, tmp_path):
     script = f"""
 import sys; sys.path.insert(0, {str(tmp_path)!r})
 import gcnet_ext
-from gcnet_ext import _library
-assert _library.__file__.startswith({str(tmp_path)!r})
-print(_library.why_no_kernels("cpu"))
+from gcnet_ext import _load
+assert _load.__file__.startswith({str(tmp_path)!r})
+print(_load.why_no_kernels("cpu"))
 """
     told = python(script, GCNET_EXT_JIT="1").stdout
     assert "GCNET_EXT_JIT=1 needs a checkout" in told

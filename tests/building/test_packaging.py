@@ -156,10 +156,10 @@ def test_a_wheel_works_away_from_the_checkout(wheel, tmp_path):
     (library,) = (tmp_path / "site" / "gcnet_ext").glob("_C.*.so")
     assert library.stat().st_size < 5e6, "it has debug information"
     code = (
-        "import torch, gcnet_ext; from gcnet_ext import _library\n"
-        "print(gcnet_ext.__file__, _library.load_error)\n"
+        "import torch, gcnet_ext; from gcnet_ext import _load\n"
+        "print(gcnet_ext.__file__, _load.load_error)\n"
         "print(gcnet_ext.GlobalContextBlock(16, 1 / 4)(torch.ones(1, 16, 3, 3)).sum().item())\n"
-        "print(torch.version.cuda, _library.why_no_kernels('cuda'))"
+        "print(torch.version.cuda, _load.why_no_kernels('cuda'))"
     )
     environment = {"PYTHONPATH": str(tmp_path / "site"), "GCNET_EXT_JIT": "0"}
     where, value, cuda = run(sys.executable, "-W", "error", "-c", code, environment=environment, cwd=tmp_path).splitlines()
@@ -176,7 +176,7 @@ def test_a_wheel_works_away_from_the_checkout(wheel, tmp_path):
 # ---- on another torch --------------------------------------------------------------------------------------------------------
 
 TELL = "import sys, sysconfig, torch; print(sys.implementation.cache_tag, torch.__version__, sysconfig.get_path('purelib'))"
-TORCHES = "import torch, gcnet_ext._library as l; print(l.compiled.build_info()['torch'], torch.__version__)"
+TORCHES = "import torch, gcnet_ext._load as l; print(l.compiled.build_info()['torch'], torch.__version__)"
 
 
 OPERATOR_TESTS = (

@@ -9,13 +9,14 @@ from typing import Any
 
 import grid
 import pytest
+import reference
 import torch
 from checkout import ROOT
 from grid import Case, Random
 from torch import Tensor
 
 import gcnet_ext
-from gcnet_ext import _library, reference
+from gcnet_ext import _load
 
 DOCS = ROOT / "docs"
 pytestmark = pytest.mark.skipif(
@@ -42,7 +43,7 @@ def by_formulas(program: dict[str, Any], inputs: tuple[Tensor | None, ...], grad
     s = torch.ones_like(ctx)
     if scale is not None:
         of_branches = reference.Options(1e-5 if options["norm"] else None, reference.ACTIVATIONS[options["activation"]])
-        t = reference.branch(ctx, reference.Branch(*scale), of_branches)
+        t = reference.branch(ctx, gcnet_ext.Branch(*scale), of_branches)
         s = t.sigmoid() if options["gate"] == "sigmoid" else options["gate_alpha"] * t + 0.5
     dx, dw, db, dscale, dshift = program["block_backward"](
         grad.flatten(2), positions, w, scale, shift, m, ctx, s,
@@ -85,7 +86,7 @@ def test_the_formulas_are_the_gradients(backward, pooling, fusion, layers, activ
         plain = inputs
     formulas = by_formulas(backward, inputs, grad, **options)
     assert_equal(formulas, grid.run(grid.flat(reference.global_context, **options), plain, grad).grads, plain)
-    if "cpu" in _library.kernel_devices():
+    if "cpu" in _load.kernel_devices:
         assert_equal(formulas, grid.run(grid.flat(gcnet_ext.global_context, **options), plain, grad).grads, plain)
 
 
@@ -97,7 +98,7 @@ def test_the_gradient_of_the_bias_is_zero(backward):
     of_bias = by_formulas(backward, inputs, grad, **options)[2]
     assert float(of_bias.abs()) < 1e-12
     assert torch.equal(grid.run(grid.flat(gcnet_ext.global_context), inputs, grad).grads[2], torch.zeros(1)) or (
-        "cpu" not in _library.kernel_devices()
+        "cpu" not in _load.kernel_devices
     )
 
 

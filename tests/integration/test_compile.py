@@ -6,6 +6,7 @@ from collections import OrderedDict
 
 import grid
 import pytest
+import reference
 import schema
 import torch
 from calls import operator_arguments
@@ -176,12 +177,12 @@ def test_half(kernels, backend, dtype):
 
 def test_fallback_compiles_as_well(monkeypatch):
     """Plain PyTorch under the compiler: no graph break by the warning."""
-    monkeypatch.setattr(gcnet_ext._library, "_kernel_devices", frozenset())
-    monkeypatch.setattr(gcnet_ext._library, "_warned", set())
+    monkeypatch.setattr(gcnet_ext._load, "kernel_devices", frozenset())
+    monkeypatch.setattr(gcnet_ext.ops._dispatch, "_warned", set())
     inputs = Case((2, 12, 6, 7)).inputs()
     function = grid.flat(gcnet_ext.global_context)
     got = torch.compile(function, fullgraph=True, backend="aot_eager")(*inputs)
-    assert torch.allclose(got, grid.flat(gcnet_ext.reference.global_context)(*inputs), rtol=1e-5, atol=1e-5)
+    assert torch.allclose(got, grid.flat(reference.global_context)(*inputs), rtol=1e-5, atol=1e-5)
 
 
 def test_a_call_in_between_compiles_nothing_anew(kernels, cpu):

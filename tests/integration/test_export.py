@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 
+import demo
 import eager
 import pytest
 import torch
 from torch import nn
 from torch.export import Dim
 
-from gcnet_ext import GlobalContextBlock, NonLocalBlock, SimplifiedNonLocalBlock, SqueezeExcitation, demo
+from gcnet_ext import GlobalContextBlock, NonLocalBlock, SimplifiedNonLocalBlock, SqueezeExcitation
 from gcnet_ext.blocks.non_local import MODES
 
 

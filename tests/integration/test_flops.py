@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from gcnet_ext import GlobalContextBlock, SimplifiedNonLocalBlock, SqueezeExcitation, functional
+from gcnet_ext import GlobalContextBlock, SimplifiedNonLocalBlock, SqueezeExcitation
 from gcnet_ext.blocks._fused import FusedBlock, parameter
+from gcnet_ext.ops import global_context
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -29,7 +30,7 @@ def fused(block: FusedBlock) -> Callable[[torch.Tensor], torch.Tensor]:
     weights = [[parameter(*source) for source in sources] for sources in layers.weights]
 
     def call(x: torch.Tensor) -> torch.Tensor:
-        return functional.fused(x, weights, None, None, layers.options, inplace=False)
+        return global_context.fused(x, weights, None, None, layers.options, inplace=False)
 
     return call
 

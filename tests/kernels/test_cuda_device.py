@@ -5,16 +5,17 @@ from __future__ import annotations
 import eager
 import grid
 import pytest
+import reference
 import torch
 from grid import Case, Random
 from torch import nn
 
 import gcnet_ext
-from gcnet_ext import _library
+from gcnet_ext import _load
 from gcnet_ext._tuning import CudaTuning, cuda_tuning
 
 pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or "cuda" not in _library._kernel_devices,
+    not torch.cuda.is_available() or "cuda" not in _load.kernel_devices,
     reason="needs a GPU and a build with CUDA kernels",
 )
 
@@ -206,7 +207,7 @@ def test_more_than_32_bits(layout):
     assert torch.equal(got.out[-1:], alone.out)
     assert torch.equal(got.grads[0][-1:], alone.grads[0])
     del got, grad, x
-    truth = grid.flat(gcnet_ext.reference.global_context)(last.float(), *(p if p is None else p.float() for p in parameters))
+    truth = grid.flat(reference.global_context)(last.float(), *(p if p is None else p.float() for p in parameters))
     for position in (0, 1023):
         grid.assert_close(alone.out[0, :, position, position], truth[0, :, position, position].cpu().double(), torch.float32)
 

@@ -8,7 +8,7 @@ import torch
 from grid import Case, Random
 
 import gcnet_ext
-from gcnet_ext import _library
+from gcnet_ext import _load
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -17,7 +17,7 @@ SCRIPT = """
 import itertools
 import torch
 import gcnet_ext
-from gcnet_ext import GlobalContextBlock, _library
+from gcnet_ext import GlobalContextBlock, _load
 from grid import Random
 
 SHAPES = {torch.float32: [(5, 33, 173, 193), (5, 32, 192, 192)], torch.bfloat16: [(9, 67, 173, 101), (9, 64, 160, 128)],
@@ -53,7 +53,7 @@ for dtype, layout in itertools.product(SHAPES, (torch.contiguous_format, torch.c
         random = Random(0)
         x, grad = (random.normal(*shape, dtype=dtype).contiguous(memory_format=layout) for _ in range(2))
         samples, channels = shape[:2]
-        past = _library.compiled.past_caches
+        past = _load.compiled.past_caches
         assert past(2 * x.nbytes) and not past(3 * x[0].nbytes), shape
         torch.manual_seed(0)
         module = GlobalContextBlock(channels, 1 / 8, fusion_types=("channel_mul", "channel_add")).to(dtype)
@@ -80,7 +80,7 @@ def test_to_rounding(layout):
     """In rows whose starts and ends lie anywhere in a line; whatever the compiler makes of a*b + c*d where a row ends."""
     case = Case((5, 33, 173, 193), layout=layout)
     inputs, grad = case.inputs(), Random(1).feature_map(case.shape, case.dtype, layout)
-    assert _library.compiled.past_caches(2 * grad.nbytes)
+    assert _load.compiled.past_caches(2 * grad.nbytes)
     whole = grid.run(grid.flat(gcnet_ext.global_context), inputs, grad)
     for n in range(5):
         alone = grid.run(grid.flat(gcnet_ext.global_context), (inputs[0][n : n + 1], *inputs[1:]), grad[n : n + 1])
@@ -89,7 +89,7 @@ def test_to_rounding(layout):
 
 
 def test_only_where_the_caches_would_not_hold_it():
-    past_caches = _library.compiled.past_caches
+    past_caches = _load.compiled.past_caches
     assert not past_caches(2 * 8 * 512 * 28 * 28 * 4)
     assert past_caches(3 * 8 * 512 * 28 * 28 * 4)
     assert past_caches(2 * 8 * 256 * 56 * 56 * 4)

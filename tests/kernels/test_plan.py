@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gcnet_ext import _library
+from gcnet_ext import _load
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def plan(device: str, *arguments, **options) -> dict:
-    return _library.compiled.plan(device, *arguments, **options)
+    return _load.compiled.plan(device, *arguments, **options)
 
 
 # C, P, bytes per element, channels_last -> path, elements per access, threads, positions per tile, tiles per split, splits

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import gcnet_ext
-from gcnet_ext import _library, _tuning
+from gcnet_ext import _load, _tuning
 from gcnet_ext._tuning import CudaTuning, cuda_tuning
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -89,10 +89,10 @@ def test_nothing_is_told_without_decisions(told):
 
 def test_plans_follow_the_decisions():
     def plan(*arguments, **decisions) -> dict:
-        return _library.compiled.plan("cuda", *arguments, tuning=CudaTuning(**decisions).numbers())
+        return _load.compiled.plan("cuda", *arguments, tuning=CudaTuning(**decisions).numbers())
 
     map_56 = 256, 3136, 2, False
-    assert plan(*map_56) == _library.compiled.plan("cuda", *map_56)
+    assert plan(*map_56) == _load.compiled.plan("cuda", *map_56)
     assert plan(*map_56, streamed=True)["path"] == "streamed"
     assert [plan(*map_56, larger_tile=larger)["tile"] for larger in range(5)] == [128, 64, 64, 32, 32]
     assert plan(*map_56, splits=8)["splits"] == 7
@@ -116,9 +116,9 @@ def test_no_such_decision(decision, text):
         CudaTuning(**decision)
 
 
-@pytest.mark.skipif(_library.cuda_error is not None, reason=str(_library.cuda_error))
+@pytest.mark.skipif(_load.cuda_error is not None, reason=str(_load.cuda_error))
 def test_the_library_for_gpus_takes_decisions():
-    (path,) = Path(_library.compiled.__file__).parent.glob("**/_C_cuda*.so")
+    (path,) = Path(_load.compiled.__file__).parent.glob("**/_C_cuda*.so")
     assert ctypes.CDLL(str(path)).gcnet_ext_cuda_tuning
 
 

@@ -8,6 +8,7 @@ import threading
 import emulated
 import grid
 import pytest
+import reference
 import torch
 from grid import Case, Random
 
@@ -46,7 +47,7 @@ def memory(tensor: torch.Tensor) -> tuple[int, int]:
 @pytest.mark.parametrize("pooling", grid.POOLINGS)
 def test_every_decision_computes_the_block(tuning, layout, pooling):
     case = Case((2, 24, 9, 16), layout=layout, pooling=pooling)
-    ours, truth = grid.flat(gcnet_ext.global_context), grid.flat(gcnet_ext.reference.global_context)
+    ours, truth = grid.flat(gcnet_ext.global_context), grid.flat(reference.global_context)
     grad, names = Random(3).normal(*case.shape), grid.GLOBAL_CONTEXT_INPUTS
     with cuda_tuning(tuning):
         grid.check(ours, truth, case.inputs(), grad, names, vanishing=case.vanishing)

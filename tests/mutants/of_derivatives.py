@@ -11,7 +11,7 @@ MUTANTS = (
     # ---- derivatives ---------------------------------------------------------------------------------------------------------
     Mutant(
         "inputs-without-aliases",
-        "gcnet_ext/_library.py",
+        "gcnet_ext/ops/_gradients.py",
         "aliases = [«tensor.view_as(tensor) if need else tensor» for",
         "tensor",
         "A way from one input to another is gone twice.",
@@ -19,7 +19,7 @@ MUTANTS = (
     ),
     Mutant(
         "nothing-to-differentiate",
-        "gcnet_ext/_library.py",
+        "gcnet_ext/ops/_gradients.py",
         "            if «out.requires_grad»\n",
         "True",
         "A parameter of a norm that is off, alone, is an error with create_graph.",
@@ -27,7 +27,7 @@ MUTANTS = (
     ),
     Mutant(
         "gradient-of-the-mask-bias-rounded",
-        "gcnet_ext/_library.py",
+        "gcnet_ext/ops/_gradients.py",
         "return None if bias is None else «bias.detach()»",
         "bias",
         "What rounding leaves of the gradient of the mask's bias is no zero.",
@@ -35,7 +35,7 @@ MUTANTS = (
     ),
     Mutant(
         "backward-operators-differentiated",
-        "gcnet_ext/_library.py",
+        "gcnet_ext/ops/_dispatch.py",
         "    «_checks.not_differentiated(name, args)»\n",
         "pass",
         "An operator of the backward pass is differentiated, and a part of the result is missing.",
@@ -43,7 +43,7 @@ MUTANTS = (
     ),
     Mutant(
         "products-under-autocast",
-        "gcnet_ext/reference.py",
+        "gcnet_ext/ops/_precision.py",
         "        with «_without_autocast(a)»:\n            return a @ b\n\n    @staticmethod",
         "contextlib.nullcontext()",
         "The products of plain PyTorch are cast where autocast is on.",
@@ -51,7 +51,7 @@ MUTANTS = (
     ),
     Mutant(
         "gradients-of-products-under-autocast",
-        "gcnet_ext/reference.py",
+        "gcnet_ext/ops/_precision.py",
         "return «_Product.apply(grad, b.mT)» if need_a",
         "grad @ b.mT",
         "The gradient of a product is cast where autocast is on.",
@@ -59,7 +59,7 @@ MUTANTS = (
     ),
     Mutant(
         "tangent-of-one-factor",
-        "gcnet_ext/reference.py",
+        "gcnet_ext/ops/_precision.py",
         "return «_Product.apply(tangent_a, b) + _Product.apply(a, tangent_b)»",
         "_Product.apply(tangent_a, b)",
         "Forward mode forgets the second factor of a product.",
@@ -67,7 +67,7 @@ MUTANTS = (
     ),
     Mutant(
         "gradient-of-a-total-of-one-process",
-        "gcnet_ext/_split.py",
+        "gcnet_ext/ops/_split_pool.py",
         "return «_Total.apply(grad, ctx.group)», None",
         "grad",
         "The second derivatives of a context over processes lack those of the other processes.",
@@ -75,7 +75,7 @@ MUTANTS = (
     ),
     Mutant(
         "rank-in-the-world",
-        "gcnet_ext/_split.py",
+        "gcnet_ext/ops/_split_pool.py",
         "ctx.share = shares[«dist.get_rank(group)»]",
         "dist.get_rank() % len(shares)",
         "A process takes another's share in a group that numbers the processes anew.",

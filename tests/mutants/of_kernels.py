@@ -52,8 +52,8 @@ MUTANTS = (
     Mutant(
         "pool-lines-not-aligned",
         "csrc/cpu/kernels/attention_pool.h",
-        "«grad_x.past_caches && grad_x.position_stride % kLine<scalar_t> == 0», grad.data",
-        "grad_x.past_caches",
+        "«grad_x.non_temporal && grad_x.position_stride % kLine<scalar_t> == 0», grad.data",
+        "grad_x.non_temporal",
         "Rows that begin within a line are written past the caches as if they began with one.",
         (PAST_CACHES,),
     ),
@@ -108,7 +108,7 @@ MUTANTS = (
     # ---- vectors -------------------------------------------------------------------------------------------------------------
     Mutant(
         "bfloat16-ties-down",
-        "csrc/cpu/kernels/simd.h",
+        "csrc/cpu/kernels/vec.h",
         "(bits + 0x7fffu + «((bits >> 16) & 1u)») >> 16;",
         "Words{}",
         "A number half-way between two of bfloat16 is rounded towards zero, not to the even one.",
@@ -116,7 +116,7 @@ MUTANTS = (
     ),
     Mutant(
         "bfloat16-of-nan",
-        "csrc/cpu/kernels/simd.h",
+        "csrc/cpu/kernels/vec.h",
         "return «value != value ? Words{} + 0x7fc0u : rounded»;",
         "rounded",
         "NaN is rounded as if it were a number: some become zero or infinity.",

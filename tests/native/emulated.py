@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch.utils import cpp_extension
 
-NATIVE = Path(__file__).resolve().parent
-ROOT = NATIVE.parents[1]
+EMULATOR = Path(__file__).resolve().parent / "emulator"
+CSRC = EMULATOR.parents[2] / "csrc"
 FLAGS = ["-O2", "-std=c++20", "-DUSE_CUDA", "-fvisibility=hidden", "-Wall", "-Wextra"]
 FLAGS += ["-Wno-unused-parameter", "-Wno-unknown-pragmas"]  # torch's headers; #pragma unroll
 
@@ -49,18 +49,33 @@ def operators(namespace: str) -> list[str]:
     return [name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"{namespace}::")]
 
 
+def emulated_sources(build: Path) -> list[Path]:
+    """Writes a C++ source for the schemas and one for every .cu file, which puts its operators into the emulated namespace.
+
+    A file that is already right is left as it is, so that it is not compiled again.
+    """
+    sources = []
+    for source in (CSRC / "ops.cpp", *sorted((CSRC / "cuda").glob("*.cu"))):
+        path = build / f"{source.stem}.emulated.cpp"
+        text = f'#include "emulated_namespace.h"\n\n#include "{source}"\n'
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+        sources.append(path)
+    return sources
+
+
 @functools.cache
 def load() -> ModuleType:
     """Compiles what has changed, once per process, and registers torch.ops.gcnet_ext_emulated."""
     find_ninja()
-    build = Path(os.environ.get("GCNET_EMULATED_BUILD_DIR", ROOT / "build" / f"emulated-{torch.__version__}"))
+    build = Path(os.environ.get("GCNET_EMULATED_BUILD_DIR", CSRC.parent / "build" / f"emulated-{torch.__version__}"))
     build.mkdir(parents=True, exist_ok=True)
-    shared = [ROOT / "csrc" / name for name in ("arguments.cpp", "check.cpp", "layout.cpp", "plan_cuda.cpp")]
-    sources = [*sorted((NATIVE / "emulated").glob("*.cpp")), NATIVE / "cuda_emulation.cpp", *shared]
+    shared = [CSRC / name for name in ("arguments.cpp", "check.cpp", "layout.cpp", "plan_cuda.cpp")]
+    sources = [*emulated_sources(build), EMULATOR / "module.cpp", EMULATOR / "cuda_emulation.cpp", *shared]
     return cpp_extension.load(
         name="gcnet_ext_emulated",
         sources=[str(source) for source in sources],
-        extra_include_paths=[str(NATIVE), __import__("pybind11").get_include()],
+        extra_include_paths=[str(EMULATOR), __import__("pybind11").get_include()],
         extra_cflags=FLAGS,
         extra_ldflags=["-Wl,-Bsymbolic"],
         build_directory=str(build),

@@ -1,6 +1,6 @@
 """Takes one barrier, or one half of one acquire-release atomic, from the CUDA kernels at a time; the kernel tests must notice.
 
-    python tests/native/mutate.py build/native/cuda_kernels_test_tsan [--jobs N] [--list]
+    python tests/native/mutate.py build/native/cuda_kernels_tsan [--jobs N] [--list]
 
 Nothing is compiled: GCNET_EMULATION_DROP tells the emulator which line of csrc/cuda to leave out, and ThreadSanitizer, a wrong
 result or a deadlock tells that it was needed. Prints killed/total; fails unless all are killed.
@@ -48,7 +48,7 @@ def run(program: Path, mutant: str | None) -> subprocess.CompletedProcess[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("program", type=Path, help="cuda_kernels_test, built under ThreadSanitizer")
+    parser.add_argument("program", type=Path, help="cuda_kernels, built under ThreadSanitizer")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants at a time")
     parser.add_argument("--list", action="store_true", help="print the mutants and stop")
     arguments = parser.parse_args()

@@ -8,7 +8,7 @@ from functools import partial
 from entry import Arguments, Op, Operator, Outputs
 from formulas import KernelPool, Pool, pool_backward, pool_forward, zero_bias
 
-from gcnet_ext import reference
+from gcnet_ext.ops.attention_pool import reference
 
 
 def attention_pool(a: Arguments, pool: Pool = pool_forward) -> Outputs:
@@ -37,7 +37,7 @@ OP = Op(
             in_parts=partial(attention_pool_backward, in_parts=True),
         ),
     ),
-    reference=reference.attention_pool,
+    reference=reference,
     inputs=("x", "weight", "bias"),
     draw=lambda case, to, seed: case.inputs(to, seed)[:3],
     differentiated=lambda a: attention_pool(a, KernelPool.apply)[0],

@@ -7,11 +7,11 @@ from formulas import before_relu, finish, per_channel, positions_of
 from grid import Case, Random
 from torch import Tensor
 
-from gcnet_ext import reference
+from gcnet_ext.ops.channel_fuse import reference
 
 
 def channel_fuse(a: Arguments) -> Outputs:
-    return finish(a, reference.channel_fuse(a["x"], a["scale"], a["shift"])), no_bits(a["x"])
+    return finish(a, reference(a["x"], a["scale"], a["shift"])), no_bits(a["x"])
 
 
 def channel_fuse_backward(a: Arguments) -> Outputs:
@@ -44,7 +44,7 @@ OP = Op(
             channel_fuse_backward,
         ),
     ),
-    reference=reference.channel_fuse,
+    reference=reference,
     inputs=("x", "scale", "shift"),
     draw=draw,
     needs_positions=False,

@@ -13,8 +13,9 @@ from formulas import KernelPool, Pool, before_relu, finish, per_channel, pool_ba
 from grid import GLOBAL_CONTEXT_INPUTS, flat
 from torch import Tensor
 
-from gcnet_ext import Branch, reference
-from gcnet_ext._arguments import ACTIVATIONS, FINAL_ACTIVATIONS
+from gcnet_ext import Branch
+from gcnet_ext.ops._options import ACTIVATIONS, FINAL_ACTIVATIONS
+from gcnet_ext.ops.global_context import reference
 
 
 def _branch(a: Arguments, name: str) -> list[Tensor | None]:
@@ -188,7 +189,7 @@ OP = Op(
             in_parts=partial(global_context_backward, in_parts=True),
         ),
     ),
-    reference=reference.global_context,
+    reference=reference,
     inputs=GLOBAL_CONTEXT_INPUTS,
     draw=lambda case, to, seed: case.inputs(to, seed),
     flat=flat,

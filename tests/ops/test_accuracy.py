@@ -10,7 +10,7 @@ import pytest
 import torch
 from checkout import ROOT
 
-from gcnet_ext import _library
+from gcnet_ext import _load
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -50,7 +50,7 @@ def allowed(row: Any, name: str, eager: float) -> float:
     """
     rounding = torch.finfo(row.dtype).eps / 2
     if row.dtype != torch.float32 or name == "out":
-        narrow = row.dtype == torch.float32 and not _library.compiled.cpu_capability().startswith("avx512")
+        narrow = row.dtype == torch.float32 and not _load.compiled.cpu_capability().startswith("avx512")
         return (2 if narrow else 1) * eager + rounding * (eager < 10 * rounding)
     return max(3 * eager, 16 * rounding * LARGEST_LOGIT.get(row.values, 1.0))
 

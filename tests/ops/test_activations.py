@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import grid
 import pytest
+import reference
 import torch
 import torch.nn.functional as F
 from grid import Case, Random
 from torch import nn
 
 import gcnet_ext
-from gcnet_ext import GlobalContextBlock, SqueezeExcitation, reference
-from gcnet_ext._arguments import ACTIVATIONS
+from gcnet_ext import GlobalContextBlock, SqueezeExcitation
 from gcnet_ext.blocks import _layers
+from gcnet_ext.ops._options import ACTIVATIONS
 
 TORCHS = {
     "none": lambda z: z,

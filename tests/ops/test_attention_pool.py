@@ -8,10 +8,11 @@ import math
 import eager
 import grid
 import pytest
+import reference
 import torch
 from grid import Case, Random
 
-from gcnet_ext import _library, reference
+from gcnet_ext import _load
 
 NAMES = ("x", "weight", "bias")
 
@@ -174,9 +175,7 @@ def test_what_all_positions_have_in_common(backend, shape, layout):
 
 def test_the_shapes_above_go_both_ways(kernels):
     """The CPU's in NCHW: the last two are cut into splits of positions, and no other is."""
-    splits = [
-        _library.compiled.plan("cpu", c, p, 4, False)["splits"] for c, p in ((64, 1024), (512, 49), (70, 4087), (20, 14520))
-    ]
+    splits = [_load.compiled.plan("cpu", c, p, 4, False)["splits"] for c, p in ((64, 1024), (512, 49), (70, 4087), (20, 14520))]
     assert splits[:2] == [1, 1]
     assert min(splits[2:]) > 1
 

@@ -8,11 +8,10 @@ import math
 import eager
 import grid
 import pytest
+import reference
 import torch
 from grid import Case, Random
 from registry import OPERATORS
-
-from gcnet_ext import reference
 
 NAMES = ("x", "scale", "shift")
 

@@ -8,11 +8,12 @@ import math
 import eager
 import grid
 import pytest
+import reference
 import schema
 import torch
 from grid import GLOBAL_CONTEXT_INPUTS, Case, Random
 
-from gcnet_ext import Branch, reference
+from gcnet_ext import Branch
 
 
 def check(backend, case: Case, grad_layout: str | None = None, seed: int = 0, **options) -> grid.Result:

@@ -7,10 +7,11 @@ import math
 
 import grid
 import pytest
+import reference
 import torch
 from grid import GLOBAL_CONTEXT_INPUTS, Random
 
-from gcnet_ext import GlobalContextBlock, SqueezeExcitation, _library, reference
+from gcnet_ext import GlobalContextBlock, SqueezeExcitation, _load
 
 ALPHA = 0.25  # a power of two: alpha t + beta is exact, in every dtype and however it is computed
 CORNERS = [-2.0, 2.0]  # with beta 0.5 exactly 0 and 1
@@ -74,7 +75,7 @@ def test_a_branch_of_zeros_starts_to_learn(backend, monkeypatch, kind, beta):
     assert torch.equal(out, x * beta)
     out.backward(grad)
     with monkeypatch.context() as plain:
-        plain.setattr(_library, "_kernel_devices", frozenset())
+        plain.setattr(_load, "kernel_devices", frozenset())
         truth(x.double()).backward(grad.double())
     for (name, ours), theirs in zip(block.named_parameters(), truth.parameters(), strict=True):
         # Nothing else learns yet: zeros stand between it and the output.

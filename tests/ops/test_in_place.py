@@ -6,12 +6,13 @@ import copy
 
 import grid
 import pytest
+import reference
 import torch
 from allocations import BUFFERS, SHAPE, allocated
 from grid import Case, Random
 
 import gcnet_ext
-from gcnet_ext import GlobalContextBlock, SimplifiedNonLocalBlock, SqueezeExcitation, reference
+from gcnet_ext import GlobalContextBlock, SimplifiedNonLocalBlock, SqueezeExcitation
 
 OWN_MEMORY = tuple(layout for layout in grid.EVERY_LAYOUT if not layout.startswith("expanded"))
 SHARED = tuple(layout for layout in grid.EVERY_LAYOUT if layout.startswith("expanded"))
@@ -190,7 +191,7 @@ def test_meta(kernels):
 
 def test_plain_pytorch(monkeypatch):
     """Where there are no kernels."""
-    monkeypatch.setattr(gcnet_ext._library, "has_kernels", lambda x: False)
+    monkeypatch.setattr(gcnet_ext.ops._dispatch, "has_kernels", lambda x: False)
     inputs = list(Case((2, 10, 4, 5)).inputs())
     want = grid.flat(reference.global_context)(*inputs)
     got = grid.flat(gcnet_ext.global_context, inplace=True)(*inputs)

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 
 import grid
 import pytest
+import reference
 import torch
 from grid import Case, Random
 from small_blocks import BLOCKS, randomised
 from torch import Tensor, nn
 
 import gcnet_ext
-from gcnet_ext import GlobalContextBlock, _bits, reference
+from gcnet_ext import GlobalContextBlock
+from gcnet_ext.ops import _bits
 
 SHAPES = ((3, 20, 7, 7), (2, 64, 49), (1, 7, 33, 9), (2, 5, 1, 1), (2, 3, 2, 3, 5))
 RESIDUALS = ("none", "own", "x", "another format", "cropped")

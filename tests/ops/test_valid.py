@@ -6,13 +6,13 @@ import itertools
 
 import grid
 import pytest
+import reference
 import torch
 from grid import Case, Random
 from small_blocks import BLOCKS, randomised
 from torch import Tensor
 
 import gcnet_ext
-from gcnet_ext import reference
 
 SHAPES = ((3, 20, 7, 7), (2, 64, 49), (2, 300, 5, 6), (2, 5, 1, 1), (2, 3, 2, 3, 5), (1, 9, 33, 70))
 KINDS = ("padded", "scattered", "one for all", "none in a sample", "all", "strided")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import reference
 import torch
 from entry import OPTIONS, WEIGHTS, C, H, N
 from entry import ones as t
@@ -16,8 +17,8 @@ from schema import Flat
 from torch.utils._pytree import tree_map_only
 
 import gcnet_ext
-from gcnet_ext import Branch, GlobalContextBlock, reference
-from gcnet_ext._arguments import ACTIVATIONS, FINAL_ACTIVATIONS
+from gcnet_ext import Branch, GlobalContextBlock
+from gcnet_ext.ops._options import ACTIVATIONS, FINAL_ACTIVATIONS
 
 GOOD = {name: operator.good for name, operator in OPERATORS.items()}
 WITH_BRANCHES = [op for op, good in GOOD.items() if "scale_w1" in good]

@@ -9,18 +9,18 @@ import sys
 import pytest
 from checkout import ROOT
 
-from gcnet_ext import _library
+from gcnet_ext import _load
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def usable() -> list[str]:
-    return _library.compiled.usable_capabilities()
+    return _load.compiled.usable_capabilities()
 
 
 def test_the_best_is_chosen(python):
     """Without a wish, the first of those that this machine can use."""
-    script = "from gcnet_ext import _library; print(_library.compiled.cpu_capability())"
+    script = "from gcnet_ext import _load; print(_load.compiled.cpu_capability())"
     assert python(script, GCNET_EXT_CPU_CAPABILITY="").stdout.strip() == usable()[0]
 
 
@@ -34,7 +34,7 @@ def test_usable_capabilities():
         "avx512": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
     }
     needed["avx512_bf16"] = needed["avx512"] | {"avx512_bf16"}
-    assert set(usable()) == {name for name in _library.compiled.build_info()["capabilities"] if needed[name] <= flags}
+    assert set(usable()) == {name for name in _load.compiled.build_info()["capabilities"] if needed[name] <= flags}
     assert "default" in usable()
 
 

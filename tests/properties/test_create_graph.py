@@ -13,12 +13,13 @@ from collections.abc import Callable
 import eager
 import grid
 import pytest
+import reference
 import torch
 from grid import Case, Random
 from torch import Tensor, nn
 
 import gcnet_ext
-from gcnet_ext import Branch, GlobalContextBlock, SimplifiedNonLocalBlock, SqueezeExcitation, reference
+from gcnet_ext import Branch, GlobalContextBlock, SimplifiedNonLocalBlock, SqueezeExcitation
 
 DOUBLE = torch.float64
 SHAPE = (2, 4, 3, 2)

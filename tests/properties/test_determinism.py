@@ -93,7 +93,7 @@ def test_from_many_python_threads():
 
 THREADS = """
 import os, torch, gcnet_ext
-from gcnet_ext import _library
+from gcnet_ext import _load
 from schema import Flat, backward
 def count(): return len(os.listdir("/proc/self/task"))
 torch.set_num_threads(1)

@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gcnet_ext
-from gcnet_ext import GlobalContextBlock, _library, reference
+from gcnet_ext import GlobalContextBlock, _load
+from gcnet_ext.ops import _dispatch
 
 CASE = Case((2, 6, 4, 5))
 
@@ -55,16 +56,16 @@ class Recorder(TorchDispatchMode):
 @pytest.fixture
 def no_kernels(monkeypatch):
     """As on a device without kernels: the fallback, and its warning not yet given."""
-    monkeypatch.setattr(_library, "_kernel_devices", frozenset())
-    monkeypatch.setattr(_library, "_warned", set())
+    monkeypatch.setattr(_load, "kernel_devices", frozenset())
+    monkeypatch.setattr(_dispatch, "_warned", set())
 
 
 def test_the_library_is_loaded():
     """The rest of the suite would pass on plain PyTorch alone: here, and only here, that is an error."""
     if os.environ.get("GCNET_EXT_TEST_FALLBACK", "0") == "1":
         pytest.skip("GCNET_EXT_TEST_FALLBACK=1: the tests are to run on plain PyTorch")
-    assert _library.compiled is not None, _library.why_no_kernels("cpu")
-    assert "cpu" in _library._kernel_devices
+    assert _load.compiled is not None, _load.why_no_kernels("cpu")
+    assert "cpu" in _load.kernel_devices
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -112,8 +113,8 @@ def test_fallback_equals_the_kernels(kernels, monkeypatch, cpu):
     inputs = Case((2, 10, 5, 7)).inputs()
     grad = Random(1).feature_map((2, 10, 5, 7), torch.float32)
     with_kernels = grid.run(grid.flat(gcnet_ext.global_context), inputs, grad)
-    monkeypatch.setattr(_library, "_kernel_devices", frozenset())
-    monkeypatch.setattr(_library, "_warned", {"cpu"})
+    monkeypatch.setattr(_load, "kernel_devices", frozenset())
+    monkeypatch.setattr(_dispatch, "_warned", {"cpu"})
     without = grid.run(grid.flat(gcnet_ext.global_context), inputs, grad)
     assert torch.allclose(with_kernels.out, without.out, rtol=1e-5, atol=1e-5)
     for name, ours, theirs in zip(grid.GLOBAL_CONTEXT_INPUTS, with_kernels.grads, without.grads, strict=True):
@@ -124,8 +125,8 @@ def test_fallback_of_the_attention_map(kernels, monkeypatch, cpu):
     """It leaves no graph behind, either."""
     x, weight, bias = (tensor.requires_grad_() for tensor in Case((2, 6, 4, 5)).inputs()[:3])
     want = gcnet_ext.attention_map(x, weight, bias)
-    monkeypatch.setattr(_library, "_kernel_devices", frozenset())
-    monkeypatch.setattr(_library, "_warned", {"cpu"})
+    monkeypatch.setattr(_load, "kernel_devices", frozenset())
+    monkeypatch.setattr(_dispatch, "_warned", {"cpu"})
     got = gcnet_ext.attention_map(x, weight, bias)
     assert not got.requires_grad
     assert torch.allclose(got, want, rtol=1e-4)
@@ -133,10 +134,10 @@ def test_fallback_of_the_attention_map(kernels, monkeypatch, cpu):
 
 def test_fallback_refuses_what_the_kernels_refuse(no_kernels, monkeypatch):
     """A branch without its first weight is a mistake, not a branch that is missing."""
-    monkeypatch.setattr(_library, "_warned", {"cpu"})
-    branch = reference.Branch(torch.ones(6, 6))
+    monkeypatch.setattr(_dispatch, "_warned", {"cpu"})
+    branch = gcnet_ext.Branch(torch.ones(6, 6))
     with pytest.raises(RuntimeError, match="scale_b1 must come with a scale_w1, got scale_w1 None"):
-        gcnet_ext.global_context(torch.ones(2, 6, 4), scale=reference.Branch(None, torch.ones(6)), shift=branch)
+        gcnet_ext.global_context(torch.ones(2, 6, 4), scale=gcnet_ext.Branch(None, torch.ones(6)), shift=branch)
 
 
 def test_other_devices_fall_back_without_a_word(no_kernels):
@@ -149,31 +150,31 @@ def test_other_devices_fall_back_without_a_word(no_kernels):
 
 def test_words_of_the_warning():
     """Why, and what to do about it."""
-    no_cuda = _library.why_no_kernels("cuda")
-    if _library.load_error is None and _library.compiled.build_info()["cuda"]:
-        if _library.cuda_error is None:
+    no_cuda = _load.why_no_kernels("cuda")
+    if _load.load_error is None and _load.compiled.build_info()["cuda"]:
+        if _load.cuda_error is None:
             pytest.skip("this build has CUDA kernels, and they are loaded")
-        assert no_cuda == _library.cuda_error
-    elif _library.load_error is None:
-        why = _library.compiled.build_info()["without_cuda"]
+        assert no_cuda == _load.cuda_error
+    elif _load.load_error is None:
+        why = _load.compiled.build_info()["without_cuda"]
         assert "; for CUDA kernels " in why
-        assert no_cuda == f"this build has no CUDA kernels: {why}, and {_library.HOW_TO_BUILD}"
-        assert _library.why_no_kernels("xpu") == "there are no kernels for xpu"
+        assert no_cuda == f"this build has no CUDA kernels: {why}, and {_load.HOW_TO_BUILD}"
+        assert _load.why_no_kernels("xpu") == "there are no kernels for xpu"
         assert "pip install --no-build-isolation ." in no_cuda
     else:
-        assert str(_library.load_error) in no_cuda
+        assert str(_load.load_error) in no_cuda
         assert "pip install --no-build-isolation ." in no_cuda
 
 
 def test_words_about_kernels_of_another_cuda(kernels, monkeypatch):
     """As after an isolated build, which fetches a torch of its own: the CUDA library is not loaded, and what to do is said."""
-    info = {**_library.compiled.build_info(), "cuda": "12.8"}
-    monkeypatch.setattr(_library, "compiled", SimpleNamespace(build_info=lambda: info, __file__=_library.compiled.__file__))
+    info = {**_load.compiled.build_info(), "cuda": "12.8"}
+    monkeypatch.setattr(_load, "compiled", SimpleNamespace(build_info=lambda: info, __file__=_load.compiled.__file__))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert _library._load_cuda() == (
+    assert _load._load_cuda() == (
         f"the CUDA kernels are built with CUDA 12.8 and torch {torch.__version__} with CUDA 13.0: "
         f"the major versions must agree; "
-        f"{_library.HOW_TO_BUILD}, which uses the installed torch"
+        f"{_load.HOW_TO_BUILD}, which uses the installed torch"
     )
 
 
@@ -183,7 +184,8 @@ sys.modules["gcnet_ext._C"] = None  # importing it now is an ImportError
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import torch, gcnet_ext
-    from gcnet_ext import _library, reference
+    from gcnet_ext import _load
+    import reference
     assert not caught, "importing alone is no reason to warn"
     x = torch.randn(2, 6, 4, 5)
     block = gcnet_ext.GlobalContextBlock(6, 0.5)
@@ -191,7 +193,7 @@ with warnings.catch_warnings(record=True) as caught:
         assert torch.equal(gcnet_ext.attention_pool(x), reference.attention_pool(x))
         assert torch.equal(block(x), x / 2)
 print(len(caught), caught[0].category.__name__, caught[0].message)
-assert isinstance(_library.load_error, ImportError) and _library.compiled is None
+assert isinstance(_load.load_error, ImportError) and _load.compiled is None
 """
 
 
@@ -201,8 +203,8 @@ def test_library_that_cannot_be_loaded(python):
     assert told.startswith("1 RuntimeWarning gcnet_ext uses plain PyTorch on cpu: the compiled kernels could not be loaded (")
     assert "import of gcnet_ext._C halted" in told
     assert "build them with `pip install --no-build-isolation .`" in told
-    in_the_checkout = f"run in another folder: here Python imports the checkout {Path(_library.__file__).parents[1]}"
-    assert (in_the_checkout in told) == (Path(_library.__file__).parents[1] / "csrc").is_dir()
+    in_the_checkout = f"run in another folder: here Python imports the checkout {Path(_load.__file__).parents[1]}"
+    assert (in_the_checkout in told) == (Path(_load.__file__).parents[1] / "csrc").is_dir()
 
 
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
@@ -211,8 +213,8 @@ def test_library_that_cannot_be_loaded(python):
 def test_autocast_casts_nothing(backend, monkeypatch, dtype, fallback, autocast):
     """Output and gradients have the dtypes and the bits that they have without it."""
     if fallback:
-        monkeypatch.setattr(_library, "_kernel_devices", frozenset())
-        monkeypatch.setattr(_library, "_warned", {"cpu", "cuda"})
+        monkeypatch.setattr(_load, "kernel_devices", frozenset())
+        monkeypatch.setattr(_dispatch, "_warned", {"cpu", "cuda"})
     for op in OPS.values():
 
         def under_autocast(*arguments, op=op):

@@ -22,7 +22,7 @@ from registry import OPERATORS, OPS
 from torch import Tensor, nn
 
 from gcnet_ext import GlobalContextBlock, NonLocalBlock, SimplifiedNonLocalBlock, SqueezeExcitation
-from gcnet_ext._arguments import ACTIVATIONS, FINAL_ACTIVATIONS
+from gcnet_ext.ops._options import ACTIVATIONS, FINAL_ACTIVATIONS
 
 BOTTLENECK = {
     "planes": (None, 1, 4),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import grid
 import pytest
+import reference
 import torch
 from grid import Random
 
 import gcnet_ext
-from gcnet_ext import reference
 
 CHANNELS, HEIGHT, WIDTH = 129, 4097, 4099
 POSITIONS = HEIGHT * WIDTH

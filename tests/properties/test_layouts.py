@@ -6,11 +6,10 @@ import itertools
 
 import grid
 import pytest
+import reference
 import schema
 import torch
 from grid import GLOBAL_CONTEXT_INPUTS, Case, Random
-
-from gcnet_ext import reference
 
 SHAPES = ((3, 6, 11), (3, 6, 5, 7), (2, 6, 3, 5, 4))
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}

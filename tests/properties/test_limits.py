@@ -9,11 +9,12 @@ import math
 
 import grid
 import pytest
+import reference
 import torch
 from grid import GLOBAL_CONTEXT_INPUTS, Case, Random
 
 import gcnet_ext
-from gcnet_ext import _library, reference
+from gcnet_ext import _load
 
 pytestmark = pytest.mark.usefixtures("kernels")
 TILE, SPLITS, PARTS = 4096, 64, 16  # positions of the largest tile, and how many splits and parts there are at most
@@ -21,7 +22,7 @@ TILE, SPLITS, PARTS = 4096, 64, 16  # positions of the largest tile, and how man
 
 def plan(case: Case) -> dict:
     channels, positions = case.shape[1], math.prod(case.shape[2:])
-    return _library.compiled.plan("cpu", channels, positions, case.dtype.itemsize, case.layout == "channels_last")
+    return _load.compiled.plan("cpu", channels, positions, case.dtype.itemsize, case.layout == "channels_last")
 
 
 def check(case: Case, **options) -> grid.Result:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import grid
 import pytest
+import reference
 import torch
 from grid import Case, Random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gcnet_ext
-from gcnet_ext import reference
 
 SPATIAL = st.lists(st.integers(1, 12), min_size=1, max_size=3).map(tuple)
 SEEDS = st.integers(0, 2**16)

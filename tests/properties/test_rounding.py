@@ -9,11 +9,12 @@ HEAD = """
 import torch
 import grid
 import gcnet_ext
-from gcnet_ext import _library, reference
+from gcnet_ext import _load
+import reference
 
 HALF = (torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "channels_last")
-capability = _library.compiled.cpu_capability()
+capability = _load.compiled.cpu_capability()
 
 def as_layout(x, layout):
     return x if layout == "contiguous" else x.movedim(1, -1).contiguous().movedim(-1, 1)

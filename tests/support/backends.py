@@ -12,7 +12,7 @@ import torch
 from hypothesis import currently_in_test_context, reject
 
 import gcnet_ext
-from gcnet_ext import _library
+from gcnet_ext import _load
 
 
 class Backend:
@@ -30,12 +30,12 @@ class Backend:
 
     @property
     def has_kernels(self) -> bool:
-        return self.name in _library._kernel_devices
+        return self.name in _load.kernel_devices
 
     @property
     def ops(self) -> SimpleNamespace:
         if not self.has_kernels:
-            pytest.skip(f"no compiled kernels for {self.name}: {_library.why_no_kernels(self.name)}")
+            pytest.skip(f"no compiled kernels for {self.name}: {_load.why_no_kernels(self.name)}")
         return SimpleNamespace(**{name: schema.Flat(name) for name in emulated.operators("gcnet_ext")})
 
     def to(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -69,6 +69,6 @@ def why_no_backend(name: str) -> str:
         return f"the emulated operators cannot be compiled: {reason}"
     if name == "cuda" and not torch.cuda.is_available():
         return "torch.cuda.is_available() is False"
-    if name == "cuda" and "cuda" not in _library._kernel_devices:
+    if name == "cuda" and "cuda" not in _load.kernel_devices:
         return "this build of gcnet_ext has no CUDA kernels"
     return ""

@@ -14,7 +14,7 @@ from grid import Case, Random
 from torch import Tensor
 
 import gcnet_ext
-from gcnet_ext._arguments import FINAL_ACTIVATIONS
+from gcnet_ext.ops._options import FINAL_ACTIVATIONS
 
 Arguments = dict[str, Any]
 Outputs = Sequence[Tensor | None]

@@ -3,8 +3,8 @@
 A formula takes the arguments of an operator of csrc/ops.cpp by name, all in one dtype and dense, and returns its outputs in
 order, None for one that was not asked for. Masks are numbers, too; `positive` is a mask of the shape of x here, and what an
 operator returns under that name is looked at by fuzzing.assert_bits. The steps are small, down to those of the softmax and the
-norm, so that fuzzing.Noise can make each of them inexact. gcnet_ext/reference.py has the forward formulas, and autograd its
-gradients, but no backward pass of its own.
+norm, so that fuzzing.Noise can make each of them inexact. The references in gcnet_ext/ops have the forward formulas, and
+autograd has their gradients, but neither has a backward pass that can be compared with the kernels' step by step.
 """
 
 from __future__ import annotations

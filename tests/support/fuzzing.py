@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import grid
 import numpy as np
+import reference
 import schema
 import torch
 from entry import PARAMETERS, Arguments, Formula, Sizes
@@ -19,8 +20,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from gcnet_ext import _bits, reference
-from gcnet_ext._arguments import IN_LISTS
+from gcnet_ext.ops import _bits
+from gcnet_ext.ops._global_context_arguments import IN_LISTS
 
 WRONG_DTYPES = (torch.int64, torch.uint8, torch.bool, torch.complex64, torch.complex32, torch.float8_e4m3fn, torch.uint16)
 SPECIAL = (math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-41, -3e-6, 6e4, 3e38, -3e38)

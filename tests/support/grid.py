@@ -11,10 +11,11 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
+import reference
 import torch
 from torch import Tensor
 
-from gcnet_ext import Branch, reference
+from gcnet_ext import Branch
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HALF = (torch.bfloat16, torch.float16)

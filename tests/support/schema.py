@@ -10,7 +10,7 @@ from entry import OPTIONS, no_bits
 from registry import OPERATORS
 from torch import Tensor
 
-from gcnet_ext._arguments import IN_LISTS
+from gcnet_ext.ops._global_context_arguments import IN_LISTS
 
 DEFAULTS = {"bias": None, "residual": None, "valid": None, "need_residual": False, **OPTIONS}
 """For those that a test does not name."""

@@ -5,7 +5,7 @@
 //   gelu_tanh  z s(2 u)                          u = sqrt(2 / pi) (z + 0.044715 z^3): s(2 u) is (1 + tanh(u)) / 2
 //   hardswish  z clip(z + 3, 0, 6) / 6
 //
-// A NaN stays one, because it is in no comparison the smaller one.
+// A NaN stays a NaN, because it is smaller than nothing in a comparison.
 #pragma once
 
 #include "simd.h"
@@ -41,7 +41,7 @@ inline Vec<double> erf(Vec<double> x) {
   return x;
 }
 
-// Phi(z) and its derivative.
+// F(z) and its derivative.
 template <typename acc>
 inline Vec<acc> normal(Vec<acc> z) {
   return acc(0.5) + acc(0.5) * erf(z * acc(kSqrtHalf));

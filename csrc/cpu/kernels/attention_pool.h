@@ -11,14 +11,14 @@
 
 namespace gcnet_ext::cpu::GCNET_CAPABILITY {
 
-constexpr int64_t kRowsPerSum = 32;                       // of a sum over rows: a chain of all of them would round as often
-constexpr int kStrip = kVectorBytes == 64 ? 16 : 8;       // vectors of a sum over rows: what the registers hold
-constexpr int kRowsAtOnce = 4;                            // that share a load and a store of what they are added to
-constexpr int kDotsAtOnce = kVectorBytes == 64 ? 16 : 4;  // of one row each, summed across lanes together
-// Rows far apart, and lines that are written, come late: ask for them so many rows ahead.
+constexpr int64_t kRowsPerSum = 32;                  // rows of a partial sum: one chain of all rows would round once for each
+constexpr int kStrip = kVectorBytes == 64 ? 16 : 8;  // vectors that sums over rows take: as many as the registers hold
+constexpr int kRowsAtOnce = 4;                       // rows that share a load and a store of what they are added to
+constexpr int kDotsAtOnce = kVectorBytes == 64 ? 16 : 4;  // dot products whose sums across lanes are taken together
+// Rows that lie far apart and lines that are written arrive late, so they are asked for so many rows ahead.
 constexpr int64_t kRowsAhead = 8;
 
-// sum_i a_i b_i over `count` elements of R rows at once: rows of x with stride, each with the vector w.
+// dots[r] = sum_i w_i x_ri over `count` elements, for R rows of x at once.
 template <int R, typename scalar_t>
 inline void dot_rows(const scalar_t* x, int64_t stride, const acc_t<scalar_t>* w, int64_t count, acc_t<scalar_t>* dots) {
   using acc = acc_t<scalar_t>;
@@ -32,7 +32,7 @@ inline void dot_rows(const scalar_t* x, int64_t stride, const acc_t<scalar_t>* w
   sum_each(sums, dots);
 }
 
-// The same, one row behind the other, as they lie in memory: where they come from there, it is fetched well ahead.
+// dots[r] = sum_i w_i x_ri, too, but one row after the other, in the order of memory: a processor fetches such rows well ahead.
 template <int R, typename scalar_t>
 inline void dot_rows_in_turn(const scalar_t* x, int64_t stride, const acc_t<scalar_t>* w, int64_t count,
                              acc_t<scalar_t>* dots) {
@@ -47,7 +47,7 @@ inline void dot_rows_in_turn(const scalar_t* x, int64_t stride, const acc_t<scal
     for (; i + kChains * lanes <= count; i += kChains * lanes) {
       for (int k = 0; k < kChains; k++) sums[k] += load(w + i + k * lanes) * load(x + i + k * lanes);
     }
-    for_each_vector<acc>(count - i, [&](int64_t j, auto some) { sums[0] += load(w + i + j, some) * load(x + i + j, some); });
+    for_each_vector<acc>(count - i, [&](int64_t j, auto last) { sums[0] += load(w + i + j, last) * load(x + i + j, last); });
     totals[r] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   }
   sum_each(totals, dots);
@@ -92,18 +92,18 @@ inline void add_rows(const scalar_t* x, int64_t stride, int64_t rows, const acc_
   });
 }
 
-// The same in one chain of additions, a few rows at a time: for rows that are long, or few.
+// y_i += sum_r a_r x_ri, too, but in one chain of additions, a few rows at a time: this is for rows that are long, or few.
 template <typename scalar_t>
 inline void add_rows_in_order(const scalar_t* x, int64_t stride, int64_t rows, const acc_t<scalar_t>* a, int64_t count,
                               acc_t<scalar_t>* y) {
   using acc = acc_t<scalar_t>;
   const auto add = [&](auto apart) {
-    for_each_rows<kRowsAtOnce>(0, rows, [&](int64_t first, auto some) {
-      Vec<acc> factor[some.value];
-      for (int r = 0; r < some; r++) factor[r] = broadcast(a[first + r]);
+    for_each_rows<kRowsAtOnce>(0, rows, [&](int64_t first, auto at_once) {
+      Vec<acc> factor[at_once.value];
+      for (int r = 0; r < at_once; r++) factor[r] = broadcast(a[first + r]);
       for_each_vector<acc>(count, [&](int64_t i, auto lanes) {
         Vec<acc> sum = load(y + i, lanes);
-        for (int r = 0; r < some; r++) {
+        for (int r = 0; r < at_once; r++) {
           if constexpr (apart) __builtin_prefetch(x + (first + r + kRowsAhead) * stride + i);
           sum += factor[r] * load(x + (first + r) * stride + i, lanes);
         }
@@ -124,7 +124,7 @@ void position_dots(Block<const scalar_t> x, const acc_t<scalar_t>* w, acc_t<scal
     return;
   }
   std::memset(dots, 0, x.positions * sizeof *dots);
-  if (x.positions <= kStrip * kLanes<acc_t<scalar_t>>) {  // one strip is one chain, too
+  if (x.positions <= kStrip * kLanes<acc_t<scalar_t>>) {  // the sums of one strip are single chains, too
     add_rows(x.data, x.channel_stride, x.channels, w, x.positions, dots);
   } else {
     add_rows_in_order(x.data, x.channel_stride, x.channels, w, x.positions, dots);
@@ -194,10 +194,10 @@ void attention_pool(Block<const scalar_t> x, const acc_t<scalar_t>* weight, acc_
   channel_dots(x, weights, state.weighted);
 }
 
-// dx = g*scale + m dctx + dl w and dw += sum_p dl x for R channels in NCHW: the vectors over positions are shared by them.
-template <int R, typename scalar_t, bool past_caches, bool has_grad, bool has_weight_grad>
+// dx = g*scale + m dctx + dl w and dw += sum_p dl x for R channels in NCHW, which share the vectors over positions.
+template <int R, typename scalar_t, bool non_temporal, bool has_grad, bool has_weight_grad>
 inline void grad_channels(Block<const scalar_t> grad, Block<const scalar_t> x, const acc_t<scalar_t>* m,
-                          const acc_t<scalar_t>* dl, const PoolGradient<acc_t<scalar_t>>& sample, Block<scalar_t> grad_x,
+                          const acc_t<scalar_t>* dl, const PoolBackwardSample<acc_t<scalar_t>>& sample, Block<scalar_t> grad_x,
                           int64_t c, acc_t<scalar_t>* grad_weight) {
   using acc = acc_t<scalar_t>;
   const int64_t g_stride = grad.channel_stride, x_stride = x.channel_stride, dx_stride = grad_x.channel_stride;
@@ -210,16 +210,16 @@ inline void grad_channels(Block<const scalar_t> grad, Block<const scalar_t> x, c
     w[r] = broadcast(sample.weight[c + r]);
     scale[r] = broadcast(sample.scale ? sample.scale[c + r] : acc(1));
   }
-  for_each_vector_to<past_caches>(dx, x.positions, [&](int64_t p, auto lanes) {
+  for_each_vector_to<non_temporal>(dx, x.positions, [&](int64_t p, auto lanes) {
     const Vec<acc> mp = load(m + p, lanes), dlp = load(dl + p, lanes);
 #pragma GCC unroll 2
     for (int r = 0; r < R; r++) {
       if constexpr (has_grad) __builtin_prefetch(g + (r + kRowsAhead) * g_stride + p);
-      if constexpr (!past_caches) __builtin_prefetch(dx + (r + kRowsAhead) * dx_stride + p, 1);
+      if constexpr (!non_temporal) __builtin_prefetch(dx + (r + kRowsAhead) * dx_stride + p, 1);
       Vec<acc> value = mp * dctx[r] + dlp * w[r];
       if constexpr (has_grad) value += load(g + r * g_stride + p, lanes) * scale[r];
       if constexpr (has_weight_grad) dw[r] += dlp * load(xc + r * x_stride + p, lanes);
-      store_to<past_caches>(dx + r * dx_stride + p, value, lanes);
+      store_to<non_temporal>(dx + r * dx_stride + p, value, lanes);
     }
   });
   if constexpr (has_weight_grad) {
@@ -227,11 +227,11 @@ inline void grad_channels(Block<const scalar_t> grad, Block<const scalar_t> x, c
   }
 }
 
-// dx and dw of R neighbouring positions from p on, in channels_last: the vectors over channels are shared by them.
-template <int R, typename scalar_t, bool past_caches, bool has_grad, bool has_scale, bool has_weight_grad>
+// dx and dw of R neighbouring positions from p on, in channels_last, which share the vectors over channels.
+template <int R, typename scalar_t, bool non_temporal, bool has_grad, bool has_scale, bool has_weight_grad>
 inline void grad_positions(const Block<const scalar_t>& grad, const Block<const scalar_t>& x_block,
                            const acc_t<scalar_t>* attention, const acc_t<scalar_t>* all_dl,
-                           const PoolGradient<acc_t<scalar_t>>& sample, const Block<scalar_t>& grad_x, int64_t p,
+                           const PoolBackwardSample<acc_t<scalar_t>>& sample, const Block<scalar_t>& grad_x, int64_t p,
                            acc_t<scalar_t>* dw) {
   using acc = acc_t<scalar_t>;
   const int64_t g_stride = grad.position_stride, x_stride = x_block.position_stride, dx_stride = grad_x.position_stride;
@@ -242,19 +242,19 @@ inline void grad_positions(const Block<const scalar_t>& grad, const Block<const 
     mr[r] = broadcast(attention[p + r]);
     dlr[r] = broadcast(all_dl[p + r]);
   }
-  for_each_vector_to<past_caches>(dx, x_block.channels, [&](int64_t c, auto lanes) {
+  for_each_vector_to<non_temporal>(dx, x_block.channels, [&](int64_t c, auto lanes) {
     const Vec<acc> dctx = load(sample.grad_context + c, lanes), w = load(sample.weight + c, lanes);
     Vec<acc> scale{}, total{};
     if constexpr (has_scale) scale = load(sample.scale + c, lanes);
     if constexpr (has_weight_grad) total = load(dw + c, lanes);
     for (int r = 0; r < R; r++) {
       if constexpr (has_grad) __builtin_prefetch(g + (r + R) * g_stride + c);
-      if constexpr (!past_caches) __builtin_prefetch(dx + (r + R) * dx_stride + c, 1);
+      if constexpr (!non_temporal) __builtin_prefetch(dx + (r + R) * dx_stride + c, 1);
       Vec<acc> value = mr[r] * dctx + dlr[r] * w;
       if constexpr (has_grad && has_scale) value += load(g + r * g_stride + c, lanes) * scale;
       if constexpr (has_grad && !has_scale) value += load(g + r * g_stride + c, lanes);
       if constexpr (has_weight_grad) total += dlr[r] * load(x + r * x_stride + c, lanes);
-      store_to<past_caches>(dx + r * dx_stride + c, value, lanes);
+      store_to<non_temporal>(dx + r * dx_stride + c, value, lanes);
     }
     if constexpr (has_weight_grad) store(dw + c, total, lanes);
   });
@@ -271,35 +271,35 @@ acc context_dot(const acc* grad_context, const acc* context, int64_t channels, b
 
 template <typename scalar_t>
 void pool_gradient(Block<const scalar_t> grad, Block<const scalar_t> x, const acc_t<scalar_t>* attention,
-                   const acc_t<scalar_t>* dl, const PoolGradient<acc_t<scalar_t>>& sample, Block<scalar_t> grad_x,
+                   const acc_t<scalar_t>* dl, const PoolBackwardSample<acc_t<scalar_t>>& sample, Block<scalar_t> grad_x,
                    acc_t<scalar_t>* grad_weight) {
   if (!grad_x.data) {
     if (!grad_weight) return;
     if (!x.channels_last) return channel_dots(x, dl, grad_weight);
     return add_rows_in_order(x.data, x.position_stride, x.positions, dl, x.channels, grad_weight);  // as grad_positions does
   }
-  // What is written past the caches goes by lines, and rows that are written together must begin theirs together.
+  // Past the caches whole lines are written, and rows that are written together must begin their lines together.
   if (x.channels_last) {
     with_flags(
-        [&](auto past_caches, auto has_grad, auto has_scale, auto has_weight_grad) {
+        [&](auto non_temporal, auto has_grad, auto has_scale, auto has_weight_grad) {
           for_each_rows<4>(0, x.positions, [&](int64_t p, auto rows) {
-            grad_positions<rows, scalar_t, past_caches, has_grad, has_scale, has_weight_grad>(grad, x, attention, dl, sample,
-                                                                                              grad_x, p, grad_weight);
+            grad_positions<rows, scalar_t, non_temporal, has_grad, has_scale, has_weight_grad>(grad, x, attention, dl, sample,
+                                                                                               grad_x, p, grad_weight);
           });
         },
-        grad_x.past_caches && grad_x.position_stride % kLine<scalar_t> == 0, grad.data != nullptr, sample.scale != nullptr,
+        grad_x.non_temporal && grad_x.position_stride % kLine<scalar_t> == 0, grad.data != nullptr, sample.scale != nullptr,
         grad_weight != nullptr);
   } else {
     with_flags(
-        [&](auto past_caches, auto has_grad, auto has_weight_grad) {
-          for_each_rows<past_caches ? 1 : 2>(0, x.channels, [&](int64_t c, auto rows) {
-            grad_channels<rows, scalar_t, past_caches, has_grad, has_weight_grad>(grad, x, attention, dl, sample, grad_x, c,
-                                                                                  grad_weight);
+        [&](auto non_temporal, auto has_grad, auto has_weight_grad) {
+          for_each_rows<non_temporal ? 1 : 2>(0, x.channels, [&](int64_t c, auto rows) {
+            grad_channels<rows, scalar_t, non_temporal, has_grad, has_weight_grad>(grad, x, attention, dl, sample, grad_x, c,
+                                                                                   grad_weight);
           });
         },
-        grad_x.past_caches, grad.data != nullptr, grad_weight != nullptr);
+        grad_x.non_temporal, grad.data != nullptr, grad_weight != nullptr);
   }
-  if (grad_x.past_caches) fence();
+  if (grad_x.non_temporal) fence();
 }
 
 // sum_i parts[i, p] for one vector of positions, in their order.
@@ -310,7 +310,7 @@ inline Vec<acc> sum_of_parts(const acc* parts, int64_t parts_count, int64_t stri
   return sum;
 }
 
-// (Inlined, because attention_pool_backward has one part only.)
+// (It is inlined, because attention_pool_backward has a single part.)
 template <typename acc>
 [[gnu::always_inline]] inline acc logit_gradient(const acc* parts, int64_t parts_count, int64_t stride, int64_t count,
                                                  const acc* attention, acc context_dot, acc* dl) {
@@ -325,7 +325,7 @@ template <typename acc>
 
 template <typename scalar_t>
 acc_t<scalar_t> attention_pool_backward(Block<const scalar_t> grad, Block<const scalar_t> x, const acc_t<scalar_t>* attention,
-                                        const PoolGradient<acc_t<scalar_t>>& sample, Block<scalar_t> grad_x,
+                                        const PoolBackwardSample<acc_t<scalar_t>>& sample, Block<scalar_t> grad_x,
                                         acc_t<scalar_t>* grad_weight) {
   using acc = acc_t<scalar_t>;
   alignas(kVectorBytes) acc dl[kMaxTile];

@@ -9,16 +9,16 @@
 
 namespace gcnet_ext::cpu::GCNET_CAPABILITY {
 
-// A processor fetches the lines that it writes later than those that it reads: ask for them so many elements ahead.
+// A processor fetches the lines that it writes later than those that it reads, so they are asked for so many elements ahead.
 template <typename scalar_t>
 constexpr int64_t kWriteAhead = 2048 / sizeof(scalar_t);
 
 // row[i] = value(i, lanes) for `count` elements of a row, in their order.
-template <bool past_caches, typename scalar_t, typename Value>
+template <bool non_temporal, typename scalar_t, typename Value>
 [[gnu::always_inline]] inline void write_row(scalar_t* row, int64_t count, const Value& value) {
   using acc = acc_t<scalar_t>;
   constexpr std::integral_constant<int64_t, kLanes<acc>> all;
-  if constexpr (past_caches) {
+  if constexpr (non_temporal) {
     return for_each_vector_to<true>(row, count,
                                     [&](int64_t i, auto lanes) { store_to<true>(row + i, value(i, lanes), lanes); });
   }
@@ -35,7 +35,7 @@ template <bool past_caches, typename scalar_t, typename Value>
   for_each_vector<acc>(count - i, [&](int64_t j, auto lanes) { store(row + i + j, value(i + j, lanes), lanes); });
 }
 
-// The bits of a row, in their order.
+// Writes the bits of a row, in their order.
 class BitWriter {
  public:
   explicit BitWriter(uint8_t* next) : next_(next) {}
@@ -52,6 +52,7 @@ class BitWriter {
   uint64_t bits_ = 0;
   int64_t held_ = 0;  // bits that have not been written
 };
+// Reads the bits of a row, in their order.
 class BitReader {
  public:
   explicit BitReader(const uint8_t* next) : next_(next) {}
@@ -70,30 +71,30 @@ class BitReader {
 };
 
 // row = in, bit for bit: from arithmetic a NaN would come back with other bits, and a small bfloat16 of AVX512_BF16 as zero.
-template <bool past_caches, typename scalar_t>
+template <bool non_temporal, typename scalar_t>
 inline void copy_row(const scalar_t* in, int64_t count, scalar_t* row) {
   const auto copy = [&](int64_t begin, int64_t end) {
     std::memmove(row + begin, in + begin, (end - begin) * sizeof(scalar_t));
   };
-  if constexpr (!past_caches) return copy(0, count);
+  if constexpr (!non_temporal) return copy(0, count);
   constexpr int64_t line = kLine<scalar_t>, lanes = kVectorBytes / sizeof(scalar_t);
   const int64_t address = reinterpret_cast<intptr_t>(row) / sizeof(scalar_t);
   const int64_t begin = std::min(-address & (line - 1), count), end = begin + (count - begin) / line * line;
   copy(0, begin);
-  for (int64_t i = begin; i < end; i += lanes) {  // whatever the bits are, they are moved as those of floats
-    store_past_caches(reinterpret_cast<float*>(row + i), load(reinterpret_cast<const float*>(in + i)));
+  for (int64_t i = begin; i < end; i += lanes) {  // whole vectors are moved as if they were of floats
+    store_non_temporal(reinterpret_cast<float*>(row + i), load(reinterpret_cast<const float*>(in + i)));
   }
   copy(end, count);
 }
 
-// row = relu(in*scale + shift + residual), each of the last two if wanted; scale(i, lanes) and shift(i, lanes) are the vectors for
-// element i on. The bits of the ReLU go to `bits`, if that is not null.
-template <bool past_caches, bool has_residual, bool has_relu, typename scalar_t, typename Scale, typename Shift>
-[[gnu::always_inline]] inline void fuse_more_row(const scalar_t* in, const scalar_t* residual, int64_t count, uint8_t* bits,
+// row = relu(in*scale + shift + residual), with a residual or a ReLU, or both; scale(i, lanes) and shift(i, lanes) are the
+// vectors from element i on. The bits of the ReLU go to `bits`, unless that is null.
+template <bool non_temporal, bool has_residual, bool has_relu, typename scalar_t, typename Scale, typename Shift>
+[[gnu::always_inline]] inline void fuse_row_with(const scalar_t* in, const scalar_t* residual, int64_t count, uint8_t* bits,
                                                  const Scale& scale, const Shift& shift, scalar_t* row) {
   using acc = acc_t<scalar_t>;
   BitWriter positive(bits);
-  write_row<past_caches>(row, count, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+  write_row<non_temporal>(row, count, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
     Vec<acc> value = load(in + i, lanes) * scale(i, lanes) + shift(i, lanes);
     if constexpr (has_residual) value += load(residual + i, lanes);
     if constexpr (has_relu) {
@@ -105,9 +106,9 @@ template <bool past_caches, bool has_residual, bool has_relu, typename scalar_t,
   if (bits) positive.flush();
 }
 
-// With a residual or a ReLU, or both.
-template <bool past_caches, bool has_residual, bool has_relu, typename scalar_t>
-void fuse_more(Block<const scalar_t> x, const Fusion<scalar_t>& fusion, Block<scalar_t> out) {
+// out = relu(x*scale + shift + residual) with a residual or a ReLU, or both.
+template <bool non_temporal, bool has_residual, bool has_relu, typename scalar_t>
+void fuse_with(Block<const scalar_t> x, const BlockFusion<scalar_t>& fusion, Block<scalar_t> out) {
   using acc = acc_t<scalar_t>;
   const Block<const scalar_t> residual = fusion.residual;
   const acc *const scale = fusion.scale, *const shift = fusion.shift;
@@ -116,7 +117,7 @@ void fuse_more(Block<const scalar_t> x, const Fusion<scalar_t>& fusion, Block<sc
   if (!x.channels_last) {
     for (int64_t c = 0; c < x.channels; c++) {
       const Vec<acc> s = broadcast(scale ? scale[c] : acc(1)), t = broadcast(shift ? shift[c] : -acc(0));
-      fuse_more_row<past_caches, has_residual, has_relu>(
+      fuse_row_with<non_temporal, has_residual, has_relu>(
           x.data + c * x.channel_stride, has_residual ? residual.data + c * residual.channel_stride : nullptr, x.positions,
           bits(c), [=](auto...) { return s; }, [=](auto...) { return t; }, out.data + c * out.channel_stride);
     }
@@ -125,38 +126,38 @@ void fuse_more(Block<const scalar_t> x, const Fusion<scalar_t>& fusion, Block<sc
   const auto s = [=](int64_t c, auto lanes) { return scale ? load(scale + c, lanes) : broadcast(acc(1)); };
   const auto t = [=](int64_t c, auto lanes) { return shift ? load(shift + c, lanes) : broadcast(-acc(0)); };
   for (int64_t p = 0; p < x.positions; p++) {
-    fuse_more_row<past_caches, has_residual, has_relu>(x.data + p * x.position_stride,
-                                                       has_residual ? residual.data + p * residual.position_stride : nullptr,
-                                                       x.channels, bits(p), s, t, out.data + p * out.position_stride);
+    fuse_row_with<non_temporal, has_residual, has_relu>(x.data + p * x.position_stride,
+                                                        has_residual ? residual.data + p * residual.position_stride : nullptr,
+                                                        x.channels, bits(p), s, t, out.data + p * out.position_stride);
   }
 }
 
-// An absent shift is -0: what is added to 0 would turn a product of -0 into 0.
+// An absent shift is -0, because the sum of -0 and 0 would be 0.
 template <typename scalar_t>
-void channel_fuse(Block<const scalar_t> x, const Fusion<scalar_t>& fusion, Block<scalar_t> out) {
+void channel_fuse(Block<const scalar_t> x, const BlockFusion<scalar_t>& fusion, Block<scalar_t> out) {
   using acc = acc_t<scalar_t>;
   const acc *const scale = fusion.scale, *const shift = fusion.shift;
-  const auto copied = [&](auto past_caches) {
+  const auto copied = [&](auto non_temporal) {
     const int64_t rows = x.channels_last ? x.positions : x.channels, count = x.channels_last ? x.channels : x.positions;
     const int64_t in_stride = x.channels_last ? x.position_stride : x.channel_stride;
     const int64_t out_stride = x.channels_last ? out.position_stride : out.channel_stride;
-    for (int64_t r = 0; r < rows; r++) copy_row<past_caches>(x.data + r * in_stride, count, out.data + r * out_stride);
+    for (int64_t r = 0; r < rows; r++) copy_row<non_temporal>(x.data + r * in_stride, count, out.data + r * out_stride);
   };
-  const auto rows = [&](auto past_caches) {
+  const auto rows = [&](auto non_temporal) {
     for (int64_t c = 0; c < x.channels; c++) {
       const Vec<acc> s = broadcast(scale ? scale[c] : acc(1)), t = broadcast(shift ? shift[c] : -acc(0));
       const scalar_t* in = x.data + c * x.channel_stride;
-      write_row<past_caches>(out.data + c * out.channel_stride, x.positions,
-                             [=](int64_t i, auto lanes) { return load(in + i, lanes) * s + t; });
+      write_row<non_temporal>(out.data + c * out.channel_stride, x.positions,
+                              [=](int64_t i, auto lanes) { return load(in + i, lanes) * s + t; });
     }
   };
-  const auto rows_of_channels = [&](auto past_caches, auto scaled, auto shifted) {
+  const auto rows_of_channels = [&](auto non_temporal, auto scaled, auto shifted) {
     // Copies: a vector that is stored might lie anywhere, as far as the compiler knows, and change what is only referred to.
     const Block<const scalar_t> from = x;
     const Block<scalar_t> to = out;
     for (int64_t p = 0; p < from.positions; p++) {
       const scalar_t* in = from.data + p * from.position_stride;
-      write_row<past_caches>(to.data + p * to.position_stride, from.channels, [=](int64_t c, auto lanes) {
+      write_row<non_temporal>(to.data + p * to.position_stride, from.channels, [=](int64_t c, auto lanes) {
         const Vec<acc> s = scaled ? load(scale + c, lanes) : broadcast(acc(1));
         const Vec<acc> t = shifted ? load(shift + c, lanes) : broadcast(-acc(0));
         return load(in + c, lanes) * s + t;
@@ -164,19 +165,19 @@ void channel_fuse(Block<const scalar_t> x, const Fusion<scalar_t>& fusion, Block
     }
   };
   if (fusion.residual.data && fusion.relu) {
-    with_flags([&](auto past_caches) { fuse_more<past_caches, true, true>(x, fusion, out); }, out.past_caches);
+    with_flags([&](auto non_temporal) { fuse_with<non_temporal, true, true>(x, fusion, out); }, out.non_temporal);
   } else if (fusion.residual.data) {
-    with_flags([&](auto past_caches) { fuse_more<past_caches, true, false>(x, fusion, out); }, out.past_caches);
+    with_flags([&](auto non_temporal) { fuse_with<non_temporal, true, false>(x, fusion, out); }, out.non_temporal);
   } else if (fusion.relu) {
-    with_flags([&](auto past_caches) { fuse_more<past_caches, false, true>(x, fusion, out); }, out.past_caches);
+    with_flags([&](auto non_temporal) { fuse_with<non_temporal, false, true>(x, fusion, out); }, out.non_temporal);
   } else if (!scale && !shift) {
-    with_flags(copied, out.past_caches);
+    with_flags(copied, out.non_temporal);
   } else if (x.channels_last) {
-    with_flags(rows_of_channels, out.past_caches, scale, shift);
+    with_flags(rows_of_channels, out.non_temporal, scale, shift);
   } else {
-    with_flags(rows, out.past_caches);
+    with_flags(rows, out.non_temporal);
   }
-  if (out.past_caches) fence();
+  if (out.non_temporal) fence();
 }
 
 template <typename scalar_t>
@@ -190,13 +191,13 @@ void relu_backward(Block<const scalar_t> grad, Bits<const uint8_t> positive, Blo
   for (int64_t r = 0; r < rows; r++) {
     const scalar_t* in = grad.data + r * grad_stride;
     BitReader bits(positive.data + r * positive.stride);
-    write_row</*past_caches=*/false>(masked.data + r * masked_stride, count, [&](int64_t i, auto lanes) {
+    write_row</*non_temporal=*/false>(masked.data + r * masked_stride, count, [&](int64_t i, auto lanes) {
       return where(bits.pull(lanes), Vec<acc>(load(in + i, lanes)));
     });
   }
 }
 
-// sum_a += a, sum_ab += a*b for one vector of channels or positions; what is not asked for is not loaded.
+// A sum that is null is not computed, and b is then not loaded.
 template <typename scalar_t>
 void channel_sums(Block<const scalar_t> a, Block<const scalar_t> b, acc_t<scalar_t>* sum_a, acc_t<scalar_t>* sum_ab) {
   using acc = acc_t<scalar_t>;

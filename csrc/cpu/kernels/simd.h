@@ -1,6 +1,5 @@
-// Vectors of acc (float or double) of the capability's width, from the compiler's vector extension: operators come with it, and
-// the same source compiles to SSE, AVX2, AVX-512 or NEON. What the extension lacks (16-bit loads, masks, sums across lanes) is
-// in simd_<capability>.h, which is included before this file and defines kVectorBytes. GCNET_CAPABILITY is their namespace.
+// Loops over vectors, and what the compiler's vector extension lacks. Of that, what needs instructions of the processor (16-bit
+// loads, masks, sums across lanes) is in simd_<capability>.h, which is included before this file.
 #pragma once
 
 #include <algorithm>
@@ -8,15 +7,15 @@
 #include <cstring>
 #include <limits>
 
-#include "../kernels.h"
+#include "vec.h"
 
 namespace gcnet_ext::cpu::GCNET_CAPABILITY {
 
-// Elements of a line of memory.
+// How many elements a line of memory has.
 template <typename scalar_t>
 constexpr int64_t kLine = 64 / sizeof(scalar_t);
 
-// (0 + value would lose the sign of -0.)
+// A vector of equal lanes. (0 + value would lose the sign of -0.)
 template <typename acc>
 inline Vec<acc> broadcast(acc value) {
   return value - Vec<acc>{};
@@ -57,20 +56,15 @@ inline Vec<double> exp(Vec<double> x) {
 // narrow.)
 inline Vec<float> load(const BFloat16* p) { return reinterpret_cast<Vec<float>>(widen(p) << 16); }
 
-inline Words bfloat16_words(Vec<float> value) {
-  const Words bits = reinterpret_cast<Words>(value);
-  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
-  return value != value ? Words{} + 0x7fc0u : rounded;
-}
-
-// Two vectors, one behind the other.
+// Stores two vectors, one behind the other.
 template <typename scalar_t>
 inline void store_two(scalar_t* p, Vec<acc_t<scalar_t>> first, Vec<acc_t<scalar_t>> second) {
   store(p, first);
   store(p + kLanes<acc_t<scalar_t>>, second);
 }
 
-// The first `count` lanes from memory, zeros in the others; and back. By way of a buffer, unless the capability knows better.
+// The first `count` lanes from memory, with zeros in the others, and the first `count` lanes to memory. They go by way of a
+// buffer, unless the capability has instructions for them.
 template <typename scalar_t>
 inline auto load_first(const scalar_t* p, int64_t count) {
   alignas(kVectorBytes) scalar_t buffer[kLanes<acc_t<scalar_t>>] = {};
@@ -90,7 +84,7 @@ inline void sum_each(const Vec<acc> (&v)[R], acc* sums) {
   for (size_t r = 0; r < R; r++) sums[r] = sum(v[r]);
 }
 
-// v = 0, one by one: of `= {}` the compiler makes a memset, which takes longer than a small block of products.
+// Sets vectors to 0 one by one. The compiler makes a memset of `= {}`, which takes longer than a small block of products.
 template <typename vector_t, size_t R>
 inline void clear(vector_t (&v)[R]) {
   [&]<size_t... i>(std::index_sequence<i...>) { ((v[i] = vector_t{}), ...); }(std::make_index_sequence<R>{});
@@ -105,7 +99,7 @@ inline void for_each_vector(int64_t count, const Body& body) {
   if (i < count) body(i, count - i);
 }
 
-// The loads and stores of such a body: whole vectors when the number of lanes is a constant, partial ones otherwise.
+// The loads and stores of a body of for_each_vector: whole vectors if the number of lanes is a constant, else partial ones.
 template <typename scalar_t, int64_t lanes>
 inline auto load(const scalar_t* p, std::integral_constant<int64_t, lanes>) {
   return load(p);
@@ -123,11 +117,12 @@ inline void store(scalar_t* p, Vec<acc_t<scalar_t>> value, int64_t count) {
   store_first(p, value, count);
 }
 
-// The same for a row that is written. Past the caches that goes by whole lines: at their edges lanes is no constant.
-template <bool past_caches, typename scalar_t, typename Body>
+// Calls body(i, lanes) for every vector of a row of `count` elements that is written. Past the caches it is written by whole
+// lines of memory; in the partial lines at its ends, lanes is no constant.
+template <bool non_temporal, typename scalar_t, typename Body>
 inline void for_each_vector_to(const scalar_t* row, int64_t count, const Body& body) {
   using acc = acc_t<scalar_t>;
-  if constexpr (!past_caches) return for_each_vector<acc>(count, body);
+  if constexpr (!non_temporal) return for_each_vector<acc>(count, body);
   constexpr int64_t lanes = kLanes<acc>, line = kLine<scalar_t>;
   const int64_t address = reinterpret_cast<intptr_t>(row) / sizeof(scalar_t);
   const int64_t begin = std::min(-address & (line - 1), count), end = begin + (count - begin) / line * line;
@@ -139,11 +134,11 @@ inline void for_each_vector_to(const scalar_t* row, int64_t count, const Body& b
   edge(end, count);
 }
 
-// The store of such a body.
-template <bool past_caches, typename scalar_t, typename Lanes>
+// The store of a body of for_each_vector_to.
+template <bool non_temporal, typename scalar_t, typename Lanes>
 inline void store_to(scalar_t* p, Vec<acc_t<scalar_t>> value, Lanes lanes) {
-  if constexpr (past_caches && !std::is_same_v<Lanes, int64_t>) {
-    store_past_caches(p, value);
+  if constexpr (non_temporal && !std::is_same_v<Lanes, int64_t>) {
+    store_non_temporal(p, value);
   } else {
     store(p, value, lanes);
   }
@@ -172,14 +167,14 @@ inline void with_flags(const Body& body, bool flag, Flags... flags) {
   }
 }
 
-// Calls body(first_row, integral_constant<R>) with R rows at a time, of the rest four, and then one by one.
+// Calls body(first_row, integral_constant) with R rows at a time, then with four of the rest at a time, and then one by one.
 template <int R, typename Body>
 inline void for_each_rows(int64_t begin, int64_t end, const Body& body) {
   for (; begin + R <= end; begin += R) body(begin, std::integral_constant<int, R>{});
   if constexpr (R > 1) for_each_rows<(R > 4 ? 4 : 1)>(begin, end, body);
 }
 
-// The same, with the rest together.
+// Calls body(first_row, integral_constant) with R rows at a time, and then once with all of the rest.
 template <int R, typename Body>
 inline void for_each_batch(int64_t count, const Body& body) {
   for (int64_t first = 0; first < count; first += R) {

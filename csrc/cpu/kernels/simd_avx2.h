@@ -5,20 +5,9 @@
 
 #include <cstring>
 
-#include "../kernels.h"
+#include "vec.h"
 
 namespace gcnet_ext::cpu::GCNET_CAPABILITY {
-
-constexpr int kVectorBytes = 32;
-template <typename acc>
-constexpr int64_t kLanes = kVectorBytes / sizeof(acc);
-
-template <typename acc>
-struct VecOf {
-  typedef acc type __attribute__((vector_size(kVectorBytes)));
-};
-template <typename acc>
-using Vec = typename VecOf<acc>::type;
 
 inline Vec<float> load(const float* p) { return _mm256_loadu_ps(p); }
 inline Vec<double> load(const double* p) { return _mm256_loadu_pd(p); }
@@ -29,14 +18,12 @@ inline void store(float* p, Vec<float> value) { _mm256_storeu_ps(p, value); }
 inline void store(double* p, Vec<double> value) { _mm256_storeu_pd(p, value); }
 inline void store(Half* p, Vec<float> value) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_half(value)); }
 
-typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
 inline Words widen(__m128i bits) { return reinterpret_cast<Words>(_mm256_cvtepu16_epi32(bits)); }
 inline Words widen(const BFloat16* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 inline __m128i narrow(Words words) {
   const __m256i wide = reinterpret_cast<__m256i>(words);
   return _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
 }
-inline Words bfloat16_words(Vec<float> value);  // simd.h
 inline void store(BFloat16* p, Vec<float> value) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(bfloat16_words(value)));
 }
@@ -52,7 +39,7 @@ inline Vec<double> load_first(const double* p, int64_t count) { return _mm256_ma
 inline void store_first(float* p, Vec<float> value, int64_t count) { _mm256_maskstore_ps(p, first_words(count), value); }
 inline void store_first(double* p, Vec<double> value, int64_t count) { _mm256_maskstore_pd(p, first_quads(count), value); }
 
-// The first `count` of eight elements of 16 bits, 4, 2 and 1 at a time: masks for them come with AVX-512.
+// The first `count` of eight elements of 16 bits, by 4, 2 and 1 at a time, because masks for such elements came with AVX-512.
 template <typename scalar_t>
 inline __m128i load_first_bits(const scalar_t* p, int64_t count) {
   static_assert(sizeof(scalar_t) == 2);
@@ -99,15 +86,16 @@ inline void store_two(BFloat16* p, Vec<float> first, Vec<float> second) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
 }
 
-// Past the caches: p is where a vector of scalar_t may lie in a line of memory.
-inline void store_past_caches(float* p, Vec<float> value) { _mm256_stream_ps(p, value); }
-inline void store_past_caches(double* p, Vec<double> value) { _mm256_stream_pd(p, value); }
-inline void store_past_caches(Half* p, Vec<float> value) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), to_half(value)); }
-inline void store_past_caches(BFloat16* p, Vec<float> value) {
+// Stores past the caches. p must be a multiple of the vector's bytes.
+inline void store_non_temporal(float* p, Vec<float> value) { _mm256_stream_ps(p, value); }
+inline void store_non_temporal(double* p, Vec<double> value) { _mm256_stream_pd(p, value); }
+inline void store_non_temporal(Half* p, Vec<float> value) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), to_half(value)); }
+inline void store_non_temporal(BFloat16* p, Vec<float> value) {
   _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(bfloat16_words(value)));
 }
 
-// A bit for each lane, 0 where it is at most 0; and the lanes whose bit is 1, zeros in the others.
+// above_zero(v) has a bit for each lane, 0 where the lane is at most 0. where(bits, v) keeps the lanes whose bit is 1, and has
+// zeros in the others.
 inline uint32_t above_zero(Vec<float> v) { return _mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NLE_UQ)); }
 inline uint32_t above_zero(Vec<double> v) { return _mm256_movemask_pd(_mm256_cmp_pd(v, _mm256_setzero_pd(), _CMP_NLE_UQ)); }
 inline Vec<float> where(uint32_t bits, Vec<float> v) {

@@ -1,22 +1,16 @@
-// AVX-512 F, BW, DQ and VL with FMA: 64-byte vectors and masks. How bfloat16 is rounded is the includer's: to_bfloat16.
+// AVX-512 F, BW, DQ and VL with FMA: 64-byte vectors and masks. GCNET_AVX512_BF16 tells whether bfloat16 has instructions.
 #pragma once
 
+#if !defined(__clang__)
+// g++ 12 warns of its own intrinsics, which start from a deliberately undefined register.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
 #include <immintrin.h>
 
-#include "../kernels.h"
+#include "vec.h"
 
 namespace gcnet_ext::cpu::GCNET_CAPABILITY {
-
-constexpr int kVectorBytes = 64;
-template <typename acc>
-constexpr int64_t kLanes = kVectorBytes / sizeof(acc);
-
-template <typename acc>
-struct VecOf {
-  typedef acc type __attribute__((vector_size(kVectorBytes)));
-};
-template <typename acc>
-using Vec = typename VecOf<acc>::type;
 
 inline Vec<float> load(const float* p) { return _mm512_loadu_ps(p); }
 inline Vec<double> load(const double* p) { return _mm512_loadu_pd(p); }
@@ -27,10 +21,16 @@ inline void store(float* p, Vec<float> value) { _mm512_storeu_ps(p, value); }
 inline void store(double* p, Vec<double> value) { _mm512_storeu_pd(p, value); }
 inline void store(Half* p, Vec<float> value) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_half(value)); }
 
-inline __m256i to_bfloat16(Vec<float> value);
+// (The instruction takes a number below 2^-126 for zero.)
+inline __m256i to_bfloat16(Vec<float> value) {
+#if GCNET_AVX512_BF16
+  return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value));
+#else
+  return _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(bfloat16_words(value)));
+#endif
+}
 inline void store(BFloat16* p, Vec<float> value) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bfloat16(value)); }
 
-typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
 inline Words widen(const BFloat16* p) {
   return reinterpret_cast<Words>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 }
@@ -66,15 +66,18 @@ inline void sum_each(const Vec<float> (&v)[16], float* sums) {
   _mm512_storeu_ps(sums, _mm512_shuffle_f32x4(first, last, 0x88) + _mm512_shuffle_f32x4(first, last, 0xdd));
 }
 
-// Past the caches: p is where a vector of scalar_t may lie in a line of memory.
-inline void store_past_caches(float* p, Vec<float> value) { _mm512_stream_ps(p, value); }
-inline void store_past_caches(double* p, Vec<double> value) { _mm512_stream_pd(p, value); }
-inline void store_past_caches(Half* p, Vec<float> value) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_half(value)); }
-inline void store_past_caches(BFloat16* p, Vec<float> value) {
+// Stores past the caches. p must be a multiple of the vector's bytes.
+inline void store_non_temporal(float* p, Vec<float> value) { _mm512_stream_ps(p, value); }
+inline void store_non_temporal(double* p, Vec<double> value) { _mm512_stream_pd(p, value); }
+inline void store_non_temporal(Half* p, Vec<float> value) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_half(value));
+}
+inline void store_non_temporal(BFloat16* p, Vec<float> value) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_bfloat16(value));
 }
 
-// A bit for each lane, 0 where it is at most 0; and the lanes whose bit is 1, zeros in the others.
+// above_zero(v) has a bit for each lane, 0 where the lane is at most 0. where(bits, v) keeps the lanes whose bit is 1, and has
+// zeros in the others.
 inline uint32_t above_zero(Vec<float> v) { return _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ); }
 inline uint32_t above_zero(Vec<double> v) { return _mm512_cmp_pd_mask(v, _mm512_setzero_pd(), _CMP_NLE_UQ); }
 inline Vec<float> where(uint32_t bits, Vec<float> v) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), v); }

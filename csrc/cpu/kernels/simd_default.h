@@ -3,20 +3,9 @@
 
 #include <cstring>
 
-#include "../kernels.h"
+#include "vec.h"
 
 namespace gcnet_ext::cpu::GCNET_CAPABILITY {
-
-constexpr int kVectorBytes = 16;
-template <typename acc>
-constexpr int64_t kLanes = kVectorBytes / sizeof(acc);
-
-template <typename acc>
-struct VecOf {
-  typedef acc type __attribute__((vector_size(kVectorBytes)));
-};
-template <typename acc>
-using Vec = typename VecOf<acc>::type;
 
 inline Vec<float> load(const float* p) {
   Vec<float> value;
@@ -36,20 +25,19 @@ inline void store(Half* p, Vec<float> value) {
   for (int i = 0; i < kLanes<float>; i++) p[i] = Half(value[i]);
 }
 
-typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t HalfWords __attribute__((vector_size(kVectorBytes / 2)));
 inline Words widen(const BFloat16* p) {
   HalfWords bits;
   std::memcpy(&bits, p, sizeof bits);
   return __builtin_convertvector(bits, Words);
 }
-inline Words bfloat16_words(Vec<float> value);  // simd.h
 inline void store(BFloat16* p, Vec<float> value) {
   const HalfWords bits = __builtin_convertvector(bfloat16_words(value), HalfWords);
   std::memcpy(p, &bits, sizeof bits);
 }
 
-// A bit for each lane, 0 where it is at most 0; and the lanes whose bit is 1, zeros in the others.
+// above_zero(v) has a bit for each lane, 0 where the lane is at most 0. where(bits, v) keeps the lanes whose bit is 1, and has
+// zeros in the others.
 template <typename vector_t>
 inline uint32_t above_zero(vector_t v) {
   uint32_t bits = 0;
@@ -62,9 +50,9 @@ inline vector_t where(uint32_t bits, vector_t v) {
   return v;
 }
 
-// There is no portable way past the caches.
+// There is no portable store past the caches.
 template <typename scalar_t>
-inline void store_past_caches(scalar_t* p, Vec<acc_t<scalar_t>> value) {
+inline void store_non_temporal(scalar_t* p, Vec<acc_t<scalar_t>> value) {
   store(p, value);
 }
 inline void fence() {}

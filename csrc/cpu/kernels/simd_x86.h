@@ -1,4 +1,4 @@
-// Sums across lanes, from 32 bytes on: simd_avx2.h and simd_avx512.h fold their vectors to that first.
+// Sums across lanes of 32 bytes: simd_avx2.h and simd_avx512.h have a fold() that adds a vector up to that size.
 //
 // One sum and several at once add in the same order, so that a result does not depend on how many are taken together.
 #pragma once
@@ -7,7 +7,7 @@
 
 namespace gcnet_ext::cpu::GCNET_CAPABILITY {
 
-// What was stored past the caches comes before what is stored from here on.
+// Everybody sees what was stored past the caches before what is stored from here on.
 inline void fence() { _mm_sfence(); }
 
 inline void sum_four(const Vec<float>* v, float* sums) {

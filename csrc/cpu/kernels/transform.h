@@ -10,16 +10,16 @@ namespace gcnet_ext::cpu::GCNET_CAPABILITY {
 
 constexpr int kRowBlock = 4;                              // rows of W that are worked on together
 constexpr int kSampleBlock = kVectorBytes == 64 ? 8 : 3;  // samples that share one load of W
-constexpr int kSums = kVectorBytes == 64 ? 16 : 12;       // of a row and a sample, side by side: what the registers hold
-constexpr int kColumnBlock = kVectorBytes == 64 ? 4 : 2;  // vectors along K
-constexpr int64_t kColumnsAtOnce = 512;                   // of x, which stays in the first-level cache meanwhile
-constexpr int64_t kRowPanel = 64;                         // rows of W that go through all samples, from the second level
-constexpr int64_t kWeightsAhead = 4096;                   // W may come from memory: ask for it so many elements early
-constexpr int64_t kWeightRowsAhead = 16;                  // a column block of W is short rows far apart: so many rows early
+constexpr int kSums = kVectorBytes == 64 ? 16 : 12;       // sums, each of a row and a sample, that the registers hold
+constexpr int kColumnBlock = kVectorBytes == 64 ? 4 : 2;  // vectors along K that are worked on together
+constexpr int64_t kColumnsAtOnce = 512;                   // columns of x that stay in the first-level cache
+constexpr int64_t kRowPanel = 64;                         // rows of W that stay in the second-level cache for all samples
+constexpr int64_t kWeightsAhead = 4096;                   // elements that W is asked for ahead, because it may come from memory
+constexpr int64_t kWeightRowsAhead = 16;                  // rows of a column block, which are short and lie far apart
 
-// y[n, m] = start + sum_k W[m, k] x[n, k] for the J samples of x and y and the I rows of W; start is y[n, m] for those that go on
-// with a sum, otherwise bias[m]. The rows at `next` are fetched meanwhile, into the second-level cache. (Not inlined: several in
-// one function run out of registers.)
+// y[n, m] = start + sum_k W[m, k] x[n, k] for the J samples of x and y and the I rows of W; start is y[n, m] for those that go
+// on with a sum, otherwise bias[m]. The rows at `next` are fetched meanwhile, into the second-level cache. (It is not inlined,
+// because several of it in one function run out of registers.)
 template <int J, int I, typename acc, typename weight_t>
 [[gnu::noinline]] void linear_block(const Matrix<const acc>& x, const Matrix<const weight_t>& weight, const weight_t* next,
                                     const acc* bias, bool go_on, const Matrix<acc>& y) {
@@ -57,25 +57,25 @@ template <int J, int I, typename acc, typename weight_t>
 
 template <typename acc, typename weight_t>
 void linear(Matrix<const acc> x, Matrix<const weight_t> weight, const acc* bias, Matrix<acc> y) {
-  // The columns of a few samples, side by side: rows that are a power of two apart would throw each other out of the cache.
+  // The columns of a few samples are copied side by side: rows a power of two apart would throw each other out of the cache.
   constexpr int64_t kStride = kColumnsAtOnce + kLanes<acc>;
-  alignas(kVectorBytes) acc some_x[kSampleBlock * kStride];
+  alignas(kVectorBytes) acc x_columns[kSampleBlock * kStride];
   for (int64_t k0 = 0; k0 < weight.columns; k0 += kColumnsAtOnce) {
     const int64_t count = std::min(kColumnsAtOnce, weight.columns - k0);
     const int64_t ahead = std::max<int64_t>(kRowBlock, kWeightsAhead / count);
     for (int64_t panel = 0; panel < weight.rows; panel += kRowPanel) {
       for_each_batch<kSampleBlock>(x.rows, [&](int64_t n, auto block) {
-        for (int j = 0; j < block; j++) std::copy_n(x.row(n + j) + k0, count, some_x + j * kStride);
+        for (int j = 0; j < block; j++) std::copy_n(x.row(n + j) + k0, count, x_columns + j * kStride);
         for_each_rows<kRowBlock>(panel, std::min(weight.rows, panel + kRowPanel), [&](int64_t m, auto rows) {
-          constexpr int some = rows * block > kSums ? 2 : rows;
-          for (int64_t i = m; i < m + rows; i += some) {
+          constexpr int at_once = rows * block > kSums ? 2 : rows;
+          for (int64_t i = m; i < m + rows; i += at_once) {
             // Behind the last row come the next columns of the first ones.
             const int64_t next =
                 i + ahead < weight.rows ? ahead * weight.stride : (ahead - weight.rows) * weight.stride + kColumnsAtOnce;
-            const Matrix<const weight_t> wi = weight.some_rows(i, i + some).some_columns(k0, k0 + count);
-            linear_block<block, some, acc, weight_t>({some_x, block, count, kStride}, wi, wi.data + next,
-                                                     bias ? bias + i : nullptr,
-                                                     /*go_on=*/k0 > 0, {y.row(n) + i, block, some, y.stride});
+            const Matrix<const weight_t> wi = weight.row_range(i, at_once).column_range(k0, count);
+            linear_block<block, at_once, acc, weight_t>({x_columns, block, count, kStride}, wi, wi.data + next,
+                                                        bias ? bias + i : nullptr,
+                                                        /*go_on=*/k0 > 0, {y.row(n) + i, block, at_once, y.stride});
           }
         });
       });

@@ -14,7 +14,7 @@
 #include <utility>
 #include <vector>
 
-#include "../../../csrc/cpu/kernels.h"
+#include "../../../csrc/cpu/kernels/table.h"
 #include "../../../csrc/plan_cpu.h"
 
 namespace gcnet_ext::cpu {
@@ -75,8 +75,8 @@ struct Buffer2d {
     memory.shrink_to_fit();
   }
   Block<const T> read() const { return {memory.data(), channels, positions, channel_stride, position_stride, channels_last}; }
-  Block<T> write(bool past_caches) {
-    return {memory.data(), channels, positions, channel_stride, position_stride, channels_last, past_caches};
+  Block<T> write(bool non_temporal) {
+    return {memory.data(), channels, positions, channel_stride, position_stride, channels_last, non_temporal};
   }
   // The gaps are what they were: a store of a whole vector may not reach into them. (No sanitizer sees every such store.)
   bool gaps_as_in(const Buffer2d& before) const {
@@ -160,7 +160,7 @@ void fuzz_fuse(Source& from, const MapKernels<T>& kernels, int64_t C, int64_t P,
   const bool scales = from.flag(), shifts = from.flag(), adds = from.flag(), relu = from.flag(), keeps = relu && from.flag();
   const Buffer2d<T> before = out, masked_before = masked;
   Bitmap bits(C, P, channels_last);
-  Fusion<T> fusion{scales ? scale.data() : nullptr, shifts ? shift.data() : nullptr};
+  BlockFusion<T> fusion{scales ? scale.data() : nullptr, shifts ? shift.data() : nullptr};
   if (adds) fusion.residual = residual.read();
   fusion.relu = relu;
   if (keeps) fusion.positive = {bits.bytes.data(), bits.row};
@@ -219,7 +219,7 @@ void fuzz_pool(Source& from, const MapKernels<T>& kernels, int64_t C, int64_t P,
   const bool has_grad = from.flag(), has_dx = from.flag(), has_dw = from.flag(), has_scale = from.flag();
   const auto m = numbers<acc>(from, P);
   const Buffer2d<T> before = grad_x;
-  const PoolGradient<acc> sample{dctx.data(), static_cast<acc>(0.25), w.data(), has_scale ? scale.data() : nullptr};
+  const PoolBackwardSample<acc> sample{dctx.data(), static_cast<acc>(0.25), w.data(), has_scale ? scale.data() : nullptr};
   const Block<const T> none{nullptr, C, P, 0, 0, channels_last};
   const acc sum_dl = kernels.attention_pool_backward(
       has_grad ? grad.read() : none, x.read(), m.data(), sample,
@@ -249,15 +249,16 @@ void fuzz_matrix(Source& from, const MatrixKernels<acc, W>& kernels) {
   const bool with_bias = from.flag();
   std::vector<acc> y(N * M), dx(N * K);
   std::vector<W> dw(M * K);
-  const int64_t m0 = from.upto(M - 1), m1 = m0 + 1 + from.upto(M - m0 - 1), k0 = from.upto(K - 1),
-                k1 = k0 + 1 + from.upto(K - k0 - 1);
+  const int64_t m0 = from.upto(M - 1), rows = 1 + from.upto(M - m0 - 1), m1 = m0 + rows;
+  const int64_t k0 = from.upto(K - 1), columns = 1 + from.upto(K - k0 - 1), k1 = k0 + columns;
   const Matrix<const acc> all_x{x.data(), N, K, K}, all_dy{dy.data(), N, M, M};
   const Matrix<const W> all_w{weight.data(), M, K, K};
   const Matrix<acc> all_y{y.data(), N, M, M}, all_dx{dx.data(), N, K, K};
-  const auto some_w = all_w.some_rows(m0, m1);
-  kernels.linear(all_x, some_w, with_bias ? bias.data() + m0 : nullptr, all_y.some_columns(m0, m1));
-  kernels.linear_backward_input(all_dy.some_columns(m0, m1), some_w.some_columns(k0, k1), all_dx.some_columns(k0, k1));
-  kernels.linear_backward_weight(all_dy.some_columns(m0, m1), all_x, Matrix<W>{dw.data(), M, K, K}.some_rows(m0, m1));
+  const auto rows_of_w = all_w.row_range(m0, rows);
+  kernels.linear(all_x, rows_of_w, with_bias ? bias.data() + m0 : nullptr, all_y.column_range(m0, rows));
+  kernels.linear_backward_input(all_dy.column_range(m0, rows), rows_of_w.column_range(k0, columns),
+                                all_dx.column_range(k0, columns));
+  kernels.linear_backward_weight(all_dy.column_range(m0, rows), all_x, Matrix<W>{dw.data(), M, K, K}.row_range(m0, rows));
   const auto w = [&](int64_t m, int64_t k) { return static_cast<double>(weight[m * K + k]); };
   for (int64_t n = 0; n < N; n++) {
     for (int64_t m = m0; m < m1; m++) {
@@ -375,14 +376,14 @@ void fuzz_map(Source& from, int which, const MapKernels<T>& kernels) {
 
 void fuzz(Source from) {
   static const std::vector<const Kernels*> tables = [] {
-    std::vector<const Kernels*> found{kernels_default()};
+    std::vector<const Kernels*> found{&kernels_default()};
 #if defined(__x86_64__)
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (avx2) found.push_back(kernels_avx2());
+    if (avx2) found.push_back(&kernels_avx2());
     if (avx2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
-      found.push_back(kernels_avx512());
-      if (__builtin_cpu_supports("avx512bf16")) found.push_back(kernels_avx512_bf16());
+      found.push_back(&kernels_avx512());
+      if (__builtin_cpu_supports("avx512bf16")) found.push_back(&kernels_avx512_bf16());
     }
 #endif
     return found;
@@ -390,17 +391,21 @@ void fuzz(Source from) {
   const Kernels& kernels = *tables[from.byte() % tables.size()];
   const int which = from.byte() % 6, type = from.byte() % 4;
   if (which == 5) return fuzz_plans(from);
-  if (which == 4) return type % 2 ? fuzz_vectors(from, kernels.vector_double) : fuzz_vectors(from, kernels.vector_float);
-  if (which == 3) {
-    if (type == 0) return fuzz_matrix(from, kernels.matrix_double_double);
-    if (type == 1) return fuzz_matrix(from, kernels.matrix_float_float);
-    if (type == 2) return fuzz_matrix(from, kernels.matrix_float_half);
-    return fuzz_matrix(from, kernels.matrix_float_bfloat16);
+  const auto with = [&](auto fuzz_one, const auto&... choices) {  // calls fuzz_one with the kernels of one of these types
+    int i = 0;
+    ((i++ == type % static_cast<int>(sizeof...(choices)) ? fuzz_one(choices) : void()), ...);
+  };
+  if (which == 4) {
+    with([&](const auto& of) { fuzz_vectors(from, of); }, std::get<VectorKernels<float>>(kernels),
+         std::get<VectorKernels<double>>(kernels));
+  } else if (which == 3) {
+    with([&](const auto& of) { fuzz_matrix(from, of); }, std::get<MatrixKernels<double, double>>(kernels),
+         std::get<MatrixKernels<float, float>>(kernels), std::get<MatrixKernels<float, Half>>(kernels),
+         std::get<MatrixKernels<float, BFloat16>>(kernels));
+  } else {
+    with([&](const auto& of) { fuzz_map(from, which, of); }, std::get<MapKernels<double>>(kernels),
+         std::get<MapKernels<float>>(kernels), std::get<MapKernels<Half>>(kernels), std::get<MapKernels<BFloat16>>(kernels));
   }
-  if (type == 0) return fuzz_map(from, which, kernels.map_double);
-  if (type == 1) return fuzz_map(from, which, kernels.map_float);
-  if (type == 2) return fuzz_map(from, which, kernels.map_half);
-  return fuzz_map(from, which, kernels.map_bfloat16);
 }
 
 }  // namespace

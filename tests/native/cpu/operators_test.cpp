@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "../../../csrc/cpu/capability.h"
-#include "../../../csrc/cpu/team.h"
+#include "../../../csrc/cpu/threads.h"
 #include "team.h"
 
 namespace {
@@ -255,7 +255,7 @@ void run(const Case& of, int64_t hidden) {
 // Mistakes that the sanitizers have to report, else what they do not report means nothing.
 void race() {
   int64_t shared = 0;
-  gcnet_ext::cpu::run_team(2, [&](int64_t rank, int64_t) { shared += rank; });
+  gcnet_ext::cpu::run_on_threads(2, [&](int64_t rank, int64_t) { shared += rank; });
 }
 void overrun() {
   const std::shared_ptr<char[]> memory(new char[4 * 99]);

@@ -1,4 +1,4 @@
-// What the sanitizer tests add to csrc/cpu/team.h.
+// What the sanitizer tests add to csrc/cpu/threads.h.
 #pragma once
 
 #include <cstdint>

@@ -1,0 +1,142 @@
+// What the kernels of attention pooling share (attention_pool.cuh): their parameters, the tiles of a block, and the merge of the
+// blocks of a sample.
+#pragma once
+
+#include <algorithm>
+
+#include "launch.h"
+#include "reduce.cuh"
+#include "shared_memory.cuh"
+#include "transform.cuh"
+#include "valid_positions.cuh"
+
+namespace gcnet_ext::cuda {
+
+template <typename T>
+struct PoolParams {
+  using A = acc_t<T>;
+  Map<const T> x;
+  Extent extent;
+  Parameter<T> weight, bias;     // w [C], b [1]; without a weight the pool averages
+  A* context = nullptr;          // [N, C]
+  A* attention = nullptr;        // [N, P]; holds the logits until the sample is merged; null where nobody needs it
+  A* partial = nullptr;          // [N, splits, C + 2]: weighted, maximum and sum of every split
+  unsigned* arrived = nullptr;   // [N], zero before the launch: the splits that are done
+  int64_t first_sample = 0;      // of this launch
+  unsigned splits = 0;           // of a sample
+  TransformParams<T> transform;  // where transform.in_tail, the last block of a sample computes it
+  Valid<T> valid;                // read by attention_pool_streamed alone
+};
+
+// The tiles of a block, of the pool and of its backward pass: they begin at begin, begin + step, ... below end.
+struct SplitTiles {
+  int64_t sample, begin, end, step;
+
+  template <typename Params>
+  __device__ SplitTiles(const Params& params, int tile_positions)
+      : sample(params.first_sample + blockIdx.x / params.splits),
+        begin(static_cast<int64_t>(blockIdx.x % params.splits) * tile_positions),
+        end(params.extent.positions),
+        step(static_cast<int64_t>(params.splits) * tile_positions) {}
+};
+
+// A block's part of the pool.
+template <typename T>
+struct PoolSplit : SplitTiles {
+  acc_t<T>* partial;
+  acc_t<T>* logits;
+
+  __device__ PoolSplit(const PoolParams<T>& params, int tile_positions)
+      : SplitTiles(params, tile_positions),
+        partial(params.partial + (sample * params.splits + blockIdx.x % params.splits) * (params.extent.channels + 2)),
+        logits(params.attention ? params.attention + sample * end : nullptr) {}
+};
+
+template <typename A>
+struct MergeShared {
+  unsigned* word;  // of last_to_arrive
+  A* factor;       // [splits]: what the partial sums of each split are multiplied with
+
+  __host__ __device__ MergeShared(auto& memory, int64_t splits) {
+    memory.take(word, 1);
+    memory.take(factor, splits);
+  }
+};
+
+// All threads of a block call this when the partial sums of their split are written; the last block of a sample merges them.
+// kValid: not all positions count. Those that do not get no attention, and a sample without any that does has no context, although
+// the softmax of the definition is not a number there.
+template <bool kValid = false, typename T>
+__device__ void finish_split(const PoolParams<T>& params, const PoolSplit<T>& split) {
+  using A = acc_t<T>;
+  const auto shared = shared_memory<MergeShared<A>>(params.splits);
+  if (!last_to_arrive(params.arrived + split.sample, params.splits, shared.word)) return;
+
+  const int64_t channels = params.extent.channels, row = channels + 2;
+  const A* partial = params.partial + split.sample * params.splits * row;
+  constexpr int kPerLane = kCudaMaxSplits / kWarp;  // splits, the same in every warp
+  A maxima[kPerLane], sums[kPerLane];
+#pragma unroll
+  for (int i = 0; i < kPerLane; i++) {
+    const unsigned s = threadIdx.x % kWarp + i * kWarp;
+    maxima[i] = s < params.splits ? load_fresh(partial + s * row + channels) : lowest<A>();
+    sums[i] = s < params.splits ? load_fresh(partial + s * row + channels + 1) : A(0);
+  }
+  A maximum = lowest<A>(), sum = A(0);
+#pragma unroll
+  for (int i = 0; i < kPerLane; i++) maximum = larger(maximum, maxima[i]);
+  const A reference = softmax_reference(warp_max(maximum));
+#pragma unroll
+  for (int i = 0; i < kPerLane; i++) {
+    maxima[i] = exponential(maxima[i] - reference);
+    sum += sums[i] * maxima[i];
+  }
+  const A total_sum = warp_sum(sum);
+  const A inverse = kValid && params.valid.shares[split.sample] == A(0) ? A(0) : A(1) / total_sum;
+  if (threadIdx.x < kWarp) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; i++) {
+      if (const unsigned s = threadIdx.x + i * kWarp; s < params.splits) shared.factor[s] = maxima[i] * inverse;
+    }
+  }
+  __syncthreads();
+  for (int64_t c = threadIdx.x; c < channels; c += blockDim.x) {
+    A total = A(0);
+    load_ahead<16>(
+        0, params.splits, 1, [&](int64_t s) { return load_fresh(partial + s * row + c); },
+        [&](int64_t s, A weighted) { total += weighted * shared.factor[s]; });
+    params.context[split.sample * channels + c] = total;
+  }
+  if (split.logits) {
+    load_ahead<8>(
+        threadIdx.x, params.extent.positions, blockDim.x, [&](int64_t p) { return load_fresh(split.logits + p); },
+        [&](int64_t p, A logit) {
+          const bool counted = !kValid || params.valid.at(split.sample, p);
+          split.logits[p] = counted ? exponential(logit - reference) * inverse : A(0);
+        });
+  }
+  if (params.transform.in_tail) {
+    __syncthreads();
+    transform_sample(params.transform, split.sample);
+  }
+}
+
+// The shared memory of finish_split.
+template <typename T>
+size_t merge_shared_bytes(const PoolParams<T>& params) {
+  using A = acc_t<T>;
+  const size_t merge = shared_bytes<MergeShared<A>>(params.splits);
+  if (!params.transform.in_tail) return merge;
+  return std::max(merge, shared_bytes<TransformShared<A>>(params.transform.channels, params.transform.units));
+}
+
+// Launches a kernel of the pool, or of its backward pass, with a block for every split.
+template <typename Kernel, typename Params, typename... Arguments>
+void launch_splits(Kernel kernel, const Params& params, const CudaPoolPlan& plan, size_t shared, cudaStream_t stream,
+                   const Arguments&... arguments) {
+  for_sample_ranges(params, params.splits, [&](const Params& range, dim3 grid) {
+    launch(kernel, grid, dim3(plan.threads), shared, stream, range, arguments...);
+  });
+}
+
+}  // namespace gcnet_ext::cuda

@@ -1,0 +1,136 @@
+// The Global Context block as a sequence of launches, on plain pointers: the pool, the transform, the fusion, and back. The torch glue
+// (global_context.cu) and the kernel tests (tests/native/cuda) call these.
+#pragma once
+
+#include <utility>
+
+#include "attention_pool_backward.cuh"
+#include "transform_batched.cuh"
+
+namespace gcnet_ext::cuda {
+
+// Whether the last block of a sample computes the transform, or its backward pass.
+template <typename T>
+bool transform_in_tail(const TransformParams<T>& transform) {
+  if (!transform.activation.usual()) return false;
+  int64_t bytes = 0;
+  for (const BranchParams<T>& branch : transform.branch) {
+    for (const Parameter<T>* matrix : {&branch.w1, &branch.w2}) {
+      if (matrix->data) bytes += branch.units * transform.channels * (matrix->single ? sizeof(float) : sizeof(T));
+    }
+  }
+  return plan_cuda_tail(transform.channels, transform.units, bytes, sizeof(acc_t<T>), tuning());
+}
+
+// The caller sets x, the parameters and the results of the pool; the weights and options of pool.transform, its hidden and its gate;
+// and out, the residual and the ReLU of the fusion. `positive` gets the bits of the ReLU, where it is not null.
+template <typename T>
+void global_context(PoolParams<T> pool, Fusion<T> fuse, uint8_t* positive, Workspace& workspace, cudaStream_t stream) {
+  using A = acc_t<T>;
+  const int64_t samples = pool.extent.samples, channels = pool.extent.channels;
+  TransformParams<T>& transform = pool.transform;
+  transform.context = pool.context;
+  transform.in_tail = transform_in_tail(transform) && (pool.weight.data || !pool.valid.data);
+  transform.samples = samples;
+  const bool has_scale = transform.branch[kScale].units > 0, has_shift = transform.branch[kShift].units > 0;
+  if (has_shift) transform.shift = workspace.take<A>(samples * channels);
+  if (has_scale && transform.hard_sigmoid) transform.scale = workspace.take<A>(samples * channels);
+  attention_pool(pool, workspace, stream);
+  if (!transform.in_tail) launch_transform(transform, stream);
+
+  fuse.x = pool.x;
+  fuse.extent = pool.extent;
+  if (has_scale) fuse.scale = Parameter<T>(transform.scale_values());
+  if (has_shift) fuse.shift = Parameter<T>(transform.shift);
+  channel_fuse(fuse, stream);
+  if (positive) launch_positive_bits(read_only(fuse.out), fuse.extent, positive, stream);
+}
+
+// The gradients of the block's parameters; an absent one is not computed.
+template <typename T>
+struct BranchGradients {
+  MutableParameter<T> w1, b1, norm_weight, norm_bias, w2, b2;
+};
+template <typename T>
+struct BlockGradients {
+  MutableParameter<T> mask_weight;
+  BranchGradients<T> branch[kBranches];
+};
+
+// The gradients of the parameters of branch b.
+template <typename T>
+void add_branch_gradients(const TransformGradParams<T>& params, const BranchGradients<T>& gradients, int b,
+                          GradientParams<T>& all) {
+  using A = acc_t<T>;
+  const TransformParams<T>& forward = params.forward;
+  const BranchParams<T>& branch = forward.branch[b];
+  const auto of_units = [&](const A* values) { return Terms<A>{values + branch.first_unit, forward.units, branch.units}; };
+  const Terms<A> context{forward.context, forward.channels, forward.channels}, activated = of_units(params.activated);
+  const Terms<A> grad_t{params.grad_t[b], forward.channels, forward.channels};
+  const Terms<A> grad_hidden = branch.w2.data ? of_units(params.grad_hidden) : grad_t;
+  const int64_t samples = forward.samples, normed = forward.norm ? samples : 0;  // without a norm its parameters do nothing
+  const auto add = [&](const MutableParameter<T>& gradient, int64_t terms, const Terms<A>& left, const Terms<A>& right) {
+    if (gradient.data) all.add({.left = left, .right = right, .terms = terms, .gradient = gradient});
+  };
+  add(gradients.w1, samples, grad_hidden, context);
+  add(gradients.b1, samples, grad_hidden, {});
+  add(gradients.norm_weight, normed, of_units(params.grad_norm_weight), {});
+  add(gradients.norm_bias, normed, of_units(params.grad_z), {});
+  add(gradients.w2, samples, grad_t, activated);
+  add(gradients.b2, samples, grad_t, {});
+}
+
+// The caller sets x, grad, grad_x, the weight of the mask, and what the pool saved; the weights, options, hidden and gate of the
+// transform's forward pass; and the gradients of the parameters.
+template <typename T>
+void global_context_backward(PoolBackwardParams<T> pool, const TransformParams<T>& forward, const BlockGradients<T>& gradients,
+                             Workspace& workspace, cudaStream_t stream) {
+  using A = acc_t<T>;
+  const int64_t samples = pool.extent.samples, channels = pool.extent.channels, units = forward.units;
+  const bool has_scale = forward.branch[kScale].units > 0, has_shift = forward.branch[kShift].units > 0;
+
+  TransformGradParams<T> transform;
+  transform.forward = forward;
+  transform.forward.context = pool.context;
+  transform.forward.samples = samples;
+  transform.forward.in_tail = transform_in_tail(forward);
+  const int64_t chunks = batch_chunks(channels);
+  const bool clips = has_scale && forward.hard_sigmoid;
+  A* next = workspace.take<A>(samples * ((1 + has_scale + has_shift + clips) * channels + (4 + chunks) * units));
+  const auto take = [&](int64_t width) { return std::exchange(next, next + samples * width); };
+  A* const grad_t_scale = has_scale ? take(channels) : nullptr;
+  A* const grad_t_shift = has_shift ? take(channels) : nullptr;
+  transform.grad_t[kScale] = grad_t_scale;
+  transform.grad_t[kShift] = grad_t_shift;
+  if (clips) transform.forward.scale = take(channels);
+  transform.grad_context = take(channels);
+  transform.activated = take(units);
+  transform.grad_hidden = take(units);
+  transform.grad_z = take(units);
+  transform.grad_norm_weight = take(units);
+  transform.grad_activated = take(chunks * units);
+  unsigned* const arrived = workspace.zeros(samples + batch_counters(samples), stream);
+  transform.arrived = arrived + samples;
+
+  SumsParams<T> sums;
+  sums.a = pool.grad;
+  if (has_scale) sums.b = pool.x;
+  sums.extent = pool.extent;
+  if (has_shift) sums.sum_a = MutableParameter<T>(grad_t_shift);
+  if (has_scale) sums.sum_ab = MutableParameter<T>(grad_t_scale);
+  sums.through_gate = has_scale;
+  sums.arrived = arrived;
+  sums.after = transform.forward.in_tail ? AfterSums::transform_backward : AfterSums::nothing;
+  sums.transform_grad = transform;
+  launch_channel_sums(sums, workspace, stream);
+  if (!transform.forward.in_tail) launch_transform_backward(transform, stream);
+
+  GradientParams<T> all;
+  if (has_scale) pool.scale = transform.forward.scale_values();
+  pool.grad_context = transform.grad_context;
+  attention_pool_backward(pool, gradients.mask_weight, all, workspace, stream);
+  for (int b = 0; b < kBranches; b++) add_branch_gradients(transform, gradients.branch[b], b, all);
+  launch_parameter_gradients(all, stream);
+}
+
+}  // namespace gcnet_ext::cuda

@@ -1,0 +1,159 @@
+// How device code reaches memory: loads, stores, prefetches and atomics. Every access to a big tensor goes through these loads and
+// stores, so that the emulator can check its alignment and count its bytes.
+#pragma once
+
+#include <cstddef>
+
+#include "cuda_or_emulator.h"
+
+namespace gcnet_ext::cuda {
+
+// V neighbours that travel as one access; as wide as it is aligned.
+template <class T, int V>
+struct alignas(sizeof(T) * V) Vector {
+  T data[V];
+};
+
+#if defined(__CUDACC__)
+
+// What a vector of so many bytes travels as. An assignment would do, but the compiler takes that apart where it likes, into
+// four stores of 4 bytes; __stwb, a store like any other, stays whole.
+template <size_t kBytes>
+struct Access;
+template <>
+struct Access<32> {
+  struct alignas(32) type {
+    uint4 halves[2];
+  };
+};
+template <>
+struct Access<16> {
+  using type = uint4;
+};
+template <>
+struct Access<8> {
+  using type = uint2;
+};
+template <>
+struct Access<4> {
+  using type = unsigned;
+};
+template <>
+struct Access<2> {
+  using type = unsigned short;
+};
+
+template <int V, class T>
+__device__ __forceinline__ Vector<T, V> load_vector(const T* from) {
+  using Word = typename Access<sizeof(T) * V>::type;
+  return __builtin_bit_cast(Vector<T, V>, *reinterpret_cast<const Word*>(from));
+}
+
+template <class T, int V>
+__device__ __forceinline__ void store_vector(T* to, const Vector<T, V>& value) {
+  using Word = typename Access<sizeof(T) * V>::type;
+  __stwb(reinterpret_cast<Word*>(to), __builtin_bit_cast(Word, value));
+}
+
+template <class T>
+__device__ __forceinline__ T load(const T* from) {
+  return *from;
+}
+
+// Asks the second-level cache for what will be loaded later.
+template <class T>
+__device__ __forceinline__ void prefetch(const T* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+}
+
+template <class T>
+__device__ __forceinline__ void store(T* to, T value) {
+  *to = value;
+}
+
+// What another block wrote in this launch: past the first-level cache, and never through the read-only path.
+template <class T>
+__device__ __forceinline__ T load_fresh(const T* from) {
+  return __ldcg(from);
+}
+
+// One thread speaks for its block: everything before the __syncthreads() before it is released, and everything that the blocks
+// counted so far released is acquired for what follows the __syncthreads() after it.
+__device__ __forceinline__ unsigned fetch_add_acq_rel(unsigned* counter, unsigned value) {
+  unsigned before;
+  asm volatile("atom.add.acq_rel.gpu.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(value) : "memory");
+  return before;
+}
+
+// Orders nothing; an atomic only because a plain store would formally race with the additions of other blocks.
+__device__ __forceinline__ unsigned exchange_relaxed(unsigned* counter, unsigned value) {
+  unsigned before;
+  asm volatile("atom.exch.relaxed.gpu.b32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(value) : "memory");
+  return before;
+}
+
+// Makes the compiler forget where a value came from, for one instruction per word. Between two uses of a tile held in registers
+// this keeps the narrow form alive; otherwise the converted floats are kept instead, twice the registers, and spilled. (An
+// empty asm is not enough: ptxas sees through it.)
+template <class Value>
+__device__ __forceinline__ void hide_from_optimizer(Value& value) {
+  if constexpr (sizeof(Value) % sizeof(unsigned) == 0) {
+    unsigned* words = reinterpret_cast<unsigned*>(&value);
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(Value) / sizeof(unsigned)); i++)
+      asm volatile("lop3.b32 %0, %0, %0, %0, 0xaa;" : "+r"(words[i]));
+  }
+}
+
+#else  // emulation
+
+template <int V, class T>
+Vector<T, V> load_vector(const T* from) {
+  emulation::note_load(from, sizeof(T) * V);
+  return *reinterpret_cast<const Vector<T, V>*>(from);
+}
+
+template <class T, int V>
+void store_vector(T* to, const Vector<T, V>& value) {
+  emulation::note_store(to, sizeof(T) * V);
+  *reinterpret_cast<Vector<T, V>*>(to) = value;
+}
+
+template <class T>
+void prefetch(const T*) {}
+
+template <class T>
+T load(const T* from) {
+  emulation::note_load(from, sizeof(T));
+  return *from;
+}
+
+template <class T>
+void store(T* to, T value) {
+  emulation::note_store(to, sizeof(T));
+  *to = value;
+}
+
+template <class T>
+T load_fresh(const T* from) {
+  return *from;
+}
+
+inline unsigned fetch_add_acq_rel(unsigned* counter, unsigned value, emulation::Site site = emulation::Site::current()) {
+  switch (emulation::acq_rel(site)) {
+    case __ATOMIC_ACQUIRE: return __atomic_fetch_add(counter, value, __ATOMIC_ACQUIRE);
+    case __ATOMIC_RELEASE: return __atomic_fetch_add(counter, value, __ATOMIC_RELEASE);
+    default: return __atomic_fetch_add(counter, value, __ATOMIC_ACQ_REL);
+  }
+}
+
+inline unsigned exchange_relaxed(unsigned* counter, unsigned value) {
+  return __atomic_exchange_n(counter, value, __ATOMIC_RELAXED);
+}
+
+template <class Value>
+void hide_from_optimizer(Value&) {}
+
+#endif
+
+}  // namespace gcnet_ext::cuda

@@ -1,0 +1,64 @@
+// How a parameter of the block, or its gradient, is passed to a kernel.
+#pragma once
+
+#include "memory_access.h"
+#include "numbers.cuh"
+
+namespace gcnet_ext::cuda {
+
+// A parameter of x's dtype T or of float32. Which one is a run-time word, so that a kernel is compiled once per dtype of x.
+template <typename T>
+struct Parameter {
+  const void* data = nullptr;
+  bool single = false;  // float32
+
+  Parameter() = default;
+  Parameter(const void* data, bool single) : data(data), single(single) {}
+  explicit Parameter(const acc_t<T>* data) : data(data), single(sizeof(acc_t<T>) == sizeof(float)) {}
+
+  __device__ bool present() const { return data != nullptr; }
+  __device__ acc_t<T> at(int64_t i) const {
+    return single ? static_cast<acc_t<T>>(load(static_cast<const float*>(data) + i))
+                  : static_cast<acc_t<T>>(load(static_cast<const T*>(data) + i));
+  }
+  __device__ acc_t<T> at_or(int64_t i, acc_t<T> otherwise) const { return present() ? at(i) : otherwise; }
+
+  // values[j] = number i + j; all are loaded before the first is looked at.
+  template <int V>
+  __device__ void get(int64_t i, acc_t<T> (&values)[V]) const {
+    const auto from = [&](const auto* start) {
+      std::remove_cv_t<std::remove_pointer_t<decltype(start)>> loaded[V];
+#pragma unroll
+      for (int j = 0; j < V; j++) loaded[j] = load(start + i + j);
+#pragma unroll
+      for (int j = 0; j < V; j++) values[j] = static_cast<acc_t<T>>(loaded[j]);
+    };
+    if (single) {
+      from(static_cast<const float*>(data));
+    } else {
+      from(static_cast<const T*>(data));
+    }
+  }
+};
+
+// The gradient of a parameter, in the dtype of the parameter.
+template <typename T>
+struct MutableParameter {
+  void* data = nullptr;
+  bool single = false;
+
+  MutableParameter() = default;
+  MutableParameter(void* data, bool single) : data(data), single(single) {}
+  explicit MutableParameter(acc_t<T>* data) : data(data), single(sizeof(acc_t<T>) == sizeof(float)) {}
+
+  __device__ bool wanted() const { return data != nullptr; }
+  __device__ void put(int64_t i, acc_t<T> value) const {
+    if (single) {
+      store(static_cast<float*>(data) + i, static_cast<float>(value));
+    } else {
+      store(static_cast<T*>(data) + i, static_cast<T>(value));
+    }
+  }
+};
+
+}  // namespace gcnet_ext::cuda

@@ -1,0 +1,135 @@
+"""The private names of torch that this package uses, each with public ones that do its work more slowly.
+
+A private name may be gone in any later torch. Where one is missing, or where GCNET_EXT_PUBLIC_TORCH=1 is set before the import,
+the public ones take its place. The results are the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping
+from operator import attrgetter
+from types import NoneType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+T = TypeVar("T")
+_ONLY_PUBLIC = os.environ.get("GCNET_EXT_PUBLIC_TORCH", "0") == "1"
+
+
+def _private(name: str, public: T) -> T:
+    """What torch has under the private name, or what takes its place."""
+    if _ONLY_PUBLIC:
+        return public
+    try:
+        return attrgetter(name)(torch)
+    except AttributeError:
+        return public
+
+
+# ---- calls of operators ------------------------------------------------------------------------------------------------------
+
+
+def _kernel_in_inference_mode(overload: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel of an operator below autograd: inference mode has no autograd. Its results cannot be saved for a backward
+    pass, but copies of them can."""
+
+    def kernel(*args: Any) -> Any:
+        with torch.inference_mode():
+            results = overload(*args)
+        return tree_map_only(Tensor, Tensor.clone, results)
+
+    return kernel
+
+
+below_autograd: Callable[[], contextlib.AbstractContextManager] = _private(
+    "_C._AutoDispatchBelowAutograd", contextlib.nullcontext
+)
+"""In this context a `kernel_of` an operator starts without a second look at the operator's gradient."""
+
+
+def kernel_of(overload: Any) -> Callable[..., Any]:
+    """What is called in the context `below_autograd`. The overload's own __call__ is one more frame of Python, which takes 3 to
+    5 us when nothing of it is in a cache."""
+    if below_autograd is contextlib.nullcontext:
+        return _kernel_in_inference_mode(overload)
+    return getattr(overload, "_op", overload)
+
+
+def _any_requires_grad(*args: object) -> bool:
+    return any(isinstance(value, Tensor) and value.requires_grad for value in args)
+
+
+any_requires_grad: Callable[..., bool] = _private("_C._any_requires_grad", _any_requires_grad)
+"""Whether one of the arguments is a tensor that requires a gradient. It does not look into a list that has a None."""
+
+
+class _Probe(torch.autograd.Function):
+    """A function without setup_context: torch refuses to call it inside a transform of torch.func."""
+
+    @staticmethod
+    def forward(_ctx: Any) -> None:
+        return None
+
+
+def _refuses_a_function() -> bool:
+    try:
+        _Probe.apply()
+    except RuntimeError:
+        return True
+    return False
+
+
+is_tracing: Callable[[], bool] = _private("_C._is_tracing", torch.jit.is_tracing)
+"""Whether torch.jit.trace records the calls."""
+
+inside_transform: Callable[[], bool] = _private("_C._are_functorch_transforms_active", _refuses_a_function)
+"""Whether a transform of torch.func (grad, vmap, jvp) is running."""
+
+_may_be_wrapper: Callable[[Tensor], bool] = _private("_C._functorch.is_functorch_wrapped_tensor", lambda _tensor: True)
+_PARAMETER = {nn.Parameter, NoneType}
+
+
+def apply(function: type[torch.autograd.Function], options: Any, x: Tensor, *weights: Tensor | None) -> Any:
+    """``function.apply``, which first looks at each argument for a wrapper that a transform of torch.func has left behind. That
+    takes 2 us, and a parameter is none."""
+    if _may_be_wrapper(x) or not _PARAMETER.issuperset(map(type, weights)):
+        return function.apply(options, x, *weights)
+    return super(torch.autograd.Function, function).apply(options, x, *weights)  # type: ignore[misc]
+
+
+# ---- modules -----------------------------------------------------------------------------------------------------------------
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""The fields of a module that hold its hooks."""
+GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
+"""The variables of torch.nn.modules.module that hold the hooks of every module."""
+
+
+def _has_fields() -> bool:
+    fields = (*HOOKS, "_parameters", "_modules", "_compiled_call_impl")
+    return all(hasattr(nn.Module(), name) for name in fields) and all(hasattr(nn.modules.module, name) for name in GLOBAL_HOOKS)
+
+
+modules_can_be_read: bool = not _ONLY_PUBLIC and _has_fields()
+"""Whether the fields of a module tell what a call of it does. If not, a block calls its layers one by one."""
+
+
+def children(module: nn.Module) -> Mapping[str, Any]:
+    """The direct submodules by name, in their order."""
+    return module._modules if modules_can_be_read else dict(module.named_children())
+
+
+def parameters(module: nn.Module) -> Mapping[str, Any]:
+    """The module's own parameters by name, in their order."""
+    return module._parameters if modules_can_be_read else dict(module.named_parameters(recurse=False))
+
+
+# ---- what a report says ------------------------------------------------------------------------------------------------------
+
+has_kernel: Callable[[str, str], bool] = _private("_C._dispatch_has_kernel_for_dispatch_key", lambda _operator, _key: True)
+"""Whether an operator of the library has a kernel for the dispatch key; where torch does not tell, each has."""

@@ -1,0 +1,159 @@
+"""How a call reaches its kernel, and what PyTorch is told of each operator. The only file that knows torch.library."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+from torch.utils.flop_counter import register_flop_formula
+
+from .. import _load, _torch, _tuning
+from . import _checks
+
+kernels: dict[str, Callable[..., Any]] = {}
+_rules: dict[str, tuple[Callable[..., Any], Callable[[str, Any], None]]] = {}
+_warned: set[str] = set()
+_implementations = torch.library.Library("gcnet_ext", "IMPL")
+
+
+# ---- the way of a call -------------------------------------------------------------------------------------------------------
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether x goes to compiled kernels. Warns once per device if CPU or CUDA kernels are missing.
+
+    Inside torch.func transforms (grad, vmap, jvp) it does not: plain PyTorch is differentiable and batched in every way. Nor in
+    an export to ONNX, which has standard operators only, nor under torch.jit.trace, which knows no list of optional tensors.
+    """
+    if not isinstance(x, Tensor):
+        _checks.is_tensor(x)
+    if _torch.inside_transform():
+        return False
+    if torch.onnx.is_in_onnx_export() if is_compiling() else _torch.is_tracing():
+        return False
+    device = "cpu" if x.is_cpu else x.device.type  # a torch.device and its name cost 20 us when they are not in a cache
+    if device in _load.kernel_devices:
+        return True
+    if device in ("cpu", "cuda") and not is_compiling() and device not in _warned:
+        _warned.add(device)
+        why = _load.why_no_kernels(device)
+        warnings.warn(f"gcnet_ext uses plain PyTorch on {device}: {why}", RuntimeWarning, stacklevel=4)
+    return False
+
+
+def call(name: str, differentiable: Callable[..., Any], *args: Any) -> Any:
+    """The operator. A graph that is being captured gets it as one node; otherwise it starts where the dispatcher would lead to,
+    without converting every argument to C++ and back on the way."""
+    if is_compiling():
+        return getattr(torch.ops.gcnet_ext, name).default(*args)
+    return differentiable(*args)
+
+
+def overwrite(name: str, *args: Any) -> None:
+    """The operator that overwrites x, by the way of `call`."""
+    call(name, partial(_without_gradient, name), *args)
+
+
+def differentiable(function: type[torch.autograd.Function], name: str, *args: Any) -> Any:
+    """The results of the operator, with the gradients of the function where one is asked for."""
+    if torch.is_grad_enabled() and _torch.any_requires_grad(*args):
+        return function.apply(*args)
+    return below_autograd(name, args)
+
+
+def _without_gradient(name: str, x: Tensor, *args: Any) -> None:
+    """An operator that overwrites x: autograd would need what was there."""
+    _checks.no_gradient(name, (x, *args))
+    if isinstance(x, Tensor) and x.is_neg():  # a lazy minus sign, as the imaginary part of a conjugate has
+        positive = x.resolve_neg()
+        below_autograd(name, (positive, *args))
+        x.copy_(positive)
+        return
+    below_autograd(name, (x, *args))
+    if not x.is_inference():
+        torch.autograd.graph.increment_version(x)  # a graph that saved x must not use it any more
+
+
+def _without_second_derivative(name: str, *args: Any) -> Any:
+    """An operator of the backward pass. Autograd calls it where nobody asked for a graph of the gradients."""
+    _checks.not_differentiated(name, args)
+    return below_autograd(name, args)
+
+
+def below_autograd(name: str, args: tuple) -> Any:
+    """The kernel itself, without a second look at the autograd key; what it refuses is said in words."""
+    try:
+        with _torch.below_autograd():
+            return kernels[name](*args)
+    except RuntimeError as error:
+        # The dispatcher says NotImplementedError of a sparse tensor, and the rules of csrc/check.h begin with the operator.
+        if isinstance(error, NotImplementedError) or str(error).startswith(f"gcnet_ext::{_checks.public(name)}: "):
+            try:
+                _explain(name, args)
+            except RuntimeError as words:
+                raise words from None
+        raise
+
+
+def backward(tuning: _tuning.CudaTuning, name: str, args: tuple) -> Any:
+    """The kernel of a backward pass, under the decisions of its forward pass."""
+    if tuning is _tuning.decided():
+        return below_autograd(name, args)
+    with _tuning.cuda_tuning(tuning):
+        return below_autograd(name, args)
+
+
+def _explain(name: str, args: Sequence[Any]) -> None:
+    """Says in words what a kernel or the dispatcher refused; returns where the checks find nothing."""
+    named, check = _rules[name]
+    op, arguments = _checks.public(name), named(*args)
+    check(op, arguments)
+    if name.endswith("_"):
+        _checks.apart(op, arguments.residual, arguments.x)
+
+
+# ---- what PyTorch is told ----------------------------------------------------------------------------------------------------
+
+
+def register(
+    name: str,
+    named: Callable[..., Any],
+    *,
+    check: Callable[[str, Any], None],
+    shapes: Callable[[Any], Any],
+    flops: Callable[[Any], int] = lambda _: 0,
+    differentiable: Callable[..., Any] | None = None,
+) -> None:
+    """Tells PyTorch what it must know of one operator of csrc/ops.cpp.
+
+    Args:
+        name: as in the schema. One that ends with an underscore overwrites x; the gradient of one that ends with ``_backward``
+            is refused.
+        named: a NamedTuple of the arguments, by the names that the schema has.
+        check: called with the operator's name and the named arguments; raises an error in words.
+        shapes: returns tensors like those that the kernels return, without computing them. The arguments are checked before.
+        flops: of shapes in the place of tensors, two for each multiply-add of a product, as PyTorch counts.
+        differentiable: the operator with its gradient. It does what torch.library.register_autograd does, which takes 0.2 ms a
+            call for the block, because it looks up the defaults of every argument, each time.
+    """
+    _rules[name] = named, check
+    if _load.compiled is None:
+        return
+    overload = getattr(torch.ops.gcnet_ext, name).default
+
+    def fake(*args: Any) -> Any:
+        arguments = named(*args)
+        check(_checks.public(name), arguments)
+        return shapes(arguments)
+
+    torch.library.register_fake(f"gcnet_ext::{name}", fake)
+    register_flop_formula(overload.overloadpacket)(lambda *args, **_: flops(named(*args)))
+    if differentiable is None:
+        differentiable = partial(_without_gradient if name.endswith("_") else _without_second_derivative, name)
+    _implementations.impl(name, differentiable, "Autograd")
+    kernels[name] = _torch.kernel_of(overload)

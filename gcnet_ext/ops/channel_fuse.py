@@ -1,0 +1,189 @@
+"""The fusion of the GC block: per-channel values go back into every position."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _tuning
+from . import _checks, _dispatch, _shapes
+from ._gradients import before_relu, needed, through_plain_pytorch
+from ._options import FINAL_ACTIVATIONS, check_final, final_number
+from ._precision import accumulation_dtype
+
+
+def channel_fuse(
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    final_activation: str = "none",
+    inplace: bool = False,
+) -> Tensor:
+    """Fold per-channel values back into every position: ``out_cp = act(x_cp * scale_c + shift_c + residual_cp)``.
+
+    The fusion of the GC block (the paper, section 3.4) with both of its variants in one pass over x, and with what follows it
+    in a residual block. The scale is used unchanged; apply a gate such as the sigmoid yourself. The result is rounded once.
+
+    Args:
+        x: ``[N, C, *spatial]``.
+        scale: ``[N, C]``, or None for 1. Trailing dimensions of size 1 are allowed: ``[N, C, 1, 1]``.
+        shift: ``[N, C]``, or None for 0.
+        residual: what is added, of the shape and dtype of x, or None. It may be x itself. In another memory format than that of
+            x it is copied first.
+        final_activation: ``"relu"`` for ``act(v) = max(v, 0)``, or ``"none"``. Backward needs a bit for each element of it.
+        inplace: overwrite x with the result and return it. For inference: nothing may require a gradient.
+
+    Returns:
+        Like x. Differentiable in x, scale, shift and residual. If nothing is to be done, a copy of x.
+
+    Raises:
+        RuntimeError: an argument has a wrong value, shape, dtype or device; or with ``inplace`` it requires a gradient,
+            elements of x share memory, or the residual shares a part of x's. The message names it.
+        TypeError: x is no tensor.
+    """
+    final = final_number("channel_fuse", final_activation)
+    if _dispatch.has_kernels(x):
+        if not inplace:
+            return _dispatch.call("channel_fuse", _differentiable, x, scale, shift, residual, final)[0]
+        _dispatch.overwrite("channel_fuse_", x, scale, shift, residual, final)
+        return x
+    if inplace:
+        _checks.no_gradient("channel_fuse_", (x, scale, shift, residual))
+    out = reference(x, scale, shift, residual=residual, final_activation=final_activation)
+    return x.copy_(out) if inplace else out
+
+
+# ---- plain PyTorch -----------------------------------------------------------------------------------------------------------
+
+
+def reference(
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    final_activation: str = "none",
+) -> Tensor:
+    """`channel_fuse` in plain PyTorch."""
+    final = final_number("channel_fuse", final_activation)
+    _check("channel_fuse", Arguments(x, scale, shift, residual, final))
+    if scale is None and shift is None and residual is None and not final:
+        return x.clone()
+    return fuse(x, scale, shift, residual, final)
+
+
+def fuse(x: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, final_activation: int) -> Tensor:
+    """act(x_cp scale_c + shift_c + residual_cp) of a scale and a shift [N, C], like x."""
+    acc = accumulation_dtype(x)
+    per_channel = x.shape[:2] + (1,) * (x.dim() - 2)
+    out = x.to(acc)
+    if scale is not None:
+        out = out * scale.to(acc).reshape(per_channel)
+    if shift is not None:
+        out = out + shift.to(acc).reshape(per_channel)
+    if residual is not None:
+        out = out + residual.to(acc)
+    return (out.relu() if final_activation == FINAL_ACTIVATIONS["relu"] else out).to(x.dtype)
+
+
+# ---- arguments ---------------------------------------------------------------------------------------------------------------
+
+
+class Arguments(NamedTuple):
+    x: Any
+    scale: Any
+    shift: Any
+    residual: Any
+    final_activation: Any
+
+
+class BackwardArguments(NamedTuple):
+    grad: Any
+    x: Any
+    scale: Any
+    shift: Any
+    final_activation: Any
+    positive: Any
+    needs: Any  # of x, the scale, the shift and the residual
+
+
+def _check_map(op: str, call: Arguments | BackwardArguments) -> None:
+    _checks.feature_map(op, call.x, pooled=False)
+    _checks.parameter(op, "scale", call.scale, call.x, call.x.shape[:2])
+    _checks.parameter(op, "shift", call.shift, call.x, call.x.shape[:2])
+
+
+def _check(op: str, call: Arguments) -> None:
+    _check_map(op, call)
+    _checks.added(op, call.residual, call.x)
+    check_final(op, call.final_activation)
+
+
+def _check_in_place(op: str, call: Arguments) -> None:
+    _check(op, call)
+    _checks.in_place(op, call.x)
+
+
+def _check_backward(op: str, call: BackwardArguments) -> None:
+    _check_map(op, call)
+    check_final(op, call.final_activation)
+    _checks.gradient(op, call.grad, call.x)
+    _checks.bits(op, call.positive, call.x, call.final_activation)
+    _checks.count(op, "needs", call.needs, 4)
+
+
+# ---- shapes ------------------------------------------------------------------------------------------------------------------
+
+
+def _results(call: Arguments) -> tuple[Tensor, Tensor]:
+    return _shapes.like_map(call.x), _shapes.bits(call.x, call.final_activation)
+
+
+def _gradients(call: BackwardArguments) -> tuple[Tensor, ...]:
+    x, (need_x, need_scale, need_shift, need_residual) = call.x, call.needs
+    return (
+        _shapes.map_gradient(need_x, x),
+        _shapes.gradient(need_scale, call.scale, x),
+        _shapes.gradient(need_shift, call.shift, x),
+        _shapes.map_gradient(need_residual and call.final_activation, x),
+    )
+
+
+# ---- gradients ---------------------------------------------------------------------------------------------------------------
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale, shift, residual, final_activation):
+        out, positive = _dispatch.below_autograd("channel_fuse", (x, scale, shift, residual, final_activation))
+        ctx.mark_non_differentiable(positive)
+        ctx.set_materialize_grads(False)
+        ctx.final_activation, ctx.tuning = final_activation, _tuning.decided()
+        ctx.save_for_backward(x, scale, shift, positive)
+        return out, positive
+
+    @staticmethod
+    def backward(ctx, grad, _grad_positive):
+        needs = ctx.needs_input_grad[:4]
+        if grad is None:
+            return (None,) * 5
+        x, scale, shift, positive = ctx.saved_tensors
+        final = ctx.final_activation
+        if torch.is_grad_enabled():
+            grad = before_relu(grad, positive, x, final)
+            gradients = through_plain_pytorch(reference, (x, scale, shift), needs[:3], grad)
+            return *gradients, needed(needs[3], grad), None
+        args = grad, x, scale, shift, final, positive, list(needs)
+        *gradients, grad_residual = _dispatch.backward(ctx.tuning, "channel_fuse_backward", args)
+        return *map(needed, needs, (*gradients, grad_residual if final else grad)), None
+
+
+_differentiable = partial(_dispatch.differentiable, _Function, "channel_fuse")
+_dispatch.register("channel_fuse", Arguments, check=_check, shapes=_results, differentiable=_differentiable)
+_dispatch.register("channel_fuse_", Arguments, check=_check_in_place, shapes=lambda _: None)
+_dispatch.register("channel_fuse_backward", BackwardArguments, check=_check_backward, shapes=_gradients)

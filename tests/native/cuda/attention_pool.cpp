@@ -1,0 +1,182 @@
+// attention_pool_rows, _positions and _streamed, without the transform in their tail; and over some of the positions.
+#include "../../../csrc/cuda/attention_pool_backward.cuh"
+#include "kernel_test.h"
+
+namespace gcnet_ext::cuda {
+GCNET_EXT_COMPILED_HERE(launch_attention_pool)
+GCNET_EXT_COMPILED_HERE(launch_attention_pool_backward)
+GCNET_EXT_COMPILED_HERE(with_shares)
+GCNET_EXT_COMPILED_HERE(launch_average_valid)
+}  // namespace gcnet_ext::cuda
+
+namespace kernel_test {
+namespace {
+
+using namespace gcnet_ext;
+using namespace gcnet_ext::cuda;
+
+struct Expected {
+  std::vector<double> context, attention;
+};
+
+template <class T>
+Expected expected(const FeatureMap<T>& x, const std::vector<T>& weight, double bias, const std::vector<uint8_t>& valid) {
+  const auto [samples, channels, positions] = std::tuple(x.shape.samples, x.shape.channels, x.shape.positions);
+  Expected result{std::vector<double>(samples * channels), std::vector<double>(samples * positions)};
+  for (int64_t n = 0; n < samples; n++) {
+    double* attention = &result.attention[n * positions];
+    const auto counts = [&, n = n, positions = positions](int64_t p) { return valid.empty() || valid[n * positions + p]; };
+    double maximum = -INFINITY, sum = 0;
+    for (int64_t p = 0; p < positions; p++) {
+      if (!counts(p)) continue;
+      attention[p] = bias;
+      for (int64_t c = 0; c < channels; c++) attention[p] += static_cast<double>(weight[c]) * x.at(n, c, p);
+      maximum = std::fmax(maximum, attention[p]);
+    }
+    for (int64_t p = 0; p < positions; p++) sum += attention[p] = counts(p) ? std::exp(attention[p] - maximum) : 0;
+    for (int64_t p = 0; p < positions; p++) {
+      if (!counts(p)) continue;
+      attention[p] /= sum;
+      for (int64_t c = 0; c < channels; c++) result.context[n * channels + c] += attention[p] * x.at(n, c, p);
+    }
+  }
+  return result;
+}
+
+template <class T>
+void test(const Shape& shape, int64_t tiles_per_split = 0, bool all_count = true) {
+  using A = acc_t<T>;
+  auto x = FeatureMap<T>::random(shape);
+  const std::vector<uint8_t> valid = all_count ? std::vector<uint8_t>() : random_valid(shape.samples, shape.positions);
+  forget(x, valid);
+  if (!all_count && shape.samples > 2) *x.write().at(0, 0, 0) = std::numeric_limits<T>::quiet_NaN();  // at a position that counts
+  const auto weight = random_values<T>(shape.channels, 3 / std::sqrt(static_cast<double>(shape.channels))),
+             bias = random_values<T>(1);
+  TestWorkspace workspace;
+  const Valid<T> of_samples =
+      with_shares<T>({all_count ? nullptr : valid.data(), shape.positions}, shape.extent(), workspace, nullptr);
+  CudaPoolPlan plan = pool_plan(common_shape<T>(shape.extent(), x.read()), of_samples);
+  if (tiles_per_split) {  // more tiles in a split than the plan gives to so few positions
+    plan.tiles_per_split = tiles_per_split;
+    plan.splits = (shape.positions + plan.tile_positions * tiles_per_split - 1) / (plan.tile_positions * tiles_per_split);
+  }
+  auto context = unwritten<A>(shape.samples * shape.channels), attention = unwritten<A>(shape.samples * shape.positions);
+  auto partial = unwritten<A>(shape.samples * plan.splits * (shape.channels + 2));
+  std::vector<unsigned> arrived(shape.samples, 0);
+
+  PoolParams<T> params{};
+  params.x = x.read();
+  params.extent = shape.extent();
+  params.weight = parameter(weight);
+  params.bias = parameter(bias);
+  params.context = context.data();
+  params.attention = attention.data();
+  params.partial = partial.data();
+  params.arrived = arrived.data();
+  params.valid = of_samples;
+  launch_attention_pool(params, plan, nullptr);
+
+  const Expected wanted = expected(x, weight, static_cast<double>(bias[0]), valid);
+  const std::string name = std::string("attention_pool ") + kName<T> + " " + shape.text() + " splits " +
+                           std::to_string(plan.splits) + (all_count ? "" : " valid");
+  Comparison contexts(name + ", context", resolution<T>() * 10),
+      attentions(name + ", attention", resolution<T>() * 10, 1. / shape.positions);
+  for (size_t i = 0; i < context.size(); i++) contexts.add(context[i], wanted.context[i]);
+  for (size_t i = 0; i < attention.size(); i++) attentions.add(attention[i], wanted.attention[i]);
+}
+
+// The backward pass over some of the positions, with an infinite gradient of the first context.
+template <class T>
+void test_backward(const Shape& shape, bool attends) {
+  using A = acc_t<T>;
+  const auto [samples, channels, positions] = std::tuple(shape.samples, shape.channels, shape.positions);
+  auto x = FeatureMap<T>::random(shape);
+  auto grad_x = FeatureMap<T>::empty({samples, channels, positions, shape.channels_last});
+  const std::vector<uint8_t> valid = random_valid(samples, positions);
+  forget(x, valid);
+  const auto weight = random_values<T>(channels, 3 / std::sqrt(static_cast<double>(channels)));
+  const Expected forward = expected(x, weight, 0, valid);
+  const std::vector<A> context(forward.context.begin(), forward.context.end()),
+      attention(forward.attention.begin(), forward.attention.end());
+  auto grad_context = random_values<A>(samples * channels);
+  grad_context[0] = std::numeric_limits<A>::infinity();
+  TestWorkspace workspace;
+  PoolBackwardParams<T> params;
+  params.x = x.read();
+  params.grad_x = grad_x.write();
+  params.extent = shape.extent();
+  if (attends) params.weight = parameter(weight);
+  params.grad_context = grad_context.data();
+  params.context = context.data();
+  params.attention = attention.data();
+  params.valid = {valid.data(), positions};
+  GradientParams<T> no_gradients;
+  attention_pool_backward(params, {}, no_gradients, workspace, nullptr);
+
+  Comparison comparison(std::string("attention_pool_backward ") + kName<T> + " " + shape.text() + (attends ? "" : " avg"),
+                        resolution<T>() * 10 + resolution<T, T>());
+  for (int64_t n = 0; n < samples; n++) {
+    const int64_t count = std::count(&valid[n * positions], &valid[n * positions] + positions, 1);
+    for (int64_t p = 0; p < positions; p++) {
+      const bool counts = valid[n * positions + p];
+      double grad_logit = 0;
+      for (int64_t c = 0; c < channels && counts; c++) {
+        grad_logit += grad_context[n * channels + c] * (x.at(n, c, p) - forward.context[n * channels + c]);
+      }
+      const double m = attends ? forward.attention[n * positions + p] : 1. / count;
+      for (int64_t c = 0; c < channels; c++) {
+        const double through_logit = attends ? m * grad_logit * static_cast<double>(weight[c]) : 0;
+        if (n == 0 && counts && attends) continue;  // the infinite gradient makes these infinite or NaN
+        comparison.add(grad_x.at(n, c, p), counts ? m * grad_context[n * channels + c] + through_logit : 0);
+      }
+    }
+  }
+}
+
+template <class T>
+void test_dtype() {
+  for (const bool channels_last : {false, true}) {
+    test<T>({1, 1, 1, channels_last});
+    test<T>({3, 1, 49, channels_last});
+    test<T>({2, 3, 50, channels_last});
+    test<T>({2, 16, 48, channels_last, 1});
+    test<T>({2, 48, 304, channels_last});
+    test<T>({1, 48, 304, channels_last, 0, 8}, 2);
+    test<T>({2, 300, 72, channels_last});
+    test<T>({2, 20, 140, channels_last});
+    test<T>({1, 600, 76, channels_last}, 2);
+    test<T>({1, 301, 71, channels_last}, 2);
+    test<T>({1, 1000, 40, channels_last});
+    test<T>({1, 1100, 49, channels_last}, 2);
+    test<T>({1, 2048, 24, channels_last});
+    test<T>({1, 4100, 9, channels_last});
+    test<T>({2, 20, 1, channels_last}, 0, /*all_count=*/false);
+    test<T>({3, 20, 49, channels_last}, 0, /*all_count=*/false);
+    test<T>({2, 300, 200, channels_last, 1, 7}, 2, /*all_count=*/false);
+    for (const bool attends : {false, true}) {
+      test_backward<T>({3, 20, 49, channels_last}, attends);
+      test_backward<T>({3, 270, 70, channels_last, 1, 7}, attends);
+    }
+  }
+}
+
+}  // namespace
+
+void test_attention_pool(bool small) {
+  if (!small) {
+    test_dtype<double>();
+    test_dtype<BFloat16>();
+    test_dtype<Half>();
+    test_dtype<float>();
+  }
+  for (const bool channels_last : {false, true}) {
+    test<float>({1, 20, 200, channels_last});
+    test<float>({2, 20, 264, channels_last}, 2);
+    test<float>({1, 280, 40, channels_last}, 2);
+    test<float>({1, 19, 50, channels_last});
+    test<float>({3, 20, 100, channels_last}, 2, /*all_count=*/false);
+    test<float>({1, 2100, 70, channels_last}, 2);
+  }
+}
+
+}  // namespace kernel_test

@@ -1,3 +1,0 @@
-#include "glue.h"
-
-#include "../../../csrc/ops.cpp"

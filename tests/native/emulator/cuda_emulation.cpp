@@ -1,0 +1,388 @@
+// The engine of cuda_emulation.h. Compiled without sanitizers even when the device code is, so that its own bookkeeping is no
+// data race; what a sanitizer must know of fibers it is told here, when its runtime is linked in.
+#include "cuda_emulation.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <deque>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "stacks.h"
+#include "settings.h"
+
+namespace gcnet_ext::cuda::emulation {
+
+const Indices* indices = nullptr;
+dim3 block_size, grid_size;
+
+namespace {
+
+constexpr unsigned kWarp = 32;
+constexpr size_t kLargestSharedMemory = 48 << 10;  // more needs an opt-in per kernel, which launch() does not do
+
+struct Block;
+
+enum class Wait : uint8_t { none, block_barrier, warp_meeting, exited };
+
+struct Thread {
+  Indices indices;
+  Fiber fiber;
+  Block* block;
+  unsigned lane, warp;
+  Wait wait = Wait::none;
+  Site site;  // where it waits
+  // What it brings to a meeting of its warp, and what it takes away.
+  Meeting what;
+  unsigned mask, source;
+  uint64_t value;
+};
+
+struct Warp {
+  unsigned waiting = 0;  // lanes that wait for others
+  // Neighbouring meetings order memory through different addresses: a lane that is already at the next one must not pass what
+  // it did in between to a lane that has yet to leave this one.
+  unsigned meetings = 0;
+  char order[64];
+};
+
+struct Block {
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  unsigned char* shared = nullptr;
+  size_t stack_set = 0;  // the stacks that its threads run on
+  unsigned running = 0, waiting = 0, barriers = 0;
+  Site barrier_site;
+  char order[2];  // of even and odd barriers, for the reason given above
+};
+
+// Text without allocations: a thread that fails is never resumed to free them.
+struct Message {
+  char text[1024] = "";
+  size_t length = 0;
+
+  __attribute__((format(printf, 2, 3))) void add(const char* format, ...) {
+    va_list values;
+    va_start(values, format);
+    const int written = vsnprintf(text + length, sizeof(text) - length, format, values);
+    va_end(values);
+    length = std::min(sizeof(text) - 1, length + std::max(written, 0));
+  }
+  void add_place(const Indices& at) {
+    add("block %u,%u,%u thread %u,%u,%u", at.block.x, at.block.y, at.block.z, at.thread.x, at.thread.y, at.thread.z);
+  }
+};
+
+class Launch {
+ public:
+  Launch(size_t shared_bytes, void (*body)(const void*), const void* closure)
+      : shared_bytes_(shared_bytes), body_(body), closure_(closure) {}
+  ~Launch();
+
+  void run();
+  void barrier(Site site);
+  uint64_t meet(Meeting what, unsigned mask, uint64_t value, unsigned source, Site site);
+  template <class... Values>
+  [[noreturn]] void fail(const char* format, Values... values);
+
+  int acq_rel(const Site& site) const;
+
+  Thread* current = nullptr;
+
+ private:
+  static void thread_main();
+  void start(unsigned block_id);
+  void finish(Block& block);
+  void ready(Thread& thread);
+  void leave(Wait wait, Site site);
+  Thread& next();
+  void complete(Warp& warp, Thread* lanes, unsigned mask);
+  void describe_deadlock();
+
+  const size_t shared_bytes_;
+  void (*const body_)(const void*);
+  const void* const closure_;
+  Schedule schedule_;
+  const Dropped dropped_;
+  std::vector<Thread*> queue_;  // a ring of the threads that are ready
+  size_t queue_begin_ = 0, queue_end_ = 0, queue_mask_ = 0;
+  std::vector<Block> blocks_;
+  Message failure_;
+  Fiber host_;
+  Block* finished_ = nullptr;
+  std::deque<size_t> free_stack_sets_;
+  char begin_ = 0, end_ = 0;  // the launch comes before all of its threads, and they come before its end
+};
+
+Launch* launch = nullptr;
+StackSets stack_sets;
+
+// Takes the thread whose turn it is off the queue.
+Thread& Launch::next() {
+  const auto at = [&](size_t i) -> Thread*& { return queue_[i & queue_mask_]; };
+  const size_t chosen = schedule_.depth_first ? queue_end_ - 1 : queue_begin_;
+  if (schedule_.seed) std::swap(at(queue_begin_ + schedule_.random(queue_end_ - queue_begin_)), at(chosen));
+  current = at(chosen);
+  schedule_.depth_first ? queue_end_-- : queue_begin_++;
+  indices = &current->indices;
+  return *current;
+}
+
+void Launch::ready(Thread& thread) {
+  thread.wait = Wait::none;
+  queue_[queue_end_++ & queue_mask_] = &thread;
+}
+
+// Lets others run until this thread is ready again: the next thread, or the host when it has something to do.
+void Launch::leave(Wait wait, Site site) {
+  Thread& self = *current;
+  self.wait = wait;
+  self.site = site;
+  const bool host = finished_ || queue_begin_ == queue_end_;
+  switch_fiber(self.fiber, host ? host_ : next().fiber, wait == Wait::exited);
+}
+
+template <class... Values>
+void Launch::fail(const char* format, Values... values) {
+  failure_.add_place(current->indices);
+  failure_.add(": ");
+  failure_.add(format, values...);
+  sanitizer_release(&end_);
+  switch_fiber(current->fiber, host_, false);
+  std::abort();  // nobody resumes a failed thread
+}
+
+void Launch::thread_main() {
+  fiber_started();
+  sanitizer_acquire(&launch->begin_);
+  launch->body_(launch->closure_);
+  sanitizer_release(&launch->end_);
+  Block& block = *launch->current->block;
+  if (--block.running == 0) launch->finished_ = &block;
+  launch->leave(Wait::exited, Site::current());
+}
+
+void Launch::barrier(Site site) {
+  Block& block = *current->block;
+  if (dropped_.is(site)) return;
+  if (block.waiting && block.barrier_site.line() != site.line()) {
+    fail("__syncthreads in line %u while others wait at the one in line %u", site.line(), block.barrier_site.line());
+  }
+  char* order = &block.order[block.barriers % 2];
+  sanitizer_release(order);
+  block.barrier_site = site;
+  if (++block.waiting < block.threads.size()) {
+    leave(Wait::block_barrier, site);
+  } else {
+    block.waiting = 0;
+    block.barriers++;
+    for (Thread& thread : block.threads) {
+      if (thread.wait == Wait::block_barrier) ready(thread);
+    }
+  }
+  sanitizer_acquire(order);
+}
+
+int Launch::acq_rel(const Site& site) const {
+  if (!dropped_.is(site)) return __ATOMIC_ACQ_REL;
+  return dropped_.half == "acquire" ? __ATOMIC_RELEASE : __ATOMIC_ACQUIRE;
+}
+
+uint64_t Launch::meet(Meeting what, unsigned mask, uint64_t value, unsigned source, Site site) {
+  if (what == Meeting::barrier && dropped_.is(site)) return 0;
+  Thread& self = *current;
+  Warp& warp = self.block->warps[self.warp];
+  Thread* lanes = &self - self.lane;
+  if (!(mask >> self.lane & 1)) fail("lane %u is not in the mask of its own warp operation", self.lane);
+  if (what == Meeting::shuffle && !(mask >> source & 1)) fail("shuffle from lane %u, which is not in the mask", source);
+  if (const unsigned others = warp.waiting & mask) {
+    const Thread& other = lanes[__builtin_ctz(others)];
+    if (other.mask != mask || other.what != what || other.site.line() != site.line()) {
+      fail("warp operation in line %u while other lanes are at another one or name another mask, in line %u", site.line(),
+           other.site.line());
+    }
+  }
+  self.what = what;
+  self.mask = mask;
+  self.value = value;
+  self.source = source;
+  char* order = &warp.order[warp.meetings % sizeof(warp.order)];
+  if (what == Meeting::barrier) sanitizer_release(order);
+  warp.waiting |= 1u << self.lane;
+  if ((warp.waiting & mask) == mask) {
+    complete(warp, lanes, mask);
+  } else {
+    leave(Wait::warp_meeting, site);
+  }
+  if (what == Meeting::barrier) sanitizer_acquire(order);
+  return self.value;
+}
+
+// All lanes of the mask are here: every one of them gets its result, and those that waited can go on.
+void Launch::complete(Warp& warp, Thread* lanes, unsigned mask) {
+  uint64_t values[kWarp], votes = 0;
+  for (unsigned rest = mask; rest; rest &= rest - 1) {
+    const unsigned lane = __builtin_ctz(rest);
+    values[lane] = lanes[lane].value;
+    votes |= (values[lane] & 1) << lane;
+  }
+  for (unsigned rest = mask; rest; rest &= rest - 1) {
+    Thread& thread = lanes[__builtin_ctz(rest)];
+    thread.value = thread.what == Meeting::ballot ? votes : values[thread.source];
+    if (&thread != current) ready(thread);
+  }
+  warp.waiting &= ~mask;
+  warp.meetings++;
+}
+
+void Launch::start(unsigned id) {
+  Block& block = blocks_[id];
+  const unsigned count = block_size.x * block_size.y * block_size.z;
+  block.stack_set = free_stack_sets_.front();
+  free_stack_sets_.pop_front();
+  void* shared = nullptr;
+  if (posix_memalign(&shared, 128, std::max<size_t>(shared_bytes_, 1))) throw std::bad_alloc();
+  block.shared = static_cast<unsigned char*>(shared);
+  std::memset(block.shared, 0xff, shared_bytes_);  // NaN in every dtype
+  block.running = count;
+  block.warps.resize((count + kWarp - 1) / kWarp);
+  block.threads.resize(count);
+  for (unsigned i = 0; i < count; i++) {
+    Thread& thread = block.threads[i];
+    thread.indices.thread = dim3(i % block_size.x, i / block_size.x % block_size.y, i / block_size.x / block_size.y);
+    thread.indices.block = dim3(id % grid_size.x, id / grid_size.x % grid_size.y, id / grid_size.x / grid_size.y);
+    thread.block = &block;
+    thread.lane = i % kWarp;
+    thread.warp = i / kWarp;
+    stack_sets.create(thread.fiber, block.stack_set, i, thread_main);
+  }
+  sanitizer_release(&begin_);
+  for (unsigned i = 0; i < count; i++) ready(block.threads[schedule_.depth_first ? count - 1 - i : i]);
+}
+
+void Launch::finish(Block& block) {
+  block.threads.clear();
+  free_stack_sets_.push_back(block.stack_set);
+}
+
+void Launch::run() {
+  const unsigned count = grid_size.x * grid_size.y * grid_size.z;
+  blocks_.resize(count);
+  std::vector<unsigned> order(count);
+  for (unsigned i = 0; i < count; i++) order[i] = i;
+  if (schedule_.seed) {
+    for (unsigned i = count; i > 1; i--) std::swap(order[i - 1], order[schedule_.random(i)]);
+  }
+  for (size_t i = 0; i < kBlocksAtATime; i++) free_stack_sets_.push_back(i);
+  adopt_host(host_);
+  const size_t at_a_time = schedule_.depth_first ? 1 : kBlocksAtATime;
+  queue_.resize(std::bit_ceil<size_t>(at_a_time * block_size.x * block_size.y * block_size.z));
+  queue_mask_ = queue_.size() - 1;
+  size_t started = 0, running = 0;
+  while (running || started < count) {
+    for (; running < at_a_time && started < count; started++, running++) start(order[started]);
+    if (queue_begin_ == queue_end_) {
+      describe_deadlock();
+    } else {
+      switch_fiber(host_, next().fiber, false);
+    }
+    if (finished_) {
+      finish(*finished_);
+      finished_ = nullptr;
+      running--;
+    }
+    if (failure_.length) {
+      stack_sets.reset(host_, &end_);
+      sanitizer_acquire(&end_);
+      throw std::runtime_error(failure_.text);
+    }
+  }
+  sanitizer_acquire(&end_);
+}
+
+void Launch::describe_deadlock() {
+  failure_.add("deadlock, or a barrier that not all threads reach:");
+  for (const Block& block : blocks_) {
+    for (const Thread& thread : block.threads) {
+      if (thread.lane != 0 && thread.wait == (&thread)[-1].wait && thread.site.line() == (&thread)[-1].site.line()) continue;
+      failure_.add("\n  from ");
+      failure_.add_place(thread.indices);
+      if (thread.wait == Wait::exited) failure_.add(" on: exited");
+      if (thread.wait == Wait::block_barrier) failure_.add(" on: waits at the __syncthreads in line %u", thread.site.line());
+      if (thread.wait == Wait::warp_meeting) failure_.add(" on: waits for its warp in line %u", thread.site.line());
+    }
+  }
+}
+
+Launch::~Launch() {
+  for (Block& block : blocks_) std::free(block.shared);
+  indices = nullptr;
+}
+
+// Of every byte that was accessed while counting.
+struct Counts {
+  unsigned loads = 0, stores = 0;
+};
+bool counting = false;
+std::unordered_map<uintptr_t, Counts> counts;
+
+void note(const void* address, size_t bytes, unsigned Counts::* counter) {
+  const auto first = reinterpret_cast<uintptr_t>(address);
+  if (first % bytes) launch->fail("access of %zu bytes is not aligned", bytes);
+  if (!counting) return;
+  for (size_t i = 0; i < bytes; i++) counts[first + i].*counter += 1;
+}
+
+}  // namespace
+
+void run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*), const void* closure) {
+  static std::mutex one_launch_at_a_time;
+  const std::lock_guard lock(one_launch_at_a_time);
+  const size_t threads = size_t(block.x) * block.y * block.z;
+  if (!grid.x || !grid.y || !grid.z || !threads) throw std::runtime_error("CUDA launch failed: an empty grid or block");
+  if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
+    throw std::runtime_error("CUDA launch failed: the grid is too large");
+  if (threads > 1024 || block.z > 64) throw std::runtime_error("CUDA launch failed: the block is too large");
+  if (shared_bytes > kLargestSharedMemory) throw std::runtime_error("CUDA launch failed: more than 48 KB of shared memory");
+  grid_size = grid;
+  block_size = block;
+  Launch now(shared_bytes, body, closure);
+  launch = &now;
+  now.run();
+}
+
+unsigned char* shared_memory() { return launch->current->block->shared; }
+void barrier(Site site) { launch->barrier(site); }
+uint64_t meet(Meeting what, unsigned mask, uint64_t value, unsigned source_lane, Site site) {
+  return launch->meet(what, mask, value, source_lane, site);
+}
+int acq_rel(Site site) { return launch->acq_rel(site); }
+unsigned lane() { return launch->current->lane; }
+
+void count_accesses(bool count) {
+  counts.clear();
+  counting = count;
+}
+void note_load(const void* from, size_t bytes) { note(from, bytes, &Counts::loads); }
+void note_store(const void* to, size_t bytes) { note(to, bytes, &Counts::stores); }
+
+Traffic traffic_of(const void* start, size_t bytes) {
+  Traffic traffic{~0u, 0, ~0u, 0};
+  for (size_t i = 0; i < bytes; i++) {
+    const auto found = counts.find(reinterpret_cast<uintptr_t>(start) + i);
+    const Counts byte = found == counts.end() ? Counts{} : found->second;
+    traffic.least_loads = std::min(traffic.least_loads, byte.loads);
+    traffic.most_loads = std::max(traffic.most_loads, byte.loads);
+    traffic.least_stores = std::min(traffic.least_stores, byte.stores);
+    traffic.most_stores = std::max(traffic.most_stores, byte.stores);
+  }
+  return traffic;
+}
+
+}  // namespace gcnet_ext::cuda::emulation

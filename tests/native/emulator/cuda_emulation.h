@@ -1,0 +1,136 @@
+// Runs CUDA device code on the CPU, under g++: every CUDA thread is a fiber of its own, and the fibers of a launch take turns
+// on the calling thread. csrc/cuda/cuda_or_emulator.h includes this in place of <cuda_runtime.h>.
+//
+// What it finds that a GPU would hide:
+//   * barriers, shuffles and votes that not all threads reach together, and deadlocks: an exception that says who waits where;
+//   * accesses through load and store that are not aligned to their size: the same;
+//   * shared memory that nobody wrote: it is filled with NaN;
+//   * under AddressSanitizer, accesses past the end of shared or global memory: shared memory has its exact size;
+//   * under ThreadSanitizer, data races: only __syncthreads, __syncwarp, launches and atomics order memory, nothing else.
+//
+// GCNET_EMULATION_SCHEDULE=depth-first (the default: a block at a time, a warp as far as it can go), round-robin (several
+// blocks at a time, every thread one step), and GCNET_EMULATION_SEED=n (n > 0: blocks and threads in random order) choose who
+// runs next. A correct kernel gives the same bits under all of them. GCNET_EMULATION_DROP is for tests/native/mutate.py:
+// "file:line" makes the barrier in that line do nothing, "file:line:acquire" and "file:line:release" take that half from the
+// atomic there.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <source_location>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static_assert(false, "take shared memory from dynamic_shared_memory()");
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+using cudaStream_t = void*;
+
+namespace gcnet_ext::cuda::emulation {
+
+using Site = std::source_location;
+
+struct Indices {
+  dim3 thread, block;
+};
+
+// Of the thread that runs now, and of its launch.
+extern const Indices* indices;
+extern dim3 block_size, grid_size;
+
+// Runs body(closure) once per thread and returns when all are done. Throws std::runtime_error when a thread broke a rule.
+void run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*), const void* closure);
+
+template <class Body>
+void run(dim3 grid, dim3 block, size_t shared_bytes, const Body& body) {
+  run(grid, block, shared_bytes, [](const void* closure) { (*static_cast<const Body*>(closure))(); }, std::addressof(body));
+}
+
+unsigned char* shared_memory();
+void barrier(Site site);
+
+// Where the lanes of a warp that are in the mask meet. Every lane gives a value and gets what it asked for.
+enum class Meeting { barrier, shuffle, ballot };
+uint64_t meet(Meeting what, unsigned mask, uint64_t value, unsigned source_lane, Site site);
+unsigned lane();
+
+// The order of an atomic that acquires and releases.
+int acq_rel(Site site);
+
+// Counts every access through load and store from now on; or no longer. (Not under ThreadSanitizer, which takes the memory of
+// the counts for that of the threads.)
+void count_accesses(bool count);
+// How often the bytes of a buffer were loaded and stored: the least and the most of any byte.
+struct Traffic {
+  unsigned least_loads, most_loads, least_stores, most_stores;
+};
+Traffic traffic_of(const void* start, size_t bytes);
+
+void note_load(const void* from, size_t bytes);
+void note_store(const void* to, size_t bytes);
+
+template <class T>
+T shuffle(unsigned mask, T value, unsigned source_lane, Site site) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  bits = meet(Meeting::shuffle, mask, bits, source_lane, site);
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+}  // namespace gcnet_ext::cuda::emulation
+
+#define threadIdx (::gcnet_ext::cuda::emulation::indices->thread)
+#define blockIdx (::gcnet_ext::cuda::emulation::indices->block)
+#define blockDim (::gcnet_ext::cuda::emulation::block_size)
+#define gridDim (::gcnet_ext::cuda::emulation::grid_size)
+
+inline void __syncthreads(gcnet_ext::cuda::emulation::Site site = gcnet_ext::cuda::emulation::Site::current()) {
+  gcnet_ext::cuda::emulation::barrier(site);
+}
+
+inline void __syncwarp(unsigned mask = ~0u,
+                       gcnet_ext::cuda::emulation::Site site = gcnet_ext::cuda::emulation::Site::current()) {
+  gcnet_ext::cuda::emulation::meet(gcnet_ext::cuda::emulation::Meeting::barrier, mask, 0, 0, site);
+}
+
+inline unsigned __ballot_sync(unsigned mask, bool vote,
+                              gcnet_ext::cuda::emulation::Site site = gcnet_ext::cuda::emulation::Site::current()) {
+  return gcnet_ext::cuda::emulation::meet(gcnet_ext::cuda::emulation::Meeting::ballot, mask, vote, 0, site);
+}
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32,
+              gcnet_ext::cuda::emulation::Site site = gcnet_ext::cuda::emulation::Site::current()) {
+  const int lane = gcnet_ext::cuda::emulation::lane();
+  return gcnet_ext::cuda::emulation::shuffle(mask, value, (lane & ~(width - 1)) + (source & (width - 1)), site);
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32,
+                  gcnet_ext::cuda::emulation::Site site = gcnet_ext::cuda::emulation::Site::current()) {
+  const int lane = gcnet_ext::cuda::emulation::lane(), source = lane ^ lane_mask;
+  return gcnet_ext::cuda::emulation::shuffle(mask, value, (source | (width - 1)) > (lane | (width - 1)) ? lane : source, site);
+}
+
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32,
+                   gcnet_ext::cuda::emulation::Site site = gcnet_ext::cuda::emulation::Site::current()) {
+  const unsigned lane = gcnet_ext::cuda::emulation::lane(), last = lane | (width - 1);
+  return gcnet_ext::cuda::emulation::shuffle(mask, value, lane + delta > last ? lane : lane + delta, site);
+}
+
+inline float __expf(float x) { return std::exp(x); }
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
