@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import subprocess
 import sys
 import time
 
+import grid
 import pytest
 import torch
 from checkout import ROOT
+from registry import OPS
+
+import gcnet_ext
 
 BENCH = ROOT / "bench"
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -82,6 +87,30 @@ def test_candidates_share_their_weights():
     candidates, x = module("candidates"), torch.randn(2, 32, 5, 5)
     modules = candidates.make_candidates(32, "both", torch.float32, ("rewrite", "compile", "ours compiled"))
     assert set(candidates.check(modules, x)) >= {"ours", "eager", "rewrite", "compile", "ours compiled"}
+
+
+@pytest.mark.parametrize("layout", grid.LAYOUTS)
+@pytest.mark.parametrize("op", OPS)
+def test_rows_of_an_op(op, layout):
+    rows = module("ops").rows_of(OPS[op], grid.Case((2, 16, 6, 5), layout=layout), rounds=3)
+    assert {(row["direction"], row["candidate"]) for row in rows} == {
+        (direction, candidate) for direction in ("infer", "train") for candidate in ("ours", "eager")
+    }
+    assert all(row["clones"] > 0 for row in rows)
+
+
+def test_a_wrong_op_is_not_timed():
+    wrong = dataclasses.replace(
+        OPS["channel_fuse"], flat=lambda function: lambda x, *_: x + (function is gcnet_ext.channel_fuse)
+    )
+    with pytest.raises(SystemExit, match=r"channel_fuse of .* is wrong"):
+        module("ops").rows_of(wrong, grid.Case((2, 16, 6, 5)), rounds=3)
+
+
+def test_unknown_op():
+    done = run(str(BENCH / "ops.py"), "channel_sum")
+    assert done.returncode == 2
+    assert "got channel_sum" in done.stderr
 
 
 def test_memory_is_measured():

@@ -9,9 +9,11 @@ import pytest
 import reference
 import schema
 import torch
+from calls import operator_arguments
 from functorch.compile import make_boxed_compiler
 from grid import Case, Random
 from networks import residual
+from registry import OP_OF, OPERATORS
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
@@ -222,36 +224,16 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_opcheck_attention_pool(kernels, backend, case):
-    x, weight, bias = case.inputs(backend.to)[:3]
-    opcheck("attention_pool", *leaves((x, weight, bias)))
-    context, attention = backend.ops.attention_pool(x, weight, bias)
-    for needs in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
-        opcheck("attention_pool_backward", context, x, weight, bias, None, context, attention, *needs)
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_opcheck_channel_fuse(kernels, backend, case):
-    random = Random(0, backend.to)
-    x = random.feature_map(case.shape, case.dtype, case.layout)
-    scale = random.normal(*case.shape[:2], dtype=case.dtype) if case.fusion != "add" else None
-    shift = random.normal(*case.shape[:2], dtype=torch.float32) if case.fusion != "mul" else None
-    opcheck("channel_fuse", *leaves((x, scale, shift)))
-    for needs in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
-        opcheck(
-            "channel_fuse_backward", x, x, scale, shift, **dict(zip(schema.NEEDS["channel_fuse_backward"], needs, strict=False))
-        )
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_opcheck_global_context(kernels, backend, case):
-    inputs = case.inputs(backend.to)
-    x = inputs[0]
-    opcheck("global_context", *leaves(inputs))
-    opcheck("global_context_inference", *leaves(inputs))
-    _, *saved = backend.ops.global_context(*inputs)
-    for needs in ((True, True, True, True), (True, False, False, False), (False, True, True, False)):
-        opcheck("global_context_backward", **schema.backward(x, inputs, saved, needs))
+@pytest.mark.parametrize("op", [name for name, operator in OPERATORS.items() if not operator.in_place])
+def test_opcheck(kernels, backend, op, case):
+    """Forward with inputs that require gradients; backward with all gradients wanted, and each alone."""
+    arguments, needs = operator_arguments(backend.ops, op, case, backend.to), OPERATORS[op].needs
+    if not OPERATORS[op].saved and "grad" not in arguments:
+        inputs = OP_OF[op].inputs
+        arguments |= dict(zip(inputs, leaves(arguments[name] for name in inputs), strict=True))
+    opcheck(op, **arguments)
+    for need in needs:
+        opcheck(op, **arguments | {name: name == need for name in needs})
 
 
 @pytest.mark.parametrize("hard_sigmoid", [False, True])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from checkout import ROOT
+from registry import OPS
 
 import gcnet_ext
 
@@ -69,8 +70,21 @@ def test_a_users_script_has_every_public_name_and_runs(python):
     tree = ast.parse(USER.read_text())
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     used |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    assert set(gcnet_ext.__all__) <= used
+    assert set(gcnet_ext.__all__) - set(OPS) <= used
     assert python(USER.read_text()).stdout.startswith(gcnet_ext.__version__)
+
+
+def test_the_function_of_every_op_is_typed(tmp_path):
+    """It returns a tensor, and takes nothing that may be anything."""
+    script = tmp_path / "revealed.py"
+    script.write_text("import gcnet_ext\n" + "".join(f"reveal_type(gcnet_ext.{name})\n" for name in OPS))
+    code, told = strict(script)
+    assert code == 0, told
+    revealed = re.findall(r'Revealed type is "(.*)"$', told, re.MULTILINE)
+    assert len(revealed) == len(OPS)
+    for signature in revealed:
+        assert re.fullmatch(r"def \(x: .*\) -> torch\.(_tensor\.)?Tensor", signature)
+        assert not re.search(r"\bAny\b", signature)
 
 
 def test_mistakes_are_reported(tmp_path):

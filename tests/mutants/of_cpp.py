@@ -6,6 +6,7 @@ from mutant import Mutant
 
 RESIDUAL, VALID = "test_residual.py", "test_valid.py"
 POOL, FUSE, BLOCK = "test_attention_pool.py", "test_channel_fuse.py", "test_global_context.py"
+EVERY = "test_every_op.py"
 LIMITS, LAYOUTS, ROUNDING, IN_PLACE = "test_limits.py", "test_layouts.py", "test_rounding.py", "test_in_place.py"
 PLAN, BAD_INPUT, DETERMINISM = "test_plan.py", "test_bad_input.py", "test_determinism.py"
 # Not bit by bit: with the choices around, the compiler contracts a*b + c*d in another order where a row ends.
@@ -148,7 +149,7 @@ MUTANTS = (
         "body(count * rank / threads, «count * (rank + 1) / threads»);",
         "count / threads * (rank + 1)",
         "Where the threads do not divide the items, the last items are nobody's work.",
-        (DETERMINISM, BLOCK),
+        (DETERMINISM, BLOCK, EVERY),
     ),
     Mutant(
         "last-group",
@@ -156,7 +157,7 @@ MUTANTS = (
         "body(first, «std::min(plan.samples, end - first)»);",
         "plan.samples",
         "A last group of fewer samples works on samples that are not there.",
-        (DETERMINISM, BLOCK),
+        (DETERMINISM, BLOCK, EVERY),
     ),
     Mutant(
         "last-positions-of-a-sweep",
@@ -164,7 +165,7 @@ MUTANTS = (
         "«std::min(plan.positions, layout.positions - p0)», position_block});",
         "plan.positions",
         "The last block of a sweep is as long as the others.",
-        (LIMITS, FUSE),
+        (LIMITS, FUSE, EVERY),
     ),
     # ---- layouts and checks --------------------------------------------------------------------------------------------------
     Mutant(
@@ -173,7 +174,7 @@ MUTANTS = (
         "} else if («x.stride(dim) != expected») {",
         "false",
         "A map that was cropped in its width is taken for one with a single stride over its positions.",
-        (LAYOUTS, FUSE),
+        (LAYOUTS, FUSE, EVERY),
     ),
     Mutant(
         "layout-of-outputs",
@@ -181,7 +182,7 @@ MUTANTS = (
         "strides[0] = channels_last ? «stride» : stride * sizes[1];",
         "stride * sizes[1]",
         "An output in channels_last has gaps between its samples.",
-        (LAYOUTS, FUSE),
+        (LAYOUTS, FUSE, EVERY),
     ),
     Mutant(
         "layout-of-the-gradient",
@@ -189,7 +190,7 @@ MUTANTS = (
         "const bool same = «is_channels_last(grad) == channels_last && is_native(grad, channels_last)»;",
         "is_native(grad, is_channels_last(grad))",
         "A gradient in the other layout is not brought into that of x.",
-        (LAYOUTS, FUSE),
+        (LAYOUTS, FUSE, EVERY),
     ),
     Mutant(
         "layout-not-written-back",
@@ -254,7 +255,7 @@ MUTANTS = (
         "sum += parts[s].sum * «std::exp(parts[s].max - reference)»;",
         "acc(1)",
         "The splits are merged as if the largest logit were the same in all of them.",
-        (LIMITS, POOL),
+        (LIMITS, POOL, EVERY),
     ),
     Mutant(
         "merge-last-channels",
@@ -262,7 +263,7 @@ MUTANTS = (
         "c1 = «channels * (split + 1) / plan.splits»;",
         "channels / plan.splits * (split + 1)",
         "Channels that the splits do not divide among them are not merged.",
-        (LIMITS, POOL),
+        (LIMITS, POOL, EVERY),
     ),
     Mutant(
         "weight-gradient-slices",
@@ -270,7 +271,7 @@ MUTANTS = (
         "const int64_t end = «std::min(parts.columns, (slice + 1) * kSlice)»;",
         "std::min(parts.columns, (slice + 1) * kSlice - 1)",
         "Of the gradient of the mask's weight, one channel in 64 is zero.",
-        (POOL,),
+        (POOL, EVERY),
     ),
     Mutant(
         "by-channels-weight-of-the-sample",
@@ -278,7 +279,7 @@ MUTANTS = (
         "position_dots(block_of(x, item, begin, end), «channels_of(w, item)»,",
         "w.data + item.c0",
         "Every sample has the gradient of the first sample's context.",
-        (LAYOUTS, POOL),
+        (LAYOUTS, POOL, EVERY),
     ),
     Mutant(
         "by-channels-last-part",
@@ -294,7 +295,7 @@ MUTANTS = (
         "attention.row_range(«first», count)",
         "0",
         "In a second group of samples, the attention of the first group is read.",
-        (DETERMINISM, BLOCK),
+        (DETERMINISM, BLOCK, EVERY),
     ),
     Mutant(
         "fuse-second-block",
@@ -302,7 +303,7 @@ MUTANTS = (
         ".scale = «channels_of(fusion.scale, item)»,",
         "fusion.scale.data ? fusion.scale.row(item.sample) : nullptr",
         "Every block of channels has the scale of the first one.",
-        (LIMITS, FUSE),
+        (LIMITS, FUSE, EVERY),
     ),
     Mutant(
         "fuse-gradients-swapped",
@@ -310,7 +311,7 @@ MUTANTS = (
         "from_acc(«sum_gx».data, grad_scale);",
         "sum_g",
         "The scale gets the gradient of the shift.",
-        (LAYOUTS, FUSE),
+        (LAYOUTS, FUSE, EVERY),
     ),
     Mutant(
         "block-mask-alone",
@@ -318,7 +319,7 @@ MUTANTS = (
         "if («needs.x || needs.mask_weight») pool_backward_samples",
         "needs.x",
         "The mask's weight has no gradient where x needs none.",
-        (BLOCK,),
+        (BLOCK, EVERY),
     ),
     Mutant(
         "block-hidden-of-both",
@@ -326,7 +327,7 @@ MUTANTS = (
         "shift->forward(ctx, /*gated=*/false, «h.column_range(scale_units, shift_units)»,",
         "h.column_range(0, shift_units)",
         "The shift's hidden units are kept in the place of the scale's.",
-        (LAYOUTS, BLOCK),
+        (LAYOUTS, BLOCK, EVERY),
     ),
     Mutant(
         "block-needs-mixed-up",
@@ -334,7 +335,7 @@ MUTANTS = (
         "if («needs.scale && scale») scale->parameter_gradients",
         "needs.shift && scale",
         "The scale's gradients are computed where the shift's are needed.",
-        (BLOCK,),
+        (BLOCK, EVERY),
     ),
     Mutant(
         "norm-constant-eps",
@@ -342,7 +343,7 @@ MUTANTS = (
         "std::sqrt(variance + «acc(*options_.norm_eps)»);",
         "acc(1e-5)",
         "The LayerNorm has its usual epsilon, whatever the caller said.",
-        (BLOCK,),
+        (BLOCK, EVERY),
     ),
     Mutant(
         "relu-of-nan",
@@ -350,7 +351,7 @@ MUTANTS = (
         "Activation::relu) out = «z < acc(0) ? Vec<acc>{} : z»;",
         "z > acc(0) ? z : Vec<acc>{}",
         "The ReLU of NaN is zero.",
-        (BLOCK,),
+        (BLOCK, EVERY),
     ),
     Mutant(
         "relu-gradient-of-nan",
@@ -358,7 +359,7 @@ MUTANTS = (
         "Activation::relu) out = «z <= acc(0) ? Vec<acc>{} : grad»;",
         "z > acc(0) ? grad : Vec<acc>{}",
         "No gradient passes the ReLU of NaN.",
-        (BLOCK,),
+        (BLOCK, EVERY),
     ),
     Mutant(
         "transform-last-rows",
@@ -382,7 +383,7 @@ MUTANTS = (
         "const acc factor = «-sum_dl»;",
         "acc(0)",
         "The gradient of the mask's weight has the rounding errors of dl, times what all positions share.",
-        ("test_attention_pool.py",),
+        (POOL, EVERY),
     ),
     Mutant(
         "strides-of-a-gradient",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mutant import Mutant
-from of_cpp import BLOCK, FUSE, LAYOUTS, LIMITS, PAST_CACHES, POOL, ROUNDING
+from of_cpp import BLOCK, EVERY, FUSE, LAYOUTS, LIMITS, PAST_CACHES, POOL, ROUNDING
 
 CAPABILITIES = "test_capabilities.py"
 
@@ -15,7 +15,7 @@ MUTANTS = (
         "const acc reference = «new_max == lowest ? acc(0) : new_max»;  // all logits -inf",
         "new_max",
         "A tile without a finite logit spoils the tiles behind it.",
-        (LIMITS, POOL),
+        (LIMITS, POOL, EVERY),
     ),
     Mutant(
         "pool-sum-not-rescaled",
@@ -23,7 +23,7 @@ MUTANTS = (
         "«state.sum *= rescale;»",
         "",
         "The denominator of the softmax is not rescaled when a tile has a larger logit.",
-        (LIMITS, POOL),
+        (LIMITS, POOL, EVERY),
     ),
     Mutant(
         "pool-unused-lanes",
@@ -31,7 +31,7 @@ MUTANTS = (
         "sums += «load(weights + p, lanes)»;",
         "e",
         "The unused lanes of a last, partial vector are counted in the softmax's denominator.",
-        (POOL,),
+        (POOL, EVERY),
     ),
     Mutant(
         "pool-rows-of-a-sum",
@@ -39,7 +39,7 @@ MUTANTS = (
         "const int64_t rows = «x.positions - p < kRowsPerSum ? x.positions - p : kRowsPerSum»;",
         "kRowsPerSum",
         "The last rows of a sum in channels_last are as many as the others.",
-        (LAYOUTS, POOL),
+        (LAYOUTS, POOL, EVERY),
     ),
     Mutant(
         "pool-logit-gradient",
@@ -47,7 +47,7 @@ MUTANTS = (
         "load(attention + p, lanes) * («u - context_dot»)",
         "u",
         "The gradient of the logits is that of the numerator of the softmax alone.",
-        (LAYOUTS, POOL),
+        (LAYOUTS, POOL, EVERY),
     ),
     Mutant(
         "pool-lines-not-aligned",
@@ -63,7 +63,7 @@ MUTANTS = (
         "store(row + i + j, «value(i + j, lanes)», lanes);",
         "value(j, lanes)",
         "The rest of a row is computed from its beginning.",
-        (LAYOUTS, FUSE),
+        (LAYOUTS, FUSE, EVERY),
     ),
     Mutant(
         "sums-stride-of-the-other",
@@ -71,7 +71,7 @@ MUTANTS = (
         "product[r] += value * load(bc + r * «b.channel_stride» + p, lanes);",
         "a.channel_stride",
         "x is read with the strides of the gradient.",
-        (LAYOUTS, FUSE),
+        (LAYOUTS, FUSE, EVERY),
     ),
     Mutant(
         "sums-last-positions",
@@ -79,7 +79,7 @@ MUTANTS = (
         "const int64_t rows = «a.positions - p < kRows ? a.positions - p : kRows»;",
         "kRows",
         "The sums in channels_last run over positions behind the last.",
-        (LAYOUTS, FUSE),
+        (LAYOUTS, FUSE, EVERY),
     ),
     Mutant(
         "linear-second-columns",
@@ -87,7 +87,7 @@ MUTANTS = (
         "/*go_on=*/«k0 > 0»,",
         "false",
         "Of a product over more than 512 columns only the last ones count.",
-        (LIMITS, BLOCK),
+        (LIMITS, BLOCK, EVERY),
     ),
     Mutant(
         "linear-row-of-the-gradient",
@@ -95,7 +95,7 @@ MUTANTS = (
         "sums[i] += «grad_y.row(n)[m + i]» * xk;",
         "grad_y.row(n)[m]",
         "Four rows of a weight's gradient are that of the first.",
-        (LAYOUTS, BLOCK),
+        (LAYOUTS, BLOCK, EVERY),
     ),
     Mutant(
         "moments-unbiased",
@@ -103,7 +103,7 @@ MUTANTS = (
         "*variance = (sum(squares) + rest) / «acc(count)»;",
         "acc(count > 1 ? count - 1 : count)",
         "The variance of the LayerNorm is the unbiased one.",
-        (LAYOUTS, BLOCK),
+        (LAYOUTS, BLOCK, EVERY),
     ),
     # ---- vectors -------------------------------------------------------------------------------------------------------------
     Mutant(
@@ -128,7 +128,7 @@ MUTANTS = (
         "Vec<float> clamped = «x > -104.f ? x : broadcast(-104.f)»;",
         "x > -80.f ? x : broadcast(-80.f)",
         "exp(x) never is less than e^-80.",
-        (POOL,),
+        (POOL, EVERY),
     ),
     Mutant(
         "past-caches-end-of-a-row",
@@ -216,7 +216,7 @@ MUTANTS = (
         "last = «eight(v + 8)»;",
         "eight(v)",
         "Of sixteen sums the last eight are the first.",
-        (LAYOUTS, POOL),
+        (LAYOUTS, POOL, EVERY),
     ),
     Mutant(
         "x86-sum",
@@ -224,6 +224,6 @@ MUTANTS = (
         "«_mm256_extractf128_ps(quads, 1)»",
         "_mm256_extractf128_ps(quads, 0)",
         "A sum across lanes counts the lower half twice.",
-        (LAYOUTS, POOL),
+        (LAYOUTS, POOL, EVERY),
     ),
 )

@@ -10,7 +10,7 @@ FLOPS, INSERT, IN_PLACE, NON_LOCAL = "test_flops.py", "test_insert.py", "test_in
 TUNING, RESIDUAL, VALID, ACTIVATED = "test_tuning.py", "test_residual.py", "test_valid.py", "test_activations.py"
 POOL, FUZZ_MODULES, DERIVATIVES = "test_attention_pool.py", "test_fuzz_modules.py", "test_derivatives.py"
 KEEPS, REPORT, LATER = "test_replace_keeps.py", "test_replace_report.py", "test_replace_later.py"
-LOOK_ALIKES = "test_replace_look_alikes.py"
+EVERY, LOOK_ALIKES = "test_every_op.py", "test_replace_look_alikes.py"
 LAYOUTS, COMPILE, SQUEEZE = "test_layouts.py", "test_compile.py", "test_squeeze_excitation.py"
 
 MUTANTS = (
@@ -45,7 +45,7 @@ MUTANTS = (
         "any(«need_scale»)",
         "need_scale[:5]",
         "The last bias of the scale alone has no gradient.",
-        (BLOCK,),
+        (BLOCK, EVERY),
     ),
     Mutant(
         "needs-shifted-by-one",
@@ -53,7 +53,7 @@ MUTANTS = (
         "tensors[3:9], «tensors[9:15]», tensors[15]",
         "tensors[8:14]",
         "The weights of the shift are taken from one place before.",
-        (BLOCK,),
+        (BLOCK, EVERY),
     ),
     Mutant(
         "bias-of-the-mask-unused",
@@ -61,7 +61,7 @@ MUTANTS = (
         "wanted = need_x, «*need_mask», any(need_scale)",
         "need_mask[0], False",
         "The bias of the mask has no gradient, and DistributedDataParallel takes it for unused.",
-        (BLOCK,),
+        (BLOCK, EVERY),
     ),
     Mutant(
         "shapes-one-channel",
@@ -125,7 +125,7 @@ MUTANTS = (
         "return «torch.float64 if x.dtype == torch.float64 else torch.float32»",
         "x.dtype",
         "Plain PyTorch sums in the dtype of x.",
-        (POOL,),
+        (POOL, EVERY),
     ),
     Mutant(
         "reference-under-autocast",
@@ -141,7 +141,7 @@ MUTANTS = (
         "hard_gate = («self.gate_alpha, self.gate_beta») if",
         "self.gate_beta, self.gate_alpha",
         "Slope and offset of the hard sigmoid are swapped.",
-        (BLOCK,),
+        (BLOCK, EVERY),
     ),
     Mutant(
         "scale-and-shift-swapped",
@@ -149,7 +149,7 @@ MUTANTS = (
         "return cls(x, mask, «list(scale or NO_BRANCH), list(shift or NO_BRANCH)», residual",
         "list(shift or NO_BRANCH), list(scale or NO_BRANCH)",
         "The branch that adds multiplies, and the other way round.",
-        (LAYOUTS, BLOCK),
+        (LAYOUTS, BLOCK, EVERY),
     ),
     Mutant(
         "fallback-map-with-a-graph",
@@ -173,7 +173,7 @@ MUTANTS = (
         "«(need_x or need_weight)» + need_weight)",
         "(need_x and need_weight)",
         "Where x needs no gradient, the gradient of the attention is not counted.",
-        (FLOPS,),
+        (FLOPS, EVERY),
     ),
     Mutant(
         "flops-additions",
@@ -181,7 +181,7 @@ MUTANTS = (
         "«2 * 2 * prod(x)»",
         "2 * prod(x)",
         "The pool is counted as one product instead of two.",
-        (FLOPS,),
+        (FLOPS, EVERY),
     ),
     # ---- blocks --------------------------------------------------------------------------------------------------------------
     Mutant(

@@ -28,38 +28,10 @@ def check_inputs(backend, inputs, grad, **options) -> grid.Result:
     return grid.check(function, truth, inputs, grad, GLOBAL_CONTEXT_INPUTS)
 
 
-@pytest.mark.representative
-@pytest.mark.parametrize("case", grid.combinations(), ids=str)
-def test_combinations(backend, case):
-    got = check(backend, case)
-    x = case.inputs(backend.to)[0]
-    assert grid.memory_format_kept(got.out, x)
-    assert not backend.has_kernels or grid.memory_format_kept(got.grads[0], x)
-
-
-@pytest.mark.representative
-@pytest.mark.parametrize("case", grid.sizes(), ids=str)
-def test_sizes(backend, case):
-    check(backend, case)
-
-
-@pytest.mark.representative
-@pytest.mark.parametrize("case", grid.large(), ids=str)
-def test_large(backend, case):
-    check(backend, case)
-
-
 @pytest.mark.parametrize("case", grid.groups(), ids=str)
 @pytest.mark.parametrize("pooling", grid.POOLINGS)
 def test_groups(backend, case, pooling):
     check(backend, case._replace(pooling=pooling))
-
-
-@pytest.mark.parametrize("case", grid.views(), ids=str)
-def test_views(backend, case):
-    """x as a view, with a contiguous gradient; and the other way round."""
-    check(backend, case, grad_layout="contiguous")
-    check(backend, case._replace(layout="contiguous"), grad_layout=case.layout)
 
 
 @pytest.mark.parametrize("layouts", list(itertools.permutations(grid.LAYOUTS)), ids="-grad-".join)
@@ -73,17 +45,6 @@ def test_gradient_in_another_layout(backend, layouts, dtype):
 def test_expanded_gradient(backend, layout, fusion):
     inputs = Case((2, 12, 5, 5), layout=layout, fusion=fusion).inputs(backend.to)
     check_inputs(backend, inputs, None)
-
-
-@pytest.mark.parametrize("layout", grid.LAYOUTS)
-@pytest.mark.parametrize("fusion", grid.FUSIONS)
-@pytest.mark.parametrize(
-    ("dtype", "parameter_dtype"),
-    [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float32)],
-    ids=str,
-)
-def test_float32_parameters(backend, dtype, parameter_dtype, fusion, layout):
-    check(backend, Case((3, 20, 5, 7), dtype, layout, fusion=fusion, parameter_dtype=parameter_dtype))
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -174,14 +135,6 @@ def test_no_worse_than_eager_in_half(backend, dtype, layout, shape):
             assert grid.error(got, want) <= 1.05 * grid.error(other, want), name
 
 
-@pytest.mark.parametrize("pooling", grid.POOLINGS)
-@pytest.mark.parametrize("fusion", grid.FUSIONS)
-@pytest.mark.parametrize("layout", grid.LAYOUTS)
-def test_gradcheck(backend, layout, fusion, pooling):
-    inputs = Case((2, 3, 2, 3), torch.float64, layout, pooling, fusion, hidden=2).inputs(backend.to)
-    assert grid.gradcheck(grid.flat(backend.global_context), inputs)
-
-
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_gradcheck_of_options(backend, options):
     missing = () if options.get("norm", True) else AFFINE
@@ -207,34 +160,12 @@ def test_needs_input_grad(backend, needs, layout):
     grid.check_needs(grid.flat(backend.global_context), inputs, grad, [name in wanted for name in GLOBAL_CONTEXT_INPUTS])
 
 
-@pytest.mark.parametrize("alone", [True, False], ids=["alone", "all but this"])
-@pytest.mark.parametrize("index", range(15), ids=GLOBAL_CONTEXT_INPUTS)
-def test_needs_one_gradient(backend, index, alone):
-    """One input alone, or all but one."""
-    inputs = Case((2, 8, 4, 5)).inputs(backend.to)
-    grad = Random(1, backend.to).feature_map((2, 8, 4, 5), torch.float32)
-    grid.check_needs(grid.flat(backend.global_context), inputs, grad, [(i == index) == alone for i in range(15)])
-
-
 def test_gradient_of_the_mask_bias_is_zero_not_none(backend):
     inputs = Case((2, 8, 4, 5)).inputs(backend.to)
     got = grid.run(grid.flat(backend.global_context), inputs)
     assert got.grads[2].shape == inputs[2].shape
     # Plain PyTorch goes through the softmax and leaves its rounding errors.
     assert abs(got.grads[2].item()) <= (0 if backend.has_kernels else 1e-4)
-
-
-@pytest.mark.parametrize("layout", grid.LAYOUTS)
-@pytest.mark.parametrize("shape", [(0, 8, 4, 5), (0, 8, 3), (0, 1, 1, 1)], ids=str)
-@pytest.mark.parametrize("pooling", grid.POOLINGS)
-def test_empty_batch(backend, shape, layout, pooling):
-    """Nothing comes out, and the gradients of the parameters are zero."""
-    inputs = Case(shape, layout=layout, pooling=pooling).inputs(backend.to)
-    got = grid.run(grid.flat(backend.global_context), inputs, inputs[0])
-    assert got.out.shape == shape
-    assert got.grads[0].shape == shape
-    for tensor, gradient in zip(inputs[1:], got.grads[1:], strict=True):
-        assert tensor is None or torch.equal(gradient, torch.zeros_like(tensor))
 
 
 @pytest.mark.parametrize("trailing", [1, 2, 3])
@@ -288,25 +219,6 @@ def test_the_sign_of_zero(backend, pooling, dtype, layout):
 
 
 # ---- infinities and NaN ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("layout", grid.LAYOUTS)
-@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan], ids=str)
-@pytest.mark.parametrize("dtype", grid.FLOATING)
-@pytest.mark.parametrize("fusion", grid.FUSIONS)
-def test_a_bad_sample_spoils_no_other(backend, dtype, value, layout, fusion):
-    """The output has the non-finite values of the reference, and the other samples are as if nothing had happened."""
-    case = Case((3, 10, 6, 7), dtype, layout, fusion=fusion)
-    inputs = list(case.inputs(backend.to))
-    good = grid.run(grid.flat(backend.global_context), inputs, inputs[0])
-    inputs[0] = inputs[0].clone()
-    inputs[0][1, 4, 2, 3] = value
-    bad = grid.run(grid.flat(backend.global_context), inputs, inputs[0].nan_to_num(0, 0, 0))
-    want = grid.exact(grid.flat(reference.global_context), inputs, inputs[0].nan_to_num(0, 0, 0))
-    assert torch.equal(bad.out.isnan().cpu(), want.out.isnan())
-    for sample in (0, 2):
-        assert torch.equal(bad.out[sample], good.out[sample])
-        assert torch.equal(bad.grads[0][sample], good.grads[0][sample])
 
 
 @pytest.mark.parametrize("activation", ["relu", "silu"])

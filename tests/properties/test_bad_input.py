@@ -10,88 +10,18 @@ import numpy as np
 import pytest
 import reference
 import torch
-from grid import GLOBAL_CONTEXT_INPUTS
-from schema import OPTIONS, Flat
+from entry import OPTIONS, WEIGHTS, C, H, N
+from entry import ones as t
+from registry import IN_PLACE, OP_OF, OPERATORS, OPS
+from schema import Flat
 from torch.utils._pytree import tree_map_only
 
 import gcnet_ext
 from gcnet_ext import Branch, GlobalContextBlock
 from gcnet_ext.ops._options import ACTIVATIONS, FINAL_ACTIVATIONS
 
-N, C, H = 2, 8, 4
-
-
-def t(*sizes: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.Tensor:
-    return torch.ones(sizes, dtype=dtype, device=device)
-
-
-X = {"x": t(N, C, 4, 5)}
-WEIGHTS = {
-    name: value
-    for branch in ("scale", "shift")
-    for name, value in {
-        f"{branch}_w1": t(H, C),
-        f"{branch}_b1": t(H),
-        f"{branch}_norm_weight": t(H),
-        f"{branch}_norm_bias": t(H),
-        f"{branch}_w2": t(C, H),
-        f"{branch}_b2": t(C),
-    }.items()
-}
-NO_BITS = t(N, 0, dtype=torch.uint8)
-SAVED = {"context": t(N, C), "attention": t(N, 20), "hidden": t(N, 2 * H), "gate_values": t(N, C), "positive": NO_BITS}
-BLOCK = {**X, "mask_weight": t(C), "mask_bias": t(1), **WEIGHTS, "residual": None, "valid": None, **OPTIONS}
-# Good arguments of every operator, in the order of its schema
-GOOD = {
-    "attention_pool": {**X, "weight": t(C), "bias": t(1), "valid": None},
-    "attention_pool_backward": {
-        "grad_context": t(N, C),
-        **X,
-        "weight": t(C),
-        "bias": t(1),
-        "valid": None,
-        "context": t(N, C),
-        "attention": t(N, 20),
-        "need_x": True,
-        "need_weight": True,
-        "need_bias": True,
-    },
-    "channel_fuse": {**X, "scale": t(N, C), "shift": t(N, C), "residual": None, "final_activation": 0},
-    "channel_fuse_": {**X, "scale": t(N, C), "shift": t(N, C), "residual": None, "final_activation": 0},
-    "channel_fuse_backward": {
-        "grad": t(N, C, 4, 5),
-        **X,
-        "scale": t(N, C),
-        "shift": t(N, C),
-        "final_activation": 0,
-        "positive": NO_BITS,
-        "need_x": True,
-        "need_scale": True,
-        "need_shift": True,
-        "need_residual": False,
-    },
-    "global_context": BLOCK,
-    "global_context_inference": BLOCK,
-    "global_context_": BLOCK,
-    "global_context_backward": {
-        "grad": t(N, C, 4, 5),
-        **X,
-        "mask_weight": t(C),
-        "mask_bias": t(1),
-        **WEIGHTS,
-        "valid": None,
-        **OPTIONS,
-        **SAVED,
-        "need_x": True,
-        "need_mask_weight": True,
-        "need_mask_bias": True,
-        "need_scale": True,
-        "need_shift": True,
-        "need_residual": False,
-    },
-}
-FORWARD = ("attention_pool", "channel_fuse", "global_context")
-POOLED = tuple(op for op in GOOD if not op.startswith("channel_fuse"))
+GOOD = {name: operator.good for name, operator in OPERATORS.items()}
+WITH_BRANCHES = [op for op, good in GOOD.items() if "scale_w1" in good]
 
 
 def feature_map_cases():
@@ -103,7 +33,7 @@ def feature_map_cases():
             name = str(dtype).removeprefix("torch.")
             yield op, {"x": t(N, C, 4, 5, dtype=dtype)}, f"x must be float16, bfloat16, float32 or float64, got {name}"
         yield op, {"x": t(N, 0, 4, 5)}, "x must have at least one channel, got shape [2, 0, 4, 5]"
-        if op in POOLED:
+        if OP_OF[op].needs_positions:
             for x in (t(N, C, 0, 5), t(N, C, 4, 0), t(N, C, 0)):
                 yield op, {"x": x}, f"x must have at least one position to pool over, got shape {list(x.shape)}"
 
@@ -129,22 +59,21 @@ def parameter_cases():
             for other in wrong:
                 message = f"{name} must have shape {size}, trailing ones aside, got {list(other)}"
                 yield op, {name: t(*other)}, message
-    for op in ("attention_pool", "attention_pool_backward"):
+    for op in (op for op, good in GOOD.items() if "weight" in good):
         yield op, {"weight": t(1, C + 1)}, f"weight must have shape [1, {C}], trailing ones aside, got [1, {C + 1}]"
         yield op, {"weight": t(1, C, 3, 3)}, f"weight must have shape [1, {C}], trailing ones aside, got [1, {C}, 3, 3]"
     # The first layer decides on the number of hidden units, and the rest of the branch must agree.
-    for op in ("global_context", "global_context_backward"):
+    for op in WITH_BRANCHES:
         yield op, {"scale_w1": t(H + 1, C)}, f"scale_b1 must have shape [{H + 1}], trailing ones aside, got [{H}]"
         yield op, {"shift_w1": t(0, C)}, f"shift_w1 must have at least one row, got shape [0, {C}]"
         yield op, {"shift_w1": t()}, "shift_w1 must have at least one row, got shape []"
 
 
 def missing_cases():
-    for op in ("attention_pool", "attention_pool_backward"):
+    for op in (op for op, good in GOOD.items() if "weight" in good):
         yield op, {"weight": None}, "bias must come with a weight, got weight None"
-    for op in ("global_context", "global_context_backward"):
+    for op in WITH_BRANCHES:
         yield op, {"mask_weight": None}, "mask_bias must come with a mask_weight, got mask_weight None"
-    for op in ("global_context", "global_context_backward"):
         yield op, dict.fromkeys(WEIGHTS), "scale_w1 or shift_w1 must be given, got None for both"
         for branch in ("scale", "shift"):
             names = [name for name in WEIGHTS if name.startswith(branch)]
@@ -160,28 +89,24 @@ def missing_cases():
 
 def gradient_cases():
     """The gradient of the output, and what forward left for backward."""
-    for op in ("channel_fuse_backward", "global_context_backward"):
+    for op in (op for op, good in GOOD.items() if "grad" in good):
         yield op, {"grad": t(N, C, 4, 5, device="meta")}, "grad must be on x's device (cpu), got meta"
         yield op, {"grad": t(N, C, 4, 5, dtype=torch.float64)}, "grad must be x's dtype (float32), got float64"
         yield op, {"grad": t(N, C, 4, 5, dtype=torch.int32)}, "grad must be x's dtype (float32), got int32"
         for grad in (t(N, C, 4, 4), t(N, C, 20), t(N, C, 5, 4), t(1, C, 4, 5), t(N, C, 4, 5, 1), t()):
             yield op, {"grad": grad}, f"grad must have shape [2, 8, 4, 5], got {list(grad.shape)}"
-    for op, names in (
-        ("attention_pool_backward", ("grad_context", "context", "attention")),
-        ("global_context_backward", tuple(SAVED)[:-1]),
-    ):
-        for name in names:
+    for op, operator in OPERATORS.items():
+        for name in operator.saved:
             size = list(GOOD[op][name].shape)
             yield op, {name: t(*size, device="meta")}, f"{name} must be on x's device (cpu), got meta"
             yield op, {name: t(*size, dtype=torch.bfloat16)}, f"{name} must be float32, got bfloat16"
             for other in ((size[0], size[1] + 1), (size[0] + 1, size[1]), (size[0], 0), (size[0],)):
                 yield op, {name: t(*other)}, f"{name} must have shape {size}, got {list(other)}"
             x64 = {"x": GOOD[op]["x"].double()} | ({"grad": GOOD[op]["grad"].double()} if "grad" in GOOD[op] else {})
-            first = names[0]
-            yield op, x64, f"{first} must be float64, got float32"
-    change = {"weight": None, "bias": None}
-    yield "attention_pool_backward", change, "attention must have shape [2, 0], got [2, 20]"
-    for op in ("channel_fuse_backward", "global_context_backward"):
+            yield op, x64, f"{next(iter(operator.saved))} must be float64, got float32"
+        if "weight" in operator.arguments and "attention" in operator.saved:
+            yield op, {"weight": None, "bias": None}, "attention must have shape [2, 0], got [2, 20]"
+    for op in (op for op, good in GOOD.items() if "positive" in good):
         yield op, {"positive": t(N, 0, device="meta", dtype=torch.uint8)}, "positive must be on x's device (cpu), got meta"
         yield op, {"positive": t(N, 0)}, "positive must be uint8, got float32"
         yield op, {"positive": t(N, 20, dtype=torch.uint8)}, "positive must have shape [2, 0], got [2, 20]"
@@ -226,8 +151,7 @@ CASES = [
     for cases in (feature_map_cases, parameter_cases, missing_cases, gradient_cases, map_cases, choice_cases)
     for op, change, message in cases()
 ]
-OF_THE_FUNCTIONS = {*X, "weight", "bias", "scale", "shift", "mask_weight", "mask_bias", *WEIGHTS, "residual", "valid"}
-FORWARD_CASES = [case for case in CASES if case.values[0] in FORWARD and set(case.values[1]) <= OF_THE_FUNCTIONS]
+FORWARD_CASES = [case for case in CASES if case.values[0] in OPS and not set(case.values[1]) & set(OPTIONS)]
 
 
 def message_of(call) -> str:
@@ -238,21 +162,6 @@ def message_of(call) -> str:
 
 def raw(op, arguments):
     return Flat(op)(**arguments)
-
-
-def function_of(module, op):
-    """The function, called with the arguments of the raw operator."""
-    if op != "global_context":
-        return lambda arguments: getattr(module, op)(
-            **{name: arguments[name] for name in arguments if name in OF_THE_FUNCTIONS}
-        )
-
-    def call(arguments):
-        tensors = [arguments[name] for name in GLOBAL_CONTEXT_INPUTS]
-        branches = [Branch(*branch) if any(p is not None for p in branch) else None for branch in (tensors[3:9], tensors[9:])]
-        return module.global_context(*tensors[:3], *branches, residual=arguments["residual"], valid=arguments["valid"])
-
-    return call
 
 
 @pytest.mark.parametrize("op", GOOD)
@@ -284,7 +193,7 @@ def test_without_python(kernels, op, change, message):
         assert found == f"{operator}: {argument} is not valid"
 
 
-@pytest.mark.parametrize("op", [op for op in GOOD if op.startswith("global_context")])
+@pytest.mark.parametrize("op", WITH_BRANCHES)
 def test_lists_of_a_wrong_length(kernels, op):
     flat = Flat(op)
     lists = [name for name, names in flat.lists.items() if names]
@@ -319,8 +228,8 @@ def test_raw_on_meta(kernels, op, change, message):
 @pytest.mark.parametrize(("op", "change", "message"), FORWARD_CASES)
 def test_function_and_reference(op, change, message):
     arguments = {**GOOD[op], **change}
-    for module in (gcnet_ext, reference):
-        assert message_of(lambda module=module: function_of(module, op)(arguments)) == message
+    for function in (OPS[op].function, OPS[op].reference):
+        assert message_of(lambda function=function: OPS[op].call(function, arguments)) == message
 
 
 @pytest.mark.parametrize(
@@ -349,7 +258,7 @@ def overlapping(*sizes: int) -> tuple[torch.Tensor, torch.Tensor]:
     return memory[: -sizes[3]].view(sizes), memory[sizes[3] :].view(sizes)
 
 
-@pytest.mark.parametrize("op", ["channel_fuse_", "global_context_"])
+@pytest.mark.parametrize("op", [name for name in IN_PLACE if "residual" in GOOD[name]])
 def test_residual_that_is_overwritten_before_it_is_read(kernels, op):
     x, residual = overlapping(N, C, 4, 5)
     words = "residual must be x itself or have memory of its own where x is overwritten, got one that shares a part of x's"
@@ -359,12 +268,8 @@ def test_residual_that_is_overwritten_before_it_is_read(kernels, op):
     with torch.inference_mode():
         assert message_of(lambda: raw(op, arguments)) == f"gcnet_ext::{op}: residual is not valid"
     assert torch.equal(x, before)
-    if op == "channel_fuse_":
-        call = lambda: gcnet_ext.channel_fuse(x, t(N, C), residual=residual, inplace=True)  # noqa: E731
-    else:
-        weights = [GOOD[op][name] for name in WEIGHTS if name.startswith("scale")]
-        call = lambda: gcnet_ext.global_context(x, scale=Branch(*weights), residual=residual, inplace=True)  # noqa: E731
-    assert message_of(call) == f"gcnet_ext::{op}: {words}"
+    of = IN_PLACE[op]
+    assert message_of(lambda: of.call(of.function, arguments, inplace=True)) == f"gcnet_ext::{op}: {words}"
 
 
 # ---- the module --------------------------------------------------------------------------------------------------------------

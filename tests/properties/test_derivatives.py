@@ -6,28 +6,18 @@ import warnings
 
 import grid
 import pytest
-import reference
 import torch
 from grid import Case, Random
+from registry import OPS
 from torch.utils.checkpoint import checkpoint
 
 from gcnet_ext import GlobalContextBlock
 
 
-def calls(backend, layout="contiguous", **options):
-    """Each op's function, that of the reference, and inputs."""
-    case = Case((2, 3, 2, 2), torch.float64, layout, hidden=2)
-    inputs = case.inputs(backend.to)
-    random = Random(1, backend.to)
-    scale, shift = (random.normal(2, 3, dtype=torch.float64) for _ in range(2))
-    return {
-        "attention_pool": (backend.attention_pool, reference.attention_pool, inputs[:3]),
-        "channel_fuse": (backend.channel_fuse, reference.channel_fuse, (inputs[0], scale, shift)),
-        "global_context": (grid.flat(backend.global_context), grid.flat(reference.global_context), inputs),
-    }
-
-
-OPS = ("attention_pool", "channel_fuse", "global_context")
+def calls(backend, op: str, layout: str = "contiguous"):
+    """The op's function, that of the reference, and inputs."""
+    inputs = OPS[op].inputs_of(Case((2, 3, 2, 2), torch.float64, layout, hidden=2), backend.to)
+    return OPS[op].ours, OPS[op].truth, inputs
 
 
 def leaves(tensors):
@@ -38,16 +28,16 @@ def leaves(tensors):
 @pytest.mark.parametrize("op", OPS)
 def test_gradgradcheck(backend, op, layout):
     """Second derivatives by finite differences of the first, without a warning."""
-    function, _, inputs = calls(backend, layout)[op]
+    function, _, inputs = calls(backend, op, layout)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert torch.autograd.gradgradcheck(function, leaves(inputs), fast_mode=op == "global_context")
+        assert torch.autograd.gradgradcheck(function, leaves(inputs), fast_mode=len(inputs) > 4)
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_gradient_penalty(backend, op):
     """The gradients with create_graph=True are those without, and a penalty on them reaches every parameter."""
-    function, truth, inputs = calls(backend)[op]
+    function, truth, inputs = calls(backend, op)
     results = []
     for call in (function, truth):
         given = leaves(inputs)
@@ -64,32 +54,31 @@ def test_gradient_penalty(backend, op):
 @pytest.mark.parametrize("op", OPS)
 def test_functional_gradient(backend, op):
     """torch.func.grad is the gradient of autograd."""
-    function, _, inputs = calls(backend)[op]
+    function, _, inputs = calls(backend, op)
     got = torch.func.grad(lambda x: function(x, *inputs[1:]).square().sum())(inputs[0])
     given = leaves(inputs)
     (want,) = torch.autograd.grad(function(*given).square().sum(), given[0])
     assert torch.allclose(got, want, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["x", "weight"])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("op", "which"), [(name, which) for name, op in OPS.items() for which in op.inputs[:2]])
 def test_wrappers_that_outlive_their_transform(backend, op, which):
     """What torch.func.grad has wrapped and somebody has kept: the gradient reaches the tensor within."""
-    function, _, inputs = calls(backend)[op]
-    given = leaves(inputs)
+    function, _, inputs = calls(backend, op)
+    given, index = leaves(inputs), OPS[op].inputs.index(which)
     kept = []
-    torch.func.grad(lambda tensor: (kept.append(tensor), tensor.sum())[1])(given[which])
-    for call in (*given[:which], *kept, *given[which + 1 :]), given:
-        given[which].grad = None
+    torch.func.grad(lambda tensor: (kept.append(tensor), tensor.sum())[1])(given[index])
+    for call in (*given[:index], *kept, *given[index + 1 :]), given:
+        given[index].grad = None
         function(*call).square().sum().backward()
-        kept.append(given[which].grad)
+        kept.append(given[index].grad)
     assert torch.equal(kept[1], kept[2])
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_forward_mode(backend, op):
     """The product of a Jacobian with a vector, forward, is that of two backward passes."""
-    function, truth, inputs = calls(backend)[op]
+    function, truth, inputs = calls(backend, op)
     tangent = Random(2, backend.to).normal(*inputs[0].shape, dtype=torch.float64)
     _, got = torch.func.jvp(lambda x: function(x, *inputs[1:]), (inputs[0],), (tangent,))
     _, want = torch.autograd.functional.jvp(lambda x: truth(x, *inputs[1:]), inputs[0], tangent)
@@ -99,7 +88,7 @@ def test_forward_mode(backend, op):
 @pytest.mark.parametrize("op", OPS)
 def test_vmap(backend, op):
     """A batch of batches, one call."""
-    function, _, inputs = calls(backend)[op]
+    function, _, inputs = calls(backend, op)
     many = Random(3, backend.to).normal(4, *inputs[0].shape, dtype=torch.float64)
     got = torch.func.vmap(lambda x: function(x, *inputs[1:]))(many)
     want = torch.stack([function(x, *inputs[1:]) for x in many])

@@ -7,9 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import grid
 import pytest
 import torch
-from grid import Case, Random
-
-import gcnet_ext
+from grid import Case
+from registry import OPS
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -29,14 +28,10 @@ def cases() -> list[Case]:
 
 
 def ops(case: Case):
-    """Each op's differentiable function with its inputs and a gradient."""
-    inputs = case.inputs()
-    random = Random(1)
-    grad = random.feature_map(case.shape, case.dtype, case.layout)
-    scale, shift, grad_context = (random.normal(*case.shape[:2], dtype=case.dtype) for _ in range(3))
-    yield grid.flat(gcnet_ext.global_context), inputs, grad
-    yield gcnet_ext.attention_pool, inputs[:3], grad_context
-    yield gcnet_ext.channel_fuse, (inputs[0], scale, shift), grad
+    """Each op's differentiable function with its inputs and a gradient: of the case, and with all that the op can take."""
+    for op in OPS.values():
+        for each in grid.distinct((case, case._replace(fusion="both")), **op.fixed):
+            yield op.ours, op.inputs_of(each), op.gradient_of(each)
 
 
 def assert_same_bits(got: grid.Result, want: grid.Result) -> None:

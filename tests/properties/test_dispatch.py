@@ -10,7 +10,9 @@ from types import SimpleNamespace
 import grid
 import pytest
 import torch
+from entry import Op
 from grid import Case, Random
+from registry import OPS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,12 +20,23 @@ import gcnet_ext
 from gcnet_ext import GlobalContextBlock, _load
 from gcnet_ext.ops import _dispatch
 
+CASE = Case((2, 6, 4, 5))
+
+
+def of_op(op: Op):
+    return lambda x: op.ours(x, *op.inputs_of(CASE, lambda tensor: tensor.to(x.device))[1:])
+
+
 FUNCTIONS = {
-    "attention_pool": lambda x: gcnet_ext.attention_pool(x, x[0].flatten(1)[:, 0]),
+    **{name: of_op(op) for name, op in OPS.items()},
     "attention_map": lambda x: gcnet_ext.attention_map(x, x[0].flatten(1)[:, 0]),
-    "channel_fuse": lambda x: gcnet_ext.channel_fuse(x, x.flatten(2)[:, :, 0]),
-    "global_context": lambda x: gcnet_ext.global_context(x, scale=gcnet_ext.Branch(torch.eye(6, device=x.device))),
     "GlobalContextBlock": lambda x: GlobalContextBlock(6, 0.5, device=x.device)(x),
+}
+# What computes where nothing is differentiated; the parameters of a block require gradients.
+COMPUTES = {
+    **{name: op.of_inference for name, op in OPS.items()},
+    "attention_map": "attention_pool",
+    "GlobalContextBlock": "global_context",
 }
 
 
@@ -61,9 +74,7 @@ def test_kernels_compute(kernels, backend, name):
     with Recorder() as recorder, warnings.catch_warnings():
         warnings.simplefilter("error")
         FUNCTIONS[name](x)
-    ops = {"attention_map": "attention_pool", "global_context": "global_context_inference"}
-    op = "global_context" if name == "GlobalContextBlock" else ops.get(name, name)  # its parameters require gradients
-    assert recorder.names == [op]
+    assert recorder.names == [COMPUTES[name]]
 
 
 def test_one_operator_per_direction(kernels, backend):
@@ -204,18 +215,14 @@ def test_autocast_casts_nothing(backend, monkeypatch, dtype, fallback, autocast)
     if fallback:
         monkeypatch.setattr(_load, "kernel_devices", frozenset())
         monkeypatch.setattr(_dispatch, "_warned", {"cpu", "cuda"})
-    inputs = Case((2, 10, 5, 7), dtype, parameter_dtype=torch.float32).inputs(backend.to)
-    for function, tensors in (
-        (grid.flat(backend.global_context), inputs),
-        (backend.attention_pool, inputs[:3]),
-        (backend.channel_fuse, (inputs[0], inputs[0][:, :, 0, 0], inputs[0][:, :, 1, 0])),
-    ):
+    for op in OPS.values():
 
-        def under_autocast(*arguments, function=function):
+        def under_autocast(*arguments, op=op):
             with torch.autocast(backend.device.type, dtype=autocast):
-                return function(*arguments)
+                return op.ours(*arguments)
 
-        plain, got = grid.run(function, tensors), grid.run(under_autocast, tensors)
+        tensors = op.inputs_of(Case((2, 10, 5, 7), dtype, parameter_dtype=torch.float32), backend.to)
+        plain, got = grid.run(op.ours, tensors), grid.run(under_autocast, tensors)
         assert got.out.dtype == plain.out.dtype == dtype
         assert torch.equal(got.out, plain.out)
         for ours, theirs in zip(got.grads, plain.grads, strict=True):

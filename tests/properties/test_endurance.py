@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import grid
 import pytest
 import torch
-from grid import Case, Random
-from test_bad_input import GOOD, OPTIONS
+from calls import operator_arguments
+from grid import Case
+from registry import IN_PLACE, OPERATORS, OPS
 from torch import Tensor
 
 import gcnet_ext
@@ -19,36 +21,11 @@ import gcnet_ext
 # ---- calls -------------------------------------------------------------------------------------------------------------------
 
 
-def operator_arguments(ops: Any, op: str, case: Case, to: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> dict[str, Any]:
-    """Of the raw operator: random tensors, and what forward leaves for backward."""
-    inputs = dict(zip(grid.GLOBAL_CONTEXT_INPUTS, case.inputs(to), strict=True))
-    random, (samples, channels) = Random(1, to), case.shape[:2]
-    acc = grid.accumulation(inputs["x"])
-    saved = ops.global_context(*inputs.values(), **OPTIONS)[1:]
-    available = {
-        **inputs,
-        **OPTIONS,
-        **dict(zip(("context", "attention", "hidden", "gate_values", "positive"), saved, strict=True)),
-        "residual": None,
-        "valid": None,
-        "need_residual": False,
-        "weight": inputs["mask_weight"],
-        "bias": inputs["mask_bias"],
-        "scale": random.normal(samples, channels, dtype=case.dtype),
-        "shift": random.normal(samples, channels, dtype=case.dtype),
-        "grad": random.feature_map(case.shape, case.dtype, case.layout),
-        "grad_context": random.normal(samples, channels, dtype=acc),
-    }
-    return {name: available.get(name, True) for name in GOOD[op]}
-
-
 def steps(case: Case) -> dict[str, Callable[[], object]]:
     """Forward and backward of every function and of the module, and the operators that overwrite x."""
-    inputs, random = case.inputs(), Random(1)
-    scale, shift = (random.normal(*case.shape[:2], dtype=case.dtype) for _ in range(2))
     block = gcnet_ext.GlobalContextBlock(case.shape[1], 1 / 4, fusion_types=("channel_mul", "channel_add"), dtype=case.dtype)
-    x = inputs[0].clone()
-    leaf = x.detach().requires_grad_()
+    x = case.inputs()[0]
+    leaf = x.clone().requires_grad_()
     parameters = list(block.parameters())
 
     def both(function: Callable[..., Tensor], tensors: tuple[Tensor | None, ...]) -> Callable[[], object]:
@@ -56,15 +33,16 @@ def steps(case: Case) -> dict[str, Callable[[], object]]:
         given = [leaf for leaf in leaves if leaf is not None]
         return lambda: torch.autograd.grad(function(*leaves).sum(), given)
 
+    overwriting = [(op.flat(functools.partial(op.function, inplace=True)), op.inputs_of(case)[1:]) for op in IN_PLACE.values()]
+
     def in_place() -> None:
         with torch.no_grad():
-            gcnet_ext.channel_fuse(x, 0 * scale, shift, inplace=True)
-            grid.flat(gcnet_ext.global_context, inplace=True)(x, *inputs[1:])
+            x.fill_(1)  # it would grow from call to call
+            for function, weights in overwriting:
+                function(x, *weights)
 
     return {
-        "attention_pool": both(gcnet_ext.attention_pool, inputs[:3]),
-        "channel_fuse": both(gcnet_ext.channel_fuse, (inputs[0], scale, shift)),
-        "global_context": both(grid.flat(gcnet_ext.global_context), inputs),
+        **{name: both(op.ours, op.inputs_of(case)) for name, op in OPS.items()},
         "in place": in_place,
         "module": lambda: torch.autograd.grad(block(leaf).sum(), [leaf, *parameters]),
     }
@@ -94,7 +72,7 @@ print(resident() - before)
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("name", ["attention_pool", "channel_fuse", "global_context", "in place", "module"])
+@pytest.mark.parametrize("name", [*OPS, "in place", "module"])
 def test_resident_memory_is_flat(python, name):
     """One block of the smallest size per call would be 320 KB; what is not there to a byte is for test_memory.py."""
     grown = int(python(FLAT.format(name=name)).stdout)
@@ -227,7 +205,7 @@ def unwritten_memory_is_nan() -> Iterator[None]:
 
 @pytest.mark.usefixtures("unwritten_memory_is_nan")
 @pytest.mark.parametrize("layout", grid.EVERY_LAYOUT)
-@pytest.mark.parametrize("op", GOOD)
+@pytest.mark.parametrize("op", OPERATORS)
 def test_nothing_else_is_written(backend, op, layout):
     if op.endswith("_") and layout.startswith("expanded"):
         pytest.skip("refused: x shares memory among its elements")
@@ -237,14 +215,14 @@ def test_nothing_else_is_written(backend, op, layout):
 
 MALLOC = """
 import backends, ctypes, torch
-from test_endurance import GOOD, SHAPES, check_guards, guard_cases
+from test_endurance import OPERATORS, SHAPES, check_guards, guard_cases
 
 if {overrun}:
     tensor = torch.empty(1001, dtype=torch.uint8)
     behind = ctypes.c_ubyte.from_address(tensor.data_ptr() + tensor.nbytes)
     behind.value ^= 0xff  # another one than glibc's, which depends on the address
     del tensor
-for op in GOOD:
+for op in OPERATORS:
     for layout in ("contiguous", "channels_last", "cropped", "every_other_column"):
         for case in guard_cases(layout, SHAPES):
             check_guards(backends.Backend("cpu").ops, op, case)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import formulas
+import emulated
 import fuzzing
 import pytest
 import reference
@@ -19,18 +19,15 @@ import torch
 from fuzzing import Arguments, Drawn, Thing, compare, copies, examples, outcome, refused
 from hypothesis import given
 from hypothesis import strategies as st
+from registry import IN_PLACE, OP_OF, OPERATORS, OPS
 from torch import Tensor
 
 from gcnet_ext import Branch
-from gcnet_ext.ops._options import ACTIVATIONS, FINAL_ACTIVATIONS
-
-NAMES, FINAL = tuple(ACTIVATIONS), tuple(FINAL_ACTIVATIONS)  # by their numbers
-FUNCTIONS = ("attention_pool", "channel_fuse", "global_context")
 
 
-def test_every_operator_has_its_formula():
+def test_every_operator_has_an_entry():
     """Else it would not be drawn for."""
-    assert set(formulas.OPS) == set(fuzzing.GOOD)
+    assert set(OPERATORS) == set(emulated.operators("gcnet_ext"))
 
 
 # ---- the operators -----------------------------------------------------------------------------------------------------------
@@ -45,12 +42,13 @@ def check_operator(backend, op: str, arguments: Arguments, *, sound: bool = Fals
     if not any(torch.is_tensor(value) for value in made.values()):
         assert isinstance(found, Exception)  # the dispatcher's, in words of its own
     elif not refused(found, tuple(arguments), sound=sound):
-        assert not op.endswith("_") or not shares_memory(arguments["x"])
-        if fuzzing.has_final_relu(arguments) and op in ("channel_fuse", "global_context"):
+        operator = OPERATORS[op]
+        assert not operator.in_place or not shares_memory(arguments["x"])
+        if found[-1].dtype == torch.uint8 and fuzzing.has_final_relu(arguments):
             fuzzing.assert_bits(found[-1], found[0], made["x"])
             found = (*found[:-1], schema.no_bits(made["x"]))
-        outputs = (made["x"],) if op.endswith("_") else found
-        compare(outputs, formulas.OPS[op], fuzzing.with_masks(before, made["x"]), formulas.IN_PARTS.get(op))
+        outputs = (made["x"],) if operator.in_place else found
+        compare(outputs, operator.formula, fuzzing.with_masks(before, made["x"]), operator.in_parts)
 
 
 def check_shapes(call: Callable[..., Any], arguments: Arguments, found: tuple[Tensor, ...] | Exception) -> None:
@@ -66,7 +64,7 @@ def check_shapes(call: Callable[..., Any], arguments: Arguments, found: tuple[Te
         assert description[0] == description[1]
 
 
-@pytest.mark.parametrize("op", formulas.OPS)
+@pytest.mark.parametrize("op", OPERATORS)
 @given(data=st.data())
 @examples(90)
 def test_operators(backend, op, data):
@@ -74,7 +72,7 @@ def test_operators(backend, op, data):
     check_operator(backend, op, arguments, sound=is_sound(arguments, op))
 
 
-@pytest.mark.parametrize("op", formulas.OPS)
+@pytest.mark.parametrize("op", OPERATORS)
 @given(data=st.data())
 @examples(120)
 def test_operators_with_anything(backend, op, data):
@@ -84,9 +82,9 @@ def test_operators_with_anything(backend, op, data):
 def is_sound(arguments: Arguments, op: str) -> bool:
     """Of arguments that fit together: whether the operator must accept them."""
     x = arguments["x"]
-    if x.sizes[1] == 0 or (0 in x.sizes[2:] and not op.startswith("channel_fuse")):
+    if x.sizes[1] == 0 or (0 in x.sizes[2:] and OP_OF[op].needs_positions):
         return False
-    return not op.endswith("_") or 0 in x.sizes or nests(x)
+    return not OPERATORS[op].in_place or 0 in x.sizes or nests(x)
 
 
 def nests(x: Drawn) -> bool:
@@ -106,31 +104,9 @@ def shares_memory(x: Drawn) -> bool:
 # ---- the functions -----------------------------------------------------------------------------------------------------------
 
 
-def call_function(module: Any, op: str, a: Arguments, **options: Any) -> Any:
-    """The function with the arguments of the operator, except for those of `options`."""
-    if op != "global_context":
-        named = {name: value for name, value in a.items() if name in fuzzing.GOOD[op]}
-        if "final_activation" in named:
-            named["final_activation"] = FINAL[named["final_activation"]]
-        return getattr(module, op)(**{**named, **options})
-    branches = {
-        branch: Branch(*weights) if any(weight is not None for weight in weights) else None
-        for branch in ("scale", "shift")
-        for weights in [[a[f"{branch}_{name}"] for name in formulas.PARAMETERS]]
-    }
-    named = {name: a[name] for name in ("x", "mask_weight", "mask_bias", "residual", "valid")}
-    chosen: dict[str, Any] = {"activation": NAMES[a["activation"]], "slope": a["slope"], "norm": a["norm_eps"] is not None}
-    chosen["final_activation"] = FINAL[a["final_activation"]]
-    if a["norm_eps"] is not None:
-        chosen["eps"] = a["norm_eps"]
-    if a["hard_gate"] is not None:
-        chosen |= {"gate": "hard_sigmoid", "gate_alpha": a["hard_gate"][0], "gate_beta": a["hard_gate"][1]}
-    return module.global_context(**{**named, **branches, **chosen, **options})
-
-
 def in_plain_pytorch(op: str, **options: Any) -> Callable[[Arguments], Tensor]:
     """The function of the reference, of arguments that are all numbers."""
-    return lambda a: call_function(reference, op, fuzzing.with_bool(a), **options)
+    return lambda a: OPS[op].call(OPS[op].reference, fuzzing.with_bool(a), **options)
 
 
 def differentiable(arguments: Arguments) -> list[str]:
@@ -143,7 +119,9 @@ def differentiated(call: Callable[[Arguments], Tensor], needs: list[str]) -> fuz
 
     def formula(a: Arguments) -> list[Tensor]:
         leaves = {
-            name: value.detach().requires_grad_(name in needs) if torch.is_tensor(value) else value for name, value in a.items()
+            name: value.detach().requires_grad_(name in needs) if torch.is_tensor(value) else value
+            for name, value in a.items()
+            if name != "the gradient"
         }
         out = call(leaves)
         given_ = [leaves[name] for name in needs]
@@ -158,7 +136,7 @@ def differentiated(call: Callable[[Arguments], Tensor], needs: list[str]) -> fuz
     return formula
 
 
-@pytest.mark.parametrize("op", FUNCTIONS)
+@pytest.mark.parametrize("op", OPS)
 @given(data=st.data())
 @examples(60)
 def test_functions(backend, op, data):
@@ -166,16 +144,16 @@ def test_functions(backend, op, data):
     arguments = data.draw(fuzzing.good(op))
     x = arguments["x"]
     needs = [name for name in differentiable(arguments) if data.draw(st.booleans())]
-    sizes = x.sizes[:2] if op == "attention_pool" else x.sizes
+    sizes = x.sizes if OPS[op].is_map else x.sizes[:2]
     made = fuzzing.made({**arguments, "the gradient": data.draw(fuzzing.tensors(sizes, x.dtype))}, backend.to)
-    found = outcome(lambda: tuple(differentiated(lambda a: call_function(backend, op, a), needs)(made)))
+    found = outcome(lambda: tuple(differentiated(lambda a: OPS[op].call(OPS[op].function, a), needs)(made)))
     if not refused(found, tuple(arguments), sound=is_sound(arguments, op)):
         assert [got.dtype for got in found] == [made[name].dtype for name in ("x", *needs)]
-        truth, model = in_plain_pytorch(op), formulas.DIFFERENTIATED_BY_THE_KERNELS[op]
+        truth, model = in_plain_pytorch(op), OPS[op].model
         compare(found, differentiated(truth, needs), made, differentiated(model, needs))
 
 
-@pytest.mark.parametrize("op", ["channel_fuse", "global_context"])
+@pytest.mark.parametrize("op", [op.name for op in IN_PLACE.values()])
 @given(data=st.data())
 @examples(40)
 def test_functions_in_place(backend, op, data):
@@ -184,14 +162,14 @@ def test_functions_in_place(backend, op, data):
     needs = [name for name in differentiable(arguments) if data.draw(st.integers(0, 9)) == 0]
     before = copies(made)
     leaves = {name: value.requires_grad_(name in needs) if torch.is_tensor(value) else value for name, value in made.items()}
-    found = outcome(lambda: call_function(backend, op, leaves, inplace=True))
+    found = outcome(lambda: OPS[op].call(OPS[op].function, leaves, inplace=True))
     if refused(found, tuple(arguments), sound=is_sound(arguments, f"{op}_") and not needs):
         assert torch.equal(leaves["x"].nan_to_num(7), before["x"].nan_to_num(7)), "refused, and overwritten all the same"
     else:
         assert found[0] is leaves["x"]
         assert not needs
         assert not shares_memory(arguments["x"])
-        compare(found, formulas.OPS[f"{op}_"], before)
+        compare(found, OPERATORS[f"{op}_"].formula, before)
 
 
 @given(data=st.data())
@@ -206,31 +184,26 @@ def test_attention_map(backend, data):
             found,
             lambda a: (reference.attention_map(**fuzzing.with_bool(a)),),
             made,
-            lambda a: (formulas.attention_pool(a)[1].reshape(sizes),),
+            lambda a: (OPERATORS["attention_pool"].formula(a)[1].reshape(sizes),),
         )
 
 
 NOT_OF_THE_FUNCTIONS = ("residual", "valid", *schema.OPTIONS)
-OPTIONS = {
-    "attention_pool": (),
-    "channel_fuse": ("inplace",),
-    "global_context": ("scale", "shift", "norm", "eps", "activation", "gate", "gate_alpha", "gate_beta", "inplace"),
-}
 
 
-@pytest.mark.parametrize("op", FUNCTIONS)
+@pytest.mark.parametrize("op", OPS)
 @given(data=st.data())
 @examples(120)
 def test_functions_with_anything(backend, op, data):
     """In the place of an argument of the operator, or of one of the function's own."""
     arguments = data.draw(fuzzing.calls(op, keep=NOT_OF_THE_FUNCTIONS))
     options = {}
-    for name in data.draw(st.lists(st.sampled_from(OPTIONS[op]), max_size=1)) if OPTIONS[op] else ():
+    for name in data.draw(st.lists(st.sampled_from(OPS[op].options), max_size=1)) if OPS[op].options else ():
         options[name] = data.draw(fuzzing.WITH_A_TRUTH_VALUE if name == "inplace" else fuzzing.NO_TENSOR).make()
     made = fuzzing.made(arguments, backend.to)
     before = copies(made)
-    found = outcome(lambda: call_function(backend, op, made, **options))
-    if not refused(found, (*arguments, *OPTIONS[op]), sound=False):
+    found = outcome(lambda: OPS[op].call(OPS[op].function, made, **options))
+    if not refused(found, (*arguments, *OPS[op].options), sound=False):
         options.pop("inplace", None)
         before = fuzzing.without_replaced(before, options)
         compare(found, lambda a: (in_plain_pytorch(op, **options)(a),), before)
@@ -276,7 +249,8 @@ def test_an_infinite_context(backend):
     arguments["context"][0, 0] = math.inf
     found = backend.ops.attention_pool_backward(**arguments)
     assert not found[1][0].isfinite()
-    compare(found, formulas.attention_pool_backward, arguments, formulas.IN_PARTS["attention_pool_backward"])
+    operator = OPERATORS["attention_pool_backward"]
+    compare(found, operator.formula, arguments, operator.in_parts)
 
 
 def test_huge_positions_that_are_alike(backend):
@@ -305,12 +279,12 @@ def test_x_with_a_lazy_minus_sign(backend):
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize("op", fuzzing.GOOD)
+@pytest.mark.parametrize("op", OPERATORS)
 def test_none_where_a_tensor_must_be(cpu, kernels, op, device):
     """C++ gets an undefined tensor. (In a list torch itself refuses it.)"""
-    good = {name: value.to(device) if torch.is_tensor(value) else value for name, value in fuzzing.GOOD[op].items()}
-    for name in ("x", "grad", "grad_context", "context", "attention", "positive"):
-        in_a_list = op == "global_context_backward" and name in schema.IN_LISTS["saved"]
+    good = {name: value.to(device) if torch.is_tensor(value) else value for name, value in OPERATORS[op].good.items()}
+    for name in ("x", "grad", *OPERATORS[op].saved, "positive"):
+        in_a_list = "saved" in schema.Flat(op).lists and name in schema.IN_LISTS["saved"]
         if name in good and not in_a_list and sum(map(torch.is_tensor, good.values())) > 1:
             found = outcome(lambda name=name: getattr(cpu.ops, op)(*{**good, name: None}.values()))
             assert str(found) == f"gcnet_ext::{op.removesuffix('_inference')}: {name} must be a tensor, got None"

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import eager
-import formulas
 import fuzzing
 import grid
 import numpy as np
@@ -19,7 +18,7 @@ import torch
 from fuzzing import Arguments, Drawn, compare, examples, outcome, refused
 from hypothesis import given
 from hypothesis import strategies as st
-from test_bad_input import GOOD
+from registry import OPERATORS, OPS
 from torch import Tensor, nn
 
 from gcnet_ext import GlobalContextBlock, NonLocalBlock, SimplifiedNonLocalBlock, SqueezeExcitation
@@ -58,7 +57,7 @@ MODULES: dict[type[nn.Module], dict[str, tuple[Any, ...]]] = {
     },
 }
 # What x or a parameter is called in a message
-NAMES = (*GOOD["global_context"], "weight", "scale")
+NAMES = (*OPERATORS["global_context"].arguments, "weight", "scale")
 FLAGS = ("norm", "bias", "inplace", "sub_sample", "use_scale")
 
 
@@ -102,7 +101,9 @@ LAYERS = {  # what the operator calls the parameters of a layer
 
 
 def truth(
-    module: nn.Module, options: Arguments, block: Callable[[Arguments], Tensor] = lambda a: formulas.global_context(a)[0]
+    module: nn.Module,
+    options: Arguments,
+    block: Callable[[Arguments], Tensor] = lambda a: OPERATORS["global_context"].formula(a)[0],
 ) -> Callable[[Arguments], Tensor]:
     """What the block computes of x and its parameters, both by name."""
     if isinstance(module, NonLocalBlock):
@@ -111,7 +112,7 @@ def truth(
         return lambda a: called(theirs)({name.replace(".conv.", "."): value for name, value in a.items()})
 
     def call(a: Arguments) -> Tensor:
-        arguments = dict.fromkeys(GOOD["global_context"])
+        arguments = dict.fromkeys(OPERATORS["global_context"].arguments)
         for name, value in a.items():
             layer, _, parameter = name.rpartition(".")
             arguments[LAYERS[layer][parameter == "bias"] if layer else name] = value
@@ -165,7 +166,7 @@ def test_modules(backend, kind, data):
         assert all(torch.equal(*map(fuzzing.bits, pair)) for pair in zip(found, again, strict=True))
         # The matrix products of the non-local block are torch's, in the dtype of its parameters; the last sum is in that of x.
         acc = max((next(module.parameters()).dtype, x.dtype), key=lambda dtype: torch.finfo(dtype).eps)
-        blocks = (truth(module, options), truth(module, options, formulas.DIFFERENTIATED_BY_THE_KERNELS["global_context"]))
+        blocks = (truth(module, options), truth(module, options, OPS["global_context"].model))
         formula, model = (functools.partial(run_module, block) for block in blocks)
         compare(found, formula, arguments, model, acc if kind is NonLocalBlock else None)
 

@@ -7,8 +7,9 @@ import ctypes
 import grid
 import pytest
 import torch
-from allocations import BUFFERS, SHAPE, allocated, functions
+from allocations import BUFFERS, SHAPE, allocated
 from grid import Case
+from registry import OPS
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -20,11 +21,11 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("op", ["global_context", "attention_pool", "channel_fuse"])
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_saved_for_backward(case, op):
     """x itself, not a copy, the parameters themselves, and small buffers."""
-    function, inputs = functions(case)[op]
+    function, inputs = OPS[op].ours, OPS[op].inputs_of(case)
     leaves = [None if tensor is None else tensor.detach().requires_grad_() for tensor in inputs]
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
@@ -36,11 +37,11 @@ def test_saved_for_backward(case, op):
     assert sum(tensor.nbytes for pointer, tensor in own.items() if pointer not in given) <= BUFFERS
 
 
-@pytest.mark.parametrize("op", ["global_context", "attention_pool", "channel_fuse"])
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("case", [case for case in CASES if "cropped" not in case.layout], ids=str)
 def test_allocated(case, op):
     """Forward: the output and small buffers. Backward: grad_x and small buffers. Both seen by torch's allocator."""
-    function, inputs = functions(case)[op]
+    function, inputs = OPS[op].ours, OPS[op].inputs_of(case)
     leaves = [None if tensor is None else tensor.detach().requires_grad_() for tensor in inputs]
     size = leaves[0].numel() * leaves[0].element_size()
     forward, out = allocated(lambda: function(*leaves))
@@ -54,7 +55,7 @@ def test_allocated(case, op):
 RESIDENT = """
 import torch, grid
 from grid import Case
-from allocations import functions
+from registry import OPS
 
 def status(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
@@ -65,7 +66,8 @@ def grown(call):
 
 torch.set_num_threads(2)
 (n, c, *s), dtype, layout = {shape}, torch.{dtype}, "{layout}"
-function, inputs = functions(Case((n, c, 8, 8), dtype, layout))["{op}"]
+op = OPS["{op}"]
+function, inputs = op.ours, op.inputs_of(Case((n, c, 8, 8), dtype, layout))
 grid.run(function, inputs, function(*inputs))  # what is imported, started and allocated once
 
 def feature_map():
@@ -74,7 +76,7 @@ def feature_map():
     return full.movedim(-1, 1) if layout == "channels_last" else full
 
 x = feature_map()
-grad = torch.ones(n, c, dtype=dtype) if "{op}" == "attention_pool" else feature_map()
+grad = torch.ones(n, c, dtype=dtype) if not op.is_map else feature_map()
 assert status("VmHWM") - status("VmRSS") < x.nbytes // 20, "the peak lies before the measurement"
 leaves = [None if t is None else t.detach().requires_grad_() for t in (x, *inputs[1:])]
 given = [leaf for leaf in leaves if leaf is not None]
@@ -84,16 +86,9 @@ print(forward / x.nbytes, backward / x.nbytes)
 """
 
 
-@pytest.mark.parametrize(
-    ("op", "dtype", "layout"),
-    [
-        *(("global_context", dtype, layout) for dtype in ("float32", "bfloat16") for layout in grid.LAYOUTS),
-        ("attention_pool", "bfloat16", "contiguous"),
-        ("attention_pool", "float32", "channels_last"),
-        ("channel_fuse", "float32", "contiguous"),
-        ("channel_fuse", "bfloat16", "channels_last"),
-    ],
-)
+@pytest.mark.parametrize("layout", grid.LAYOUTS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("op", OPS)
 def test_resident(python, layout, dtype, op):
     """The peak of the process's memory, scratch of the kernels included: x forward, and x backward, and a little."""
     if not grid.available_memory() > 3 * 2**30:
@@ -101,14 +96,14 @@ def test_resident(python, layout, dtype, op):
     shape = (2, 128, 640, 512) if dtype == "bfloat16" else (2, 128, 320, 512)
     forward, backward = map(float, python(RESIDENT.format(op=op, dtype=dtype, layout=layout, shape=shape)).stdout.split())
     attention = 4 / (128 * (2 if dtype == "bfloat16" else 4))  # [N, P] of float32, in units of x
-    assert forward <= (op != "attention_pool") + 2 * attention + 0.06
+    assert forward <= OPS[op].is_map + 2 * attention + 0.06
     assert 0.9 <= backward <= 1 + 2 * attention + 0.06
 
 
 LEAK = """
 import ctypes, gc, torch
 from grid import Case
-from allocations import functions
+from registry import OPS
 
 class Heap(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in
@@ -131,7 +126,8 @@ def grown(call, calls=500):
     return (used() - before) / calls
 
 torch.set_num_threads(1)  # mallinfo2 sees the arena of the main thread
-function, inputs = functions(Case((2, 16, 4, 4)))["{op}"]
+op = OPS["{op}"]
+function, inputs = op.ours, op.inputs_of(Case((2, 16, 4, 4)))
 with torch.no_grad():
     forward = grown(lambda: function(*inputs))
 leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
@@ -142,7 +138,7 @@ print(forward, both)
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs the heap statistics of glibc 2.33")
-@pytest.mark.parametrize("op", ["global_context", "attention_pool", "channel_fuse"])
+@pytest.mark.parametrize("op", OPS)
 def test_no_leak(python, op):
     """Bytes on the heap that a call leaves behind. A str argument of a stable-ABI operator once left 48 in every call."""
     forward, both = map(float, python(LEAK.format(op=op)).stdout.split())

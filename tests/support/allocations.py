@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-import grid
 import torch
-from grid import Case, Random
-
-import gcnet_ext
 
 SHAPE = (4, 96, 40, 50)
 SAMPLES, CHANNELS, POSITIONS = 4, 96, 2000
 # [N, C] several times, [N, P] twice, and the gradients of the parameters
 BUFFERS = 4 * (8 * SAMPLES * CHANNELS + 2 * SAMPLES * POSITIONS) + 4 * 8 * CHANNELS * 8
-
-
-def functions(case: Case):
-    random = Random(1)
-    inputs = case.inputs()
-    scale, shift = (random.normal(*case.shape[:2], dtype=case.dtype) for _ in range(2))
-    return {
-        "global_context": (grid.flat(gcnet_ext.global_context), inputs),
-        "attention_pool": (gcnet_ext.attention_pool, inputs[:3]),
-        "channel_fuse": (gcnet_ext.channel_fuse, (inputs[0], scale, shift)),
-    }
 
 
 def allocated(call) -> tuple[int, object]:

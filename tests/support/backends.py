@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import emulated
@@ -15,21 +16,17 @@ from gcnet_ext import _load
 
 
 class Backend:
-    """What the tests of an op call. A backend that computes in another way overrides `ops`, the functions and `to`.
+    """What the tests of an op call: the functions of gcnet_ext; and `ops`, the raw operators with flat arguments (schema.py).
 
-    The functions are differentiable and have the signatures of gcnet_ext; `ops` holds the raw operators, with flat
-    arguments (schema.py). `to` moves a dense tensor to where the backend computes; views are taken after that, so strides
-    survive.
+    `to` moves a dense tensor to where the backend computes; views are taken after that, so strides survive.
     """
-
-    attention_pool = staticmethod(gcnet_ext.attention_pool)
-    attention_map = staticmethod(gcnet_ext.attention_map)
-    channel_fuse = staticmethod(gcnet_ext.channel_fuse)
-    global_context = staticmethod(gcnet_ext.global_context)
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.device = torch.device(name)
+
+    def __getattr__(self, name: str) -> Callable[..., torch.Tensor]:
+        return getattr(gcnet_ext, name)
 
     @property
     def has_kernels(self) -> bool:

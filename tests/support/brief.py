@@ -43,7 +43,17 @@ WINDOW = 300
 """Tests that are run on a borrowed GPU, about."""
 # The files whose tests are about a GPU's kernels; of each test some cases are chosen.
 WINDOW_FILES = (
-    *("attention_pool", "channel_fuse", "global_context", "global_context_block", "layouts", "in_place", "determinism", "amp"),
+    *(
+        "every_op",
+        "attention_pool",
+        "channel_fuse",
+        "global_context",
+        "global_context_block",
+        "layouts",
+        "in_place",
+        "determinism",
+        "amp",
+    ),
     *(
         "cuda_device",
         "memory",

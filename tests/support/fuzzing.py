@@ -7,15 +7,15 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import formulas
 import grid
 import numpy as np
 import reference
 import schema
 import torch
+from entry import PARAMETERS, Arguments, Formula, Sizes
 from hypothesis import HealthCheck, assume, settings
 from hypothesis import strategies as st
-from test_bad_input import GOOD
+from registry import OPERATORS
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -23,8 +23,6 @@ from torch.utils._pytree import tree_map_only
 from gcnet_ext.ops import _bits
 from gcnet_ext.ops._global_context_arguments import IN_LISTS
 
-Arguments = dict[str, Any]
-Formula = Callable[[Arguments], Sequence[Tensor | None]]
 WRONG_DTYPES = (torch.int64, torch.uint8, torch.bool, torch.complex64, torch.complex32, torch.float8_e4m3fn, torch.uint16)
 SPECIAL = (math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-41, -3e-6, 6e4, 3e38, -3e38)
 LAYOUTS = {
@@ -144,14 +142,15 @@ ANYTHING = wrong_tensors() | NO_TENSOR
 
 @st.composite
 def good(draw: st.DrawFn, op: str) -> Arguments:
-    """Arguments of the operator that fit together, but for sizes of zero and an x that cannot be overwritten."""
+    """Arguments of that operator that fit together, but for sizes of zero and an x that cannot be overwritten."""
     n, c = draw(st.sampled_from((2, 3, 1, 2, 3, 1, 2, 3, 0))), draw(st.sampled_from((5, 3, 1, 2, 4, 6, 7, 8, 9, 16, 33, 65, 0)))
     several = st.lists(st.sampled_from((4, 2, 3, 1, 5, 6, 0)), min_size=1, max_size=4)
     spatial = tuple(draw(several | st.sampled_from((7, 1, 2, 16, 33, 65)).map(lambda size: [size])))
     dtype = draw(st.sampled_from(grid.FLOATING))
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     parameter_dtype = draw(st.sampled_from((dtype, torch.float32)))
-    names, found = list(GOOD[op]), {}
+    operator, found = OPERATORS[op], {}
+    names = operator.arguments
 
     def parameter(name: str, *sizes: int) -> None:
         drawn = draw(tensors(sizes + (1,) * draw(st.sampled_from((0, 0, 0, 2))), parameter_dtype))
@@ -181,17 +180,10 @@ def good(draw: st.DrawFn, op: str) -> Arguments:
     found["x"] = draw(tensors((n, c, *spatial), dtype))
     if "grad" in names:
         found["grad"] = draw(tensors((n, c, *spatial), dtype))
-    given_scale = units["scale"] if "scale_w1" in names else 0
-    sides = {
-        "grad_context": (n, c),
-        "context": (n, c),
-        "attention": (n, math.prod(spatial) if attended else 0),
-        "hidden": (n, units["scale"] + units["shift"]),
-        "gate_values": (n, c if given_scale else 0),
-    }
+    sizes = Sizes(n, c, math.prod(spatial), attended, sum(units.values()), units["scale"] > 0)
     for name in names:
-        if name in sides:
-            found[name] = draw(tensors(sides[name], acc))
+        if name in operator.saved:
+            found[name] = draw(tensors(operator.saved[name](sizes), acc))
         elif name == "residual" and not draw(MOSTLY):
             found[name] = draw(tensors((n, c, *spatial), dtype))
         elif name == "valid" and not draw(MOSTLY):
@@ -409,7 +401,7 @@ def copies(arguments: Arguments) -> Arguments:
 def without_replaced(arguments: Arguments, options: Arguments) -> Arguments:
     """The arguments of an operator, where options of the function stand in their place: those are used, whatever these were."""
     branches = [name for name in ("scale", "shift") if name in options]
-    weights = {f"{branch}_{parameter}": None for branch in branches for parameter in formulas.PARAMETERS}
+    weights = {f"{branch}_{parameter}": None for branch in branches for parameter in PARAMETERS}
     return arguments | weights | {name: value for name, value in options.items() if name in arguments}
 
 

@@ -272,9 +272,9 @@ def assert_close(
         f"{what}: element {worst} is {got.flatten()[worst].item()}, expected {want.flatten()[worst].item()} "
         f"+- {bound.flatten()[worst].item():.3g}"
     )
-    if want.numel() < 64:
+    # Many errors of both signs stay, in norm, well below the bound of the worst of them. Equal numbers have equal errors.
+    if len(want.flatten()[:: want.numel() // 4096 + 1].unique()) < 64:
         return
-    # Many errors of both signs stay, in norm, well below the bound of the worst of them.
     norm, norm_bound = float(difference.norm()), 0.7 * rounding * float(want.norm()) + 0.5 * summed * math.sqrt(want.numel())
     assert norm <= norm_bound, f"{what}: the error is {norm:.3g} in norm, the bound {norm_bound:.3g}"
 

@@ -6,17 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from entry import OPTIONS, no_bits
+from registry import OPERATORS
 from torch import Tensor
 
 from gcnet_ext.ops._global_context_arguments import IN_LISTS
 
-NEEDS = {
-    "attention_pool_backward": ("need_x", "need_weight", "need_bias"),
-    "channel_fuse_backward": ("need_x", "need_scale", "need_shift", "need_residual"),
-    "global_context_backward": ("need_x", "need_mask_weight", "need_mask_bias", "need_scale", "need_shift", "need_residual"),
-}
-OPTIONS = {"norm_eps": 1e-5, "activation": 1, "slope": 0.01, "hard_gate": None, "final_activation": 0}
-"""The choices of the block, by default."""
 DEFAULTS = {"bias": None, "residual": None, "valid": None, "need_residual": False, **OPTIONS}
 """For those that a test does not name."""
 
@@ -27,7 +22,7 @@ class Flat:
     def __init__(self, name: str) -> None:
         self.name = name
         self.op = getattr(torch.ops.gcnet_ext, name).default
-        lists = {**IN_LISTS, "needs": NEEDS.get(name, ())}
+        lists = {**IN_LISTS, "needs": OPERATORS[name].needs}
         self.lists = {argument.name: lists.get(argument.name) for argument in self.op._schema.arguments}
         self.lists |= {name: None for name in ("scale", "shift") if "fuse" in self.name and name in self.lists}
         self.names = [name for argument, names in self.lists.items() for name in names or (argument,)]
@@ -58,7 +53,7 @@ def backward(grad: Tensor, inputs: Sequence[Tensor | None], saved: Sequence[Tens
     named = {"grad": grad, **dict(zip(names, inputs, strict=True)), **dict(zip(IN_LISTS["saved"], saved, strict=True))}
     need_x, need_mask, need_scale, need_shift = needs
     wanted = need_x, need_mask, need_mask, need_scale, need_shift, False
-    return {**named, **dict(zip(NEEDS["global_context_backward"], wanted, strict=True))}
+    return {**named, **dict(zip(OPERATORS["global_context_backward"].needs, wanted, strict=True))}
 
 
 def opened(results: Any) -> Any:
@@ -66,10 +61,3 @@ def opened(results: Any) -> Any:
     if results is None or isinstance(results, Tensor):
         return results
     return tuple(tensor for result in results for tensor in (result if isinstance(result, list | tuple) else [result]))
-
-
-def no_bits(x: Tensor | None) -> Tensor:
-    """What stands for the bits of the final ReLU where there is none."""
-    return torch.empty(
-        (0 if x is None or x.dim() == 0 else x.shape[0], 0), dtype=torch.uint8, device=None if x is None else x.device
-    )

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from checkout import ROOT
-from formulas import PARAMETERS
+from entry import PARAMETERS
 from fuzzing import bits, compare, plain, without_replaced
 from hypothesis import settings
 from torch import Tensor
