@@ -10,7 +10,7 @@ FLOPS, INSERT, IN_PLACE, NON_LOCAL = "test_flops.py", "test_insert.py", "test_in
 TUNING, RESIDUAL, VALID, ACTIVATED = "test_tuning.py", "test_residual.py", "test_valid.py", "test_activations.py"
 POOL, FUZZ_MODULES, DERIVATIVES = "test_attention_pool.py", "test_fuzz_modules.py", "test_derivatives.py"
 KEEPS, REPORT, LATER = "test_replace_keeps.py", "test_replace_report.py", "test_replace_later.py"
-EVERY, LOOK_ALIKES = "test_every_op.py", "test_replace_look_alikes.py"
+EVERY, LOOK_ALIKES, TRIES = "test_every_op.py", "test_replace_look_alikes.py", "test_replace_tries.py"
 LAYOUTS, COMPILE, SQUEEZE = "test_layouts.py", "test_compile.py", "test_squeeze_excitation.py"
 
 MUTANTS = (
@@ -335,7 +335,7 @@ MUTANTS = (
         "return reader, «type(module) is kind» and is_original(kind)",
         "True",
         "A subclass of a peer's block, which may do otherwise, is replaced without a trial.",
-        (REPORT,),
+        (REPORT, TRIES),
     ),
     Mutant(
         "replaced-untried-in-training",
@@ -343,7 +343,7 @@ MUTANTS = (
         "for training in («False, True»):",
         "False, False",
         "A block that does something else in training is replaced.",
-        (REPORT,),
+        (REPORT, TRIES),
     ),
     Mutant(
         "replaced-tried-with-zeros",
@@ -351,7 +351,7 @@ MUTANTS = (
         "tensor.«normal_(0, 0.5, generator=generator)»",
         "zero_()",
         "A block with a buffer that happens to be zero is replaced.",
-        (REPORT,),
+        (REPORT, TRIES),
     ),
     Mutant(
         "replaced-settings-forgotten",
@@ -359,7 +359,7 @@ MUTANTS = (
         "return () if self._record is None else tuple(«self._record.fields»)",
         "()",
         "A replaced block that has run does not notice a setting that changes.",
-        (REPORT,),
+        (REPORT, TRIES),
     ),
     Mutant(
         "replaced-leftovers",
@@ -367,7 +367,7 @@ MUTANTS = (
         'for idle in «skeleton.idle»:\n        if not does_nothing_else(idle):\n            return f"its {_described(idle)} {',
         "()",
         "A look-alike with one submodule more is replaced.",
-        (REPORT,),
+        (REPORT, TRIES),
     ),
     Mutant(
         "replaced-idle-modules-unseen",
