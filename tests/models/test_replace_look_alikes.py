@@ -8,8 +8,8 @@ import random
 import eager
 import pytest
 import torch
+from look_alikes import Pasted, X
 from numpy.random.mtrand import _rand as numpys  # the generator of the functions in numpy.random, which forwards use
-from test_replace_report import Pasted, X
 from torch import nn
 
 from gcnet_ext import replace_blocks

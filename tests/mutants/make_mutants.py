@@ -22,13 +22,22 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import of_blocks
 import of_cpp
 import of_derivatives
 import of_kernels
-import of_python
+import of_models
+import of_ops
 from mutant import ROOT, Mutant, applied, path_of
 
-MUTANTS = (*of_cpp.MUTANTS, *of_kernels.MUTANTS, *of_python.MUTANTS, *of_derivatives.MUTANTS)
+MUTANTS = (
+    *of_cpp.MUTANTS,
+    *of_kernels.MUTANTS,
+    *of_ops.MUTANTS,
+    *of_blocks.MUTANTS,
+    *of_models.MUTANTS,
+    *of_derivatives.MUTANTS,
+)
 NUMBERS = {mutant: number for number, mutant in enumerate(MUTANTS, 1)}
 BUILD = ROOT / "build" / "mutants"
 HEADER_FILE = BUILD / "mutant.h"

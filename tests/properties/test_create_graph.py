@@ -11,11 +11,11 @@ import itertools
 from collections.abc import Callable
 
 import eager
-import grid
 import pytest
 import reference
 import torch
 from grid import Case, Random
+from registry import OPERATORS, OPS
 from torch import Tensor, nn
 
 import gcnet_ext
@@ -75,32 +75,21 @@ def made_from(source: Tensor, like: Tensor) -> Tensor:
     return like + torch.tanh(source.mean() * steps + source.square().mean())
 
 
+CASE = Case(SHAPE, DOUBLE, hidden=2)
+
+
 def functions(backend):
-    """Each function by names of its arguments, that of the reference, and the arguments."""
-    case = Case(SHAPE, DOUBLE, hidden=2)
-    x, mask_weight, mask_bias, *branches = case.inputs(backend.to)
-    random = Random(1, backend.to)
-    scale, shift = (random.normal(*SHAPE[:2], dtype=DOUBLE) for _ in range(2))
-    names = [f"{branch}_{name}" for branch in ("scale", "shift") for name in Branch._fields]
+    """Each function of its tensors, that of the reference, and the tensors by name."""
     return {
-        "attention_pool": (
-            backend.attention_pool,
-            reference.attention_pool,
-            {"x": x, "weight": mask_weight, "bias": mask_bias},
-        ),
-        "channel_fuse": (backend.channel_fuse, reference.channel_fuse, {"x": x, "scale": scale, "shift": shift}),
-        "global_context": (
-            grid.flat(backend.global_context),
-            grid.flat(reference.global_context),
-            {"x": x, "mask_weight": mask_weight, "mask_bias": mask_bias, **dict(zip(names, branches, strict=True))},
-        ),
+        name: (op.ours, op.truth, dict(zip(op.inputs, op.inputs_of(CASE, backend.to), strict=True))) for name, op in OPS.items()
     }
 
 
+# Of an op with many inputs, some of every kind.
+CHOSEN = {"x", "mask_weight", "scale_w1", "scale_b1", "scale_norm_weight", "scale_w2", "shift_w1", "shift_b2"}
 NAMES = {
-    "attention_pool": ("x", "weight"),
-    "channel_fuse": ("x", "scale", "shift"),
-    "global_context": ("x", "mask_weight", "scale_w1", "scale_b1", "scale_norm_weight", "scale_w2", "shift_w1", "shift_b2"),
+    name: [each for each in op.inputs if (each in CHOSEN or len(op.inputs) <= 4) and each not in op.vanishing(CASE)]
+    for name, op in OPS.items()
 }
 PAIRS = [(op, *pair) for op, names in NAMES.items() for pair in itertools.permutations(names, 2)]
 
@@ -141,7 +130,7 @@ def test_gradgradcheck_with_dependent_inputs(cpu, kernels, op):
     def call(x):
         return ours(*(x if name == "x" else made_from(x, like) for name, like in arguments.items()))
 
-    assert torch.autograd.gradgradcheck(call, (x,), fast_mode=op == "global_context")
+    assert torch.autograd.gradgradcheck(call, (x,), fast_mode=len(arguments) > 4)
 
 
 def test_the_same_tensor_twice(backend):
@@ -218,14 +207,12 @@ def test_in_place_on_what_a_graph_has_made(backend):
         torch.autograd.grad(out.sum(), leaf, create_graph=True)
 
 
-@pytest.mark.parametrize("name", ["attention_pool_backward", "channel_fuse_backward", "global_context_backward"])
+@pytest.mark.parametrize("name", [name for name in OPERATORS if name.endswith("_backward")])
 def test_an_operator_of_the_backward_pass_has_no_derivative(cpu, name):
     """It is an error, not a gradient that silently lacks a part."""
-    import test_bad_input
-
     arguments = {
         key: value.clone().requires_grad_() if torch.is_tensor(value) and key == "x" else value
-        for key, value in test_bad_input.GOOD[name].items()
+        for key, value in OPERATORS[name].good.items()
     }
     with pytest.raises(RuntimeError, match=f"gcnet_ext::{name}: its arguments must not require a gradient, got one that does"):
         getattr(cpu.ops, name)(*arguments.values())
