@@ -8,9 +8,8 @@ std::tuple<Tensor, Tensor> attention_pool_op(const Tensor& x_in, const OptionalT
                                              const OptionalTensor& valid_in) {
   check_attention_pool("attention_pool", x_in, {weight, bias}, valid_in);
   const Tensor x = native(x_in);
-  const int64_t samples = x.size(0);
-  const Tensor context = empty(x, {samples, x.size(1)}, accumulation_dtype(x));
-  const Tensor attention = empty(x, {samples, weight ? positions(x) : 0}, accumulation_dtype(x));
+  const Tensor context = empty(x, {x.size(0), x.size(1)}, accumulation_dtype(x));
+  const Tensor attention = empty(x, {x.size(0), weight ? positions(x) : 0}, accumulation_dtype(x));
   const OptionalTensor valid = dense(valid_in);
   dispatch(x.scalar_type(), [&](auto kind) {
     using scalar_t = decltype(kind);
@@ -20,8 +19,7 @@ std::tuple<Tensor, Tensor> attention_pool_op(const Tensor& x_in, const OptionalT
     const PoolMask<acc> mask{pointer(w), b.empty() ? acc(0) : b[0]};
     const Valid counted(valid, positions(x));
     const auto contexts = matrix_of<acc>(context), attentions = matrix_of<acc>(attention);
-    const GroupPlan group = plan_groups(samples, x.size(1) * positions(x) * sizeof(scalar_t), /*weight_bytes=*/0);
-    for_each_group(group, samples, x.numel(), [&](int64_t first, int64_t count) {
+    for_each_group(map.layout, sizeof(scalar_t), /*weight_bytes=*/0, [&](int64_t first, int64_t count) {
       pool_samples(map.samples(first, count), mask, counted.samples(first), contexts.row_range(first, count),
                    attentions.row_range(first, count));
     });
@@ -44,14 +42,13 @@ std::tuple<Tensor, Tensor, Tensor> attention_pool_backward_op(const Tensor& grad
   dispatch(x.scalar_type(), [&](auto kind) {
     using scalar_t = decltype(kind);
     using acc = acc_t<scalar_t>;
-    const int64_t samples = x.size(0), channels = x.size(1);
     const Valid counted(valid, positions(x));
     const auto grad_contexts = matrix_of<const acc>(grad_context);
     if (!weight) return average_pool_backward<scalar_t>(grad_contexts, counted, write_map<scalar_t>(grad_x));
     const auto w = to_acc<acc>(weight);
     const auto map = read_map<scalar_t>(x);
     const PoolPlan plan = pool_plan(map);
-    const auto parts = weight_parts<acc>(plan, samples, channels, need_weight);
+    const auto parts = weight_parts<acc>(plan, map.layout, need_weight);
     const PoolBackwardInputs<acc> inputs{.grad_context = grad_contexts,
                                          .context = matrix_of<const acc>(context),
                                          .attention = matrix_of<const acc>(attention),
@@ -59,8 +56,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_pool_backward_op(const Tensor& grad
                                          .scale = {},
                                          .valid = counted};
     const auto grad_x_map = write_map_if<scalar_t>(need_x, grad_x, x);
-    const GroupPlan group = plan_groups(samples, channels * positions(x) * sizeof(scalar_t), /*weight_bytes=*/0);
-    for_each_group(group, samples, x.numel(), [&](int64_t first, int64_t count) {
+    for_each_group(map.layout, sizeof(scalar_t), /*weight_bytes=*/0, [&](int64_t first, int64_t count) {
       pool_backward_samples<scalar_t>({}, map.samples(first, count), inputs.samples(first, count),
                                       grad_x_map.samples(first, count),
                                       parts.row_range(first * plan.splits, count * plan.splits));

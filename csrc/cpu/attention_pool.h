@@ -22,9 +22,7 @@ void pool_samples(const Map<const scalar_t>& x, const PoolMask<acc_t<scalar_t>>&
   const PoolPlan plan = pool_plan(x);
   if (!plan.by_channels) return pool_by_positions(plan, x, mask, valid, context, attention);
   // x is read twice, so as many samples go at a time as stay in the caches.
-  const int64_t samples = x.layout.samples, elements = x.layout.channels * x.layout.positions;
-  const GroupPlan group = plan_groups(samples, elements * sizeof(scalar_t), /*weight_bytes=*/0);
-  for_each_group(group, samples, samples * elements, [&](int64_t first, int64_t count) {
+  for_each_group(x.layout, sizeof(scalar_t), /*weight_bytes=*/0, [&](int64_t first, int64_t count) {
     pool_by_channels(x.samples(first, count), mask, valid.samples(first), context.row_range(first, count),
                      attention.row_range(first, count));
   });
@@ -33,8 +31,8 @@ void pool_samples(const Map<const scalar_t>& x, const PoolMask<acc_t<scalar_t>>&
 // The parts of the mask weight's gradient, which are zero before the backward pass: one for every split of every sample, so
 // that their sum does not depend on who computes what.
 template <typename acc>
-MatrixBuffer<acc> weight_parts(const PoolPlan& plan, int64_t samples, int64_t channels, bool needed) {
-  MatrixBuffer<acc> parts(samples * plan.splits, channels, needed);
+MatrixBuffer<acc> weight_parts(const PoolPlan& plan, const Layout& layout, bool needed) {
+  MatrixBuffer<acc> parts(layout.samples * plan.splits, layout.channels, needed);
   parts.clear();
   return parts;
 }

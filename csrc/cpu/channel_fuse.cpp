@@ -63,9 +63,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> channel_fuse_backward_op(const Tensor
     const auto before_relu = relu ? ReluBackward<scalar_t>(grad, positive, through) : ReluBackward<scalar_t>();
     const MapFusion<scalar_t> by_scale{.scale = matrix_of(scales, x)};
     const auto grad_x_map = write_map_if<scalar_t>(need_x, grad_x, through, x);
-    const int64_t sample_bytes = 2 * x.size(1) * positions(x) * sizeof(scalar_t);
-    const GroupPlan group = plan_groups(x.size(0), sample_bytes, /*weight_bytes=*/0);
-    for_each_group(group, x.size(0), x.numel(), [&](int64_t first, int64_t count) {
+    for_each_group(x_map.layout, 2 * sizeof(scalar_t), /*weight_bytes=*/0, [&](int64_t first, int64_t count) {
       const auto g = g_map.samples(first, count);
       if (need_shift || need_scale) {
         sum_samples(g, x_map.samples(first, count), {}, sum_g.row_range(first, count), sum_gx.row_range(first, count),

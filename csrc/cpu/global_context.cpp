@@ -51,18 +51,14 @@ void forward_into(const Tensor& x, Arguments& call, const Tensor& out, const Sav
     const Matrix<acc> context = kept(&Saved::context, channels), gate = kept(&Saved::gate_values, gates);
     const Matrix<acc> attention = kept(&Saved::attention, attended), hidden = kept(&Saved::hidden, units);
     const MatrixBuffer<acc> clipped(samples, channels, clips), t_shift(samples, channels, shift.has_value());
-
-    const MapFusion<scalar_t> fusion{.scale = !scale  ? Matrix<acc>{}
-                                              : clips ? clipped
-                                                      : gate,
+    const Matrix<acc> factors = clips ? Matrix<acc>(clipped) : scale ? gate : Matrix<acc>{};
+    const MapFusion<scalar_t> fusion{.scale = factors,
                                      .shift = t_shift,
                                      .residual = read_map<scalar_t>(residual),
                                      .relu = call.options.has_final_relu(),
                                      .positive = saved ? bits_of<uint8_t>(saved->positive, map.layout) : BitMap<uint8_t>{}};
     const auto out_map = write_map<scalar_t>(out, x);
-    const int64_t sample_bytes = channels * positions(x) * sizeof(scalar_t);
-    const GroupPlan group = plan_groups(samples, sample_bytes, weight_bytes(scale, shift));
-    for_each_group(group, samples, x.numel(), [&](int64_t first, int64_t count) {
+    for_each_group(map.layout, sizeof(scalar_t), weight_bytes(scale, shift), [&](int64_t first, int64_t count) {
       const auto rows = [&](const Matrix<acc>& matrix) { return matrix.row_range(first, count); };
       const Map<const scalar_t> x_part = map.samples(first, count);
       const Matrix<acc> ctx = rows(context), h = rows(hidden);
@@ -138,28 +134,25 @@ BackwardResults global_context_backward_op(const BackwardArguments& call) {
     const auto gate = matrix_of<const acc>(saved_gate);
 
     const PoolPlan plan = pool_plan(x_map);
-    const auto parts = weight_parts<acc>(plan, samples, channels, need_weight);
+    const auto parts = weight_parts<acc>(plan, x_map.layout, need_weight);
     const MatrixBuffer<acc> grad_t_scale(samples, channels, scale.has_value()),
         grad_t_shift(samples, channels, shift.has_value());
     MatrixBuffer<acc> grad_context(samples, channels);
     grad_context.clear();
-    const auto scale_memory = scale ? scale->hidden_layer_memory(samples) : MatrixBuffer<acc>(0, 0, false);
-    const auto shift_memory = shift ? shift->hidden_layer_memory(samples) : MatrixBuffer<acc>(0, 0, false);
+    const MatrixBuffer<acc> scale_memory(4 * samples, scale ? scale->hidden_units() : 0);
+    const MatrixBuffer<acc> shift_memory(4 * samples, shift ? shift->hidden_units() : 0);
     const auto scale_layer = HiddenLayer<acc>::in(scale_memory), shift_layer = HiddenLayer<acc>::in(shift_memory);
     const bool clips = scale && options.hard_gate;
     const MatrixBuffer<acc> clipped(samples, channels, clips);
+    const Matrix<const acc> factors = clips ? Matrix<const acc>(clipped) : scale ? gate : Matrix<const acc>{};
     const PoolBackwardInputs<acc> inputs{.grad_context = grad_context,
                                          .context = context,
                                          .attention = matrix_of<const acc>(saved_attention),
                                          .weight = pointer(weight),
-                                         .scale = !scale  ? Matrix<const acc>{}
-                                                  : clips ? Matrix<const acc>(clipped)
-                                                          : gate,
+                                         .scale = factors,
                                          .valid = Valid(valid, positions(x))};
 
-    const int64_t sample_bytes = 2 * channels * positions(x) * sizeof(scalar_t);
-    const GroupPlan group = plan_groups(samples, sample_bytes, weight_bytes(scale, shift));
-    for_each_group(group, samples, x.numel(), [&](int64_t first, int64_t count) {
+    for_each_group(x_map.layout, 2 * sizeof(scalar_t), weight_bytes(scale, shift), [&](int64_t first, int64_t count) {
       const auto rows = [&](const auto& matrix) { return matrix.row_range(first, count); };
       const auto g = g_map.samples(first, count), x_part = x_map.samples(first, count);
       const auto dx = grad_x_map.samples(first, count);

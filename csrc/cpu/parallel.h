@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../layout.h"
 #include "../plan_cpu.h"
 #include "threads.h"
 
@@ -36,19 +37,17 @@ void parallel_for(int64_t count, int64_t elements, const Body& body, Order order
   });
 }
 
-// How samples of so many bytes are grouped, if each group reads so many bytes of weights.
-inline GroupPlan plan_groups(int64_t samples, int64_t sample_bytes, int64_t weight_bytes) {
-  return plan_cpu_group(samples, sample_bytes, weight_bytes, torch_threads());
-}
-
-// body(first, count) for groups of samples. Either the threads share the work on one group after the other, or each thread
-// takes groups of its own through all steps.
+// body(first, count) for groups of the samples of a map, in a call that reads so many bytes for each of its elements, and so many
+// bytes of weights for each group. Either the threads share the work on one group after the other, or each thread takes groups
+// of its own through all steps.
 template <typename Body>
-void for_each_group(const GroupPlan& plan, int64_t samples, int64_t elements, const Body& body) {
+void for_each_group(const Layout& layout, int64_t element_bytes, int64_t weight_bytes, const Body& body) {
+  const int64_t samples = layout.samples, elements = layout.channels * layout.positions;
+  const GroupPlan plan = plan_cpu_group(samples, elements * element_bytes, weight_bytes, torch_threads());
   const auto groups = [&](int64_t begin, int64_t end) {
     for (int64_t first = begin; first < end; first += plan.samples) body(first, std::min(plan.samples, end - first));
   };
-  return plan.per_thread ? parallel_ranges(samples, elements, groups) : groups(0, samples);
+  return plan.per_thread ? parallel_ranges(samples, samples * elements, groups) : groups(0, samples);
 }
 
 }  // namespace gcnet_ext::cpu

@@ -110,8 +110,8 @@ class BranchPass {
     });
   }
 
-  // Memory for the hidden layer of so many samples.
-  MatrixBuffer<acc> hidden_layer_memory(int64_t samples) const { return {4 * samples, units_, w2_.has_value()}; }
+  // H, or 0 without a hidden layer.
+  int64_t hidden_units() const { return w2_ ? units_ : 0; }
   // grad_context += the gradient through the branch.
   void backward(Matrix<const acc> grad_t, Matrix<const acc> hidden, const HiddenLayer<acc>& layer,
                 Matrix<acc> grad_context) const {
