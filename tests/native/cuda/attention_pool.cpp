@@ -49,7 +49,7 @@ void test(const Shape& shape, int64_t tiles_per_split = 0, bool all_count = true
   auto x = FeatureMap<T>::random(shape);
   const std::vector<uint8_t> valid = all_count ? std::vector<uint8_t>() : random_valid(shape.samples, shape.positions);
   forget(x, valid);
-  if (!all_count && shape.samples > 2) *x.write().at(0, 0, 0) = std::numeric_limits<T>::quiet_NaN();  // at a position that counts
+  if (!all_count && shape.samples > 2) *x.write().at(0, 0, 0) = std::numeric_limits<T>::quiet_NaN();  // at one that counts
   const auto weight = random_values<T>(shape.channels, 3 / std::sqrt(static_cast<double>(shape.channels))),
              bias = random_values<T>(1);
   TestWorkspace workspace;

@@ -13,7 +13,7 @@
 
 #include "../../../csrc/cuda/feature_map.cuh"
 #include "../../../csrc/cuda/parameter.cuh"
-#include "../../../csrc/cuda/workspace.h"
+#include "../../../csrc/cuda/launch.h"
 
 namespace kernel_test {
 
@@ -116,7 +116,8 @@ void forget(FeatureMap<T>& x, const std::vector<uint8_t>& valid) {
   }
 }
 
-// The bytes that hold a bit for every element. Each row, a channel or in channels_last a position, begins with a byte of its own.
+// The bytes that hold a bit for every element. Each row, a channel or in channels_last a position, begins with a byte of its
+// own.
 inline int64_t bytes_of_bits(const Shape& shape) {
   const int64_t rows = shape.channels_last ? shape.positions : shape.channels;
   return shape.samples * rows * ((shape.channels * shape.positions / rows + 7) / 8);

@@ -59,7 +59,7 @@ struct Block {
   size_t stack_set = 0;  // the stacks that its threads run on
   unsigned running = 0, waiting = 0, barriers = 0;
   Site barrier_site;
-  char order[2];  // of even and odd barriers, for the reason given above
+  char order[2];  // of even and odd barriers, so that a thread that is already at the next one orders nothing for this one
 };
 
 // Text without allocations: a thread that fails is never resumed to free them.
