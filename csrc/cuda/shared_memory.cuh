@@ -50,23 +50,23 @@ struct SharedSize {
 // The struct of a kernel in the shared memory of this block.
 template <typename Shared, typename... Sizes>
 __device__ __forceinline__ decltype(auto) shared_memory(Sizes... sizes) {
-  if constexpr (std::is_constructible_v<Shared, SharedMemory&, Sizes...>) {
+  if constexpr (std::is_aggregate_v<Shared>) {
+    return *reinterpret_cast<Shared*>(dynamic_shared_memory());
+  } else {
     SharedMemory memory{dynamic_shared_memory()};
     return Shared(memory, sizes...);
-  } else {
-    return *reinterpret_cast<Shared*>(dynamic_shared_memory());
   }
 }
 
 // The bytes of such a struct, for the launch.
 template <typename Shared, typename... Sizes>
 size_t shared_bytes(Sizes... sizes) {
-  if constexpr (std::is_constructible_v<Shared, SharedSize&, Sizes...>) {
+  if constexpr (std::is_aggregate_v<Shared>) {
+    return sizeof(Shared);
+  } else {
     SharedSize memory;
     Shared(memory, sizes...);
     return memory.bytes;
-  } else {
-    return sizeof(Shared);
   }
 }
 

@@ -29,7 +29,7 @@ struct Case {
   }
 };
 
-// A parameter in its own dtype, and what it holds in double.
+// A parameter in its own dtype: `narrow` in that of x or `wide` in float32.
 template <class T>
 struct Weight {
   std::vector<T> narrow;
@@ -88,7 +88,7 @@ Values values_of(const FeatureMap<T>& map) {
   return values;
 }
 
-// Errors count in units of the largest value: sums of this size were cancelled to make the small ones.
+// Errors are measured by the largest value, because the small ones are left over from sums of that size.
 void compare(const std::string& what, const Values& found, const Values& expected, double tolerance) {
   double size = 1e-30;
   for (const double value : expected) size = std::max(size, std::fabs(value));
@@ -106,7 +106,7 @@ void test(const Case& block) {
   const auto grad = FeatureMap<T>::random(shape), residual = FeatureMap<T>::random(shape);
   auto out = FeatureMap<T>::empty(dense), grad_x = FeatureMap<T>::empty(dense), through_relu = FeatureMap<T>::empty(dense);
   const std::vector<uint8_t> valid = block.valid ? random_valid(samples, positions) : std::vector<uint8_t>();
-  // A NaN at a position that does not count is seen by the fusion and by sum_p g x alone, which a shift does without.
+  // A NaN at a position that does not count reaches only the fusion and sum_p g x, and a block without a scale has no such sum.
   if (block.units[kScale] == 0) forget(x, valid);
   const Weight<T> mask = block.attends ? Weight<T>(channels, block.float32_parameters, 3 / std::sqrt(channels)) : Weight<T>();
   const Weight<T> mask_bias = block.attends ? Weight<T>(1, block.float32_parameters, 1) : Weight<T>();
@@ -210,7 +210,7 @@ void test(const Case& block) {
   }
 }
 
-// Every activation by itself, out to where its terms overflow.
+// Every activation by itself, up to arguments for which its terms overflow.
 template <class A>
 void test_activations() {
   for (int kind = 0; kind < static_cast<int>(kActivations.size()); kind++) {
