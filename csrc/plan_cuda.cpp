@@ -7,7 +7,7 @@ namespace {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// What every row (NCHW) or position (channels_last) of a dense map starts at a multiple of: 16, 8 or fewer bytes.
+// Every row (NCHW) or position (channels_last) of a dense map starts at a multiple of this many bytes: 16, 8 or fewer.
 int64_t alignment(const CudaShape& shape) {
   const int64_t bytes = (shape.channels_last ? shape.channels : shape.positions) * shape.element_size;
   return bytes % 16 == 0 ? 16 : bytes % 8 == 0 ? 8 : shape.element_size;
@@ -19,7 +19,7 @@ void cut(CudaPoolPlan& plan, int64_t positions, int64_t least_tiles, int64_t mos
   plan.splits = ceil_div(tiles, plan.tiles_per_split);
 }
 
-// The smallest tile with accesses of so many elements that holds all channels, or one that is so many sizes larger, if any does.
+// Plans the tile that is `larger` sizes larger than the smallest with these accesses that holds all channels, if one does.
 template <size_t kCount>
 void fit(const std::array<CudaRowTile, kCount>& tiles, int vector, int64_t channels, int64_t larger, CudaPoolPlan& plan) {
   if (plan.tile >= 0 || channels > tiles.back().channels) return;
@@ -52,7 +52,7 @@ CudaPoolPlan plan_cuda_pool(const CudaShape& shape, const CudaTuning& tuning) {
   const int vector = cuda_vector(shape);
   int64_t least_tiles = 1;
   if (shape.element_size == 8 || tuning.streamed) {
-    // float64 is for checking gradients: one path is enough.
+    // One path is enough for float64, which is for checking gradients.
   } else if (shape.channels_last) {
     // Warps that share the channels of a position, and groups of them that work on different positions.
     const int64_t warps = ceil_div(shape.channels, 32 * vector);
@@ -62,7 +62,7 @@ CudaPoolPlan plan_cuda_pool(const CudaShape& shape, const CudaTuning& tuning) {
       plan.vector = vector;
       plan.threads = static_cast<int>(groups * warps * 32);
       plan.tile_positions = groups * kCudaPositionsPerWarp;
-      constexpr int64_t kLeastBytes = 64 << 10;  // that a block reads, so that its own start and end are worth it
+      constexpr int64_t kLeastBytes = 64 << 10;  // a block that reads less is not worth its start and end
       least_tiles = ceil_div(kLeastBytes, plan.tile_positions * shape.channels * shape.element_size);
     }
   } else {
@@ -76,9 +76,9 @@ CudaPoolPlan plan_cuda_pool(const CudaShape& shape, const CudaTuning& tuning) {
 }
 
 int64_t plan_cuda_pieces(int64_t samples, int64_t pieces, int64_t slots) {
-  constexpr int64_t kStartAndEnd = 3, kPiece = 2;  // of a block: what they take in proportion
+  constexpr int64_t kStartAndEnd = 3, kPiece = 2;  // the proportion of the times that a block spends on them
   int64_t best = 1, least = INT64_MAX;
-  for (int64_t blocks = 1; blocks <= std::min(pieces, slots); blocks++) {  // of a sample
+  for (int64_t blocks = 1; blocks <= std::min(pieces, slots); blocks++) {  // per sample
     const int64_t each = ceil_div(pieces, blocks), waves = ceil_div(samples * ceil_div(pieces, each), slots);
     const int64_t time = waves * (kStartAndEnd + each * kPiece);
     if (time < least) {
@@ -102,7 +102,7 @@ bool plan_cuda_tail(int64_t channels, int64_t units, int64_t weight_bytes, int64
 }
 
 CudaPositionGrid plan_cuda_positions(const CudaShape& shape, int vector, int64_t most_splits) {
-  constexpr int64_t kAccesses = 4 * kCudaSweepUnroll;  // of a thread, at least, where there are as many positions
+  constexpr int64_t kAccesses = 4 * kCudaSweepUnroll;  // per thread, at least, if there are as many positions
   const int64_t vectors = ceil_div(shape.channels, vector), lanes = std::min<int64_t>(vectors, kCudaSweepThreads);
   const int64_t positions = std::max<int64_t>(shape.positions, 1), rows = kCudaSweepThreads / lanes;
   const int64_t pieces = std::min(ceil_div(positions, rows * kAccesses), std::max<int64_t>(most_splits, 1));

@@ -1,7 +1,7 @@
-// How the CUDA kernels cut their work. Pure functions of one sample's shape, the dtype, the layout and the alignment: never of
-// the batch or of the GPU, so that a sample gives the same bits in any batch and on any GPU of the same architecture. Only how
-// much of it a block does, one piece after the other (plan_cuda_pieces), goes by them. No torch, no CUDA: visible from Python
-// as gcnet_ext._C.plan(...).
+// How the CUDA kernels cut their work. These are pure functions of one sample's shape, the dtype, the layout and the alignment,
+// and never of the batch or the GPU, so that a sample gives the same bits in any batch and on any GPU of the same architecture.
+// Only the number of pieces that a block does one after the other (plan_cuda_pieces) depends on the batch and the GPU. There is
+// no torch and no CUDA in here; Python sees the plans as gcnet_ext._C.plan(...).
 #pragma once
 
 #include <array>
@@ -10,14 +10,14 @@
 
 namespace gcnet_ext {
 
-// What a caller may decide in the place of these functions, to compare on a GPU; 0 leaves a decision to them. Each choice
-// computes the same but for the last bits.
+// Decisions of a caller in the place of these functions, for comparisons on a GPU; 0 leaves a decision to them. Each choice
+// computes the same result but for its last bits.
 struct CudaTuning {
   int64_t streamed;     // 1: the pool takes the path of that name
   int64_t larger_tile;  // how many sizes larger a tile of rows is than the smallest that holds all channels
   int64_t splits;       // the most blocks that share a sample's pool or its channels_last sums
   int64_t row_lanes;    // lanes per row of the sums of an NCHW map, a power of two
-  int64_t transform;    // 1: the last block of a sample computes it if its shared memory is enough; 2: launches of its own do
+  int64_t transform;    // 1: in the last block of a sample, if its shared memory is enough; 2: in launches of its own
 };
 
 // One sample's feature map, as far as plans depend on it.
@@ -27,7 +27,7 @@ struct CudaShape {
   bool aligned;  // every row (NCHW) or position (channels_last) starts at a multiple of 16 or 8 bytes if its length is one
 };
 
-// A tile of all channels x `lanes` accesses of positions that a block holds in registers, `rows` accesses per thread.
+// A tile that a block holds in registers: all channels, and the positions of `lanes` accesses. A thread has `rows` accesses.
 struct CudaRowTile {
   int64_t channels;  // the most that fit: threads / lanes * rows
   int threads, lanes, rows;
@@ -40,10 +40,10 @@ inline constexpr std::array<CudaRowTile, 3> kCudaHalfRowTiles{{{512, 256, 16, 32
 // Accesses of one element.
 inline constexpr std::array<CudaRowTile, 3> kCudaScalarRowTiles{{{256, 256, 32, 32}, {1024, 512, 32, 64}, {2048, 512, 16, 64}}};
 
-// Who reads a feature map that is needed twice, for the logits and for the weighted sum.
+// How a feature map is read that is needed twice, for the logits and for the weighted sum.
 enum class CudaPoolPath {
   rows,       // NCHW: a tile of rows stays in the registers of a block (kCudaRowTiles)
-  positions,  // channels_last: some positions stay in the registers of one to sixteen warps
+  positions,  // channels_last: a few positions stay in the registers of one to sixteen warps
   streamed    // any shape: a tile is read twice, the second time from the caches
 };
 
@@ -57,10 +57,11 @@ struct CudaPoolPlan {
 };
 CudaPoolPlan plan_cuda_pool(const CudaShape& shape, const CudaTuning& tuning = {});
 
-// How many of the pieces of a sample a block should do so that all are done soonest, where `slots` blocks run at a time.
+// The number of a sample's pieces that a block should do so that all are done soonest, if `slots` blocks run at a time.
 int64_t plan_cuda_pieces(int64_t samples, int64_t pieces, int64_t slots);
 
-// Elements of the widest access: of 16 bytes, of 8 in NCHW if they are float16 or bfloat16, otherwise one.
+// The elements of the widest access that the map allows: those of 16 bytes, in NCHW also float16 and bfloat16 of 8 bytes, or
+// one.
 int cuda_vector(const CudaShape& shape);
 
 // Whether a map with this address and these strides (in elements) is CudaShape::aligned.
@@ -82,8 +83,8 @@ CudaPositionGrid plan_cuda_positions(const CudaShape& shape, int vector, int64_t
 // The most splits of a sample.
 int64_t plan_cuda_most_splits(const CudaTuning& tuning);
 
-// The sums over the positions of an NCHW map: lanes per row, a power of two up to the threads of a block. Few, so that each
-// has enough to do, but enough to keep the GPU busy with one sample.
+// The lanes of a row in the sums over the positions of an NCHW map, a power of two up to the threads of a block: few, so that
+// each has enough to do, but enough to keep the GPU busy with one sample.
 int plan_cuda_row_lanes(const CudaShape& shape, int vector, const CudaTuning& tuning = {});
 
 // More splits keep more processors busy on one sample; each costs a row of partial sums that the last block has to merge alone.
@@ -92,12 +93,13 @@ inline constexpr int64_t kCudaMaxSplits = 64;
 inline constexpr int kCudaSweepThreads = 256;
 inline constexpr int kCudaSweepUnroll = 4;  // accesses of a thread that are under way together
 
-// Whether the block that completes a sample's context also transforms it, with all the weights by itself; otherwise further
-// launches share the weights among blocks and samples. Bytes of all w1 and w2, and hidden units, of both branches together.
+// Whether the block that completes a sample's context also transforms it, for which it reads all weights by itself. Otherwise
+// further launches share the weights among blocks and samples. weight_bytes (of all w1 and w2) and units are those of both
+// branches together.
 bool plan_cuda_tail(int64_t channels, int64_t units, int64_t weight_bytes, int64_t accumulation_size,
                     const CudaTuning& tuning = {});
 
 inline constexpr int64_t kCudaMaxBlocks = 0x7fffffff;  // of one launch
-inline constexpr size_t kCudaSharedBytes = 48 << 10;   // that every GPU grants without being asked
+inline constexpr size_t kCudaSharedBytes = 48 << 10;   // every GPU grants these without an opt-in
 
 }  // namespace gcnet_ext

@@ -14,24 +14,24 @@ __device__ __forceinline__ A logistic(A x) {
   return A(1) / (A(1) + exponential(-x));
 }
 
-// A NaN stays one.
+// Passes a NaN on.
 template <typename A>
 __device__ __forceinline__ A clip(A value, A least, A most) {
   return value < least ? least : value > most ? most : value;
 }
 
-// kUsual: it is a ReLU or SiLU. The kernels that most blocks run know these two alone, for the others cost them registers.
+// kReluOrSilu: the activation is one of these two. The kernels that most blocks run know no others, which would cost registers.
 template <typename A>
-struct ActivationOf {
+struct ActivationFunction {
   Activation kind = Activation::relu;
-  A slope = 0;  // of a leaky ReLU
+  A slope = 0;  // of a LeakyReLU
 
-  bool usual() const { return kind == Activation::relu || kind == Activation::silu; }
+  bool is_relu_or_silu() const { return kind == Activation::relu || kind == Activation::silu; }
 
-  // A NaN stays one.
-  template <bool kUsual>
-  __device__ __forceinline__ A of(A z) const {
-    if constexpr (kUsual) return kind == Activation::silu ? z / (A(1) + exponential(-z)) : (z < A(0) ? A(0) : z);
+  // act(z). A NaN is passed on.
+  template <bool kReluOrSilu>
+  __device__ __forceinline__ A value(A z) const {
+    if constexpr (kReluOrSilu) return kind == Activation::silu ? z / (A(1) + exponential(-z)) : (z < A(0) ? A(0) : z);
     switch (kind) {
       case Activation::none: return z;
       case Activation::leaky_relu: return z > A(0) ? z : slope * z;
@@ -41,10 +41,10 @@ struct ActivationOf {
     }
   }
 
-  // grad act'(z).
-  template <bool kUsual>
+  // The gradient of z, grad act'(z).
+  template <bool kReluOrSilu>
   __device__ __forceinline__ A backward(A z, A grad) const {
-    if constexpr (kUsual) {
+    if constexpr (kReluOrSilu) {
       if (kind == Activation::relu) return z <= A(0) ? A(0) : grad;
       const A sigmoid = logistic(z);
       return grad * sigmoid * (A(1) + z * (A(1) - sigmoid));
@@ -63,11 +63,11 @@ struct ActivationOf {
   }
 
  private:
-  // Beyond it a gradient is that of its limit, and up to it nothing overflows.
+  // For |z| > kFar a gradient has reached its limit. Up to kFar no term of it overflows.
   static constexpr int kFar = 100;
-  static constexpr A kNormalDensity = 0.3989422804014327;  // at 0: 1 / sqrt(2 pi)
+  static constexpr A kNormalDensity = 0.3989422804014327;  // its density at 0, 1 / sqrt(2 pi)
 
-  // Of a normal distribution.
+  // The cumulative distribution function of the standard normal distribution.
   __device__ static A normal_cdf(A z) { return A(0.5) * (A(1) + error_function(z * A(0.7071067811865476))); }
 
   // The GELU by tanh is z logistic(2 sqrt(2/pi) (z + 0.044715 z^3)).

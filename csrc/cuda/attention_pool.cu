@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_pool_backward_op(const Tensor& grad
   check_attention_pool_backward(grad_context_in, x_in, {weight_in, bias}, valid_in, context_in, attention_in, needs);
   const bool need_x = needs[0], need_weight = needs[1];
   Call call(x_in);
-  const Tensor x = weight_in ? native(x_in) : x_in;  // average pooling does not read it
+  const Tensor x = weight_in ? native(x_in) : x_in;  // the backward pass of average pooling does not read x
   const OptionalTensor weight = dense(weight_in), valid = dense(valid_in);
   const Tensor grad_context = dense(grad_context_in), context = dense(context_in), attention = dense(attention_in);
   const Tensor grad_x = need_x ? empty_like_map(x_in) : no_gradient(x_in);

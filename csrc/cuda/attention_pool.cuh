@@ -7,8 +7,9 @@
 //
 //   weighted_c = sum_p exp(logit_p - maximum) x_cp      of the tiles so far
 //
-// is multiplied with exp(old - new maximum) when a tile raises the maximum. The last block of a sample to finish merges the splits
-// in their order and turns the logits into the attention m; where the weights of the transform are small, it computes that, too.
+// is multiplied with exp(old - new maximum) when a tile raises the maximum. The last block of a sample to finish merges the
+// splits in their order and turns the logits into the attention m; where the weights of the transform are small, it computes
+// that, too.
 //
 // Without a weight the pool averages: context_c = sum_p x_cp / P.
 #pragma once
@@ -17,8 +18,6 @@
 #include "attention_pool_rows.cuh"
 #include "attention_pool_streamed.cuh"
 #include "channel_sums.cuh"
-#include "tuning.h"
-#include "workspace.h"
 
 namespace gcnet_ext::cuda {
 
@@ -42,8 +41,8 @@ void launch_attention_pool(PoolParams<T> params, const CudaPoolPlan& plan, cudaS
 }
 GCNET_EXT_COMPILED_ELSEWHERE(launch_attention_pool)
 
-// The context of all samples, the attention where there is a weight, and the transform where it is in the tail. Finds the shares of
-// params.valid, and sets partial and arrived.
+// Computes the context of all samples; also the attention, if there is a weight, and the transform, if it is in the tail. Of
+// the params, this sets partial, arrived and the shares of valid.
 template <typename T>
 void attention_pool(PoolParams<T> params, Workspace& workspace, cudaStream_t stream) {
   const Extent& extent = params.extent;

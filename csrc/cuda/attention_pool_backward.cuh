@@ -1,12 +1,14 @@
-// The backward pass of attention pooling, and of the fusion beside it, from dctx, the gradient of the context. In the whole block,
-// g is the gradient of the output and s is what x was multiplied with; elsewhere g = 0, and without a scale branch s = 1.
+// The backward pass of attention pooling, and of the fusion beside it, from dctx, the gradient of the context. In the whole
+// block, g is the gradient of the output and s the scale that x was multiplied with. Without a scale s = 1, and without the
+// fusion g = 0.
 //
 //   u_p = dctx . x_p      dl_p = m_p (u_p - dctx . context)      dx_cp = g_cp s_c + m_p dctx_c + dl_p w_c
 //   dw_c = sum_p dl_p (x_cp - context_c)
 //
-// with the attention m. Over a sample, dl adds up to zero but for its rounding errors, and the context in dw keeps these from being
-// multiplied with the part that all x_cp have in common. Splits, tiles and the three ways through x are those of attention_pool.cuh;
-// g and x are read once and dx is written once. Each split leaves its part of dw, for parameter_gradients.cuh to add up.
+// with the attention m. Over a sample, dl adds up to zero but for its rounding errors, and the context in dw keeps these from
+// being multiplied with the part that all x_cp have in common. Splits, tiles and the three ways through x are those of
+// attention_pool.cuh; g and x are read once and dx is written once. Each split leaves its part of dw, for
+// parameter_gradients.cuh to add up.
 //
 // The average without a weight has dx_cp = g_cp s_c + dctx_c / P.
 #pragma once
@@ -32,8 +34,8 @@ void launch_attention_pool_backward(PoolBackwardParams<T> params, const CudaPool
 }
 GCNET_EXT_COMPILED_ELSEWHERE(launch_attention_pool_backward)
 
-// The gradient of x, where params.grad_x is there. That of the weight becomes one more of `gradients`, which are launched later, where
-// grad_weight is there. Finds the shares of params.valid, and sets partial.
+// Computes the gradient of x, unless params.grad_x is absent, and leaves the gradient of the weight, unless it is absent, for a
+// later launch of all `gradients`. Of the params, this sets partial and the shares of valid.
 template <typename T>
 void attention_pool_backward(PoolBackwardParams<T> params, const MutableParameter<T>& grad_weight, GradientParams<T>& gradients,
                              Workspace& workspace, cudaStream_t stream) {
@@ -42,15 +44,9 @@ void attention_pool_backward(PoolBackwardParams<T> params, const MutableParamete
   const Extent& extent = params.extent;
   params.valid = with_shares(params.valid, extent, workspace, stream);
   if (!params.weight.data) {
-    Fusion<T> fuse;
-    fuse.x = params.grad;
-    fuse.out = params.grad_x;
-    fuse.extent = extent;
-    if (params.scale) fuse.scale = Parameter<T>(params.scale);
-    fuse.shift = Parameter<T>(params.grad_context);
+    FuseParams<T> fuse{params.grad, params.grad_x, extent, Parameter<T>(params.scale), Parameter<T>(params.grad_context)};
     if (!params.valid.data) fuse.shift_factor = A(1) / static_cast<A>(extent.positions);
-    fuse.valid = params.valid;
-    return channel_fuse(fuse, stream);
+    return channel_fuse<T>({fuse, {}, /*relu=*/false, params.valid}, stream);
   }
   const CudaPoolPlan plan = pool_plan(common_shape<T>(extent, params.x, params.grad, params.grad_x), params.valid);
   if (grad_weight.data) {

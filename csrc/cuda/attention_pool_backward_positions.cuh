@@ -1,5 +1,5 @@
-// The backward pass of attention pooling in channels_last (attention_pool_backward.cuh): some positions stay in the registers of the
-// warps that share their channels, so that x is read once.
+// The backward pass of attention pooling in channels_last (attention_pool_backward.cuh): a few positions stay in the registers
+// of the warps that share their channels, so that x is read once.
 #pragma once
 
 #include "attention_pool_backward_split.cuh"
@@ -9,7 +9,7 @@ namespace gcnet_ext::cuda {
 
 template <typename A>
 struct PoolBackwardPositionsShared {
-  A* sums;    // [2 tiles in turn, warps, positions]: over the channels of a warp
+  A* sums;    // [2, warps, positions]: over the channels of a warp, for two tiles in turn
   A* dots;    // [warps]
   A* totals;  // [groups, channels]
 
@@ -20,11 +20,12 @@ struct PoolBackwardPositionsShared {
   }
 };
 
-// Warp w of a group of `warps` has the channels (32*w + lane)*V ...; the groups of a block work on different positions.
+// Warp w of a group of `warps` has the channels (32*w + lane)*V, (32*w + lane)*V + 1, ... The groups work on different
+// positions.
 template <typename T, int V>
 __global__ void __launch_bounds__(512, 1) attention_pool_backward_positions(PoolBackwardParams<T> params, int warps) {
   using A = acc_t<T>;
-  constexpr int kPositions = kCudaPositionsPerWarp, kTogether = kPositions / 2;  // accesses of g under way
+  constexpr int kPositions = kCudaPositionsPerWarp, kTogether = kPositions / 2;  // accesses of g that are under way together
   constexpr int kLowest = kWarp / kPositions;  // lanes that differ in lower bits have the same position
   const int64_t channels = params.extent.channels;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, all_warps = blockDim.x / kWarp;
@@ -36,7 +37,7 @@ __global__ void __launch_bounds__(512, 1) attention_pool_backward_positions(Pool
   const bool has_channels = channel < channels;
   const A dot = context_dot(params, split.sample, shared.dots);
   ChannelFactors<A> factors[V];
-  A weight[V] = {}, grad_weight[V] = {}, grad_logit_sum = A(0);  // the sum is of this lane's positions
+  A weight[V] = {}, grad_weight[V] = {}, grad_logit_sum = A(0);  // the sum is over this lane's positions
   if (has_channels) params.weight.get(channel, weight);
 #pragma unroll
   for (int j = 0; j < V; j++) {
@@ -96,7 +97,7 @@ __global__ void __launch_bounds__(512, 1) attention_pool_backward_positions(Pool
         const int64_t p = first + i0 + i;
         const PositionFactors<A> at{__shfl_sync(kAllLanes, attention, (i0 + i) * kLowest),
                                     __shfl_sync(kAllLanes, grad_logit, (i0 + i) * kLowest)};
-        hide_from_optimizer(result[i]);  // or each is used before the next is loaded
+        hide_from_optimizer(result[i]);  // otherwise each is used before the next one is loaded
 #pragma unroll
         for (int j = 0; j < V; j++) result[i].data[j] = static_cast<T>(factors[j].grad_x(widen(result[i].data[j]), at));
         if (wanted && p < split.end) store_vector(params.grad_x.at(split.sample, channel, p), result[i]);

@@ -1,5 +1,5 @@
-// The backward pass of attention pooling in NCHW (attention_pool_backward.cuh): a tile of all channels stays in the registers of a
-// block, so that x is read once.
+// The backward pass of attention pooling in NCHW (attention_pool_backward.cuh): a tile of all channels stays in the registers
+// of a block, so that x is read once.
 #pragma once
 
 #include <algorithm>
@@ -34,7 +34,8 @@ template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::threads, Shape::blocks) attention_pool_backward_rows(PoolBackwardParams<T> params) {
   using A = acc_t<T>;
   constexpr int V = Shape::vector;
-  // Accesses of g under way: no load moves up past a store. From sm_100 on the compiler finds no registers for more than four.
+  // The accesses of g that are under way together, because the compiler moves no load up past a store. From sm_100 on it finds
+  // no registers for more than four.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
   constexpr int kTogether = std::min(Shape::rows, 4);
 #else
@@ -44,7 +45,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks) attention_pool_
   const int channels = static_cast<int>(params.extent.channels);
   const PoolBackwardSplit<T> split(params, Shape::positions);
   const T* x = params.x.at(split.sample, 0, 0);
-  // An absent map has no channels: this bound is checked anyway, and a branch would be added to it.
+  // An absent map counts as one without channels: a check of the channel is there in any case, and saves another one.
   const int grad_channels = params.grad.data ? channels : 0, grad_x_channels = params.grad_x.data ? channels : 0;
   RowTile<T, Shape> tile;
   const auto prefetch_tile = [&](const Map<const T>& map, int64_t first) {
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks) attention_pool_
     }
 #pragma unroll
     for (int g = 0; g < Shape::groups; g++) grad_weight[g] += tile.sum_over_positions(grad_logits, g);
-    // Offsets that move from row to row: those that do not change from tile to tile would all be kept in registers.
+    // These offsets move on from row to row. If each row had its own, the same for every tile, all would be kept in registers.
     int64_t from = params.grad.offset(split.sample, tile.channel(0), first + tile.position());
     int64_t to = params.grad_x.offset(split.sample, tile.channel(0), first + tile.position());
 #pragma unroll
@@ -103,7 +104,8 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks) attention_pool_
         if (has_grad) values[i] = load_vector<V>(params.grad.data + from);
       }
 #pragma unroll
-      for (int i = 0; i < kTogether; i++) hide_from_optimizer(values[i]);  // or each is used before the next is loaded
+      for (int i = 0; i < kTogether; i++)
+        hide_from_optimizer(values[i]);  // otherwise each is used before the next one is loaded
 #pragma unroll
       for (int i = 0; i < kTogether; i++, to += Shape::step * params.grad_x.channel_stride) {
         const int c = tile.channel(i0 + i);

@@ -1,5 +1,5 @@
-// What the kernels of the backward pass of attention pooling share (attention_pool_backward.cuh): their parameters, the tiles of a
-// block, and the terms of its formulas.
+// What the kernels of the backward pass of attention pooling share (attention_pool_backward.cuh): their parameters, the tiles
+// of a block, and the terms of its formulas.
 #pragma once
 
 #include "attention_pool_split.cuh"
@@ -23,7 +23,7 @@ struct PoolBackwardParams {
   Valid<T> valid;                   // read by attention_pool_backward_streamed alone
 };
 
-// A block's part of the backward pass.
+// A block's part of the backward pass: its tiles, and the vectors of its sample.
 template <typename T>
 struct PoolBackwardSplit : SplitTiles {
   using A = acc_t<T>;
@@ -42,7 +42,7 @@ struct PoolBackwardSplit : SplitTiles {
   }
 };
 
-// dctx . context, by the whole block; of_warps is shared, with room for one sum per warp. Contains a barrier.
+// Returns dctx . context, computed by the whole block. of_warps is shared memory for one sum per warp. Contains a barrier.
 template <typename T>
 __device__ __forceinline__ acc_t<T> context_dot(const PoolBackwardParams<T>& params, int64_t sample, acc_t<T>* of_warps) {
   using A = acc_t<T>;
@@ -57,7 +57,7 @@ __device__ __forceinline__ acc_t<T> context_dot(const PoolBackwardParams<T>& par
   return total;
 }
 
-// What a position (m, dl) and a channel (s, dctx, w) contribute to dx.
+// The factors of dx that belong to a position, m and dl, and those that belong to a channel, s, dctx and w.
 template <typename A>
 struct PositionFactors {
   A attention, grad_logit;

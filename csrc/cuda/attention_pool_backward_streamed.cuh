@@ -1,5 +1,5 @@
-// The backward pass of attention pooling of any shape (attention_pool_backward.cuh), and over some of the positions: a tile is read
-// twice, the second time from the caches.
+// The backward pass of attention pooling of any shape (attention_pool_backward.cuh), and over the positions that count alone: a
+// tile is read twice, the second time from the caches.
 #pragma once
 
 #include "attention_pool_backward_split.cuh"
@@ -12,8 +12,8 @@ struct PoolBackwardStreamedShared {
   A dots[kCudaStreamedThreads / kWarp];
 };
 
-// Lane l has position l of the tile. Every channel's part of dw is kept by one thread. kValid: a position that does not
-// count has dx = g s, and its x is not looked at.
+// Lane l has position l of the tile. Every channel's part of dw is kept by one thread. kValid: a position that does not count
+// has dx = g s, and its x is not read.
 template <typename T, bool kValid>
 __global__ void __launch_bounds__(kCudaStreamedThreads, 2) attention_pool_backward_streamed(PoolBackwardParams<T> params) {
   using A = acc_t<T>;
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kCudaStreamedThreads, 2) attention_pool_backwa
     A* of_tile = shared.sums + turn * kWarps * kWarp;
     A u = A(0);
     if (params.extent.channels_last) {
-      constexpr int kPositions = kWarp / kWarps;  // of a warp
+      constexpr int kPositions = kWarp / kWarps;  // per warp
       A sum[kPositions];
 #pragma unroll
       for (int i = 0; i < kPositions; i++) sum[i] = A(0);

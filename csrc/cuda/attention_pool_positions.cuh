@@ -1,4 +1,4 @@
-// Attention pooling in channels_last (attention_pool.cuh): some positions stay in the registers of the warps that share their
+// Attention pooling in channels_last (attention_pool.cuh): a few positions stay in the registers of the warps that share their
 // channels, so that x is read once.
 #pragma once
 
@@ -18,7 +18,7 @@ struct PositionWarps {
 
 template <typename A>
 struct PoolPositionsShared {
-  A* sums;       // [2 tiles in turn, warps, positions]: over the channels of a warp
+  A* sums;       // [2, warps, positions]: over the channels of a warp, for two tiles in turn
   A* softmaxes;  // [groups, 2]: maximum and sum
   A* totals;     // [groups, channels]
 
@@ -29,7 +29,8 @@ struct PoolPositionsShared {
   }
 };
 
-// Warp w of a group of `warps` has the channels (32*w + lane)*V ...; the groups of a block work on different positions.
+// Warp w of a group of `warps` has the channels (32*w + lane)*V, (32*w + lane)*V + 1, ... The groups work on different
+// positions.
 template <typename T, int V>
 __global__ void __launch_bounds__(512, 1) attention_pool_positions(PoolParams<T> params, int warps) {
   using A = acc_t<T>;

@@ -1,4 +1,5 @@
-// Attention pooling in NCHW (attention_pool.cuh): a tile of all channels stays in the registers of a block, so that x is read once.
+// Attention pooling in NCHW (attention_pool.cuh): a tile of all channels stays in the registers of a block, so that x is read
+// once.
 #pragma once
 
 #include "attention_pool_split.cuh"

@@ -1,5 +1,5 @@
-// What the kernels of attention pooling share (attention_pool.cuh): their parameters, the tiles of a block, and the merge of the
-// blocks of a sample.
+// What the kernels of attention pooling share (attention_pool.cuh): their parameters, the tiles of a block, and the merge of
+// the blocks of a sample.
 #pragma once
 
 #include <algorithm>
@@ -28,7 +28,7 @@ struct PoolParams {
   Valid<T> valid;                // read by attention_pool_streamed alone
 };
 
-// The tiles of a block, of the pool and of its backward pass: they begin at begin, begin + step, ... below end.
+// The tiles of a block, in the pool and in its backward pass, begin at begin, begin + step, ... below end.
 struct SplitTiles {
   int64_t sample, begin, end, step;
 
@@ -40,7 +40,7 @@ struct SplitTiles {
         step(static_cast<int64_t>(params.splits) * tile_positions) {}
 };
 
-// A block's part of the pool.
+// A block's part of the pool: its tiles, and where it leaves its results.
 template <typename T>
 struct PoolSplit : SplitTiles {
   acc_t<T>* partial;
@@ -64,8 +64,8 @@ struct MergeShared {
 };
 
 // All threads of a block call this when the partial sums of their split are written; the last block of a sample merges them.
-// kValid: not all positions count. Those that do not get no attention, and a sample without any that does has no context, although
-// the softmax of the definition is not a number there.
+// kValid: not all positions count. Those that do not get no attention, and a sample without any that does has no context,
+// although the softmax of the definition is not a number there.
 template <bool kValid = false, typename T>
 __device__ void finish_split(const PoolParams<T>& params, const PoolSplit<T>& split) {
   using A = acc_t<T>;
@@ -74,7 +74,7 @@ __device__ void finish_split(const PoolParams<T>& params, const PoolSplit<T>& sp
 
   const int64_t channels = params.extent.channels, row = channels + 2;
   const A* partial = params.partial + split.sample * params.splits * row;
-  constexpr int kPerLane = kCudaMaxSplits / kWarp;  // splits, the same in every warp
+  constexpr int kPerLane = kCudaMaxSplits / kWarp;  // every warp reads all splits, and a lane this many
   A maxima[kPerLane], sums[kPerLane];
 #pragma unroll
   for (int i = 0; i < kPerLane; i++) {
@@ -121,7 +121,7 @@ __device__ void finish_split(const PoolParams<T>& params, const PoolSplit<T>& sp
   }
 }
 
-// The shared memory of finish_split.
+// The shared memory of finish_split and of the transform after it.
 template <typename T>
 size_t merge_shared_bytes(const PoolParams<T>& params) {
   using A = acc_t<T>;

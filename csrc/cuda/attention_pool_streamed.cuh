@@ -1,5 +1,5 @@
-// Attention pooling of any shape (attention_pool.cuh), and over some of the positions: a tile is read twice, the second time from the
-// caches.
+// Attention pooling of any shape (attention_pool.cuh), and over the positions that count alone: a tile is read twice, the
+// second time from the caches.
 #pragma once
 
 #include "attention_pool_split.cuh"
@@ -12,7 +12,7 @@ struct PoolStreamedShared {
 };
 
 // Lane l has position l of the tile and its logit. `weighted` is kept in the partial sums, each channel by one thread.
-// kValid: positions that do not count are skipped, as those past the end are.
+// kValid: positions that do not count are skipped, as are those past the end.
 template <typename T, bool kValid>
 __global__ void __launch_bounds__(kCudaStreamedThreads, 2) attention_pool_streamed(PoolParams<T> params) {
   using A = acc_t<T>;
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kCudaStreamedThreads, 2) attention_pool_stream
     A* of_tile = shared.sums + turn * kWarps * kWarp;
     A logit = A(0);
     if (params.extent.channels_last) {
-      constexpr int kPositions = kWarp / kWarps;  // of a warp
+      constexpr int kPositions = kWarp / kWarps;  // per warp
       A sum[kPositions];
 #pragma unroll
       for (int i = 0; i < kPositions; i++) sum[i] = A(0);

@@ -15,26 +15,21 @@ GCNET_EXT_COMPILED_HERE(launch_channel_sums)
 
 namespace {
 
-// to = from, bit for bit, which no arithmetic is: not even x*1 keeps the bits of a NaN.
+// to = from, bit for bit. No kernel does this, because not even x*1 keeps the bits of a NaN.
 void copy(const Tensor& from, Tensor to) { torch::stable::copy_(to, from); }
 
-// x, residual and out are native; out may be x. positive gets as many bits as it has room for: all or none.
+// x, residual and out are native; out may be x. An empty `positive` gets no bits.
 void fuse_into(const Tensor& x, const OptionalTensor& scale_in, const OptionalTensor& shift_in, const OptionalTensor& residual,
                int64_t final_activation, const Tensor& out, const Tensor& positive) {
   Call call(x);
   const OptionalTensor scale = dense(scale_in), shift = dense(shift_in);
   dispatch(x.scalar_type(), [&](auto kind) {
     using T = decltype(kind);
-    Fusion<T> params;
-    params.x = map_of<const T>(x);
-    params.out = map_of<T>(out);
-    params.extent = extent_of(x);
-    params.scale = parameter<T>(scale);
-    params.shift = parameter<T>(shift);
-    params.residual = map_of<const T>(residual);
-    params.relu = final_activation != 0;
-    channel_fuse(params, call.stream());
-    if (positive.numel() > 0) launch_positive_bits(read_only(params.out), params.extent, bits_of(positive), call.stream());
+    const Extent extent = extent_of(x);
+    const Map<T> to = map_of<T>(out);
+    const FuseParams<T> params{map_of<const T>(x), to, extent, parameter<T>(scale), parameter<T>(shift)};
+    channel_fuse<T>({params, map_of<const T>(residual), final_activation != 0}, call.stream());
+    if (positive.numel() > 0) launch_positive_bits(read_only(to), extent, bits_of(positive), call.stream());
   });
 }
 
@@ -80,20 +75,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> channel_fuse_backward_op(const Tensor
   const Tensor grad_x = need_x ? empty_like_map(x_in) : no_gradient(x_in);
   const Tensor grad_scale = gradient_of(need_scale, scale, x), grad_shift = gradient_of(need_shift, shift, x);
   const bool sums = grad_scale.numel() > 0 || grad_shift.numel() > 0;
-  if (!sums && !need_x) return {grad_x, grad_scale, grad_shift, grad_residual};
-  if (!sums && !scale) {
-    copy(grad, grad_x);
-    return {grad_x, grad_scale, grad_shift, grad_residual};
-  }
+  if (!sums && !scale && need_x) copy(grad, grad_x);
+  if (!sums && !(scale && need_x)) return {grad_x, grad_scale, grad_shift, grad_residual};
   dispatch(x.scalar_type(), [&](auto kind) {
     using T = decltype(kind);
     if (!sums) {
-      Fusion<T> params;
-      params.x = map_of<const T>(grad);
-      params.out = map_of<T>(grad_x);
-      params.extent = extent_of(x);
-      params.scale = parameter<T>(scale);
-      return channel_fuse(params, call.stream());
+      return launch_channel_fuse<T>({map_of<const T>(grad), map_of<T>(grad_x), extent_of(x), parameter<T>(scale)},
+                                    call.stream());
     }
     SumsParams<T> params;
     params.a = map_of<const T>(grad);

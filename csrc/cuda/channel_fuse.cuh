@@ -1,5 +1,5 @@
-// The fusion: out = act(x * scale + shift + residual), with scale and shift [N, C] (csrc/ops.cpp: channel_fuse). The act of most
-// blocks is the identity, and their residual is x itself in the shift; these have the two fast kernels, fuse_rows and fuse_positions.
+// The fusion: out = act(x * scale + shift + residual), with scale and shift [N, C] (csrc/ops.cpp: channel_fuse). Most blocks
+// have no residual and act is the identity: for these there are two fast kernels, fuse_rows and fuse_positions.
 //
 // The tiles are walked from the last to the first: the pool before it went through x from the first to the last, so that the
 // second-level cache still holds the end of x.
@@ -22,7 +22,7 @@ struct FuseParams {
   Map<T> out;      // dense
   Extent extent;
   Parameter<T> scale, shift;  // [N, C]; absent: 1 and 0
-  A shift_factor = 1;         // what shift is multiplied with
+  A shift_factor = 1;         // a factor of shift
   int64_t first_tile = 0;     // of this launch, in the order of the walk
 
   // The factors of row n*C + c. An absent shift is -0, because x + -0 is x even for x = -0.
@@ -35,7 +35,7 @@ struct FuseParams {
   }
 };
 
-// The number of this block's tile of `tiles`, backwards.
+// The tile of this block among `tiles`, counted from the last one.
 template <typename T>
 __device__ __forceinline__ int64_t tile_from_the_end(const FuseParams<T>& params, int64_t tiles) {
   return tiles - 1 - (params.first_tile + blockIdx.x);
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kCudaSweepThreads, 4) fuse_rows(FuseParams<T> 
   const T* x = params.x.data + segment * params.x.sample_stride;
   T* out = params.out.data + segment * params.out.sample_stride;
 
-  // The row and position of an element of the tile; the division is for tiles of many rows only.
+  // The row and position of an element of the tile. Only tiles of many rows need the division.
   struct Place {
     int64_t row, position;
   };
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kCudaSweepThreads, 4) fuse_rows(FuseParams<T> 
     if (at.position + V <= P) {
 #pragma unroll
       for (int j = 0; j < V; j++) values[u].data[j] = factors(values[u].data[j]);
-    } else {  // one row ends within the access, and no more: P >= V
+    } else {  // exactly one row ends within the access, because P >= V
       const Factors next = params.factors(segment * rows + at.row + 1);
 #pragma unroll
       for (int j = 0; j < V; j++) {
@@ -183,7 +183,7 @@ void launch_channel_fuse(FuseParams<T> params, cudaStream_t stream) {
 }
 GCNET_EXT_COMPILED_ELSEWHERE(launch_channel_fuse)
 
-// ---- any layout: a thread has an element at a time, with everything that the fusion can have ---------------------------------
+// ---- any layout: a thread has an element at a time, with everything that the fusion can have --------------------------------
 
 template <typename T>
 __global__ void __launch_bounds__(kElementThreads)
@@ -197,12 +197,12 @@ __global__ void __launch_bounds__(kElementThreads)
     if (valid.data) factors.shift = valid.at(at.sample, at.position) ? factors.shift * valid.shares[at.sample] : -A(0);
     A value = multiply_add(params.x.data ? widen(load(at.in(params.x))) : A(0), factors.scale, factors.shift);
     if (residual.data) value += widen(load(at.in(residual)));
-    if (relu && value < A(0)) value = A(0);  // a NaN stays one
+    if (relu && value < A(0)) value = A(0);  // a NaN is passed on
     store(at.in(params.out), static_cast<T>(value));
   });
 }
 
-// All that the fusion can have.
+// The fusion with all of its operands.
 template <typename T>
 struct Fusion : FuseParams<T> {
   Map<const T> residual;  // absent: 0
@@ -219,7 +219,7 @@ void launch_fuse_elements(const Fusion<T>& fusion, cudaStream_t stream) {
 }
 GCNET_EXT_COMPILED_ELSEWHERE(launch_fuse_elements)
 
-// The fusion by the fastest kernel that can do it.
+// Computes the fusion by the fastest kernel that has its operands.
 template <typename T>
 void channel_fuse(const Fusion<T>& fusion, cudaStream_t stream) {
   if (fusion.needs_elements()) return launch_fuse_elements(fusion, stream);

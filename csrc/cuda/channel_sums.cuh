@@ -2,9 +2,9 @@
 //
 //   sum_a = sum_p a_cp      sum_ab = sum_p a_cp b_cp
 //
-// and, in the backward pass of the fusion, fused = a * scale on the way.
-// Average pooling is sum_a / P with a = x. The backward pass has a = g and b = x. Where the weights of the transform are small, the
-// last block of a sample to finish goes on with it, or with its backward pass.
+// and, in the backward pass of the fusion, fused = a * scale while a is there. Average pooling is sum_a / P with a = x. The
+// backward pass has a = g and b = x. Where the weights of the transform are small, the last block of a sample to finish goes on
+// with it, or with its backward pass.
 #pragma once
 
 #include <algorithm>
@@ -14,8 +14,6 @@
 #include "launch.h"
 #include "shared_memory.cuh"
 #include "transform_backward.cuh"
-#include "tuning.h"
-#include "workspace.h"
 
 namespace gcnet_ext::cuda {
 
@@ -29,13 +27,15 @@ struct SumsParams {
   Parameter<T> scale;  // [N, C], of fused; absent: fused is a, bit for bit
   Extent extent;
   MutableParameter<T> sum_a, sum_ab;  // [N, C]; either may be absent
-  A factor = 1;                       // what sum_a is multiplied with
+  A factor = 1;                       // a factor of sum_a
   A* partial = nullptr;               // [N, splits, 2, C], for channels_last
   unsigned* arrived = nullptr;  // [N], zero before the launch: the blocks that are done; null if no block finishes a sample
   int64_t first_sample = 0;     // of this launch
   unsigned blocks_per_sample = 0;
   AfterSums after = AfterSums::nothing;
-  bool through_gate = false;  // sum_ab is the gradient of the gate, and goes on through it; a hard sigmoid's scale is written
+  // sum_ab is the gradient of the gate and is taken on through it, to that of t_scale; the scale of a hard sigmoid is written
+  // again.
+  bool through_gate = false;
   TransformParams<T> transform;
   TransformGradParams<T> transform_grad;
 
@@ -52,13 +52,13 @@ struct SumsParams {
   }
 };
 
-// The accesses of a and, for products, of b that are under way together. A branch between two of them, such as a test for b, would
-// make the second wait for the first.
+// The accesses of a and, for products, of b that are under way together. A branch between two of them, such as a test for b,
+// would make the second wait for the first.
 template <typename T, int V, bool kProducts>
 struct SumsAccesses {
   Vector<T, V> a[kCudaSweepUnroll], b[kCudaSweepUnroll];
 
-  // One access every `hop` positions, as long as it begins before the last of the `left` positions.
+  // Fetches one access every `hop` positions, from the first of `left` positions on.
   __device__ void fetch(const T* from_a, int64_t stride_a, const T* from_b, int64_t stride_b, int64_t hop, int64_t left) {
 #pragma unroll
     for (int u = 0; u < kCudaSweepUnroll; u++) {
@@ -87,7 +87,7 @@ __device__ __forceinline__ void put_fused(T* to, const Vector<T, V>& a, bool sca
 template <typename T>
 __device__ void finish_sums(const SumsParams<T>& params, int64_t sample) {
   if (params.after == AfterSums::nothing) return;
-  __syncthreads();  // the sums are written, and the shared memory is free
+  __syncthreads();  // the sums are written, and no thread needs their shared memory any more
   if (params.after == AfterSums::transform) {
     transform_sample(params.transform, sample);
   } else {

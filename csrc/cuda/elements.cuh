@@ -1,4 +1,4 @@
-// Plain loops over the elements of a feature map, or over its rows or samples. What most blocks need has faster kernels.
+// Plain loops over the elements, rows or samples of a feature map, for the kernels that few blocks need.
 #pragma once
 
 #include <algorithm>
@@ -10,14 +10,14 @@ namespace gcnet_ext::cuda {
 
 constexpr int kElementThreads = 256;
 
-// Calls body(i) for every i < count, by all threads of a launch.
+// Calls body(i) for every i < count; the threads of a launch share the numbers i.
 template <typename Body>
 __device__ __forceinline__ void for_elements(int64_t count, const Body& body) {
   const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += threads) body(i);
 }
 
-// Calls body(i, lane) for every i < count, by all lanes of one warp.
+// Calls body(i, lane) for every i < count in all lanes of one warp; the warps of a launch share the numbers i.
 template <typename Body>
 __device__ __forceinline__ void for_warps(int64_t count, const Body& body) {
   const int64_t warps = static_cast<int64_t>(gridDim.x) * blockDim.x / kWarp;
@@ -25,7 +25,8 @@ __device__ __forceinline__ void for_warps(int64_t count, const Body& body) {
   for (int64_t i = first; i < count; i += warps) body(i, threadIdx.x % kWarp);
 }
 
-// Elements are numbered as they lie in a dense map. A row is a channel of P positions, or in channels_last a position of C channels.
+// Elements are numbered as they lie in a dense map. A row is a channel of P positions, or in channels_last a position of C
+// channels.
 struct RowsOfSample {
   bool channels_last;
   int64_t rows, length;
@@ -39,10 +40,9 @@ struct RowsOfSample {
   __host__ __device__ int64_t bytes() const { return (length + 7) / 8; }
 };
 
-// Where an element is.
+// The place of an element in a feature map, and the number of its bit.
 struct Place {
-  int64_t sample, channel, position;
-  int64_t bit;  // the number of its bit among those of all samples
+  int64_t sample, channel, position, bit;
 
   __device__ Place(const RowsOfSample& rows, int64_t element) {
     const int64_t row = element / rows.length, column = element % rows.length;

@@ -1,11 +1,12 @@
-// The backward pass of the ReLU that ends a block. It reads no map but the gradient: the forward pass keeps a bit for each element.
+// The backward pass of the ReLU that ends a block. It reads no map but the gradient: the forward pass keeps a bit for each
+// element.
 #pragma once
 
 #include "elements.cuh"
 
 namespace gcnet_ext::cuda {
 
-// Writes a byte at a time: a bit is 0 where out is at most 0.
+// A bit is 0 where out is at most 0. A thread writes a byte at a time.
 template <typename T>
 __global__ void __launch_bounds__(kElementThreads) positive_bits(Map<const T> out, Extent extent, uint8_t* bits) {
   const RowsOfSample rows(extent);
@@ -27,7 +28,7 @@ void launch_positive_bits(const Map<const T>& out, const Extent& extent, uint8_t
 }
 GCNET_EXT_COMPILED_ELSEWHERE(launch_positive_bits)
 
-// result = grad where the bit says so, otherwise 0.
+// result = grad where the bit is 1, otherwise 0.
 template <typename T>
 __global__ void __launch_bounds__(kElementThreads)
     relu_backward(Map<const T> grad, Map<T> result, Extent extent, const uint8_t* bits) {

@@ -15,7 +15,7 @@ Branch dense(const Branch& branch) {
 }
 Mask dense(const Mask& mask) { return {gcnet_ext::dense(mask.weight), gcnet_ext::dense(mask.bias)}; }
 
-// What both directions need of the branches and options; the weights are dense.
+// The parameters of the transform that both directions need; the weights are dense.
 template <typename T>
 TransformParams<T> transform_of(const Branch& scale, const Branch& shift, const Options& options, const Saved& saved) {
   using A = acc_t<T>;
@@ -42,7 +42,7 @@ TransformParams<T> transform_of(const Branch& scale, const Branch& shift, const 
   return transform;
 }
 
-// x and out are native; out may be x. The attention and the bits are left out where nobody needs what is saved.
+// x and out are native; out may be x. The attention and the bits are computed only if the call saves them.
 Saved forward_into(const Tensor& x, const Arguments& arguments, const Tensor& out, bool saves) {
   Call call(x);
   const Mask mask = dense(arguments.mask);

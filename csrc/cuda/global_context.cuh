@@ -1,5 +1,5 @@
-// The Global Context block as a sequence of launches, on plain pointers: the pool, the transform, the fusion, and back. The torch glue
-// (global_context.cu) and the kernel tests (tests/native/cuda) call these.
+// The Global Context block as a sequence of launches, on plain pointers: the pool, the transform, the fusion, and back. The
+// torch glue (global_context.cu) and the kernel tests (tests/native/cuda) call these.
 #pragma once
 
 #include <utility>
@@ -12,18 +12,18 @@ namespace gcnet_ext::cuda {
 // Whether the last block of a sample computes the transform, or its backward pass.
 template <typename T>
 bool transform_in_tail(const TransformParams<T>& transform) {
-  if (!transform.activation.usual()) return false;
+  if (!transform.activation.is_relu_or_silu()) return false;
   int64_t bytes = 0;
   for (const BranchParams<T>& branch : transform.branch) {
     for (const Parameter<T>* matrix : {&branch.w1, &branch.w2}) {
-      if (matrix->data) bytes += branch.units * transform.channels * (matrix->single ? sizeof(float) : sizeof(T));
+      if (matrix->data) bytes += branch.units * transform.channels * (matrix->is_float32 ? sizeof(float) : sizeof(T));
     }
   }
   return plan_cuda_tail(transform.channels, transform.units, bytes, sizeof(acc_t<T>), tuning());
 }
 
-// The caller sets x, the parameters and the results of the pool; the weights and options of pool.transform, its hidden and its gate;
-// and out, the residual and the ReLU of the fusion. `positive` gets the bits of the ReLU, where it is not null.
+// The caller sets x, the parameters and the results of the pool; the weights and options of pool.transform, its hidden and its
+// gate; and out, the residual and the ReLU of the fusion. `positive` gets the bits of the ReLU, where it is not null.
 template <typename T>
 void global_context(PoolParams<T> pool, Fusion<T> fuse, uint8_t* positive, Workspace& workspace, cudaStream_t stream) {
   using A = acc_t<T>;
@@ -80,8 +80,8 @@ void add_branch_gradients(const TransformGradParams<T>& params, const BranchGrad
   add(gradients.b2, samples, grad_t, {});
 }
 
-// The caller sets x, grad, grad_x, the weight of the mask, and what the pool saved; the weights, options, hidden and gate of the
-// transform's forward pass; and the gradients of the parameters.
+// The caller sets x, grad, grad_x, the weight of the mask, and what the pool saved; the weights, options, hidden and gate of
+// the transform's forward pass; and the gradients of the parameters.
 template <typename T>
 void global_context_backward(PoolBackwardParams<T> pool, const TransformParams<T>& forward, const BlockGradients<T>& gradients,
                              Workspace& workspace, cudaStream_t stream) {

@@ -1,8 +1,9 @@
-// Launches of kernels, on a GPU or in the emulator, in grids that fit.
+// Launches of kernels, on a GPU or in the emulator, in grids that fit; the workspace of a call; and the tuning of its plans.
 #pragma once
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <string>
 #include <type_traits>
 
@@ -13,8 +14,8 @@
 #include <stdexcept>
 #endif
 
-// The kernels of a launch are compiled once, in the .cu file of one operator. What includes the launch elsewhere finds it declared
-// by GCNET_EXT_COMPILED_ELSEWHERE(launch), below its definition, and that one file has GCNET_EXT_COMPILED_HERE(launch).
+// The kernels of a launch are compiled in one file, for all types: the .cu that has GCNET_EXT_COMPILED_HERE(launch). For all
+// others that include the launch, GCNET_EXT_COMPILED_ELSEWHERE(launch) stands below its definition.
 #define GCNET_EXT_FOR_EACH_TYPE(linkage, function)              \
   linkage template decltype(function<double>) function<double>; \
   linkage template decltype(function<float>) function<float>;   \
@@ -25,7 +26,7 @@
 
 namespace gcnet_ext::cuda {
 
-// What is said on a GPU that the kernels, compiled for these architectures, have no code for.
+// The error on a GPU for which these architectures have no code.
 inline std::string no_code_for(int major, int minor, const std::string& architectures) {
   const std::string gpu = std::to_string(major) + "." + std::to_string(minor);
   return "gcnet_ext: this GPU has compute capability " + gpu + ", and the CUDA kernels were compiled for " + architectures +
@@ -51,7 +52,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
   if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) launch_failed(error);
 }
 
-// Of the current device.
+// The multiprocessors of the current device.
 inline int multiprocessors() {
   int device = 0, count = 1;
   const cudaError_t found = cudaGetDevice(&device);
@@ -79,7 +80,7 @@ inline void zero_async(void* start, size_t bytes, cudaStream_t) { std::memset(st
 
 #endif
 
-// Launches for as many samples at a time as a grid can hold.
+// Calls launch_range once for as many samples as a grid can hold, until all samples are done.
 template <typename Params, typename Launch>
 void for_sample_ranges(Params params, int64_t blocks_per_sample, const Launch& launch_range) {
   const int64_t samples = params.extent.samples, most = std::max<int64_t>(1, kCudaMaxBlocks / blocks_per_sample);
@@ -88,5 +89,30 @@ void for_sample_ranges(Params params, int64_t blocks_per_sample, const Launch& l
     launch_range(params, dim3(static_cast<unsigned>(std::min(most, samples - first) * blocks_per_sample)));
   }
 }
+
+// What this thread has decided in the place of the plan functions (tuning.cu).
+inline CudaTuning& tuning() {
+  static thread_local CudaTuning decided{};
+  return decided;
+}
+
+// Memory for one call, valid until its launches are done.
+class Workspace {
+ public:
+  virtual ~Workspace() = default;
+
+  template <typename Value>
+  Value* take(int64_t count) {
+    return static_cast<Value*>(allocate(std::max<int64_t>(count, 1) * sizeof(Value)));
+  }
+  unsigned* zeros(int64_t count, cudaStream_t stream) {
+    unsigned* counters = take<unsigned>(count);
+    if (count > 0) zero_async(counters, count * sizeof(unsigned), stream);
+    return counters;
+  }
+
+ private:
+  virtual void* allocate(size_t bytes) = 0;
+};
 
 }  // namespace gcnet_ext::cuda

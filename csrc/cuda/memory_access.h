@@ -1,5 +1,5 @@
-// How device code reaches memory: loads, stores, prefetches and atomics. Every access to a big tensor goes through these loads and
-// stores, so that the emulator can check its alignment and count its bytes.
+// How device code reaches memory: loads, stores, prefetches and atomics. Every access to a big tensor goes through these loads
+// and stores, so that the emulator can check its alignment and count its bytes.
 #pragma once
 
 #include <cstddef>
@@ -8,7 +8,7 @@
 
 namespace gcnet_ext::cuda {
 
-// V neighbours that travel as one access; as wide as it is aligned.
+// V neighbours in memory that are loaded or stored by one access, which is aligned to its size.
 template <class T, int V>
 struct alignas(sizeof(T) * V) Vector {
   T data[V];
@@ -16,8 +16,8 @@ struct alignas(sizeof(T) * V) Vector {
 
 #if defined(__CUDACC__)
 
-// What a vector of so many bytes travels as. An assignment would do, but the compiler takes that apart where it likes, into
-// four stores of 4 bytes; __stwb, a store like any other, stays whole.
+// The type in which a vector of kBytes bytes is accessed. An assignment of the vector would do, but the compiler takes some of
+// those apart, into four stores of 4 bytes; __stwb, otherwise a store like any other, stays whole.
 template <size_t kBytes>
 struct Access;
 template <>
@@ -60,7 +60,7 @@ __device__ __forceinline__ T load(const T* from) {
   return *from;
 }
 
-// Asks the second-level cache for what will be loaded later.
+// Asks the second-level cache for memory that will be loaded later.
 template <class T>
 __device__ __forceinline__ void prefetch(const T* from) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
@@ -71,30 +71,31 @@ __device__ __forceinline__ void store(T* to, T value) {
   *to = value;
 }
 
-// What another block wrote in this launch: past the first-level cache, and never through the read-only path.
+// Loads a value that another block may have written in this launch: past the first-level cache, and never through the read-only
+// path.
 template <class T>
 __device__ __forceinline__ T load_fresh(const T* from) {
   return __ldcg(from);
 }
 
-// One thread speaks for its block: everything before the __syncthreads() before it is released, and everything that the blocks
-// counted so far released is acquired for what follows the __syncthreads() after it.
+// One thread calls this for its block, between two __syncthreads(). It releases everything that the block wrote before the
+// first, and acquires, for everything after the second, whatever the blocks that were counted so far have released.
 __device__ __forceinline__ unsigned fetch_add_acq_rel(unsigned* counter, unsigned value) {
   unsigned before;
   asm volatile("atom.add.acq_rel.gpu.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(value) : "memory");
   return before;
 }
 
-// Orders nothing; an atomic only because a plain store would formally race with the additions of other blocks.
+// This orders no other access. It is an atomic because a plain store would formally race with the additions of other blocks.
 __device__ __forceinline__ unsigned exchange_relaxed(unsigned* counter, unsigned value) {
   unsigned before;
   asm volatile("atom.exch.relaxed.gpu.b32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(value) : "memory");
   return before;
 }
 
-// Makes the compiler forget where a value came from, for one instruction per word. Between two uses of a tile held in registers
-// this keeps the narrow form alive; otherwise the converted floats are kept instead, twice the registers, and spilled. (An
-// empty asm is not enough: ptxas sees through it.)
+// Makes the compiler forget where a value came from, at the price of one instruction per word. Between two uses of a tile in
+// registers this keeps the narrow numbers alive. Without it the compiler keeps the floats that they were widened to, in twice
+// the registers, and spills them. (An empty asm is not enough, because ptxas sees through it.)
 template <class Value>
 __device__ __forceinline__ void hide_from_optimizer(Value& value) {
   if constexpr (sizeof(Value) % sizeof(unsigned) == 0) {

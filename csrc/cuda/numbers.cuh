@@ -30,7 +30,8 @@ struct Accumulation<double> {
 template <typename T>
 using acc_t = typename Accumulation<T>::type;
 
-// x in the accumulation type. A bfloat16 is the upper half of a float: written as a shift, the conversion stays one instruction.
+// x in the accumulation type. A bfloat16 is the upper half of a float: written as a shift, the conversion stays one
+// instruction.
 template <typename T>
 __device__ __forceinline__ acc_t<T> widen(T value) {
   if constexpr (std::is_same_v<T, BFloat16>) {
@@ -44,7 +45,7 @@ __device__ __forceinline__ acc_t<T> widen(T value) {
 template <typename T>
 constexpr int kWidest = 16 / static_cast<int>(sizeof(T));
 
-// Calls body with the elements per access of a plan as a constant.
+// Calls body with the elements per access, which a plan has decided, as a constant.
 template <typename T, typename Body>
 void with_vector(int vector, const Body& body) {
   if (vector == kWidest<T>) return body(std::integral_constant<int, kWidest<T>>{});
@@ -57,7 +58,7 @@ void with_vector(int vector, const Body& body) {
 __device__ __forceinline__ float exponential(float x) { return expf(x); }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }
 
-// The larger of two numbers, or the one that is a number.
+// The larger of two numbers; if one of them is NaN, the other one.
 __device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ double larger(double a, double b) { return fmax(a, b); }
 

@@ -6,24 +6,24 @@
 
 namespace gcnet_ext::cuda {
 
-// A parameter of x's dtype T or of float32. Which one is a run-time word, so that a kernel is compiled once per dtype of x.
+// A parameter of x's dtype T or of float32. Which one is decided at run time, so that a kernel is compiled once per dtype of x.
 template <typename T>
 struct Parameter {
   const void* data = nullptr;
-  bool single = false;  // float32
+  bool is_float32 = false;
 
   Parameter() = default;
-  Parameter(const void* data, bool single) : data(data), single(single) {}
-  explicit Parameter(const acc_t<T>* data) : data(data), single(sizeof(acc_t<T>) == sizeof(float)) {}
+  Parameter(const void* data, bool is_float32) : data(data), is_float32(is_float32) {}
+  explicit Parameter(const acc_t<T>* data) : data(data), is_float32(sizeof(acc_t<T>) == sizeof(float)) {}
 
   __device__ bool present() const { return data != nullptr; }
   __device__ acc_t<T> at(int64_t i) const {
-    return single ? static_cast<acc_t<T>>(load(static_cast<const float*>(data) + i))
-                  : static_cast<acc_t<T>>(load(static_cast<const T*>(data) + i));
+    return is_float32 ? static_cast<acc_t<T>>(load(static_cast<const float*>(data) + i))
+                      : static_cast<acc_t<T>>(load(static_cast<const T*>(data) + i));
   }
   __device__ acc_t<T> at_or(int64_t i, acc_t<T> otherwise) const { return present() ? at(i) : otherwise; }
 
-  // values[j] = number i + j; all are loaded before the first is looked at.
+  // values[j] = number i + j. All loads are issued before the first value is used.
   template <int V>
   __device__ void get(int64_t i, acc_t<T> (&values)[V]) const {
     const auto from = [&](const auto* start) {
@@ -33,7 +33,7 @@ struct Parameter {
 #pragma unroll
       for (int j = 0; j < V; j++) values[j] = static_cast<acc_t<T>>(loaded[j]);
     };
-    if (single) {
+    if (is_float32) {
       from(static_cast<const float*>(data));
     } else {
       from(static_cast<const T*>(data));
@@ -45,15 +45,15 @@ struct Parameter {
 template <typename T>
 struct MutableParameter {
   void* data = nullptr;
-  bool single = false;
+  bool is_float32 = false;
 
   MutableParameter() = default;
-  MutableParameter(void* data, bool single) : data(data), single(single) {}
-  explicit MutableParameter(acc_t<T>* data) : data(data), single(sizeof(acc_t<T>) == sizeof(float)) {}
+  MutableParameter(void* data, bool is_float32) : data(data), is_float32(is_float32) {}
+  explicit MutableParameter(acc_t<T>* data) : data(data), is_float32(sizeof(acc_t<T>) == sizeof(float)) {}
 
   __device__ bool wanted() const { return data != nullptr; }
   __device__ void put(int64_t i, acc_t<T> value) const {
-    if (single) {
+    if (is_float32) {
       store(static_cast<float*>(data) + i, static_cast<float>(value));
     } else {
       store(static_cast<T*>(data) + i, static_cast<T>(value));

@@ -24,7 +24,7 @@ constexpr int kGradientEntries = 8;                                  // of a vec
 constexpr int kGradientTerms = kGradientThreads / kGradientEntries;  // of each of them, at a time
 template <typename T>
 constexpr int kGradientBlocks = sizeof(acc_t<T>) == sizeof(float) ? 3 : 1;  // on a multiprocessor: more would spill registers
-constexpr int kMostGradients = 2 * 6 + 1;                                   // both branches and the mask
+constexpr int kMostGradients = 2 * 6 + 1;                                   // six per branch, and the mask's
 
 // An entry for each term n, such as a sample: values[n * stride + i] for i < count.
 template <typename A>
@@ -36,7 +36,7 @@ struct Terms {
 template <typename T>
 struct ParameterGradient {
   using A = acc_t<T>;
-  Terms<A> left, right;  // no right: a vector
+  Terms<A> left, right;  // a vector has no right
   int64_t terms = 0;
   MutableParameter<T> gradient;
   int64_t first_block = 0, end_block = 0;  // the blocks that work on it
@@ -61,8 +61,8 @@ struct GradientParams {
   int64_t blocks() const { return count ? gradients[count - 1].end_block : 0; }
 };
 
-// Loads a stage of terms, kWidth entries of each from number `first` on; thread t gets every kGradientThreads-th of them, from the
-// t-th on. Zeros where there are none.
+// Loads a stage of terms, kWidth entries of each from number `first` on: thread t gets the entries t, t + kGradientThreads, ...
+// Past the last term or entry there are zeros.
 template <int kWidth, typename A>
 __device__ __forceinline__ void load_stage(Terms<A> from, int64_t first_term, int64_t terms, int64_t first,
                                            A (&values)[kGradientStage * kWidth / kGradientThreads]) {
@@ -129,7 +129,7 @@ struct VectorGradientShared {
   A of_threads[kGradientThreads];
 };
 
-// A block has kGradientEntries entries; their terms are shared among the threads.
+// A block has kGradientEntries entries, and its threads share their terms.
 template <typename T>
 __device__ __forceinline__ void vector_gradient(const ParameterGradient<T>& of, int64_t block) {
   using A = acc_t<T>;

@@ -6,8 +6,8 @@
 
 namespace gcnet_ext::cuda {
 
-// use(i, load(i)) for i = first, first + step, ... below end, in this order and with kTogether loads under way at a time: what
-// a loop that uses each value before it loads the next waits for in between, a block that works alone cannot hide.
+// Calls use(i, load(i)) for i = first, first + step, ... below end, in this order and with kTogether loads under way at a time.
+// A block that works alone cannot hide the latency of a loop that uses each value before it loads the next.
 template <int kTogether, typename Load, typename Use>
 __device__ __forceinline__ void load_ahead(int64_t first, int64_t end, int64_t step, const Load& load, const Use& use) {
   for (int64_t i = first; i < end; i += kTogether * step) {
@@ -24,7 +24,7 @@ __device__ __forceinline__ void load_ahead(int64_t first, int64_t end, int64_t s
   }
 }
 
-// Over the lanes that differ in the bits first, 2*first, ... last of their number. Every lane gets the result.
+// The sum over the lanes whose numbers differ in the bits first, 2*first, ... last alone. Every lane gets the result.
 template <typename A>
 __device__ __forceinline__ A sum_over_lanes(A value, int first, int last) {
   for (int bit = first; bit <= last; bit *= 2) value += __shfl_xor_sync(kAllLanes, value, bit);
@@ -47,8 +47,8 @@ __device__ __forceinline__ A warp_max(A value) {
   return max_over_lanes(value, 1, kWarp / 2);
 }
 
-// a where all bits of mask are set, b where none is. As bits: of a conditional expression on the lane, the compiler makes a
-// branch around the shuffles that follow.
+// Returns a if all bits of mask are set, and b if none is. This works on the bits because of a conditional expression on the
+// lane the compiler makes a branch around the shuffles that follow.
 __device__ __forceinline__ float blend(uint32_t mask, float a, float b) {
   const uint32_t bits = (__builtin_bit_cast(uint32_t, a) & mask) | (__builtin_bit_cast(uint32_t, b) & ~mask);
   return __builtin_bit_cast(float, bits);
@@ -58,10 +58,10 @@ __device__ __forceinline__ double blend(uint32_t mask, double a, double b) {
   return __builtin_bit_cast(double, (__builtin_bit_cast(uint64_t, a) & wide) | (__builtin_bit_cast(uint64_t, b) & ~wide));
 }
 
-// Which of the sums of transposed_sum a lane ends up with.
+// The totals of transposed_sum that a lane has at its end.
 struct Share {
   int first;   // values[0], values[1], ... of this lane are the totals number first, first + 1, ...
-  bool owner;  // one lane of those that have the same totals
+  bool owner;  // true in one of the lanes that have these totals
 };
 
 // kCount sums over the lanes that differ in the bits kFirst ... kLast, for far fewer shuffles than one by one: each step hands
@@ -89,20 +89,20 @@ __device__ __forceinline__ Share transposed_sum(A (&values)[kSize], int lane) {
   }
 }
 
-// The exponents of a softmax are taken relative to its maximum; to zero as long as all logits are -inf, because -inf - -inf
+// The exponents of a softmax are taken relative to its maximum; or to zero as long as all logits are -inf, because -inf - -inf
 // would be NaN. (When they all stay -inf, the sum stays 0 and the division by it gives the NaN of the definition.)
 template <typename A>
 __device__ __forceinline__ A softmax_reference(A maximum) {
   return maximum == lowest<A>() ? A(0) : maximum;
 }
 
-// max and sum exp(logit - max) of the logits seen so far.
+// The maximum of the logits so far, and the sum of exp(logit - maximum).
 template <typename A>
 struct OnlineSoftmax {
   A maximum = lowest<A>(), sum = A(0);
 
-  // Takes in the maximum of further logits; returns what everything accumulated so far has to be multiplied with. The sum of
-  // their exponentials, relative to reference(), is for the caller to add.
+  // Takes in the maximum of further logits, and returns the factor of everything that was accumulated so far. The caller adds
+  // the sum of their exponentials, relative to reference().
   __device__ A raise(A tile_maximum) {
     const A raised = larger(maximum, tile_maximum);
     const A factor = exponential(maximum - softmax_reference(raised));
@@ -113,7 +113,8 @@ struct OnlineSoftmax {
   __device__ A reference() const { return softmax_reference(maximum); }
 };
 
-// Whether this block is the last of `blocks` to get here: then it sees everything that the others wrote before they did.
+// Whether this block is the last of `blocks` to get here. The last one sees everything that the others wrote before they got
+// here.
 __device__ __forceinline__ bool last_to_arrive(unsigned* counter, unsigned blocks, unsigned* shared_word) {
   __syncthreads();
   if (threadIdx.x == 0) *shared_word = fetch_add_acq_rel(counter, 1);

@@ -18,10 +18,10 @@ struct RowShape {
   static constexpr int vector = kVector, lanes = kLanes, rows = kRows, threads = kThreads;
   static constexpr int positions = kLanes * kVector;
   static constexpr int step = kThreads / kLanes;  // channels between two rows of a thread
-  static constexpr int channels = step * kRows;   // the most that fit
+  static constexpr int channels = step * kRows;   // of a sample, at most
   static constexpr int warps = kThreads / kWarp;
-  static constexpr int blocks = 512 / kThreads;  // on a multiprocessor, 128 registers per thread
-  // Rows that are summed over their positions together: few enough to find registers.
+  static constexpr int blocks = 512 / kThreads;  // per multiprocessor: this leaves a thread 128 registers
+  // Rows that are summed over their positions together. More would not find registers.
   static constexpr int group = std::min({kLanes, kRows, kRows > 16 ? 8 : 16});
   static constexpr int groups = kRows / group;
   static_assert(kWarp % kLanes == 0 && kRows % group == 0);
@@ -40,7 +40,7 @@ class RowTile {
   __device__ int channel(int row) const { return channel_ + row * Shape::step; }
   __device__ Vector<T, V>& row(int i) { return rows_[i]; }
 
-  // tile_start is the address of the tile's first position in channel 0. What is outside of x counts as zero.
+  // tile_start is the address of the tile's first position in channel 0. Elements outside of x count as zero.
   __device__ void load_rows(const T* tile_start, int64_t channel_stride, int channels, bool inside) {
     const T* from = tile_start + channel_ * channel_stride + position();
     const int64_t hop = Shape::step * channel_stride;
@@ -52,7 +52,7 @@ class RowTile {
     }
   }
 
-  // Asks the second-level cache for a tile that is loaded later. Not worth it for single elements.
+  // Asks the second-level cache for a tile that is loaded later. For accesses of single elements this is not worth it.
   __device__ void prefetch_rows(const T* tile_start, int64_t channel_stride, int channels, bool inside) const {
     if constexpr (V == 1) return;
     const T* from = tile_start + channel_ * channel_stride + position();
@@ -62,7 +62,7 @@ class RowTile {
     }
   }
 
-  // Keeps the tile in its narrow form from here on.
+  // Keeps the compiler from widening the tile before this point and holding on to the result.
   __device__ void hide() {
 #pragma unroll
     for (int i = 0; i < Shape::rows; i++) hide_from_optimizer(rows_[i]);
@@ -88,7 +88,7 @@ class RowTile {
     }
   }
 
-  // Returns sum_p weight_p x_cp of one row in `group` of this thread and its lanes, that of owned_channel(group).
+  // Returns sum_p weight_p x_cp for the channel c = owned_channel(group), one of the rows in `group`.
   __device__ A sum_over_positions(const A (&weight)[V], int group) const {
     A sum[Shape::group];
 #pragma unroll

@@ -1,5 +1,6 @@
-// The shared memory of a kernel is described by one struct, from which the kernel has its pointers and the launch its size: of arrays,
-// or, where sizes are known at run time only, of pointers that a constructor takes from `memory`, one piece after the other.
+// The shared memory of a kernel is described by one struct, from which the kernel has its pointers and the launch its size: of
+// arrays, or, where sizes are known at run time only, of pointers that a constructor takes from `memory`, one piece after the
+// other.
 #pragma once
 
 #include <cstddef>
@@ -46,26 +47,26 @@ struct SharedSize {
   }
 };
 
-// The struct of this block.
+// The struct of a kernel in the shared memory of this block.
 template <typename Shared, typename... Sizes>
 __device__ __forceinline__ decltype(auto) shared_memory(Sizes... sizes) {
-  if constexpr (std::is_constructible_v<Shared, SharedMemory&, Sizes...>) {
+  if constexpr (std::is_aggregate_v<Shared>) {
+    return *reinterpret_cast<Shared*>(dynamic_shared_memory());
+  } else {
     SharedMemory memory{dynamic_shared_memory()};
     return Shared(memory, sizes...);
-  } else {
-    return *reinterpret_cast<Shared*>(dynamic_shared_memory());
   }
 }
 
-// The bytes that it takes.
+// The bytes of such a struct, for the launch.
 template <typename Shared, typename... Sizes>
 size_t shared_bytes(Sizes... sizes) {
-  if constexpr (std::is_constructible_v<Shared, SharedSize&, Sizes...>) {
+  if constexpr (std::is_aggregate_v<Shared>) {
+    return sizeof(Shared);
+  } else {
     SharedSize memory;
     Shared(memory, sizes...);
     return memory.bytes;
-  } else {
-    return sizeof(Shared);
   }
 }
 

@@ -1,4 +1,4 @@
-// From tensors to the plain structs that the kernels take. For the torch glue only.
+// From tensors to the plain structs that the kernels take. The torch glue (*.cu) alone includes this.
 #pragma once
 
 #include "../arguments.h"
@@ -12,7 +12,6 @@
 #include "final_relu.cuh"
 #include "parameter.cuh"
 #include "valid_positions.cuh"
-#include "workspace.h"
 
 namespace gcnet_ext::cuda {
 
@@ -49,13 +48,13 @@ Map<T> map_of(const Tensor& tensor) {
   const Layout layout = layout_of(tensor);
   return {static_cast<T*>(tensor.data_ptr()), layout.sample_stride, layout.channel_stride, layout.position_stride};
 }
-// A map without data when it is not needed (the tensor is then empty).
+// The map is absent if it is not needed; the tensor is then empty.
 template <typename T>
 Map<T> map_if(bool needed, const Tensor& tensor) {
   return needed ? map_of<T>(tensor) : Map<T>{};
 }
 
-// A map without data where there is no tensor.
+// The map is absent if there is no tensor.
 template <typename T>
 Map<T> map_of(const OptionalTensor& tensor) {
   return tensor ? map_of<T>(*tensor) : Map<T>{};
@@ -66,25 +65,25 @@ acc_t<T>* acc_data(const Tensor& tensor) {
   return static_cast<acc_t<T>*>(tensor.data_ptr());
 }
 
-// A dense parameter.
+// A parameter from a dense tensor.
 template <typename T>
 Parameter<T> parameter(const OptionalTensor& tensor) {
   if (!tensor) return {};
   return Parameter<T>(tensor->data_ptr(), tensor->scalar_type() == ScalarType::Float);
 }
-// A gradient of a parameter; empty: not wanted.
+// The gradient of a parameter, absent if the tensor is empty.
 template <typename T>
 MutableParameter<T> mutable_parameter(const Tensor& tensor) {
   if (tensor.numel() == 0) return {};
   return MutableParameter<T>(tensor.data_ptr(), tensor.scalar_type() == ScalarType::Float);
 }
 
-// The bits of the final ReLU, if it has any.
+// The bits of the final ReLU; null if there are none.
 inline uint8_t* bits_of(const Tensor& positive) {
   return positive.numel() > 0 ? static_cast<uint8_t*>(positive.data_ptr()) : nullptr;
 }
 
-// The positions of x that count, of a dense tensor; their shares are for the operator to find.
+// The positions of x that count, from a dense tensor. with_shares finds their shares.
 template <typename T>
 Valid<T> valid_of(const OptionalTensor& valid, const Tensor& x) {
   if (!valid) return {};
@@ -92,8 +91,8 @@ Valid<T> valid_of(const OptionalTensor& valid, const Tensor& x) {
   return {static_cast<const uint8_t*>(valid->data_ptr()), same_for_all ? 0 : positions(x)};
 }
 
-// The gradient of what the final ReLU got, lying as native(x) does: in `result`, or in a tensor of its own where that is not
-// needed.
+// The gradient of the argument of the final ReLU, in the layout of native(x). It is written to `result`, or to a new tensor if
+// nobody needs that.
 inline Tensor relu_backward_of(const Call& call, const Tensor& grad, const Tensor& x, const Tensor& positive, bool needed,
                                const Tensor& result) {
   const Tensor to = needed ? result : empty_like_map(x), bits = dense(positive);

@@ -1,11 +1,11 @@
-// The transform of the block, per branch (scale and shift; both read the same context):
+// The transform of the block. Its two branches, scale and shift, read the same context:
 //
 //   hidden = w1 context + b1      t = w2 act(norm(hidden)) + b2      or, without a w2, t = hidden
 //   gate = sigmoid(t_scale)       shift = t_shift          scale = gate
 //
-// A hard sigmoid has gate = alpha t_scale + beta, which tells one at its corner from one beyond, and scale = clip(gate, 0, 1).
-// C channels, H hidden units of a branch. The hidden units of both branches lie next to each other, those of scale first.
-// Here are the parts, and the whole for one sample by one block; transform_batched.cuh has the whole for many samples.
+// With a hard sigmoid, gate = alpha t_scale + beta and scale = clip(gate, 0, 1): the gate still tells whether t_scale is beyond
+// a corner. There are C channels, and H hidden units of a branch; the hidden units of scale come before those of shift.
+// transform_sample is the transform of one sample by one block; transform_batched.cuh has that of many samples.
 #pragma once
 
 #include "activation.cuh"
@@ -31,20 +31,20 @@ struct TransformParams {
   BranchParams<T> branch[kBranches];
   int64_t channels = 0, units = 0;  // units: of both branches
   bool norm = false, hard_sigmoid = false;
-  ActivationOf<A> activation;
+  ActivationFunction<A> activation;
   A eps = 0, gate_alpha = 0, gate_beta = 0;
   const A* context = nullptr;  // [N, C]
   A* hidden = nullptr;         // [N, units]
   A* gate = nullptr;           // [N, C]
   A* scale = nullptr;          // [N, C], of a hard sigmoid; otherwise it is the gate
   A* shift = nullptr;          // [N, C]
-  bool in_tail = false;        // the block that completes a sample's context transforms it; otherwise transform_batched.cuh
-  int64_t samples = 0;         // N, for the latter
+  bool in_tail = false;        // whether the block that completes a sample's context transforms it
+  int64_t samples = 0;         // N, for transform_batched.cuh
 
-  // What x is multiplied with, [N, C].
+  // The scale of the fusion, [N, C].
   A* scale_values() const { return hard_sigmoid ? scale : gate; }
 
-  // t of a channel, as the fusion wants it.
+  // Writes the gate and scale, or the shift, of a channel from its t.
   __device__ void put(int branch, int64_t sample, int64_t channel, A t) const {
     if (branch == kShift) {
       shift[sample * channels + channel] = t;
@@ -59,14 +59,14 @@ struct TransformParams {
 // Calls body with the values of a matrix in their own type.
 template <typename T, typename Body>
 __device__ __forceinline__ void with_values(const Parameter<T>& matrix, const Body& body) {
-  if (matrix.single) {
+  if (matrix.is_float32) {
     body(static_cast<const float*>(matrix.data));
   } else {
     body(static_cast<const T*>(matrix.data));
   }
 }
 
-// Columns of a matrix that one access takes, where its rows allow it.
+// The columns in one access of a matrix, if every row is aligned to it.
 constexpr int kMatrixVector = 4;
 
 template <typename W>
@@ -74,7 +74,7 @@ __device__ __forceinline__ bool vector_rows(const W* matrix, int64_t columns) {
   return columns % kMatrixVector == 0 && reinterpret_cast<uintptr_t>(matrix) % (kMatrixVector * sizeof(W)) == 0;
 }
 
-// Rows that a lane works on together, and accesses of each that are under way together.
+// A lane works on kAffineRows rows together, with kAffineSteps accesses of each under way.
 constexpr int kAffineRows = 4;
 template <typename W>
 constexpr int kAffineSteps = sizeof(W) == 2   ? 4
@@ -88,7 +88,7 @@ struct Rows {
   int64_t rows, columns;
 };
 
-// sum[i] += the part of row (first_row + i*hop) . input that belongs to lane `part` of `lanes`.
+// Adds to sum[i] the terms of row (first_row + i*hop) . input that belong to lane `part` of `lanes`.
 template <int V, typename A, typename W>
 __device__ __forceinline__ void partial_dots(const Rows<W>& matrix, int64_t first_row, int64_t hop, const A* input, int part,
                                              int lanes, A (&sum)[kAffineRows]) {
@@ -120,8 +120,8 @@ __device__ __forceinline__ void partial_dots(const Rows<W>& matrix, int64_t firs
   }
 }
 
-// put(row, sum_k matrix[row, k] input_k + bias_row) for all rows, by the whole block: as few lanes per row as let it go through
-// the rows in one go.
+// The whole block calls put(row, sum_k matrix[row, k] input_k + bias_row) for all rows. A row has as few lanes as it takes for
+// all rows to be worked on at once.
 template <typename T, typename Put>
 __device__ __forceinline__ void affine_by_block(const Parameter<T>& matrix, const Parameter<T>& bias, int64_t rows,
                                                 int64_t columns, const acc_t<T>* input, const Put& put) {
@@ -175,7 +175,7 @@ __device__ __forceinline__ NormStatistics<acc_t<T>> statistics_by_warp(const Tra
   return statistics;
 }
 
-// z = normalised*norm_weight + norm_bias, what the activation gets.
+// The argument of the activation, z = normalised*norm_weight + norm_bias.
 template <typename T>
 __device__ __forceinline__ acc_t<T> norm_affine(const TransformParams<T>& params, const BranchParams<T>& branch, int64_t unit,
                                                 acc_t<T> normalised) {
@@ -183,21 +183,21 @@ __device__ __forceinline__ acc_t<T> norm_affine(const TransformParams<T>& params
   return params.norm ? normalised * branch.norm_weight.at_or(unit, A(1)) + branch.norm_bias.at_or(unit, A(0)) : normalised;
 }
 
-// act(norm(hidden)) of one unit.
-template <bool kUsual, typename T>
+// Returns act(norm(hidden)) of one unit.
+template <bool kReluOrSilu, typename T>
 __device__ __forceinline__ acc_t<T> activate(const TransformParams<T>& params, const BranchParams<T>& branch, int64_t unit,
                                              acc_t<T> hidden, const NormStatistics<acc_t<T>>& statistics) {
   const acc_t<T> normalised = (hidden - statistics.mean) * statistics.inverse_std;
-  return params.activation.template of<kUsual>(norm_affine(params, branch, unit, normalised));
+  return params.activation.template value<kReluOrSilu>(norm_affine(params, branch, unit, normalised));
 }
 
-// The same of all units of one sample and branch, by one warp.
-template <bool kUsual, typename T, typename Load>
+// One warp computes act(norm(hidden)) of all units of a sample and branch.
+template <bool kReluOrSilu, typename T, typename Load>
 __device__ __forceinline__ void activate_by_warp(const TransformParams<T>& params, const BranchParams<T>& branch,
                                                  const Load& hidden, acc_t<T>* activated) {
   const auto statistics = statistics_by_warp(params, branch.units, hidden);
   for (int64_t j = threadIdx.x % kWarp; j < branch.units; j += kWarp) {
-    activated[j] = activate<kUsual>(params, branch, j, hidden(j), statistics);
+    activated[j] = activate<kReluOrSilu>(params, branch, j, hidden(j), statistics);
   }
 }
 
@@ -213,8 +213,7 @@ struct TransformShared {
   }
 };
 
-// The transform of one sample by one block, with an activation that is usual; other blocks of the launch may have written its
-// context.
+// One block computes the transform of one sample, with a ReLU or SiLU. Other blocks of the launch may have written its context.
 template <typename T>
 __device__ void transform_sample(const TransformParams<T>& params, int64_t sample) {
   using A = acc_t<T>;

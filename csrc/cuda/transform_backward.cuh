@@ -1,4 +1,4 @@
-// The backward pass of the transform, in the words of transform.cuh. Given grad_shift = sum_p g and grad_gate = sum_p g x:
+// The backward pass of the transform, with the symbols of transform.cuh, from grad_shift = sum_p g and grad_gate = sum_p g x:
 //
 //   grad_t_scale = grad_gate gate'(t_scale)             grad_t_shift = grad_shift             (by channel_sums.cuh)
 //   grad_activated = w2^T grad_t                        grad_z = grad_activated act'(z), z = norm_weight normalised + norm_bias
@@ -19,15 +19,17 @@ struct TransformGradParams {
   TransformParams<T> forward;
   const A* grad_t[kBranches] = {};  // [N, C]
   A* grad_context = nullptr;        // [N, C]
-  A* activated = nullptr;           // [N, units], and so are the others
+  A* activated = nullptr;           // [N, units]; so are grad_hidden, grad_z and grad_norm_weight
   A* grad_hidden = nullptr;
   A* grad_z = nullptr;
-  A* grad_norm_weight = nullptr;  // grad_z normalised, of every sample
-  A* grad_activated = nullptr;    // [N, batch_chunks(C), units], for transform_batched.cuh,
-  unsigned* arrived = nullptr;    // with a zero for every tile of samples
+  A* grad_norm_weight = nullptr;  // grad_z normalised
+  // For transform_batched.cuh alone:
+  A* grad_activated = nullptr;  // [N, batch_chunks(C), units]
+  unsigned* arrived = nullptr;  // zero before the launch, for every tile of samples
 };
 
-// grad gate'(t) from the gate itself. Beyond the corners of a hard sigmoid, where it is flat, not even a NaN passes.
+// Returns grad gate'(t), computed from the gate. Beyond its corners a hard sigmoid is flat, and passes no gradient, not even a
+// NaN.
 template <typename T>
 __device__ __forceinline__ acc_t<T> gate_backward(const TransformParams<T>& params, acc_t<T> gate, acc_t<T> grad) {
   using A = acc_t<T>;
@@ -35,8 +37,9 @@ __device__ __forceinline__ acc_t<T> gate_backward(const TransformParams<T>& para
   return grad * gate * (A(1) - gate);
 }
 
-// From grad_activated to grad_hidden and what the parameters' gradients need, for one sample and branch, by one warp.
-template <bool kUsual, typename T, typename Load, typename LoadGrad, typename Put>
+// One warp computes grad_hidden of a sample and branch from grad_activated, and the values that parameter_gradients.cuh adds
+// up.
+template <bool kReluOrSilu, typename T, typename Load, typename LoadGrad, typename Put>
 __device__ __forceinline__ void activate_backward_by_warp(const TransformGradParams<T>& params, int64_t sample,
                                                           const BranchParams<T>& branch, const Load& hidden,
                                                           const LoadGrad& grad_activated, const Put& put_grad_hidden) {
@@ -51,8 +54,8 @@ __device__ __forceinline__ void activate_backward_by_warp(const TransformGradPar
   A sum = A(0), dot = A(0);
   for (int64_t j = lane; j < branch.units; j += kWarp) {
     const A normalised = normalised_at(j), z = norm_affine(forward, branch, j, normalised);
-    const A grad_z = forward.activation.template backward<kUsual>(z, grad_activated(j));
-    params.activated[first + j] = forward.activation.template of<kUsual>(z);
+    const A grad_z = forward.activation.template backward<kReluOrSilu>(z, grad_activated(j));
+    params.activated[first + j] = forward.activation.template value<kReluOrSilu>(z);
     params.grad_z[first + j] = grad_z;
     params.grad_norm_weight[first + j] = grad_z * normalised;
     sum += grad_z * norm_weight(j);
@@ -68,7 +71,8 @@ __device__ __forceinline__ void activate_backward_by_warp(const TransformGradPar
   }
 }
 
-// put(column, sum_r matrix[r, column] input_r) for all columns, by a block of a power of two of threads. scratch [threads * 4].
+// The whole block, a power of two of threads, calls put(column, sum_r matrix[r, column] input_r) for all columns. scratch is
+// shared memory, [threads * kMatrixVector].
 template <typename T, typename W, int V, typename Put>
 __device__ __forceinline__ void transposed_columns(const W* matrix, int64_t rows, int64_t columns, const acc_t<T>* input,
                                                    acc_t<T>* scratch, const Put& put) {
@@ -132,7 +136,8 @@ struct TransformBackwardShared {
   }
 };
 
-// For one sample by one block of kCudaSweepThreads threads, with an activation that is usual; other blocks of the launch may have written grad_t.
+// One block of kCudaSweepThreads threads computes the backward pass of one sample, with a ReLU or SiLU. Other blocks of the
+// launch may have written grad_t.
 template <typename T>
 __device__ void transform_backward_sample(const TransformGradParams<T>& params, int64_t sample) {
   using A = acc_t<T>;
@@ -158,7 +163,7 @@ __device__ void transform_backward_sample(const TransformGradParams<T>& params, 
     const BranchParams<T>& branch = forward.branch[b];
     const A* hidden = forward.hidden + sample * forward.units + branch.first_unit;
     if (branch.w2.present()) {
-      activate_backward_by_warp</*kUsual=*/true>(
+      activate_backward_by_warp</*kReluOrSilu=*/true>(
           params, sample, branch, [&](int64_t j) { return hidden[j]; },
           [&](int64_t j) { return shared.grad_activated[branch.first_unit + j]; },
           [&](int64_t j, A value) { shared.grad_hidden[branch.first_unit + j] = value; });

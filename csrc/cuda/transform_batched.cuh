@@ -1,6 +1,6 @@
-// The transform and its backward pass for many samples at a time, for weights that one block should not read alone. Every block
-// reads a piece of a matrix once for kBatchSamples samples. A sum runs over its terms in an order that depends on the matrix
-// only, so that a sample gets the same bits in any batch.
+// The transform and its backward pass for many samples at a time. One block alone would take too long to read these weights. A
+// block reads a piece of a matrix once for kBatchSamples samples. A sum runs over its terms in an order that depends on the
+// matrix only, so that a sample gets the same bits in any batch.
 #pragma once
 
 #include "launch.h"
@@ -15,7 +15,7 @@ constexpr int kBatchSamples = 8;
 constexpr int kBatchRows = 2;             // of a matrix, per warp
 constexpr int kBatchColumns = 2 * kWarp;  // of a transposed matrix, per block
 constexpr int kBatchChunk = 128;          // rows of a transposed matrix, per block
-// Terms of a sum that are staged in shared memory at a time, 16 KB of kBatchSamples samples.
+// The terms of a sum that are staged in shared memory at a time: 16 KB for kBatchSamples samples.
 template <typename A>
 constexpr int kBatchStage = 2048 / static_cast<int>(sizeof(A));
 
@@ -27,7 +27,7 @@ constexpr int64_t batch_chunks(int64_t channels) { return batch_tiles(channels, 
 struct BatchTile {
   int64_t first_sample, first;
   int branch;
-  unsigned tiles;  // of a tile of samples, all branches together
+  unsigned tiles;  // of rows or columns, of both branches
 
   __device__ BatchTile(int64_t tiles_of_scale, int64_t tiles_of_shift)
       : tiles(static_cast<unsigned>(tiles_of_scale + tiles_of_shift)) {
@@ -38,7 +38,8 @@ struct BatchTile {
   }
 };
 
-// staged[s][i] = from(sample first_sample + s, term first + i) for i < width, and zeros where there is nothing.
+// staged[s][i] = from(s, first + i), the term of sample first_sample + s, for i < width. Past the last sample or term there are
+// zeros.
 template <typename A, typename Load>
 __device__ __forceinline__ void stage_samples(int64_t first_sample, int64_t samples, int64_t first, int64_t end, int width,
                                               const Load& from, A* staged) {
@@ -54,7 +55,7 @@ __device__ __forceinline__ void stage_samples(int64_t first_sample, int64_t samp
   }
 }
 
-// A warp's rows of a matrix, as many columns as are staged, in registers: loaded before anything has to be waited for.
+// A warp's rows of a matrix, as many columns as are staged, in registers. They are loaded before the warp waits for a barrier.
 template <typename W, int kStage>
 struct BatchRows {
   static constexpr int V = kMatrixVector, kSteps = kStage / (kWarp * V);
@@ -72,7 +73,7 @@ struct BatchRows {
     }
   }
 
-  // sum[r][s] += the products with the staged samples.
+  // Adds the products with the staged samples to sum[r][s].
   template <typename A>
   __device__ void multiply(const A* staged, int width, A (&sum)[kBatchRows * kBatchSamples]) const {
 #pragma unroll
@@ -100,8 +101,9 @@ struct TransformLayerShared {
   A staged[kBatchSamples * kBatchStage<A>];
 };
 
-// Layer 0 is w1, layer 1 is w2 with the norm and activation before it. A warp has kBatchRows rows at a time, `turns` times.
-template <typename T, bool kUsual>
+// Layer 0 is w1, and layer 1 is w2 with the norm and activation before it. A warp does kBatchRows rows at a time, `turns`
+// times.
+template <typename T, bool kReluOrSilu>
 __global__ void __launch_bounds__(kBatchThreads, kBatchBlocks<T>)
     transform_layer(TransformParams<T> params, int layer, int64_t turns, int64_t tiles_of_scale, int64_t tiles_of_shift) {
   using A = acc_t<T>;
@@ -123,7 +125,7 @@ __global__ void __launch_bounds__(kBatchThreads, kBatchBlocks<T>)
   }
   const auto input = [&](int s, int64_t k) {
     if (layer == 0) return params.context[(tile.first_sample + s) * params.channels + k];
-    return activate<kUsual>(params, branch, k, hidden_of(s)[k], params.norm ? shared.statistics[s] : NormStatistics<A>{});
+    return activate<kReluOrSilu>(params, branch, k, hidden_of(s)[k], params.norm ? shared.statistics[s] : NormStatistics<A>{});
   };
 
   for (int64_t turn = 0; turn < turns; turn++) {
@@ -180,7 +182,7 @@ void launch_transform(const TransformParams<T>& params, cudaStream_t stream) {
     const int64_t branches = (tiles[kScale] > 0) + (tiles[kShift] > 0);
     const int64_t turns = plan_cuda_pieces(sample_tiles * branches, most, multiprocessors() * kBatchBlocks<T>);
     for (int64_t& of_branch : tiles) of_branch = batch_tiles(of_branch, turns);
-    launch(params.activation.usual() ? transform_layer<T, true> : transform_layer<T, false>,
+    launch(params.activation.is_relu_or_silu() ? transform_layer<T, true> : transform_layer<T, false>,
            dim3(static_cast<unsigned>((tiles[kScale] + tiles[kShift]) * sample_tiles)), dim3(kBatchThreads),
            shared_bytes<TransformLayerShared<acc_t<T>>>(), stream, params, layer, turns, tiles[kScale], tiles[kShift]);
   }
@@ -196,10 +198,10 @@ struct TransformBackwardLayerShared {
   };
 };
 
-// Layer 1 is the transpose of w2 with the activation and norm behind it; a block has a chunk of the channels, and the last one
-// adds up what the others left. Layer 0 is the transpose of w1, both branches added up. A lane has two columns; the warps share
-// the rows.
-template <typename T, bool kUsual>
+// Layer 1 is the transpose of w2 with the activation and norm behind it: a block has a chunk of the channels, and the last
+// block adds up the sums of the chunks. Layer 0 is the transpose of w1, and adds up both branches. A lane has two columns, and
+// the warps share the rows.
+template <typename T, bool kReluOrSilu>
 __global__ void __launch_bounds__(kBatchThreads, kBatchBlocks<T>)
     transform_backward_layer(TransformGradParams<T> params, int layer, int64_t tiles_of_scale, int64_t tiles_of_shift) {
   using A = acc_t<T>;
@@ -287,7 +289,7 @@ __global__ void __launch_bounds__(kBatchThreads, kBatchBlocks<T>)
           [&](int64_t, A part) { total += part; });
       return total;
     };
-    activate_backward_by_warp<kUsual>(
+    activate_backward_by_warp<kReluOrSilu>(
         params, sample, branch, [&](int64_t j) { return hidden[j]; }, sum_of_chunks, [](int64_t, A) {});
   }
 }
@@ -307,7 +309,7 @@ void launch_transform_backward(const TransformGradParams<T>& params, cudaStream_
     }
     const int64_t blocks = (tiles[kScale] + tiles[kShift]) * batch_tiles(forward.samples, kBatchSamples);
     if (blocks == 0) continue;
-    launch(forward.activation.usual() ? transform_backward_layer<T, true> : transform_backward_layer<T, false>,
+    launch(forward.activation.is_relu_or_silu() ? transform_backward_layer<T, true> : transform_backward_layer<T, false>,
            dim3(static_cast<unsigned>(blocks)), dim3(kBatchThreads), shared_bytes<TransformBackwardLayerShared<acc_t<T>>>(),
            stream, params, layer, tiles[kScale], tiles[kShift]);
   }

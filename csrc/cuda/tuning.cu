@@ -1,7 +1,7 @@
-// What gcnet_ext/_tuning.py calls.
-#include "tuning.h"
+// gcnet_ext/_tuning.py calls this.
+#include "launch.h"
 
-// The calls of this thread follow these decisions from now on.
+// From now on, the calls of this thread follow these decisions.
 extern "C" __attribute__((visibility("default"))) void gcnet_ext_cuda_tuning(const gcnet_ext::CudaTuning* decided) {
   gcnet_ext::cuda::tuning() = *decided;
 }

@@ -1,9 +1,8 @@
-// The positions that count in the attention pool, where not all do.
+// The positions that count in the attention pool, if not all of them do.
 #pragma once
 
 #include "elements.cuh"
 #include "reduce.cuh"
-#include "workspace.h"
 
 namespace gcnet_ext::cuda {
 
@@ -28,7 +27,7 @@ __global__ void __launch_bounds__(kElementThreads) valid_shares(Valid<T> valid, 
   });
 }
 
-// `valid` with its shares; an absent one stays absent.
+// Returns `valid` with its shares, unless it is absent.
 template <typename T>
 Valid<T> with_shares(Valid<T> valid, const Extent& extent, Workspace& workspace, cudaStream_t stream) {
   if (!valid.data) return valid;

@@ -1,4 +1,4 @@
-// attention_pool_rows, _positions and _streamed, without the transform in their tail; and over some of the positions.
+// attention_pool_rows, _positions and _streamed without the transform in their tail, and where not all positions count.
 #include "../../../csrc/cuda/attention_pool_backward.cuh"
 #include "kernel_test.h"
 
@@ -49,14 +49,14 @@ void test(const Shape& shape, int64_t tiles_per_split = 0, bool all_count = true
   auto x = FeatureMap<T>::random(shape);
   const std::vector<uint8_t> valid = all_count ? std::vector<uint8_t>() : random_valid(shape.samples, shape.positions);
   forget(x, valid);
-  if (!all_count && shape.samples > 2) *x.write().at(0, 0, 0) = std::numeric_limits<T>::quiet_NaN();  // at a position that counts
+  if (!all_count && shape.samples > 2) *x.write().at(0, 0, 0) = std::numeric_limits<T>::quiet_NaN();  // at one that counts
   const auto weight = random_values<T>(shape.channels, 3 / std::sqrt(static_cast<double>(shape.channels))),
              bias = random_values<T>(1);
   TestWorkspace workspace;
   const Valid<T> of_samples =
       with_shares<T>({all_count ? nullptr : valid.data(), shape.positions}, shape.extent(), workspace, nullptr);
   CudaPoolPlan plan = pool_plan(common_shape<T>(shape.extent(), x.read()), of_samples);
-  if (tiles_per_split) {  // more tiles in a split than the plan gives to so few positions
+  if (tiles_per_split) {  // gives a split more tiles than the plan gives it for so few positions
     plan.tiles_per_split = tiles_per_split;
     plan.splits = (shape.positions + plan.tile_positions * tiles_per_split - 1) / (plan.tile_positions * tiles_per_split);
   }
@@ -85,7 +85,7 @@ void test(const Shape& shape, int64_t tiles_per_split = 0, bool all_count = true
   for (size_t i = 0; i < attention.size(); i++) attentions.add(attention[i], wanted.attention[i]);
 }
 
-// The backward pass over some of the positions, with an infinite gradient of the first context.
+// The backward pass where not all positions count, with an infinite gradient of the first context.
 template <class T>
 void test_backward(const Shape& shape, bool attends) {
   using A = acc_t<T>;

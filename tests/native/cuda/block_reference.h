@@ -11,13 +11,13 @@ namespace kernel_test {
 
 using Values = std::vector<double>;
 
-// Weights of a branch, or their gradients; empty when they are absent. w1 [H, C], w2 [C, H].
+// The weights of a branch, or their gradients: w1 [H, C], w2 [C, H]. An absent one is empty.
 struct BranchValues {
   Values w1, b1, norm_weight, norm_bias, w2, b2;
   int64_t units = 0;
 };
 
-// In the order of the schema.
+// The names of the activations, by their number in the schema.
 inline constexpr std::array<const char*, 7> kActivations{"none",      "relu",      "silu",      "gelu",
                                                          "gelu_tanh", "hardswish", "leaky_relu"};
 inline constexpr double kSlope = 0.125;  // of the leaky ReLU
@@ -96,7 +96,7 @@ struct BlockReference {
     }
   }
 
-  // What the norm and the activation make of the hidden units of a sample.
+  // The hidden units of a sample in the norm and the activation.
   struct Units {
     Values normalised, z, activated;
     double inverse_std = 1;
@@ -144,7 +144,7 @@ struct BlockReference {
     }
   }
 
-  // What row i of x, of N*C, is multiplied with.
+  // The scale of row i of x, of N*C rows.
   double scale(int64_t i) const { return t[0].empty() ? 1 : options.hard_sigmoid ? std::clamp(t[0][i], 0., 1.) : t[0][i]; }
 
   void forward() {
@@ -159,7 +159,7 @@ struct BlockReference {
     }
   }
 
-  // Through w2, activation and norm: from grad_t of a sample to the gradient of its hidden units.
+  // Returns the gradient of a sample's hidden units from grad_t: back through w2, activation and norm.
   Values backward_hidden(int b, int64_t n, const double* grad_t) {
     const BranchValues& weights = branches[b];
     BranchValues& grads = gradients[b];

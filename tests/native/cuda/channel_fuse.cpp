@@ -1,4 +1,4 @@
-// fuse_rows and fuse_positions; fuse_elements with the bits of its ReLU, and back through it.
+// fuse_rows and fuse_positions; fuse_elements, the bits of its ReLU, and the way back through that.
 #include "../../../csrc/cuda/channel_fuse.cuh"
 #include "kernel_test.h"
 
@@ -14,7 +14,7 @@ namespace {
 
 using namespace gcnet_ext::cuda;
 
-// What the fusion has of its operands.
+// The operands that a fusion has.
 struct Operands {
   bool x = true, scale = true, shift = true;
 

@@ -17,27 +17,27 @@ using namespace gcnet_ext::cuda;
 struct Case {
   Shape shape;
   std::array<int64_t, 2> units = {4, 4};  // of scale and shift; 0: absent
-  bool attends = true, w2 = true, single = false;
+  bool attends = true, w2 = true, float32_parameters = false;
   BlockOptions options = {};
   bool residual = false, relu = false, valid = false;
 
   std::string text() const {
     return shape.text() + " units " + std::to_string(units[0]) + "+" + std::to_string(units[1]) + (attends ? "" : " avg") +
-           (w2 ? "" : " one layer") + (single ? " float32 parameters" : "") + (options.norm ? "" : " no norm") + " " +
-           kActivations[options.activation] + (options.hard_sigmoid ? " hard_sigmoid" : "") + (residual ? " residual" : "") +
-           (relu ? " final relu" : "") + (valid ? " valid" : "");
+           (w2 ? "" : " one layer") + (float32_parameters ? " float32 parameters" : "") + (options.norm ? "" : " no norm") +
+           " " + kActivations[options.activation] + (options.hard_sigmoid ? " hard_sigmoid" : "") +
+           (residual ? " residual" : "") + (relu ? " final relu" : "") + (valid ? " valid" : "");
   }
 };
 
-// A parameter in its own dtype, and what it holds in double.
+// A parameter in its own dtype: `narrow` in that of x or `wide` in float32.
 template <class T>
 struct Weight {
   std::vector<T> narrow;
   std::vector<float> wide;
 
   Weight() = default;
-  Weight(int64_t count, bool single, double scale) {
-    if (single) {
+  Weight(int64_t count, bool is_float32, double scale) {
+    if (is_float32) {
       wide = random_values<float>(count, scale, scale / 4);
     } else {
       narrow = random_values<T>(count, scale, scale / 4);
@@ -69,7 +69,7 @@ template <class T>
 Branch<T> random_branch(const Case& block, int64_t units) {
   const int64_t channels = block.shape.channels;
   if (units == 0) return {};
-  const auto make = [&](int64_t count, double scale) { return Weight<T>(count, block.single, scale); };
+  const auto make = [&](int64_t count, double scale) { return Weight<T>(count, block.float32_parameters, scale); };
   Branch<T> branch{make(units * channels, 2 / std::sqrt(channels)), make(units, 1)};
   if (!block.w2) return branch;
   if (block.options.norm) branch[2] = make(units, 1), branch[3] = make(units, 1);
@@ -88,7 +88,7 @@ Values values_of(const FeatureMap<T>& map) {
   return values;
 }
 
-// Errors count in units of the largest value: sums of this size were cancelled to make the small ones.
+// Errors are measured by the largest value, because the small ones are left over from sums of that size.
 void compare(const std::string& what, const Values& found, const Values& expected, double tolerance) {
   double size = 1e-30;
   for (const double value : expected) size = std::max(size, std::fabs(value));
@@ -106,10 +106,10 @@ void test(const Case& block) {
   const auto grad = FeatureMap<T>::random(shape), residual = FeatureMap<T>::random(shape);
   auto out = FeatureMap<T>::empty(dense), grad_x = FeatureMap<T>::empty(dense), through_relu = FeatureMap<T>::empty(dense);
   const std::vector<uint8_t> valid = block.valid ? random_valid(samples, positions) : std::vector<uint8_t>();
-  // A NaN at a position that does not count is seen by the fusion and by sum_p g x alone, which a shift does without.
+  // A NaN at a position that does not count reaches only the fusion and sum_p g x, and a block without a scale has no such sum.
   if (block.units[kScale] == 0) forget(x, valid);
-  const Weight<T> mask = block.attends ? Weight<T>(channels, block.single, 3 / std::sqrt(channels)) : Weight<T>();
-  const Weight<T> mask_bias = block.attends ? Weight<T>(1, block.single, 1) : Weight<T>();
+  const Weight<T> mask = block.attends ? Weight<T>(channels, block.float32_parameters, 3 / std::sqrt(channels)) : Weight<T>();
+  const Weight<T> mask_bias = block.attends ? Weight<T>(1, block.float32_parameters, 1) : Weight<T>();
   const std::array<Branch<T>, 2> branches{random_branch<T>(block, block.units[0]), random_branch<T>(block, block.units[1])};
   const int64_t units = block.units[0] + block.units[1];
   auto context = unwritten<A>(samples * channels), attention = unwritten<A>(block.attends ? samples * positions : 0);
@@ -190,7 +190,7 @@ void test(const Case& block) {
   expected.backward(values_of(grad));
 
   const std::string name = std::string("global_context ") + kName<T> + " " + block.text();
-  const double sums = resolution<T>() * 100, stored = sums + (block.single ? 1e-7 : resolution<T, T>());
+  const double sums = resolution<T>() * 100, stored = sums + (block.float32_parameters ? 1e-7 : resolution<T, T>());
   compare(name + ", context", Values(context.begin(), context.end()), expected.context, sums);
   if (block.attends) compare(name + ", attention", Values(attention.begin(), attention.end()), expected.attention, sums);
   if (block.units[0]) compare(name + ", gate", Values(gate.begin(), gate.end()), expected.t[0], sums);
@@ -210,17 +210,18 @@ void test(const Case& block) {
   }
 }
 
-// Every activation by itself, out to where its terms overflow.
+// Every activation by itself, up to arguments for which its terms overflow.
 template <class A>
 void test_activations() {
   for (int kind = 0; kind < static_cast<int>(kActivations.size()); kind++) {
-    const ActivationOf<A> device{static_cast<gcnet_ext::Activation>(kind), static_cast<A>(kSlope)};
+    const ActivationFunction<A> device{static_cast<gcnet_ext::Activation>(kind), static_cast<A>(kSlope)};
     const std::string name = std::string(kName<A>) + " " + kActivations[kind];
     Comparison values(name, resolution<A>()), slopes(name + ", slope", resolution<A>());
     for (const double z : {0., 1e-6, 0.3, 1., 2.9, 3., 3.1, 7., 30., 99., 101., 1e10, 1e30, std::nan("")}) {
       for (const A at : {static_cast<A>(z), static_cast<A>(-z)}) {
-        const A value = device.usual() ? device.template of<true>(at) : device.template of<false>(at);
-        const A slope = device.usual() ? device.template backward<true>(at, 2) : device.template backward<false>(at, 2);
+        const A value = device.is_relu_or_silu() ? device.template value<true>(at) : device.template value<false>(at);
+        const A slope =
+            device.is_relu_or_silu() ? device.template backward<true>(at, 2) : device.template backward<false>(at, 2);
         values.add(value, activation(kind, at));
         if (!std::isnan(z)) slopes.add(slope, 2 * activation_slope(kind, at));
       }

@@ -13,7 +13,7 @@
 
 #include "../../../csrc/cuda/feature_map.cuh"
 #include "../../../csrc/cuda/parameter.cuh"
-#include "../../../csrc/cuda/workspace.h"
+#include "../../../csrc/cuda/launch.h"
 
 namespace kernel_test {
 
@@ -32,7 +32,7 @@ inline constexpr const char* kName<Half> = "float16";
 template <>
 inline constexpr const char* kName<BFloat16> = "bfloat16";
 
-// Numbers that are the same on every machine: uniform in [-1, 1].
+// A random number, uniform in [-1, 1]. The sequence is the same on every machine.
 inline double random_number() {
   static uint64_t state = 88172645463325252ull;
   state ^= state << 13, state ^= state >> 7, state ^= state << 17;
@@ -85,7 +85,7 @@ struct FeatureMap {
   static FeatureMap random(const Shape& shape) { return {shape, random_values<T>(shape.elements(), 1, 0.25)}; }
   static FeatureMap empty(const Shape& shape) { return {shape, unwritten<T>(shape.elements())}; }
 
-  // The stride of a dimension of size one may be anything.
+  // The stride of a dimension of size one is arbitrary; here it is one that the dense layout does not have.
   int64_t channel_stride() const { return shape.channels_last || shape.channels == 1 ? 1 : shape.positions; }
   int64_t position_stride() const { return shape.channels_last ? shape.channels : 1; }
   Map<const T> read() const {
@@ -116,7 +116,8 @@ void forget(FeatureMap<T>& x, const std::vector<uint8_t>& valid) {
   }
 }
 
-// The bytes that hold a bit for every element. Each row, a channel or in channels_last a position, begins with a byte of its own.
+// The bytes that hold a bit for every element. Each row, a channel or in channels_last a position, begins with a byte of its
+// own.
 inline int64_t bytes_of_bits(const Shape& shape) {
   const int64_t rows = shape.channels_last ? shape.positions : shape.channels;
   return shape.samples * rows * ((shape.channels * shape.positions / rows + 7) / 8);
@@ -168,7 +169,7 @@ class Comparison {
   int64_t at_ = 0, count_ = 0;
 };
 
-// One file per group of kernels. `small` is what ThreadSanitizer and the mutation check can afford.
+// The tests of each group of kernels, a file for each. `small`: only what ThreadSanitizer and the mutation check can afford.
 void test_attention_pool(bool small);
 void test_channel_fuse(bool small);
 void test_channel_sums(bool small);

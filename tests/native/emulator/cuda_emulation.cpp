@@ -1,5 +1,5 @@
-// The engine of cuda_emulation.h. Compiled without sanitizers even when the device code is, so that its own bookkeeping is no
-// data race; what a sanitizer must know of fibers it is told here, when its runtime is linked in.
+// The engine of cuda_emulation.h. It is compiled without sanitizers even if the device code has them, so that its own
+// bookkeeping is no data race; if the runtime of a sanitizer is linked in, it is told about the fibers here.
 #include "cuda_emulation.h"
 
 #include <algorithm>
@@ -38,7 +38,7 @@ struct Thread {
   unsigned lane, warp;
   Wait wait = Wait::none;
   Site site;  // where it waits
-  // What it brings to a meeting of its warp, and what it takes away.
+  // The arguments of a meeting of its warp; `value` is also the result.
   Meeting what;
   unsigned mask, source;
   uint64_t value;
@@ -59,10 +59,10 @@ struct Block {
   size_t stack_set = 0;  // the stacks that its threads run on
   unsigned running = 0, waiting = 0, barriers = 0;
   Site barrier_site;
-  char order[2];  // of even and odd barriers, for the reason given above
+  char order[2];  // of even and odd barriers, so that a thread that is already at the next one orders nothing for this one
 };
 
-// Text without allocations: a thread that fails is never resumed to free them.
+// A text without allocations, because a thread that fails is never resumed to free them.
 struct Message {
   char text[1024] = "";
   size_t length = 0;
@@ -117,7 +117,7 @@ class Launch {
   Fiber host_;
   Block* finished_ = nullptr;
   std::deque<size_t> free_stack_sets_;
-  char begin_ = 0, end_ = 0;  // the launch comes before all of its threads, and they come before its end
+  char begin_ = 0, end_ = 0;  // addresses that order the start of the launch before its threads, and these before its end
 };
 
 Launch* launch = nullptr;
@@ -139,7 +139,7 @@ void Launch::ready(Thread& thread) {
   queue_[queue_end_++ & queue_mask_] = &thread;
 }
 
-// Lets others run until this thread is ready again: the next thread, or the host when it has something to do.
+// Lets the next thread run, or the host if it has something to do, until this thread is ready again.
 void Launch::leave(Wait wait, Site site) {
   Thread& self = *current;
   self.wait = wait;
@@ -224,7 +224,7 @@ uint64_t Launch::meet(Meeting what, unsigned mask, uint64_t value, unsigned sour
   return self.value;
 }
 
-// All lanes of the mask are here: every one of them gets its result, and those that waited can go on.
+// Called when all lanes of the mask have met. Every one gets its result, and those that waited can go on.
 void Launch::complete(Warp& warp, Thread* lanes, unsigned mask) {
   uint64_t values[kWarp], votes = 0;
   for (unsigned rest = mask; rest; rest &= rest - 1) {
@@ -325,7 +325,7 @@ Launch::~Launch() {
   indices = nullptr;
 }
 
-// Of every byte that was accessed while counting.
+// The accesses of a byte while they were counted.
 struct Counts {
   unsigned loads = 0, stores = 0;
 };

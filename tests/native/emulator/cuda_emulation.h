@@ -3,7 +3,7 @@
 //
 // What it finds that a GPU would hide:
 //   * barriers, shuffles and votes that not all threads reach together, and deadlocks: an exception that says who waits where;
-//   * accesses through load and store that are not aligned to their size: the same;
+//   * accesses through load and store that are not aligned to their size: an exception as well;
 //   * shared memory that nobody wrote: it is filled with NaN;
 //   * under AddressSanitizer, accesses past the end of shared or global memory: shared memory has its exact size;
 //   * under ThreadSanitizer, data races: only __syncthreads, __syncwarp, launches and atomics order memory, nothing else.
@@ -44,7 +44,7 @@ struct Indices {
   dim3 thread, block;
 };
 
-// Of the thread that runs now, and of its launch.
+// The indices of the thread that runs now, and the sizes of its launch.
 extern const Indices* indices;
 extern dim3 block_size, grid_size;
 
@@ -59,18 +59,19 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const Body& body) {
 unsigned char* shared_memory();
 void barrier(Site site);
 
-// Where the lanes of a warp that are in the mask meet. Every lane gives a value and gets what it asked for.
+// The lanes of a warp that are in the mask meet here. Every lane brings a value; a shuffle returns that of the source lane, and
+// a ballot returns the votes of all.
 enum class Meeting { barrier, shuffle, ballot };
 uint64_t meet(Meeting what, unsigned mask, uint64_t value, unsigned source_lane, Site site);
 unsigned lane();
 
-// The order of an atomic that acquires and releases.
+// The memory order of an atomic that acquires and releases, unless GCNET_EMULATION_DROP takes half of it.
 int acq_rel(Site site);
 
-// Counts every access through load and store from now on; or no longer. (Not under ThreadSanitizer, which takes the memory of
-// the counts for that of the threads.)
+// Starts or stops to count every access through load and store. (This does not work under ThreadSanitizer, which takes the
+// memory of the counts for that of the threads.)
 void count_accesses(bool count);
-// How often the bytes of a buffer were loaded and stored: the least and the most of any byte.
+// How often the bytes of a buffer were loaded and stored, as the least and the most of any byte.
 struct Traffic {
   unsigned least_loads, most_loads, least_stores, most_stores;
 };

@@ -53,8 +53,8 @@ inline void sanitizer_release(void* address) {
 }
 
 #if defined(__x86_64__)
-// The registers that a call preserves go onto the old stack and come from the new one. (swapcontext would do, with two system
-// calls for the signal mask: ten times slower.)
+// Pushes the registers that a call preserves onto the old stack, and pops them from the new one. (swapcontext would do, but it
+// takes ten times as long, for two system calls that set the signal mask.)
 __attribute__((naked, noinline)) static void switch_stack(void** /*from*/, void* /*to*/) {
   asm("pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
       "movq %rsp, (%rdi)\n movq %rsi, %rsp\n"
@@ -62,7 +62,7 @@ __attribute__((naked, noinline)) static void switch_stack(void** /*from*/, void*
 }
 #endif
 
-// A fiber that runs entry() on this stack, entry never returns. `tsan` is who it is for ThreadSanitizer.
+// Makes a fiber that runs entry() on this stack; entry never returns. ThreadSanitizer knows the fiber as `tsan`.
 inline void create_fiber(Fiber& fiber, char* stack, size_t bytes, void* tsan, void (*entry)()) {
   fiber.tsan = tsan;
   fiber.stack = stack;
@@ -82,12 +82,13 @@ inline void create_fiber(Fiber& fiber, char* stack, size_t bytes, void* tsan, vo
 #endif
 }
 
-// A failed launch leaves fibers behind in the middle of their work, with their red zones still poisoned.
+// Takes the poison off a stack. A failed launch leaves fibers behind in the middle of their work, with red zones on their
+// stacks.
 inline void forget_stack(void* stack, size_t bytes) {
   if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(stack, bytes);
 }
 
-// The thread that calls this, as something to switch back to.
+// Makes a fiber of the thread that calls this, so that others can switch back to it.
 inline void adopt_host(Fiber& host) {
   if (__tsan_get_current_fiber) host.tsan = __tsan_get_current_fiber();
   if (!__sanitizer_start_switch_fiber) return;
@@ -99,12 +100,12 @@ inline void adopt_host(Fiber& host) {
   host.stack = static_cast<char*>(stack);
 }
 
-// The first thing a new fiber does.
+// A new fiber calls this before anything else.
 inline void fiber_started() {
   if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
 }
 
-// Switches without ordering memory between the two. `last`: nobody will switch back.
+// Switches from one fiber to another, without ordering memory between them. `last`: nobody will switch back.
 inline void switch_fiber(Fiber& from, Fiber& to, bool last) {
   if (__sanitizer_start_switch_fiber)
     __sanitizer_start_switch_fiber(last ? nullptr : &from.fake_stack, to.stack, to.stack_bytes);

@@ -1,4 +1,4 @@
-// What the environment says to the emulator (cuda_emulation.h).
+// The settings of the emulator, which are variables of the environment (cuda_emulation.h).
 #pragma once
 
 #include <cstdlib>
@@ -11,7 +11,7 @@
 
 namespace gcnet_ext::cuda::emulation {
 
-// Who runs next: GCNET_EMULATION_SCHEDULE and GCNET_EMULATION_SEED.
+// The order in which threads run: GCNET_EMULATION_SCHEDULE and GCNET_EMULATION_SEED.
 struct Schedule {
   bool depth_first = true;
   uint64_t seed = 0;
@@ -33,7 +33,7 @@ struct Schedule {
   }
 };
 
-// What GCNET_EMULATION_DROP says.
+// The barrier or atomic that GCNET_EMULATION_DROP leaves out.
 struct Dropped {
   std::string file, half;
   unsigned line = 0;

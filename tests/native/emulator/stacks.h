@@ -1,4 +1,4 @@
-// The stacks that emulated threads run on, and who these are for ThreadSanitizer.
+// The stacks that emulated threads run on, and the threads' identities for ThreadSanitizer.
 #pragma once
 
 #include <sys/mman.h>
@@ -13,12 +13,12 @@ namespace gcnet_ext::cuda::emulation {
 constexpr size_t kStackBytes = 128 << 10, kGuardBytes = 4 << 10;
 constexpr size_t kBlocksAtATime = 3;  // in the round-robin schedule
 
-// The stacks of the threads of a block, and who they are for ThreadSanitizer. Both are costly to make, half a millisecond a
-// thread, so blocks hand them on to later blocks, as late as possible: two blocks that share them count as ordered, but any
-// block is unordered with the kBlocksAtATime - 1 or more that started before it.
+// A set has a stack and an identity for each thread of a block. Making them takes half a millisecond per thread, so a block
+// hands its set on to a later block. ThreadSanitizer takes two blocks with one set for ordered; therefore a set is handed on as
+// late as possible, and any block is unordered with the kBlocksAtATime - 1 or more that started before it.
 class StackSets {
  public:
-  // Thread number i of a block that has this set of stacks.
+  // Makes the fiber of thread number i in a block that has this set.
   void create(Fiber& fiber, size_t set, size_t i, void (*entry)()) {
     std::vector<Member>& members = sets_[set];
     while (members.size() <= i) members.push_back({new_stack(), nullptr});
@@ -26,7 +26,8 @@ class StackSets {
     create_fiber(fiber, members[i].stack, kStackBytes, members[i].identity, entry);
   }
 
-  // A launch that failed left them in the middle of something. What they did until then comes before what they release.
+  // To be called after a launch that failed, whose threads stopped in the middle of their work. All that they did comes before
+  // the release of `released`.
   void reset(const Fiber& host, void* released) {
     for (std::vector<Member>& members : sets_) {
       for (Member& member : members) {
@@ -47,7 +48,7 @@ class StackSets {
     void* identity;
   };
 
-  // Above a page that nobody may touch.
+  // A new stack, above a page that nobody may touch.
   static char* new_stack() {
     void* start = mmap(nullptr, kGuardBytes + kStackBytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     char* stack = static_cast<char*>(start) + kGuardBytes;

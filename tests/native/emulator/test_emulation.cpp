@@ -1,4 +1,4 @@
-// The emulator itself: small kernels that are right, and small kernels that are wrong in one way each.
+// Tests of the emulator itself, with small kernels that are right, and small kernels that are wrong in one way each.
 //
 //   test_emulation                runs all checks that an exception can report
 //   test_emulation NAME           runs one kernel whose mistake only a sanitizer sees; it must stop the program
@@ -184,7 +184,7 @@ void counting() {
   check(written.least_stores == 0 && written.most_stores == 1 && written.most_loads == 0, "stores are counted");
 }
 
-// What goes wrong here goes wrong silently: only a sanitizer tells.
+// The mistakes of these kernels show under a sanitizer only.
 const std::map<std::string, std::function<void()>> silent = {
     {"missing-syncthreads", [] { sum_of_blocks(1, false); }},
     {"missing-acquire-release", [] { sum_of_blocks(3, true, false); }},
