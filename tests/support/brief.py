@@ -43,28 +43,10 @@ WINDOW = 300
 """Tests that are run on a borrowed GPU, about."""
 # The files whose tests are about a GPU's kernels; of each test some cases are chosen.
 WINDOW_FILES = (
-    *(
-        "every_op",
-        "attention_pool",
-        "channel_fuse",
-        "global_context",
-        "global_context_block",
-        "layouts",
-        "in_place",
-        "determinism",
-        "amp",
-    ),
-    *(
-        "cuda_device",
-        "memory",
-        "derivatives",
-        "create_graph",
-        "squeeze_excitation",
-        "simplified_non_local",
-        "properties",
-        "limits",
-    ),
-)
+    "every_op", "attention_pool", "channel_fuse", "global_context", "global_context_block", "layouts", "in_place",
+    "determinism", "amp", "cuda_device", "memory", "derivatives", "create_graph", "squeeze_excitation", "simplified_non_local",
+    "properties", "limits",
+)  # fmt: skip
 
 
 def for_the_window(items: Iterable[pytest.Item]) -> list[pytest.Item]:
