@@ -1,4 +1,4 @@
-// What the operators accept, as rules. An error says which argument of which operator breaks one; gcnet_ext/_checks.py then
+// What the operators accept, as rules. An error says which argument of which operator breaks one; gcnet_ext/ops/_checks.py then
 // says in words what the argument must be and what it was, and tests/properties/test_bad_input.py holds the two to each other.
 #pragma once
 

@@ -16,7 +16,7 @@ struct Layout {
   bool channels_last;                                      // channel_stride is 1, otherwise position_stride is
 };
 
-// Whether the channels of a position lie next to each other, and the positions apart. gcnet_ext/_shapes.py has the same rule.
+// Whether the channels of a position lie next to each other, and the positions apart. gcnet_ext/ops/_bits.py has the same rule.
 bool is_channels_last(const Tensor& x);
 // The positions of x: the product of its spatial sizes.
 int64_t positions(const Tensor& x);

@@ -1,5 +1,5 @@
-// Every operator of the package, on one screen. Kernels register themselves for their device (csrc/cpu, csrc/cuda); the shapes
-// of the results are in gcnet_ext/_shapes.py, the gradients in gcnet_ext/_library.py.
+// Every operator of the package, on one screen. Kernels register themselves for their device (csrc/cpu, csrc/cuda); what
+// Python knows of an operator, the shapes of its results and its gradients among it, is in gcnet_ext/ops/<op>.py.
 //
 // N samples, C channels, P positions, H hidden units of a branch. "acc" is the accumulation dtype: float64 for a float64 x,
 // float32 otherwise. A gradient that is not needed comes back as an empty tensor. An operator with a trailing underscore

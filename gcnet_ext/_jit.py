@@ -65,7 +65,7 @@ def load() -> ModuleType:
     )
     if cuda.build:
         os.environ["TORCH_CUDA_ARCH_LIST"] = cuda.architectures
-        # Compiled and linked beside _C, and loaded from there by _library.py as an installed one is.
+        # Compiled and linked beside _C, and loaded from there by _load.py as an installed one is.
         (build_directory / "cuda").mkdir(exist_ok=True)
         cpp_extension.load(
             name="_C_cuda",

@@ -62,7 +62,7 @@ class _Thread(threading.local):
 
 _thread = _Thread()
 library: ctypes.CDLL | None = None
-"""With the CUDA kernels, for which the decisions are made; _library.py loads it."""
+"""The library of the CUDA kernels, for which the decisions are made; _load.py loads it."""
 
 
 def decided() -> CudaTuning:

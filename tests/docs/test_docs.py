@@ -17,6 +17,7 @@ from torch import Tensor
 
 import gcnet_ext
 from gcnet_ext import _load
+from gcnet_ext.ops._options import ACTIVATIONS, Options
 
 DOCS = ROOT / "docs"
 pytestmark = pytest.mark.skipif(
@@ -42,7 +43,7 @@ def by_formulas(program: dict[str, Any], inputs: tuple[Tensor | None, ...], grad
     ctx = reference.attention_pool(x, w, b)
     s = torch.ones_like(ctx)
     if scale is not None:
-        of_branches = reference.Options(1e-5 if options["norm"] else None, reference.ACTIVATIONS[options["activation"]])
+        of_branches = Options(1e-5 if options["norm"] else None, ACTIVATIONS[options["activation"]])
         t = reference.branch(ctx, gcnet_ext.Branch(*scale), of_branches)
         s = t.sigmoid() if options["gate"] == "sigmoid" else options["gate_alpha"] * t + 0.5
     dx, dw, db, dscale, dshift = program["block_backward"](
