@@ -11,6 +11,7 @@
 #include "cuda_or_emulator.h"
 
 #if defined(__CUDACC__)
+#include <atomic>
 #include <stdexcept>
 #endif
 
@@ -52,6 +53,40 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
   if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) launch_failed(error);
 }
 
+// Whether the kernels that run on the current device have code for griddepcontrol.wait, which all of this library have or none
+// has. (Code for an older architecture, compiled by the driver for a newer one, has no such instruction.)
+inline bool kernels_wait(const void* any_kernel) {
+  static std::atomic<signed char> known[64];  // of each device: 0 if nobody has asked yet, 1 or -1
+  int device = 0;
+  if (cudaGetDevice(&device) || device >= 64) return false;
+  if (!known[device]) {
+    int major = 0;
+    cudaFuncAttributes code{};
+    const bool found =
+        !cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) && !cudaFuncGetAttributes(&code, any_kernel);
+    known[device] = found && major >= 9 && code.ptxVersion >= 90 ? 1 : -1;
+  }
+  return known[device] == 1;
+}
+
+// A launch whose blocks may start before the launch before it is over, from sm_90 on; see wait_for_previous_launch().
+template <class... Parameters, class... Arguments>
+void launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                  Arguments&&... arguments) {
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = kernels_wait(reinterpret_cast<const void*>(kernel)) ? 1 : 0;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  if (error != cudaSuccess) launch_failed(error);
+}
+
 // The multiprocessors of the current device.
 inline int multiprocessors() {
   int device = 0, count = 1;
@@ -74,7 +109,13 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
   emulation::run(grid, block, shared_bytes, [&] { kernel(arguments...); });
 }
 
-inline int multiprocessors() { return 1; }
+template <class... Parameters, class... Arguments>
+void launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
+                  Arguments&&... arguments) {
+  emulation::run(grid, block, shared_bytes, [&] { kernel(arguments...); }, /*early=*/true);
+}
+
+inline int multiprocessors() { return emulation::multiprocessors(); }
 
 inline void zero_async(void* start, size_t bytes, cudaStream_t) { std::memset(start, 0, bytes); }
 

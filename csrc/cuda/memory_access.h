@@ -78,6 +78,27 @@ __device__ __forceinline__ T load_fresh(const T* from) {
   return __ldcg(from);
 }
 
+template <int V, class T>
+__device__ __forceinline__ Vector<T, V> load_fresh_vector(const T* from) {
+  using Word = typename Access<sizeof(T) * V>::type;
+  return __builtin_bit_cast(Vector<T, V>, __ldcg(reinterpret_cast<const Word*>(from)));
+}
+
+// Every thread of a kernel that launch_early() starts calls this before it reads what the launch before it wrote, and once at
+// least: only then is the launch before the last one over, too, when this one is.
+__device__ __forceinline__ void wait_for_previous_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// From now on, the blocks of the next launch may start where this launch leaves room, if launch_early() starts them.
+__device__ __forceinline__ void let_next_launch_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // One thread calls this for its block, between two __syncthreads(). It releases everything that the block wrote before the
 // first, and acquires, for everything after the second, whatever the blocks that were counted so far have released.
 __device__ __forceinline__ unsigned fetch_add_acq_rel(unsigned* counter, unsigned value) {
@@ -137,8 +158,18 @@ void store(T* to, T value) {
 
 template <class T>
 T load_fresh(const T* from) {
+  emulation::note_fresh_load();
   return *from;
 }
+
+template <int V, class T>
+Vector<T, V> load_fresh_vector(const T* from) {
+  emulation::note_fresh_load();
+  return load_vector<V>(from);
+}
+
+inline void wait_for_previous_launch(emulation::Site site = emulation::Site::current()) { emulation::waited(site); }
+inline void let_next_launch_start() {}
 
 inline unsigned fetch_add_acq_rel(unsigned* counter, unsigned value, emulation::Site site = emulation::Site::current()) {
   switch (emulation::acq_rel(site)) {

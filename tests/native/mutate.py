@@ -1,4 +1,6 @@
-"""Takes one barrier, or one half of one acquire-release atomic, from the CUDA kernels at a time; the kernel tests must notice.
+"""Takes one barrier, one wait for the launch before, or one half of one acquire-release atomic from the CUDA kernels at a time.
+
+The kernel tests must notice.
 
     python tests/native/mutate.py build/native/cuda_kernels_tsan [--jobs N] [--list]
 
@@ -17,19 +19,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 CUDA = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
-BARRIER = re.compile(r"\b__sync(threads|warp)\(")
+BARRIER = re.compile(r"\b(__sync(threads|warp)|wait_for_previous_launch)\(")
+DEFINITION = re.compile(r"\bvoid wait_for_previous_launch\(")
 ATOMIC = re.compile(r"\bfetch_add_acq_rel\(")
 TIME_LIMIT = 120  # seconds; a mutant that hangs is a mutant that was noticed
 
 
 def mutants() -> list[str]:
-    """Every "file:line" of a barrier and "file:line:half" of an atomic, as GCNET_EMULATION_DROP takes them."""
+    """Every "file:line" of a barrier or wait and "file:line:half" of an atomic, as GCNET_EMULATION_DROP takes them."""
     found = []
     for path in sorted(CUDA.glob("*.cuh")):
         for number, line in enumerate(path.read_text().splitlines(), 1):
             code = line.partition("//")[0]
             site = f"{path.name}:{number}"
-            if BARRIER.search(code):
+            if BARRIER.search(code) and not DEFINITION.search(code):
                 found.append(site)
             if ATOMIC.search(code):
                 found += [f"{site}:acquire", f"{site}:release"]

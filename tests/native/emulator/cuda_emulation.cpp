@@ -38,6 +38,7 @@ struct Thread {
   unsigned lane, warp;
   Wait wait = Wait::none;
   Site site;  // where it waits
+  bool waited_for_previous = false;
   // The arguments of a meeting of its warp; `value` is also the result.
   Meeting what;
   unsigned mask, source;
@@ -81,8 +82,8 @@ struct Message {
 
 class Launch {
  public:
-  Launch(size_t shared_bytes, void (*body)(const void*), const void* closure)
-      : shared_bytes_(shared_bytes), body_(body), closure_(closure) {}
+  Launch(size_t shared_bytes, bool early, void (*body)(const void*), const void* closure)
+      : shared_bytes_(shared_bytes), early_(early), body_(body), closure_(closure) {}
   ~Launch();
 
   void run();
@@ -92,6 +93,8 @@ class Launch {
   [[noreturn]] void fail(const char* format, Values... values);
 
   int acq_rel(const Site& site) const;
+  void waited(const Site& site) { current->waited_for_previous |= !dropped_.is(site); }
+  void require_waited(const char* before);
 
   Thread* current = nullptr;
 
@@ -106,6 +109,7 @@ class Launch {
   void describe_deadlock();
 
   const size_t shared_bytes_;
+  const bool early_;
   void (*const body_)(const void*);
   const void* const closure_;
   Schedule schedule_;
@@ -162,6 +166,7 @@ void Launch::thread_main() {
   fiber_started();
   sanitizer_acquire(&launch->begin_);
   launch->body_(launch->closure_);
+  launch->require_waited("its end");
   sanitizer_release(&launch->end_);
   Block& block = *launch->current->block;
   if (--block.running == 0) launch->finished_ = &block;
@@ -187,6 +192,10 @@ void Launch::barrier(Site site) {
     }
   }
   sanitizer_acquire(order);
+}
+
+void Launch::require_waited(const char* before) {
+  if (early_ && !current->waited_for_previous) fail("no wait for the previous launch before %s", before);
 }
 
 int Launch::acq_rel(const Site& site) const {
@@ -341,7 +350,7 @@ void note(const void* address, size_t bytes, unsigned Counts::* counter) {
 
 }  // namespace
 
-void run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*), const void* closure) {
+void run(dim3 grid, dim3 block, size_t shared_bytes, bool early, void (*body)(const void*), const void* closure) {
   static std::mutex one_launch_at_a_time;
   const std::lock_guard lock(one_launch_at_a_time);
   const size_t threads = size_t(block.x) * block.y * block.z;
@@ -352,7 +361,7 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*), 
   if (shared_bytes > kLargestSharedMemory) throw std::runtime_error("CUDA launch failed: more than 48 KB of shared memory");
   grid_size = grid;
   block_size = block;
-  Launch now(shared_bytes, body, closure);
+  Launch now(shared_bytes, early, body, closure);
   launch = &now;
   now.run();
 }
@@ -364,6 +373,13 @@ uint64_t meet(Meeting what, unsigned mask, uint64_t value, unsigned source_lane,
 }
 int acq_rel(Site site) { return launch->acq_rel(site); }
 unsigned lane() { return launch->current->lane; }
+void waited(Site site) { launch->waited(site); }
+void note_fresh_load() { launch->require_waited("a load of what it may have written"); }
+
+int multiprocessors() {
+  const char* text = std::getenv("GCNET_EMULATION_MULTIPROCESSORS");
+  return text ? std::max(1, std::atoi(text)) : 1;
+}
 
 void count_accesses(bool count) {
   counts.clear();

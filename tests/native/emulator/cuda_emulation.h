@@ -11,7 +11,7 @@
 // GCNET_EMULATION_SCHEDULE=depth-first (the default: a block at a time, a warp as far as it can go), round-robin (several
 // blocks at a time, every thread one step), and GCNET_EMULATION_SEED=n (n > 0: blocks and threads in random order) choose who
 // runs next. A correct kernel gives the same bits under all of them. GCNET_EMULATION_DROP is for tests/native/mutate.py:
-// "file:line" makes the barrier in that line do nothing, "file:line:acquire" and "file:line:release" take that half from the
+// "file:line" makes the barrier or wait in that line do nothing, "file:line:acquire" and "file:line:release" take that half from the
 // atomic there.
 #pragma once
 
@@ -49,12 +49,21 @@ extern const Indices* indices;
 extern dim3 block_size, grid_size;
 
 // Runs body(closure) once per thread and returns when all are done. Throws std::runtime_error when a thread broke a rule.
-void run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*), const void* closure);
+// early: a GPU may start this launch before the launch before it is over. Here it does not, but a thread breaks a rule that
+// loads something fresh before it has waited for that launch, or that ends without having waited.
+void run(dim3 grid, dim3 block, size_t shared_bytes, bool early, void (*body)(const void*), const void* closure);
 
 template <class Body>
-void run(dim3 grid, dim3 block, size_t shared_bytes, const Body& body) {
-  run(grid, block, shared_bytes, [](const void* closure) { (*static_cast<const Body*>(closure))(); }, std::addressof(body));
+void run(dim3 grid, dim3 block, size_t shared_bytes, const Body& body, bool early = false) {
+  const auto call = [](const void* closure) { (*static_cast<const Body*>(closure))(); };
+  run(grid, block, shared_bytes, early, call, std::addressof(body));
 }
+
+void waited(Site site);
+void note_fresh_load();
+
+// The multiprocessors of the GPU that is emulated: GCNET_EMULATION_MULTIPROCESSORS, or one.
+int multiprocessors();
 
 unsigned char* shared_memory();
 void barrier(Site site);

@@ -111,6 +111,11 @@ __global__ void outside_mask_kernel() {
   if (threadIdx.x < 16) __shfl_xor_sync(0xffffu, 1.f, 16);
 }
 __global__ void misaligned_kernel(const float* x) { load_vector<4>(x + 1); }
+__global__ void early_kernel(const float* fresh, bool waits_first, bool waits) {
+  if (waits_first) wait_for_previous_launch();
+  if (fresh) load_fresh(fresh);
+  if (waits) wait_for_previous_launch();
+}
 __global__ void empty_kernel() {}
 __global__ void copy_kernel(const float* x, float* out, int count) {
   const int i = 2 * (blockIdx.x * blockDim.x + threadIdx.x);
@@ -162,6 +167,11 @@ void everything() {
   check_throws(
       [&] { launch(misaligned_kernel, 1, 1, 0, nullptr, out.data() + 4 - reinterpret_cast<uintptr_t>(out.data()) % 16 / 4); },
       "not aligned");
+  const float* const fresh = out.data();
+  launch_early(early_kernel, 1, 32, 0, nullptr, fresh, true, false);
+  launch(early_kernel, 1, 32, 0, nullptr, fresh, false, false);
+  check_throws([&] { launch_early(early_kernel, 1, 32, 0, nullptr, fresh, false, true); }, "before a load of what it may have");
+  check_throws([] { launch_early(early_kernel, 1, 32, 0, nullptr, nullptr, false, false); }, "before its end");
   check_throws([] { launch(empty_kernel, dim3(0), 32, 0, nullptr); }, "an empty grid");
   check_throws([] { launch(empty_kernel, dim3(1, 1 << 16), 32, 0, nullptr); }, "the grid is too large");
   check_throws([] { launch(empty_kernel, 1, 1025, 0, nullptr); }, "the block is too large");
