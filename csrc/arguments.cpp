@@ -96,7 +96,7 @@ BackwardTensors gradients_of(const BackwardArguments& call) {
   };
   return {needs.x ? empty_like_map(x) : no_gradient(x),
           gradient_of(needs.mask_weight, forward.mask.weight, x),
-          zero_gradient_of(needs.mask_bias, forward.mask.bias, x),
+          gradient_of(needs.mask_bias, forward.mask.bias, x),
           of_branch(needs.scale, forward.scale),
           of_branch(needs.shift, forward.shift),
           needs.residual && forward.options.has_final_relu() ? empty_like_map(x) : no_gradient(x)};

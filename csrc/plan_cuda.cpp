@@ -101,6 +101,24 @@ bool plan_cuda_tail(int64_t channels, int64_t units, int64_t weight_bytes, int64
   return fits && (tuning.transform ? tuning.transform == 1 : weight_bytes <= kMostBytes);
 }
 
+CudaTransformSlices plan_cuda_transform_slices(int64_t channels) {
+  constexpr int64_t kLeast = 64, kSlices = 8;
+  const int64_t of_slice = ceil_div(ceil_div(channels, kSlices), kLeast) * kLeast;
+  return {of_slice, ceil_div(channels, of_slice)};
+}
+
+bool plan_cuda_transform_split(int64_t channels, int64_t hidden_units, int64_t accumulation_size, const CudaTuning& tuning) {
+  return tuning.engine == 2 && accumulation_size == sizeof(float) && hidden_units <= kCudaMostSplitUnits &&
+         plan_cuda_transform_slices(channels).channels <= kCudaMostSliceChannels;
+}
+
+int plan_cuda_samples_together(int64_t samples, int64_t blocks_per_sample, int64_t slots) {
+  constexpr int kMost = 8;
+  int together = 1;
+  while (together < kMost && ceil_div(samples, together) * blocks_per_sample > slots) together *= 2;
+  return together;
+}
+
 CudaPositionGrid plan_cuda_positions(const CudaShape& shape, int vector, int64_t most_splits) {
   constexpr int64_t kAccesses = 4 * kCudaSweepUnroll;  // per thread, at least, if there are as many positions
   const int64_t vectors = ceil_div(shape.channels, vector), lanes = std::min<int64_t>(vectors, kCudaSweepThreads);

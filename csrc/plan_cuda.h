@@ -18,6 +18,7 @@ struct CudaTuning {
   int64_t splits;       // the most blocks that share a sample's pool or its channels_last sums
   int64_t row_lanes;    // lanes per row of the sums of an NCHW map, a power of two
   int64_t transform;    // 1: in the last block of a sample, if its shared memory is enough; 2: in launches of its own
+  int64_t engine;       // 2: the transform runs in stages that many blocks share (plan_cuda_transform_slices), if it fits
 };
 
 // One sample's feature map, as far as plans depend on it.
@@ -98,6 +99,21 @@ inline constexpr int kCudaSweepUnroll = 4;  // accesses of a thread that are und
 // branches together.
 bool plan_cuda_tail(int64_t channels, int64_t units, int64_t weight_bytes, int64_t accumulation_size,
                     const CudaTuning& tuning = {});
+
+// How the channels are cut for the stages of transform_split.cuh: a block multiplies with the weights of one slice of them.
+struct CudaTransformSlices {
+  int64_t channels, slices;  // of a slice, a multiple of 64 (the last one may have fewer); of a sample
+};
+inline constexpr int64_t kCudaMostSliceChannels = 256, kCudaMostSplitUnits = 512;
+CudaTransformSlices plan_cuda_transform_slices(int64_t channels);
+
+// Whether the transform runs in those stages. hidden_units are those in front of a w2, of both branches together. Without a
+// decision it does not: no GPU has shown yet that the stages are right and faster than what they replace.
+bool plan_cuda_transform_split(int64_t channels, int64_t hidden_units, int64_t accumulation_size, const CudaTuning& tuning);
+
+// How many samples a block of those stages works on, a power of two up to 8: as few as keep all samples in `slots` blocks that
+// run at a time, because the samples of a block share the weights that it loads. No bit depends on it.
+int plan_cuda_samples_together(int64_t samples, int64_t blocks_per_sample, int64_t slots);
 
 inline constexpr int64_t kCudaMaxBlocks = 0x7fffffff;  // of one launch
 inline constexpr size_t kCudaSharedBytes = 48 << 10;   // every GPU grants these without an opt-in

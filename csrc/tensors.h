@@ -31,11 +31,10 @@ inline Tensor no_gradient(const Tensor& x) { return empty(x, {0}, x.scalar_type(
 inline Tensor gradient_of(bool needed, const OptionalTensor& parameter, const Tensor& x) {
   return needed && parameter ? empty_like_parameter(*parameter) : no_gradient(x);
 }
-// The gradient of a parameter on which the result does not depend: zeros.
-inline Tensor zero_gradient_of(bool needed, const OptionalTensor& parameter, const Tensor& x) {
-  const Tensor gradient = gradient_of(needed, parameter, x);
+// Writes the gradient of a parameter on which the result does not depend. (On CUDA a kernel that runs anyway writes it, because
+// this would be a launch of its own.)
+inline void write_zero_gradient(const Tensor& gradient) {
   if (gradient.numel() > 0) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(gradient.get()));
-  return gradient;
 }
 // The residual in the layout of x. It is copied if an in-place call could overwrite an element of it before that is read.
 inline OptionalTensor residual_of(const OptionalTensor& residual, const Tensor& x, bool in_place) {

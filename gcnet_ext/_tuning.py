@@ -29,6 +29,8 @@ class CudaTuning:
         splits: the most blocks that share a sample's pool or its channels_last sums, 1 to 64.
         row_lanes: lanes per row of the sums over an NCHW map: a power of two, 1 to 256.
         transform: 1: the last block of a sample computes it, if its shared memory is enough; 2: launches of its own do.
+        engine: 2: the transform runs in stages that many blocks share, if it fits; 1 and 0: it does not. The default stays 0
+            until a run on a GPU has shown the stages right and faster.
 
     Raises:
         ValueError: a decision is none of these.
@@ -39,6 +41,7 @@ class CudaTuning:
     splits: int = 0
     row_lanes: int = 0
     transform: int = 0
+    engine: int = 0
 
     def __post_init__(self) -> None:
         rules = {
@@ -46,6 +49,7 @@ class CudaTuning:
             "splits": (self.splits in range(65), "0 to 64"),
             "row_lanes": (self.row_lanes in (0, *(2**i for i in range(9))), "0 or a power of two up to 256"),
             "transform": (self.transform in (0, 1, 2), "0, 1 or 2"),
+            "engine": (self.engine in (0, 1, 2), "0, 1 or 2"),
         }
         for name, (holds, wanted) in rules.items():
             if not holds:

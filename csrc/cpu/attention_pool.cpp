@@ -35,7 +35,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_pool_backward_op(const Tensor& grad
   const bool need_x = needs[0], need_weight = needs[1];
   const Tensor grad_context = dense(grad_context_in), context = dense(context_in), attention = dense(attention_in);
   const Tensor grad_x = need_x ? empty_like_map(x_in) : no_gradient(x_in);
-  const Tensor grad_weight = gradient_of(need_weight, weight, x_in), grad_bias = zero_gradient_of(needs[2], bias, x_in);
+  const Tensor grad_weight = gradient_of(need_weight, weight, x_in), grad_bias = gradient_of(needs[2], bias, x_in);
+  write_zero_gradient(grad_bias);
   if (!need_x && !(need_weight && weight)) return {grad_x, grad_weight, grad_bias};
   const OptionalTensor valid = dense(valid_in);
   const Tensor x = weight ? native(x_in) : grad_x;  // average pooling reads no element of x

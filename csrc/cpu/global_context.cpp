@@ -119,6 +119,7 @@ BackwardResults global_context_backward_op(const BackwardArguments& call) {
   const Tensor saved_hidden = dense(saved.hidden), saved_gate = dense(saved.gate_values), positive = dense(saved.positive);
   const OptionalTensor valid = dense(forward.valid);
   const BackwardTensors gradients = gradients_of(call);
+  write_zero_gradient(gradients.mask_bias);
   const bool relu = options.has_final_relu(), need_weight = needs.mask_weight && forward.mask.weight;
   const Tensor through = relu ? masked_gradient(forward.x, gradients.residual, gradients.x) : grad;
 

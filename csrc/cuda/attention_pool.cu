@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_pool_backward_op(const Tensor& grad
   const OptionalTensor weight = dense(weight_in), valid = dense(valid_in);
   const Tensor grad_context = dense(grad_context_in), context = dense(context_in), attention = dense(attention_in);
   const Tensor grad_x = need_x ? empty_like_map(x_in) : no_gradient(x_in);
-  const Tensor grad_weight = gradient_of(need_weight, weight, x_in), grad_bias = zero_gradient_of(needs[2], bias, x_in);
+  const Tensor grad_weight = gradient_of(need_weight, weight, x_in), grad_bias = gradient_of(needs[2], bias, x_in);
   dispatch(x.scalar_type(), [&](auto kind) {
     using T = decltype(kind);
     PoolBackwardParams<T> params;
@@ -56,8 +56,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_pool_backward_op(const Tensor& grad
     params.attention = acc_data<T>(attention);
     params.valid = valid_of<T>(valid, x);
     GradientParams<T> gradients;
+    gradients.add_zero(mutable_parameter<T>(grad_bias));
     attention_pool_backward(params, mutable_parameter<T>(grad_weight), gradients, call, call.stream());
-    launch_parameter_gradients(gradients, call.stream());
+    launch_parameter_gradients(gradients, /*early=*/false, call.stream());
   });
   return {grad_x, grad_weight, grad_bias};
 }

@@ -42,15 +42,16 @@ void launch_attention_pool(PoolParams<T> params, const CudaPoolPlan& plan, cudaS
 GCNET_EXT_COMPILED_ELSEWHERE(launch_attention_pool)
 
 // Computes the context of all samples; also the attention, if there is a weight, and the transform, if it is in the tail. Of
-// the params, this sets partial, arrived and the shares of valid.
+// the params, this sets splits, partial, arrived and the shares of valid.
 template <typename T>
-void attention_pool(PoolParams<T> params, Workspace& workspace, cudaStream_t stream) {
+void attention_pool(PoolParams<T>& params, Workspace& workspace, cudaStream_t stream) {
   const Extent& extent = params.extent;
   params.valid = with_shares(params.valid, extent, workspace, stream);
   if (params.weight.data) {
     const CudaPoolPlan plan = pool_plan(common_shape<T>(extent, params.x), params.valid);
     params.partial = workspace.take<acc_t<T>>(extent.samples * plan.splits * (extent.channels + 2));
-    params.arrived = workspace.zeros(extent.samples, stream);
+    params.splits = static_cast<unsigned>(plan.splits);
+    if (!params.merged_later) params.arrived = workspace.zeros(extent.samples, stream);
     return launch_attention_pool(params, plan, stream);
   }
   if (params.valid.data) return launch_average_valid(params.x, extent, params.valid, params.context, stream);

@@ -25,6 +25,7 @@ struct PoolBackwardPositionsShared {
 template <typename T, int V>
 __global__ void __launch_bounds__(512, 1) attention_pool_backward_positions(PoolBackwardParams<T> params, int warps) {
   using A = acc_t<T>;
+  if (params.next_is_early) let_next_launch_start();
   constexpr int kPositions = kCudaPositionsPerWarp, kTogether = kPositions / 2;  // accesses of g that are under way together
   constexpr int kLowest = kWarp / kPositions;  // lanes that differ in lower bits have the same position
   const int64_t channels = params.extent.channels;

@@ -33,6 +33,7 @@ struct PoolBackwardRowsShared {
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::threads, Shape::blocks) attention_pool_backward_rows(PoolBackwardParams<T> params) {
   using A = acc_t<T>;
+  if (params.next_is_early) let_next_launch_start();
   constexpr int V = Shape::vector;
   // The accesses of g that are under way together, because the compiler moves no load up past a store. From sm_100 on it finds
   // no registers for more than four.

@@ -20,6 +20,7 @@ struct PoolBackwardParams {
   A* partial = nullptr;             // [N, splits, C]: every split's part of dw; null where nobody needs it
   int64_t first_sample = 0;         // of this launch
   unsigned splits = 0;              // of a sample
+  bool next_is_early = false;       // whether launch_early() starts the next launch
   Valid<T> valid;                   // read by attention_pool_backward_streamed alone
 };
 

@@ -17,6 +17,7 @@ struct PoolBackwardStreamedShared {
 template <typename T, bool kValid>
 __global__ void __launch_bounds__(kCudaStreamedThreads, 2) attention_pool_backward_streamed(PoolBackwardParams<T> params) {
   using A = acc_t<T>;
+  if (params.next_is_early) let_next_launch_start();
   constexpr int kWarps = kCudaStreamedThreads / kWarp, kUnroll = 8;
   auto& shared = shared_memory<PoolBackwardStreamedShared<A>>();
   const int64_t channels = params.extent.channels;

@@ -34,6 +34,7 @@ struct PoolPositionsShared {
 template <typename T, int V>
 __global__ void __launch_bounds__(512, 1) attention_pool_positions(PoolParams<T> params, int warps) {
   using A = acc_t<T>;
+  if (params.merged_later) let_next_launch_start();
   constexpr int kPositions = kCudaPositionsPerWarp;
   const int64_t channels = params.extent.channels;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, all_warps = blockDim.x / kWarp;

@@ -17,6 +17,7 @@ struct PoolRowsShared {
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::threads, Shape::blocks) attention_pool_rows(PoolParams<T> params) {
   using A = acc_t<T>;
+  if (params.merged_later) let_next_launch_start();
   constexpr int V = Shape::vector;
   auto& shared = shared_memory<PoolRowsShared<A, Shape>>();
   const int channels = static_cast<int>(params.extent.channels), lane = threadIdx.x % kWarp;

@@ -17,11 +17,14 @@ struct PoolParams {
   using A = acc_t<T>;
   Map<const T> x;
   Extent extent;
-  Parameter<T> weight, bias;     // w [C], b [1]; without a weight the pool averages
-  A* context = nullptr;          // [N, C]
-  A* attention = nullptr;        // [N, P]; holds the logits until the sample is merged; null where nobody needs it
-  A* partial = nullptr;          // [N, splits, C + 2]: weighted, maximum and sum of every split
-  unsigned* arrived = nullptr;   // [N], zero before the launch: the splits that are done
+  Parameter<T> weight, bias;  // w [C], b [1]; without a weight the pool averages
+  A* context = nullptr;       // [N, C]
+  A* attention = nullptr;     // [N, P]; holds the logits until the sample is merged; null where nobody needs it
+  A* partial = nullptr;       // [N, splits, C + 2]: weighted, maximum and sum of every split
+  // [N], zero before the launch: the splits that are done. Null if no block of the pool merges them, but transform_split.cuh
+  // does; then nothing turns the logits into the attention either.
+  unsigned* arrived = nullptr;
+  bool merged_later = false;
   int64_t first_sample = 0;      // of this launch
   unsigned splits = 0;           // of a sample
   TransformParams<T> transform;  // where transform.in_tail, the last block of a sample computes it
@@ -63,40 +66,63 @@ struct MergeShared {
   }
 };
 
+constexpr int kSplitsPerLane = kCudaMaxSplits / kWarp;
+
+// The attention is exp(logit - reference) * inverse.
+template <typename A>
+struct MergedSoftmax {
+  A reference, inverse;
+};
+
+// What a warp finds from the maxima and sums that the splits of a sample left, at maximum and maximum + 1 of each row.
+template <typename A>
+struct SoftmaxMerge {
+  MergedSoftmax<A> softmax;
+  A exponentials[kSplitsPerLane];  // exp(maximum - reference) of the splits lane, lane + kWarp, ...
+};
+
+template <typename A>
+__device__ __forceinline__ SoftmaxMerge<A> merge_softmax(const A* maximum, int64_t row, unsigned splits) {
+  A maxima[kSplitsPerLane], sums[kSplitsPerLane];
+#pragma unroll
+  for (int i = 0; i < kSplitsPerLane; i++) {
+    const unsigned s = threadIdx.x % kWarp + i * kWarp;
+    maxima[i] = s < splits ? load_fresh(maximum + s * row) : lowest<A>();
+    sums[i] = s < splits ? load_fresh(maximum + s * row + 1) : A(0);
+  }
+  A largest = lowest<A>(), sum = A(0);
+#pragma unroll
+  for (int i = 0; i < kSplitsPerLane; i++) largest = larger(largest, maxima[i]);
+  SoftmaxMerge<A> merge;
+  merge.softmax.reference = softmax_reference(warp_max(largest));
+#pragma unroll
+  for (int i = 0; i < kSplitsPerLane; i++) {
+    merge.exponentials[i] = exponential(maxima[i] - merge.softmax.reference);
+    sum += sums[i] * merge.exponentials[i];
+  }
+  merge.softmax.inverse = A(1) / warp_sum(sum);
+  return merge;
+}
+
 // All threads of a block call this when the partial sums of their split are written; the last block of a sample merges them.
 // kValid: not all positions count. Those that do not get no attention, and a sample without any that does has no context,
 // although the softmax of the definition is not a number there.
 template <bool kValid = false, typename T>
 __device__ void finish_split(const PoolParams<T>& params, const PoolSplit<T>& split) {
   using A = acc_t<T>;
+  if (!params.arrived) return;
   const auto shared = shared_memory<MergeShared<A>>(params.splits);
   if (!last_to_arrive(params.arrived + split.sample, params.splits, shared.word)) return;
 
   const int64_t channels = params.extent.channels, row = channels + 2;
   const A* partial = params.partial + split.sample * params.splits * row;
-  constexpr int kPerLane = kCudaMaxSplits / kWarp;  // every warp reads all splits, and a lane this many
-  A maxima[kPerLane], sums[kPerLane];
-#pragma unroll
-  for (int i = 0; i < kPerLane; i++) {
-    const unsigned s = threadIdx.x % kWarp + i * kWarp;
-    maxima[i] = s < params.splits ? load_fresh(partial + s * row + channels) : lowest<A>();
-    sums[i] = s < params.splits ? load_fresh(partial + s * row + channels + 1) : A(0);
-  }
-  A maximum = lowest<A>(), sum = A(0);
-#pragma unroll
-  for (int i = 0; i < kPerLane; i++) maximum = larger(maximum, maxima[i]);
-  const A reference = softmax_reference(warp_max(maximum));
-#pragma unroll
-  for (int i = 0; i < kPerLane; i++) {
-    maxima[i] = exponential(maxima[i] - reference);
-    sum += sums[i] * maxima[i];
-  }
-  const A total_sum = warp_sum(sum);
-  const A inverse = kValid && params.valid.shares[split.sample] == A(0) ? A(0) : A(1) / total_sum;
+  const auto merge = merge_softmax(partial + channels, row, params.splits);  // every warp reads all splits
+  const A reference = merge.softmax.reference;
+  const A inverse = kValid && params.valid.shares[split.sample] == A(0) ? A(0) : merge.softmax.inverse;
   if (threadIdx.x < kWarp) {
 #pragma unroll
-    for (int i = 0; i < kPerLane; i++) {
-      if (const unsigned s = threadIdx.x + i * kWarp; s < params.splits) shared.factor[s] = maxima[i] * inverse;
+    for (int i = 0; i < kSplitsPerLane; i++) {
+      if (const unsigned s = threadIdx.x + i * kWarp; s < params.splits) shared.factor[s] = merge.exponentials[i] * inverse;
     }
   }
   __syncthreads();

@@ -16,6 +16,7 @@ struct PoolStreamedShared {
 template <typename T, bool kValid>
 __global__ void __launch_bounds__(kCudaStreamedThreads, 2) attention_pool_streamed(PoolParams<T> params) {
   using A = acc_t<T>;
+  if (params.merged_later) let_next_launch_start();
   constexpr int kWarps = kCudaStreamedThreads / kWarp, kUnroll = 8;
   static_assert(kCudaStreamedPositions == kWarp);
   auto& shared = shared_memory<PoolStreamedShared<A>>();

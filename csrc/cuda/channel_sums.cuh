@@ -33,6 +33,7 @@ struct SumsParams {
   int64_t first_sample = 0;     // of this launch
   unsigned blocks_per_sample = 0;
   AfterSums after = AfterSums::nothing;
+  bool next_is_early = false;  // whether launch_early() starts the next launch
   // sum_ab is the gradient of the gate and is taken on through it, to that of t_scale; the scale of a hard sigmoid is written
   // again.
   bool through_gate = false;
@@ -106,6 +107,7 @@ struct SumsRowsShared {
 template <typename T, int V, bool kProducts>
 __global__ void __launch_bounds__(kCudaSweepThreads, 2) sums_rows(SumsParams<T> params, int lanes) {
   using A = acc_t<T>;
+  if (params.next_is_early) let_next_launch_start();
   const int64_t C = params.extent.channels, P = params.extent.positions;
   const int64_t sample = params.first_sample + blockIdx.x / params.blocks_per_sample;
   const int rows = kCudaSweepThreads / lanes, part = threadIdx.x % lanes;
@@ -193,6 +195,7 @@ struct SumsPositionsShared {
 template <typename T, int V, bool kProducts>
 __global__ void __launch_bounds__(kCudaSweepThreads, 2) sums_positions(SumsParams<T> params, CudaPositionGrid grid) {
   using A = acc_t<T>;
+  if (params.next_is_early) let_next_launch_start();
   const int64_t C = params.extent.channels, P = params.extent.positions;
   const unsigned block = blockIdx.x % params.blocks_per_sample;
   const int64_t sample = params.first_sample + blockIdx.x / params.blocks_per_sample;

@@ -6,6 +6,8 @@ namespace gcnet_ext::cuda {
 
 GCNET_EXT_COMPILED_HERE(launch_transform)
 GCNET_EXT_COMPILED_HERE(launch_transform_backward)
+GCNET_EXT_COMPILED_HERE(launch_transform_split)
+GCNET_EXT_COMPILED_HERE(launch_transform_backward_split)
 GCNET_EXT_COMPILED_HERE(launch_parameter_gradients)
 
 namespace {
@@ -133,6 +135,7 @@ BackwardResults global_context_backward_op(const BackwardArguments& arguments) {
       return {w1, b1, norm_weight, norm_bias, w2, b2};
     };
     const BlockGradients<T> of_block{mutable_parameter<T>(gradients.mask_weight),
+                                     mutable_parameter<T>(gradients.mask_bias),
                                      {of_branch(gradients.scale), of_branch(gradients.shift)}};
     global_context_backward(pool, transform_of<T>(scale, shift, forward.options, saved), of_block, call, call.stream());
   });

@@ -6,6 +6,7 @@
 
 #include "attention_pool_backward.cuh"
 #include "transform_batched.cuh"
+#include "transform_split_backward.cuh"
 
 namespace gcnet_ext::cuda {
 
@@ -30,13 +31,19 @@ void global_context(PoolParams<T> pool, Fusion<T> fuse, uint8_t* positive, Works
   const int64_t samples = pool.extent.samples, channels = pool.extent.channels;
   TransformParams<T>& transform = pool.transform;
   transform.context = pool.context;
-  transform.in_tail = transform_in_tail(transform) && (pool.weight.data || !pool.valid.data);
   transform.samples = samples;
+  const bool split = transform_is_split(transform);
+  transform.in_tail = !split && transform_in_tail(transform) && (pool.weight.data || !pool.valid.data);
+  pool.merged_later = split;
   const bool has_scale = transform.branch[kScale].units > 0, has_shift = transform.branch[kShift].units > 0;
   if (has_shift) transform.shift = workspace.take<A>(samples * channels);
   if (has_scale && transform.hard_sigmoid) transform.scale = workspace.take<A>(samples * channels);
   attention_pool(pool, workspace, stream);
-  if (!transform.in_tail) launch_transform(transform, stream);
+  if (split) {
+    launch_transform_split(pool, workspace, stream);
+  } else if (!transform.in_tail) {
+    launch_transform(transform, stream);
+  }
 
   fuse.x = pool.x;
   fuse.extent = pool.extent;
@@ -53,14 +60,14 @@ struct BranchGradients {
 };
 template <typename T>
 struct BlockGradients {
-  MutableParameter<T> mask_weight;
+  MutableParameter<T> mask_weight, mask_bias;
   BranchGradients<T> branch[kBranches];
 };
 
-// The gradients of the parameters of branch b.
+// The gradients of the parameters of branch b. of_previous_launch: the backward pass of the transform is the launch before them.
 template <typename T>
 void add_branch_gradients(const TransformGradParams<T>& params, const BranchGradients<T>& gradients, int b,
-                          GradientParams<T>& all) {
+                          bool of_previous_launch, GradientParams<T>& all) {
   using A = acc_t<T>;
   const TransformParams<T>& forward = params.forward;
   const BranchParams<T>& branch = forward.branch[b];
@@ -70,7 +77,8 @@ void add_branch_gradients(const TransformGradParams<T>& params, const BranchGrad
   const Terms<A> grad_hidden = branch.w2.data ? of_units(params.grad_hidden) : grad_t;
   const int64_t samples = forward.samples, normed = forward.norm ? samples : 0;  // without a norm its parameters do nothing
   const auto add = [&](const MutableParameter<T>& gradient, int64_t terms, const Terms<A>& left, const Terms<A>& right) {
-    if (gradient.data) all.add({.left = left, .right = right, .terms = terms, .gradient = gradient});
+    if (!gradient.data) return;
+    all.add({.left = left, .right = right, .terms = terms, .gradient = gradient, .of_previous_launch = of_previous_launch});
   };
   add(gradients.w1, samples, grad_hidden, context);
   add(gradients.b1, samples, grad_hidden, {});
@@ -93,8 +101,9 @@ void global_context_backward(PoolBackwardParams<T> pool, const TransformParams<T
   transform.forward = forward;
   transform.forward.context = pool.context;
   transform.forward.samples = samples;
-  transform.forward.in_tail = transform_in_tail(forward);
-  const int64_t chunks = batch_chunks(channels);
+  const bool split = transform_is_split(forward);
+  transform.forward.in_tail = !split && transform_in_tail(forward);
+  const int64_t chunks = split ? 0 : batch_chunks(channels);
   const bool clips = has_scale && forward.hard_sigmoid;
   A* next = workspace.take<A>(samples * ((1 + has_scale + has_shift + clips) * channels + (4 + chunks) * units));
   const auto take = [&](int64_t width) { return std::exchange(next, next + samples * width); };
@@ -109,8 +118,8 @@ void global_context_backward(PoolBackwardParams<T> pool, const TransformParams<T
   transform.grad_z = take(units);
   transform.grad_norm_weight = take(units);
   transform.grad_activated = take(chunks * units);
-  unsigned* const arrived = workspace.zeros(samples + batch_counters(samples), stream);
-  transform.arrived = arrived + samples;
+  unsigned* const arrived = split ? nullptr : workspace.zeros(samples + batch_counters(samples), stream);
+  transform.arrived = split ? nullptr : arrived + samples;
 
   SumsParams<T> sums;
   sums.a = pool.grad;
@@ -122,15 +131,24 @@ void global_context_backward(PoolBackwardParams<T> pool, const TransformParams<T
   sums.arrived = arrived;
   sums.after = transform.forward.in_tail ? AfterSums::transform_backward : AfterSums::nothing;
   sums.transform_grad = transform;
+  sums.next_is_early = split;
   launch_channel_sums(sums, workspace, stream);
-  if (!transform.forward.in_tail) launch_transform_backward(transform, stream);
+  if (split) {
+    launch_transform_backward_split(transform, workspace, stream);
+  } else if (!transform.forward.in_tail) {
+    launch_transform_backward(transform, stream);
+  }
 
   GradientParams<T> all;
   if (has_scale) pool.scale = transform.forward.scale_values();
   pool.grad_context = transform.grad_context;
+  // The launch of dx lies between those of the transform and that of the gradients.
+  const bool with_dx = pool.grad_x.data || gradients.mask_weight.data;
+  for (int b = 0; b < kBranches; b++) add_branch_gradients(transform, gradients.branch[b], b, !with_dx, all);
+  all.add_zero(gradients.mask_bias);
+  pool.next_is_early = split && (all.count > 0 || gradients.mask_weight.data);
   attention_pool_backward(pool, gradients.mask_weight, all, workspace, stream);
-  for (int b = 0; b < kBranches; b++) add_branch_gradients(transform, gradients.branch[b], b, all);
-  launch_parameter_gradients(all, stream);
+  launch_parameter_gradients(all, /*early=*/split, stream);
 }
 
 }  // namespace gcnet_ext::cuda

@@ -24,7 +24,7 @@ constexpr int kGradientEntries = 8;                                  // of a vec
 constexpr int kGradientTerms = kGradientThreads / kGradientEntries;  // of each of them, at a time
 template <typename T>
 constexpr int kGradientBlocks = sizeof(acc_t<T>) == sizeof(float) ? 3 : 1;  // on a multiprocessor: more would spill registers
-constexpr int kMostGradients = 2 * 6 + 1;                                   // six per branch, and the mask's
+constexpr int kMostGradients = 2 * 6 + 2;                                   // six per branch, and the mask's two
 
 // An entry for each term n, such as a sample: values[n * stride + i] for i < count.
 template <typename A>
@@ -39,6 +39,7 @@ struct ParameterGradient {
   Terms<A> left, right;  // a vector has no right
   int64_t terms = 0;
   MutableParameter<T> gradient;
+  bool of_previous_launch = true;          // whether the launch before this one writes the terms
   int64_t first_block = 0, end_block = 0;  // the blocks that work on it
 
   int64_t blocks() const {
@@ -57,6 +58,10 @@ struct GradientParams {
     gradient.first_block = blocks();
     gradient.end_block = gradient.first_block + gradient.blocks();
     gradients[count++] = gradient;
+  }
+  // The gradient of the mask's bias, on which the result does not depend: a sum of no terms.
+  void add_zero(const MutableParameter<T>& of_bias) {
+    if (of_bias.data) add({.left = {.count = 1}, .right = {}, .gradient = of_bias});
   }
   int64_t blocks() const { return count ? gradients[count - 1].end_block : 0; }
 };
@@ -155,19 +160,24 @@ __global__ void __launch_bounds__(kGradientThreads, kGradientBlocks<T>) paramete
   while (blockIdx.x >= params.gradients[i].end_block) i++;
   const ParameterGradient<T>& of = params.gradients[i];
   const int64_t block = blockIdx.x - of.first_block;
+  if (of.of_previous_launch) wait_for_previous_launch();
   if (of.right.count > 0) {
     matrix_gradient(of, block);
   } else {
     vector_gradient(of, block);
   }
+  if (!of.of_previous_launch) wait_for_previous_launch();  // this launch is not over before that one
 }
 
+// early: the sums whose terms are there need not wait for the launch before this one.
 template <typename T>
-void launch_parameter_gradients(const GradientParams<T>& params, cudaStream_t stream) {
+void launch_parameter_gradients(const GradientParams<T>& params, bool early, cudaStream_t stream) {
   if (params.count == 0) return;
   using A = acc_t<T>;
+  const dim3 grid(static_cast<unsigned>(params.blocks())), block(kGradientThreads);
   const size_t shared = std::max(shared_bytes<MatrixGradientShared<A>>(), shared_bytes<VectorGradientShared<A>>());
-  launch(parameter_gradients<T>, dim3(static_cast<unsigned>(params.blocks())), dim3(kGradientThreads), shared, stream, params);
+  if (early) return launch_early(parameter_gradients<T>, grid, block, shared, stream, params);
+  launch(parameter_gradients<T>, grid, block, shared, stream, params);
 }
 GCNET_EXT_COMPILED_ELSEWHERE(launch_parameter_gradients)
 

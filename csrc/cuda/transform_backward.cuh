@@ -38,11 +38,12 @@ __device__ __forceinline__ acc_t<T> gate_backward(const TransformParams<T>& para
 }
 
 // One warp computes grad_hidden of a sample and branch from grad_activated, and the values that parameter_gradients.cuh adds
-// up.
+// up, which it keeps for their sums if `keeps`. The warp needs grad_z [units of the branch] to itself.
 template <bool kReluOrSilu, typename T, typename Load, typename LoadGrad, typename Put>
 __device__ __forceinline__ void activate_backward_by_warp(const TransformGradParams<T>& params, int64_t sample,
                                                           const BranchParams<T>& branch, const Load& hidden,
-                                                          const LoadGrad& grad_activated, const Put& put_grad_hidden) {
+                                                          const LoadGrad& grad_activated, acc_t<T>* grad_z_of, bool keeps,
+                                                          const Put& put_grad_hidden) {
   using A = acc_t<T>;
   const TransformParams<T>& forward = params.forward;
   const int64_t first = sample * forward.units + branch.first_unit;
@@ -55,18 +56,21 @@ __device__ __forceinline__ void activate_backward_by_warp(const TransformGradPar
   for (int64_t j = lane; j < branch.units; j += kWarp) {
     const A normalised = normalised_at(j), z = norm_affine(forward, branch, j, normalised);
     const A grad_z = forward.activation.template backward<kReluOrSilu>(z, grad_activated(j));
-    params.activated[first + j] = forward.activation.template value<kReluOrSilu>(z);
-    params.grad_z[first + j] = grad_z;
-    params.grad_norm_weight[first + j] = grad_z * normalised;
+    grad_z_of[j] = grad_z;
+    if (keeps) {
+      params.activated[first + j] = forward.activation.template value<kReluOrSilu>(z);
+      params.grad_z[first + j] = grad_z;
+      params.grad_norm_weight[first + j] = grad_z * normalised;
+    }
     sum += grad_z * norm_weight(j);
     dot += grad_z * norm_weight(j) * normalised;
   }
   sum = warp_sum(sum) / static_cast<A>(branch.units);
   dot = warp_sum(dot) / static_cast<A>(branch.units);
   for (int64_t j = lane; j < branch.units; j += kWarp) {
-    A grad = params.grad_z[first + j] * norm_weight(j);
+    A grad = grad_z_of[j] * norm_weight(j);
     if (forward.norm) grad = statistics.inverse_std * (grad - sum - normalised_at(j) * dot);
-    params.grad_hidden[first + j] = grad;
+    if (keeps) params.grad_hidden[first + j] = grad;
     put_grad_hidden(j, grad);
   }
 }
@@ -166,6 +170,7 @@ __device__ void transform_backward_sample(const TransformGradParams<T>& params, 
       activate_backward_by_warp</*kReluOrSilu=*/true>(
           params, sample, branch, [&](int64_t j) { return hidden[j]; },
           [&](int64_t j) { return shared.grad_activated[branch.first_unit + j]; },
+          params.grad_z + sample * forward.units + branch.first_unit, /*keeps=*/true,
           [&](int64_t j, A value) { shared.grad_hidden[branch.first_unit + j] = value; });
     }
   }

@@ -290,7 +290,8 @@ __global__ void __launch_bounds__(kBatchThreads, kBatchBlocks<T>)
       return total;
     };
     activate_backward_by_warp<kReluOrSilu>(
-        params, sample, branch, [&](int64_t j) { return hidden[j]; }, sum_of_chunks, [](int64_t, A) {});
+        params, sample, branch, [&](int64_t j) { return hidden[j]; }, sum_of_chunks,
+        params.grad_z + sample * forward.units + branch.first_unit, /*keeps=*/true, [](int64_t, A) {});
   }
 }
 

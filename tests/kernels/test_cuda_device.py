@@ -42,8 +42,22 @@ def assert_same_bits(got: grid.Result, want: grid.Result) -> None:
         assert (ours is None and theirs is None) or torch.equal(ours, theirs), f"gradient of input {index}"
 
 
+@pytest.fixture(params=[0, 2], ids=["engine 1", "engine 2"])
+def engine(request):
+    """The transform as it is by default, and in stages."""
+    with cuda_tuning(CudaTuning(engine=request.param)):
+        yield request.param
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_graph_replay(case):
+def test_against_float64(engine, case):
+    inputs, grad = inputs_and_gradient(case)
+    truth = grid.flat(reference.global_context)
+    grid.check(BLOCK, truth, inputs, grad, grid.GLOBAL_CONTEXT_INPUTS, vanishing=case.vanishing, sums=case.sums)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_graph_replay(engine, case):
     """A captured forward and backward pass gives, for new numbers in the same memory, what a call gives; again and again."""
     inputs, grad = inputs_and_gradient(case)
     stream = torch.cuda.Stream()
@@ -80,7 +94,7 @@ def test_a_graph_keeps_the_decisions_under_which_it_was_captured():
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_streams_do_not_disturb_each_other(case):
+def test_streams_do_not_disturb_each_other(engine, case):
     """Calls on two streams at once, behind work that keeps the GPU busy: each sees its own numbers, whole."""
     given = [inputs_and_gradient(case, seed) for seed in (1, 2)]
     want = [grid.run(BLOCK, *one) for one in given]
@@ -101,7 +115,7 @@ def test_streams_do_not_disturb_each_other(case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_never_waits_for_the_device(case):
+def test_never_waits_for_the_device(engine, case):
     """Nothing in a call synchronises, so that the host runs ahead."""
     inputs, grad = inputs_and_gradient(case)
     grid.run(BLOCK, inputs, grad)
@@ -114,7 +128,7 @@ def test_never_waits_for_the_device(case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_same_bits_from_run_to_run_and_alone_or_in_a_batch(case):
+def test_same_bits_from_run_to_run_and_alone_or_in_a_batch(engine, case):
     """Aligned samples: a sample's bits depend on the alignment of its memory, and on nothing else beside its numbers."""
     inputs, grad = inputs_and_gradient(case)
     want = grid.run(BLOCK, inputs, grad)

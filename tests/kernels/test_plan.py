@@ -46,6 +46,22 @@ def test_cuda(arguments, expected):
     assert tuple(found[name] for name in names) == expected
 
 
+@pytest.mark.parametrize(
+    ("channels", "expected"), [(1, (64, 1)), (64, (64, 1)), (65, (64, 2)), (256, (64, 4)), (512, (64, 8)), (2048, (256, 8))]
+)
+def test_slices_of_the_transform(channels, expected):
+    found = plan("cuda", channels, 49)
+    assert (found["slice_channels"], found["slices"]) == expected
+
+
+@given(st.integers(1, 20_000))
+def test_every_channel_is_in_one_slice(channels):
+    found = plan("cuda", channels, 49)
+    assert found["slices"] <= 8
+    assert found["slice_channels"] % 64 == 0
+    assert (found["slices"] - 1) * found["slice_channels"] < channels <= found["slices"] * found["slice_channels"]
+
+
 SIZES = st.one_of(st.integers(1, 5000), st.integers(1, 2**40))
 
 

@@ -41,7 +41,7 @@ def test_decisions_are_taken_back(told):
     with pytest.raises(KeyError), cuda_tuning(LANES):
         raise KeyError
     assert _tuning.decided() == CudaTuning()
-    streamed, lanes, default = [1, 0, 0, 0, 0], [0, 0, 0, 8, 0], [0] * 5
+    streamed, lanes, default = [1, 0, 0, 0, 0, 0], [0, 0, 0, 8, 0, 0], [0] * 6
     assert [numbers for _, numbers in told] == [streamed, lanes, streamed, default, lanes, default]
 
 
@@ -72,12 +72,12 @@ def test_backward_follows_the_decisions_of_its_forward_pass(told):
     for name, out in streamed.items():
         told.clear()
         out.sum().backward()
-        assert [numbers for _, numbers in told] == [STREAMED.numbers(), [0] * 5], name
+        assert [numbers for _, numbers in told] == [STREAMED.numbers(), [0] * 6], name
     with cuda_tuning(LANES):
         for name, out in plain.items():
             told.clear()
             out.sum().backward()
-            assert [numbers for _, numbers in told] == [[0] * 5, LANES.numbers()], name
+            assert [numbers for _, numbers in told] == [[0] * 6, LANES.numbers()], name
 
 
 def test_nothing_is_told_without_decisions(told):
@@ -108,6 +108,7 @@ def test_plans_follow_the_decisions():
         ({"row_lanes": 3}, "row_lanes must be 0 or a power of two up to 256, got 3"),
         ({"row_lanes": 512}, "row_lanes must be 0 or a power of two up to 256, got 512"),
         ({"transform": 3}, "transform must be 0, 1 or 2, got 3"),
+        ({"engine": 3}, "engine must be 0, 1 or 2, got 3"),
     ],
     ids=str,
 )

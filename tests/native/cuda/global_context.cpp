@@ -6,6 +6,8 @@
 namespace gcnet_ext::cuda {
 GCNET_EXT_COMPILED_HERE(launch_transform)
 GCNET_EXT_COMPILED_HERE(launch_transform_backward)
+GCNET_EXT_COMPILED_HERE(launch_transform_split)
+GCNET_EXT_COMPILED_HERE(launch_transform_backward_split)
 GCNET_EXT_COMPILED_HERE(launch_parameter_gradients)
 }  // namespace gcnet_ext::cuda
 
@@ -20,12 +22,14 @@ struct Case {
   bool attends = true, w2 = true, float32_parameters = false;
   BlockOptions options = {};
   bool residual = false, relu = false, valid = false;
+  int split_on = 0;  // multiprocessors on which the transform runs in the stages of transform_split.cuh; 0: it does not
 
   std::string text() const {
     return shape.text() + " units " + std::to_string(units[0]) + "+" + std::to_string(units[1]) + (attends ? "" : " avg") +
            (w2 ? "" : " one layer") + (float32_parameters ? " float32 parameters" : "") + (options.norm ? "" : " no norm") +
            " " + kActivations[options.activation] + (options.hard_sigmoid ? " hard_sigmoid" : "") +
-           (residual ? " residual" : "") + (relu ? " final relu" : "") + (valid ? " valid" : "");
+           (residual ? " residual" : "") + (relu ? " final relu" : "") + (valid ? " valid" : "") +
+           (split_on ? " split on " + std::to_string(split_on) : "");
   }
 };
 
@@ -102,6 +106,8 @@ void test(const Case& block) {
   const Shape& shape = block.shape;
   const int64_t samples = shape.samples, channels = shape.channels, positions = shape.positions;
   const Shape dense{samples, channels, positions, shape.channels_last};
+  tuning().engine = block.split_on ? 2 : 0;
+  setenv("GCNET_EMULATION_MULTIPROCESSORS", std::to_string(std::max(block.split_on, 1)).c_str(), /*overwrite=*/1);
   auto x = FeatureMap<T>::random(shape);
   const auto grad = FeatureMap<T>::random(shape), residual = FeatureMap<T>::random(shape);
   auto out = FeatureMap<T>::empty(dense), grad_x = FeatureMap<T>::empty(dense), through_relu = FeatureMap<T>::empty(dense);
@@ -161,9 +167,10 @@ void test(const Case& block) {
   pool_backward.context = context.data();
   pool_backward.attention = attention.data();
   pool_backward.valid = of_samples;
-  Weight<T> grad_mask = unwritten_like(mask);
+  Weight<T> grad_mask = unwritten_like(mask), grad_mask_bias = unwritten_like(mask_bias);
   BlockGradients<T> of_block;
   of_block.mask_weight = grad_mask.write();
+  of_block.mask_bias = grad_mask_bias.write();
   std::array<Branch<T>, 2> gradients;
   for (int b = 0; b < 2; b++) {
     for (int i = 0; i < 6; i++) gradients[b][i] = unwritten_like(branches[b][i]);
@@ -198,6 +205,7 @@ void test(const Case& block) {
   if (block.relu) compare(name + ", grad_residual", values_of(through_relu), expected.grad_residual, 0);
   compare(name + ", grad_x", values_of(grad_x), expected.grad_x, sums + resolution<T, T>());
   if (block.attends) compare(name + ", grad_mask_weight", grad_mask.values(), expected.grad_mask_weight, stored);
+  if (block.attends) compare(name + ", grad_mask_bias", grad_mask_bias.values(), {0}, 0);
   for (int b = 0; b < 2; b++) {
     const BranchValues& wanted = expected.gradients[b];
     const std::array<const Values*, 6> all{&wanted.w1,        &wanted.b1, &wanted.norm_weight,
@@ -267,6 +275,31 @@ void test_dtype() {
   }
 }
 
+// The stages of transform_split.cuh: slices, tiles of samples and turns that are full, one more and one less; every path of the
+// pool in front of them.
+template <class T>
+void test_split() {
+  BlockOptions hard, plain, gelu;
+  hard.hard_sigmoid = true;
+  plain.norm = false;
+  plain.activation = gelu.activation = 3;
+  for (const bool channels_last : {false, true}) {
+    for (const int on : {1, 40}) {
+      test<T>({{9, 130, 24, channels_last}, {5, 34}, true, true, false, {}, true, true, false, on});
+      test<T>({{2, 520, 20, channels_last, 1}, {33, 3}, true, true, true, hard, false, false, false, on});
+      test<T>({{3, 64, 84, channels_last}, {12, 0}, true, true, false, gelu, false, false, true, on});
+      test<T>({{17, 10, 9, channels_last}, {0, 4}, false, true, false, plain, false, false, false, on});
+      test<T>({{3, 70, 9, channels_last}, {70, 70}, true, false, false, hard, false, true, false, on});
+      test<T>({{2, 600, 12, channels_last}, {0, 600}, false, false, false, {}, true, false, true, on});
+    }
+    test<T>({{2, 1100, 4, channels_last}, {300, 100}, true, true, false, {}, false, false, false, 2});
+    test<T>({{9, 2048, 3, channels_last}, {129, 128}, true, true, false, {}, false, false, false, 1});
+    test<T>({{1, 24, 3000, channels_last}, {4, 4}, true, true, false, {}, false, false, false, 132});
+    test<T>({{2, 1, 1, channels_last}, {1, 1}, true, true, false, {}, false, false, false, 132});
+    test<T>({{2, 20, 8, channels_last}, {300, 300}, true, true, false, {}, false, false, false, 1});  // does not fit
+  }
+}
+
 }  // namespace
 
 void test_global_context(bool small) {
@@ -277,6 +310,10 @@ void test_global_context(bool small) {
     test_dtype<BFloat16>();
     test_dtype<Half>();
     test_dtype<float>();
+    test_split<BFloat16>();
+    test_split<Half>();
+    test_split<float>();
+    test<double>({{2, 20, 8, false}, {3, 3}, true, true, false, {}, false, false, false, 1});  // does not fit
   }
   test<float>({{2, 20, 144, false}, {5, 6}});
   test<float>({{2, 20, 140, true}, {5, 6}});
@@ -288,6 +325,10 @@ void test_global_context(bool small) {
     for (const bool attends : {false, true}) {
       test<float>({{2, 12, 40, channels_last}, {0, 6}, attends, true, false, {}, true, true, true});
     }
+  }
+  for (const int on : {1, 4}) {
+    test<float>({{9, 270, 40, false}, {37, 5}, true, true, false, {}, false, false, true, on});
+    test<float>({{2, 70, 140, true}, {0, 70}, true, false, false, {}, false, false, false, on});
   }
   test<double>({{1, 20, 70, false}, {5, 6}});
   test<double>({{1, 20, 70, true}, {5, 6}});
