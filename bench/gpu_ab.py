@@ -56,7 +56,7 @@ def variants(row: Row, direction: str) -> list[CudaTuning]:
         if (cut := plan(row, tuning)) not in plans:
             plans.append(cut)
             found.append(tuning)
-    return [*found, CudaTuning(transform=1), CudaTuning(transform=2)]
+    return [*found, CudaTuning(transform=1), CudaTuning(transform=2), CudaTuning(engine=2)]
 
 
 def together(tunings: Sequence[CudaTuning]) -> CudaTuning:

@@ -4,6 +4,9 @@
     python bench/gpu_model.py --record LIBRARY     notes the instructions of the kernels, read with cuobjdump
     python bench/gpu_model.py --fit REPORT         looks for the constants once more
 
+A second table has what it predicts for CudaTuning(engine=2), the transform in stages that many blocks share, beside what was
+measured without it (bench/gpu_stages.py).
+
 A kernel takes as long as its parts do one after the other: a start, what it moves at the rate of the card, what it computes at
 the rate of the card, and the chain of its last block. How the work is cut is asked of the plan functions, and how many
 instructions a thread has for a tile is read from the machine code. The constants are fitted to one report, by kernel and never
@@ -23,6 +26,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import gpu_stages
 
 import gcnet_ext
 
@@ -46,7 +51,6 @@ class Card(NamedTuple):
 CARDS = {"NVIDIA H200": Card(132, 4.25, 1.85), "NVIDIA H100": Card(132, 3.0, 1.75)}
 GRAPH, MEMSET, FILL = 3.6, 1.0, 0.8  # us of a graph around its kernels, of its memset, and of the zeros for a bias's gradient
 L2_RATE = 2.0  # of the L2 cache, as a multiple of the memory's
-LANES = 128  # instructions of lanes that a multiprocessor starts in a cycle
 TAIL_CHANNELS = 256  # up to so many, the last block of a sample computes the transform, too (kCudaTailWork)
 
 
@@ -127,7 +131,9 @@ def tiles(shape: Shape, card: Card, constants: Constants, kernel: str, passes: i
     elements = plan["tile"] * shape.channels
     megabytes = elements * shape.element_size * passes / 1e6
     # A tile takes about as many instructions of a thread as its whole code has.
-    cycles = instructions[kernel_of(shape, kernel, instructions)] * plan["threads"] / LANES * constants["instructions"]
+    cycles = (
+        instructions[kernel_of(shape, kernel, instructions)] * plan["threads"] / gpu_stages.LANES * constants["instructions"]
+    )
     cycles *= constants["narrow"] if shape.narrow() else 1.0
     time = constants["start"]
     while left > 0:
@@ -183,6 +189,7 @@ MODELS: dict[str, Callable[[Shape, Card, Constants, dict[str, int]], float]] = {
     "pool": pool, "transform": layers, "fuse": fuse, "sums": sums, "transform_backward": layers, "dx": dx,
     "parameters": parameters,
 }  # fmt: skip
+
 # Where the search for the constants begins.
 START: dict[str, Constants] = {
     "pool": {"start": 6, "block": 1.5, "rate": 0.08, "instructions": 1, "exposed": 0.9, "narrow": 2, "merge": 40, "tail": 10},
@@ -243,11 +250,24 @@ class Predicted(NamedTuple):
     backward: float
 
 
-def predict(shape: Shape, card: Card, constants: dict[str, Constants], instructions: dict[str, int]) -> Predicted:
+def predict(
+    shape: Shape, card: Card, constants: dict[str, Constants], instructions: dict[str, int], *, in_stages: bool = False
+) -> Predicted:
     """Microseconds of each kernel, and of a captured graph of each direction with cold caches."""
     kernels = {kernel: model(shape, card, constants[kernel], instructions) for kernel, model in MODELS.items()}
+    beside = {"forward": GRAPH + MEMSET, "backward": GRAPH + MEMSET + FILL}
+    if in_stages:
+        # No block merges or transforms at the end of the pool or of the sums, no counter has to be zero but those of the sums
+        # of channels_last, and the gradients of the parameters begin before dx is done.
+        without_tail = {**constants, "pool": {**constants["pool"], "merge": 0.0, "tail": 0.0}}
+        without_tail["sums"] = {**constants["sums"], "tail": 0.0}
+        without_tail["parameters"] = {**constants["parameters"], "start": constants["parameters"]["start"] / 2}
+        changed = ("pool", "sums", "parameters")
+        kernels |= {kernel: MODELS[kernel](shape, card, without_tail[kernel], instructions) for kernel in changed}
+        kernels |= gpu_stages.stages(shape, card)
+        beside = {"forward": GRAPH, "backward": GRAPH + (MEMSET if shape.channels_last else 0.0)}
     forward, backward = (sum(kernels[kernel] for kernel in direction) for direction in (FORWARD, BACKWARD))
-    return Predicted(kernels, forward + GRAPH + MEMSET, backward + GRAPH + MEMSET + FILL)
+    return Predicted(kernels, forward + beside["forward"], backward + beside["backward"])
 
 
 def errors(report: dict[str, Any], record: dict[str, Any]) -> dict[str, list[float]]:
@@ -280,6 +300,29 @@ def lines_of(name: str, report: dict[str, Any], record: dict[str, Any]) -> Itera
     yield "off by (root mean square): " + ", ".join(f"{direction} {value:.1%}" for direction, value in off.items())
     if name in OUTSIDE:
         yield f"outside of the limit, because {OUTSIDE[name]}"
+
+
+def lines_of_stages(name: str, report: dict[str, Any], record: dict[str, Any]) -> Iterator[str]:
+    """The transform of one report as it was measured, and in stages as it is predicted; then the totals that were measured, and
+    what is left of them without the difference of the two predictions."""
+    card = card_of(report)
+    yield f"{name}: the transform as measured (0: in a tail), in stages as predicted; then the whole, both ways"
+    headings = "".join(
+        f"{direction:>{width}}{'stages':>8}"
+        for direction, width in zip(("forward", "backward") * 2, (9, 10, 10, 10), strict=True)
+    )
+    yield f"{'':42}{headings}"
+    for row in rows_of(report):
+        before, after = (
+            predict(row.shape, card, record["constants"], record["instructions"], in_stages=way) for way in (False, True)
+        )
+        cells = ""
+        for kernel, width in (("transform", 9), ("transform_backward", 10)):
+            cells += f"{row.kernels[kernel]:{width}.1f}{after.kernels[kernel]:8.1f}"
+        for direction in ("forward", "backward"):
+            measured, saved = getattr(row, direction), getattr(before, direction) - getattr(after, direction)
+            cells += f"{measured:10.1f}{measured - saved:8.1f}"
+        yield f"{row.shape.name:42}{cells}"
 
 
 # ---- the record --------------------------------------------------------------------------------------------------------------
@@ -336,6 +379,7 @@ def main() -> None:
         RECORD.write_text(json.dumps(record, indent=1) + "\n")
     for name, report in found.items():
         print("\n".join(lines_of(name, report, record)))
+        print("\n".join(lines_of_stages(name, report, record)))
 
 
 if __name__ == "__main__":

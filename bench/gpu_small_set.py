@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import reference
 import torch
 from torch import nn
 
 import gcnet_ext
 from gcnet_ext import Branch
+from gcnet_ext._tuning import CudaTuning, cuda_tuning
 
 SHAPES = ((2, 16, 9, 9), (1, 64, 28, 28), (2, 300, 5, 7), (1, 2048, 7, 7))
 
@@ -15,9 +18,9 @@ SHAPES = ((2, 16, 9, 9), (1, 64, 28, 28), (2, 300, 5, 7), (1, 2048, 7, 7))
 def main() -> None:
     torch.manual_seed(0)
     worst = 0.0
-    for shape in SHAPES:
-        for dtype in (torch.float32, torch.float16):
-            for layout in (torch.contiguous_format, torch.channels_last):
+    for shape, dtype, engine in itertools.product(SHAPES, (torch.float32, torch.float16), (0, 2)):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            with cuda_tuning(CudaTuning(engine=engine)):
                 x = torch.randn(shape, device="cuda", dtype=dtype).contiguous(memory_format=layout).requires_grad_()
                 block = gcnet_ext.GlobalContextBlock(shape[1], ratio=1 / 8, fusion_types=("channel_mul", "channel_add"))
                 for parameter in block.parameters():

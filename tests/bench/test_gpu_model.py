@@ -72,8 +72,20 @@ def test_larger_maps_take_longer(model, record):
     assert times[-1].backward > 8 * times[0].backward
 
 
+def test_the_stages_of_the_transform_are_predicted(model, record):
+    """Faster than what was measured where that had launches of its own, but for 1 us, and never for nothing."""
+    for report in model.reports().values():
+        card = model.card_of(report)
+        for row in model.rows_of(report):
+            found = model.predict(row.shape, card, record["constants"], record["instructions"], in_stages=True)
+            for kernel in ("transform", "transform_backward"):
+                assert 2 * model.gpu_stages.STAGE_LAUNCH < found.kernels[kernel] < 20
+                assert row.kernels[kernel] == 0 or found.kernels[kernel] < row.kernels[kernel] + 1, (row.shape.name, kernel)
+
+
 def test_prints_every_report(model, record):
     for name, report in model.reports().items():
+        assert len(list(model.lines_of_stages(name, report, record))) == 2 + len(list(model.rows_of(report)))
         lines = list(model.lines_of(name, report, record))
         assert len(lines) == 3 + len(list(model.rows_of(report)))
         assert "root mean square" in lines[-1] or name in model.OUTSIDE
