@@ -107,6 +107,7 @@ struct WeightSlice {
         const int first_row = place.first_row(work, turn);
 #pragma unroll 1
         for (int k = threadIdx.x % kWarp * kSplitColumns + (turn == 0 ? kSplitStep : 0); k < width; k += kSplitStep) {
+#pragma unroll 1
           for (int r = 0; r < kSplitRows && first_row + r < rows; r++) prefetch(values + (first_row + r) * columns + begin + k);
         }
       }
@@ -220,6 +221,7 @@ __device__ __forceinline__ void prefetch_vectors(const BranchParams<T>& branch, 
   const auto ask = [](const Parameter<T>& vector, int64_t count) {
     if (!vector.present()) return;
     with_values(vector, [&](const auto* values) {
+#pragma unroll 1
       for (int64_t i = threadIdx.x * kEach; i < count; i += kSplitThreads * kEach) prefetch(values + i);
     });
   };

@@ -21,6 +21,7 @@ import gcnet_ext
 ALL_ARCHITECTURES = {"sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
 # These go through the big tensors.
 HOT = re.compile(r"attention_pool|fuse_|sums_")
+STAGE = re.compile(r"transform_(hidden_parts|outputs|grad_parts|grad_context)<")
 BYTES = {"double": 8, "float": 4, "Half": 2, "BFloat16": 2}
 # Elements per access are the first or second number of the template arguments.
 ACCESS = re.compile(r"<(?P<dtype>\w+), (?:RowShape<)?(?P<vector>\d+)")
@@ -99,6 +100,20 @@ def test_no_stack_frame_where_it_is_hot(resources):
         if HOT.match(kernel) and "double" not in kernel and used.stack > 16
     ]
     assert not frames, "\n".join(frames)
+
+
+def test_the_stages_of_the_transform(resources, instructions):
+    """csrc/cuda/transform_split*.cuh: nothing spilled, what the launch before wrote read past the first-level cache, and from
+    sm_90 on a wait for that launch (griddepcontrol.wait is ACQBULK)."""
+    stages = [kernel for kernel in resources if STAGE.match(kernel)]
+    assert len(stages) == 3 * 6
+    for arch, kernels in instructions.items():
+        for kernel in stages:
+            assert resources[kernel][arch].registers <= 128, f"{kernel} on {arch}"
+            assert resources[kernel][arch].stack == 0, f"{kernel} on {arch}"
+            assert any("STRONG" in name for name in kernels[kernel] if name.startswith("LDG")), f"{kernel} on {arch}"
+            waits = any(name.startswith("ACQBULK") for name in kernels[kernel])
+            assert waits == (int(arch.removeprefix("sm_")) >= 90), f"{kernel} on {arch}"
 
 
 def test_accesses_are_as_wide_as_planned(instructions):
