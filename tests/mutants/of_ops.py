@@ -14,6 +14,7 @@ DERIVATIVES = "test_derivatives.py"
 EVERY = "test_every_op.py"
 LAYOUTS = "test_layouts.py"
 COMPILE = "test_compile.py"
+PUBLIC = "test_public_torch.py"
 
 MUTANTS = (
     Mutant(
@@ -183,5 +184,13 @@ MUTANTS = (
         "2 * prod(x)",
         "The pool is counted as one product instead of two.",
         (FLOPS, EVERY),
+    ),
+    Mutant(
+        "public-results-of-inference-mode",
+        "gcnet_ext/_torch.py",
+        "return «tree_map_only(Tensor, Tensor.clone, results)»",
+        "results",
+        "Without torch's private names the results of a kernel cannot be saved for a backward pass.",
+        (PUBLIC,),
     ),
 )
