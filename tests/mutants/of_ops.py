@@ -67,7 +67,7 @@ MUTANTS = (
     ),
     Mutant(
         "shapes-one-channel",
-        "gcnet_ext/ops/_bits.py",
+        "gcnet_ext/ops/_relu_bits.py",
         "if «channels == 1 or x.stride(1) != 1» or all",
         "x.stride(1) != 1",
         "The shape function takes one channel with a stride of one for channels_last.",
