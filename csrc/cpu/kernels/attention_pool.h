@@ -2,7 +2,7 @@
 //
 //   logit_p = w . x_p + b         ctx = sum_p m_p x_p with m = softmax(logit)
 //   u_p = dctx . x_p              dl_p = m_p (u_p - dctx . ctx)
-//   dx = g*scale + m_p dctx + dl_p w      dw = sum_p dl_p x_p (completed by subtract_context in ../pool_inputs.h)
+//   dx = g*scale + m_p dctx + dl_p w      dw = sum_p dl_p x_p (subtract_context of csrc/cpu/pool_inputs.h completes it)
 //
 // A block is small enough to stay in the second-level cache: x comes from memory once, although each formula needs it twice.
 #pragma once
