@@ -15,6 +15,7 @@ EVERY = "test_every_op.py"
 LAYOUTS = "test_layouts.py"
 COMPILE = "test_compile.py"
 PUBLIC = "test_public_torch.py"
+HARD_SIGMOID = "test_hard_sigmoid.py"
 
 MUTANTS = (
     Mutant(
@@ -143,7 +144,7 @@ MUTANTS = (
         "hard_gate = («self.gate_alpha, self.gate_beta») if",
         "self.gate_beta, self.gate_alpha",
         "Slope and offset of the hard sigmoid are swapped.",
-        (BLOCK, EVERY),
+        (HARD_SIGMOID,),
     ),
     Mutant(
         "scale-and-shift-swapped",
