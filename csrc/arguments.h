@@ -13,7 +13,7 @@
 namespace gcnet_ext {
 
 using TensorList = std::vector<OptionalTensor>;
-// The results of the schema.
+// The results of global_context and of global_context_backward, in the order of their schemas in csrc/ops.cpp.
 using ForwardResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using BackwardResults = std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, Tensor>;
 
@@ -27,7 +27,7 @@ template <typename T>
 struct PerWeight {
   T w1, b1, norm_weight, norm_bias, w2, b2;
 
-  // What f makes of each of them.
+  // Returns f(weight) for each weight.
   template <typename F>
   auto map(const F& f) const -> PerWeight<decltype(f(w1))> {
     return {f(w1), f(b1), f(norm_weight), f(norm_bias), f(w2), f(b2)};

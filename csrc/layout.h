@@ -16,7 +16,8 @@ struct Layout {
   bool channels_last;                                      // channel_stride is 1, otherwise position_stride is
 };
 
-// Whether the channels of a position lie next to each other, and the positions apart. gcnet_ext/ops/_bits.py has the same rule.
+// Whether the channels of a position lie next to each other, and the positions apart. gcnet_ext/ops/_relu_bits.py has this
+// rule, too.
 bool is_channels_last(const Tensor& x);
 // The positions of x: the product of its spatial sizes.
 int64_t positions(const Tensor& x);
@@ -43,8 +44,8 @@ Overlap overlap(const Tensor& tensor, const Tensor& x);
 int64_t bytes_of_bits(const Tensor& x);
 // An uninitialised contiguous tensor on the device of `like`.
 Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype);
-// An uninitialised dense tensor like a parameter, with the very strides of a contiguous one: a dimension of size 1 may have any
-// stride, channels_last gives a 1x1 convolution unusual ones, and DistributedDataParallel compares them.
+// An uninitialised dense tensor like a parameter. If the parameter is contiguous it has exactly the parameter's strides, even
+// for dimensions of size 1 (channels_last gives a 1x1 convolution unusual ones): DistributedDataParallel compares them.
 Tensor empty_like_parameter(const Tensor& parameter);
 // An uninitialised tensor of the shape and memory format of x, dense.
 Tensor empty_like_map(const Tensor& x);

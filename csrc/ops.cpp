@@ -14,9 +14,9 @@
 //   activation          act: 0 none, 1 ReLU, 2 SiLU, 3 GELU by erf, 4 GELU by tanh, 5 Hardswish, 6 LeakyReLU with the slope
 //   hard_gate           [alpha, beta] of the gate clip(alpha t + beta, 0, 1); None: the gate is a sigmoid
 //   final_activation    of the result: 0 none, 1 ReLU
-//   positive            what backward needs of the final ReLU: a bit for each element of out, 0 where it is at most 0, in the order of
-//                       a sample's memory; a row of it, a channel or in channels_last a position, begins with a byte of its own:
-//                       uint8 [N, C ceil(P / 8)] or [N, P ceil(C / 8)]; [N, 0] without that ReLU
+//   positive            what backward needs of the final ReLU: a bit for each element of out, which is 0 where the element is at
+//                       most 0, in the order of a sample's memory. Each row (a channel, or in channels_last a position) begins
+//                       with a byte of its own: uint8 [N, C ceil(P / 8)] or [N, P ceil(C / 8)]; [N, 0] without that ReLU
 //
 // A list always has all its elements, None among them: AOTInductor cannot pass an empty one. Choices are numbers, because torch
 // 2.13 leaks a str argument in every call (pytorch#191340).

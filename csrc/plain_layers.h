@@ -1,6 +1,6 @@
-// A block passes its layers by only while they are the plain ones that it saw last, so it asks in every call whether one was
-// replaced, hooked or reconfigured: here by one call, in the place of a hundred look-ups of the interpreter. This is written in
-// plain CPython because the way through pybind11 takes 4 us when nothing of it is in a cache.
+// A block uses the fused operator instead of its layers only while no layer has been replaced, hooked or reconfigured. It asks
+// this in every call, by one call of `unchanged` instead of a hundred look-ups in Python. The function uses the C API: a call
+// through pybind11 takes 4 us when nothing of it is in a cache.
 #pragma once
 
 #include <Python.h>
@@ -72,14 +72,14 @@ inline PyObject* values_of(PyObject* flat) {
   return nullptr;
 }
 
-// unchanged(kinds, fields, sizes, children, wanted), of flat tuples, the last one of a tuple of such:
+// unchanged(kinds, fields, sizes, children, wanted). The first four are flat tuples, and wanted is a tuple of flat tuples:
 //   kinds      object, class, version:    type(object) is class, and class_version(class) == version
 //   fields     dictionary, name, value:   dictionary[name] is value, or there is none and value is None
 //   sizes      dictionary, length:        len(dictionary) == length
 //   children   dictionary, items:         the dictionary has these names and values, in this order, and no others
 //   wanted     dictionary, name:          the result has dictionary[name]
 //
-// A list of the wanted values for each tuple of them, or None where one of these no longer holds.
+// It returns a list of values for each tuple in wanted, or None if one of these conditions no longer holds.
 inline PyObject* unchanged(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (count != 5 || !std::all_of(arguments, arguments + 5, [](PyObject* tuple) { return PyTuple_Check(tuple); })) {
     PyErr_SetString(PyExc_TypeError, "unchanged takes five tuples: kinds, fields, sizes, children, wanted");

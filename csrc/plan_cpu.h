@@ -1,5 +1,5 @@
-// How the work is cut. Pure functions of shape and dtype: never of the number of threads or processors, so that the same bits
-// come out on any machine with the same instruction set. Visible from Python as gcnet_ext._C.plan(...).
+// How the CPU kernels cut their work. Results have the same bits on all machines with the same instruction set: every plan but
+// plan_cpu_group is a function of shape and dtype alone, not of the threads. Python sees the plans as gcnet_ext._C.plan(...).
 #pragma once
 
 #include <cstdint>

@@ -96,7 +96,8 @@ int64_t plan_cuda_most_splits(const CudaTuning& tuning) {
 bool plan_cuda_tail(int64_t channels, int64_t units, int64_t weight_bytes, int64_t accumulation_size,
                     const CudaTuning& tuning) {
   constexpr int64_t kMostBytes = 64 << 10;  // what one block reads in less time than two more launches take
-  constexpr int64_t kScratch = 1024 + 64;   // values, padding included
+  // TransformBackwardShared (csrc/cuda/transform_backward.cuh) has 3 channels, 2 units, and this with padding, in values.
+  constexpr int64_t kScratch = 1024 + 64;
   const bool fits = (3 * channels + 2 * units + kScratch) * accumulation_size <= static_cast<int64_t>(kCudaSharedBytes);
   return fits && (tuning.transform ? tuning.transform == 1 : weight_bytes <= kMostBytes);
 }

@@ -13,7 +13,7 @@ namespace gcnet_ext {
 // Decisions of a caller in the place of these functions, for comparisons on a GPU; 0 leaves a decision to them. Each choice
 // computes the same result but for its last bits.
 struct CudaTuning {
-  int64_t streamed;     // 1: the pool takes the path of that name
+  int64_t streamed;     // 1: the pool takes CudaPoolPath::streamed
   int64_t larger_tile;  // how many sizes larger a tile of rows is than the smallest that holds all channels
   int64_t splits;       // the most blocks that share a sample's pool or its channels_last sums
   int64_t row_lanes;    // lanes per row of the sums of an NCHW map, a power of two
@@ -25,7 +25,7 @@ struct CudaTuning {
 struct CudaShape {
   int64_t channels, positions, element_size;
   bool channels_last;
-  bool aligned;  // every row (NCHW) or position (channels_last) starts at a multiple of 16 or 8 bytes if its length is one
+  bool aligned;  // rows (NCHW) or positions (channels_last) start at multiples of 16 (8) bytes if their size is such a multiple
 };
 
 // A tile that a block holds in registers: all channels, and the positions of `lanes` accesses. A thread has `rows` accesses.
@@ -54,7 +54,7 @@ struct CudaPoolPlan {
   int tile;                         // index into the tiles with such accesses
   int threads;                      // of a block
   int64_t tile_positions;           // positions that a block works on at a time
-  int64_t tiles_per_split, splits;  // a block works on tiles_per_split tiles at most; a sample has so many blocks
+  int64_t tiles_per_split, splits;  // a sample has `splits` blocks, each with at most tiles_per_split tiles
 };
 CudaPoolPlan plan_cuda_pool(const CudaShape& shape, const CudaTuning& tuning = {});
 

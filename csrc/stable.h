@@ -1,4 +1,4 @@
-// The one door to torch: everything that needs a tensor includes this, so that the ABI target stands in one place.
+// Every file that needs a tensor of torch includes this one, so that the ABI target is set in a single place.
 #pragma once
 
 // LibTorch stable ABI of torch 2.11: one binary runs on every later torch, and including ATen is a compile error.

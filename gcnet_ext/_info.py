@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 
 from . import _build, _load
-from ._torch import has_kernel
+from ._torch import has_kernel_for_key
 from ._version import __version__
 from .ops import _dispatch
 
@@ -86,7 +86,7 @@ def _operators() -> str:
     """The operators that have a kernel of their own, a line per device, and those that have none."""
     names = sorted(_dispatch.kernels)
     keys = [key for key in ("CPU", "CUDA") if key.lower() in _load.kernel_devices]
-    found = {key: [name for name in names if has_kernel(f"gcnet_ext::{name}", key)] for key in keys}
+    found = {key: [name for name in names if has_kernel_for_key(f"gcnet_ext::{name}", key)] for key in keys}
     found["no kernel"] = [name for name in names if not any(name in with_kernel for with_kernel in found.values())]
     return "\n".join(f"{key}: {', '.join(listed)}" for key, listed in found.items() if listed) or "none"
 

@@ -49,7 +49,7 @@ def _kernel_in_inference_mode(overload: Callable[..., Any]) -> Callable[..., Any
 below_autograd: Callable[[], contextlib.AbstractContextManager] = _private(
     "_C._AutoDispatchBelowAutograd", contextlib.nullcontext
 )
-"""In this context a `kernel_of` an operator starts without a second look at the operator's gradient."""
+"""In this context, what `kernel_of` returns does not go through the Autograd key of the dispatcher."""
 
 
 def kernel_of(overload: Any) -> Callable[..., Any]:
@@ -95,8 +95,8 @@ _PARAMETER = {nn.Parameter, NoneType}
 
 
 def apply(function: type[torch.autograd.Function], options: Any, x: Tensor, *weights: Tensor | None) -> Any:
-    """``function.apply``, which first looks at each argument for a wrapper that a transform of torch.func has left behind. That
-    takes 2 us, and a parameter is none."""
+    """``function.apply``, but without its search for wrappers that a transform of torch.func has left behind, if all weights
+    are parameters or None, which are no wrappers, and x is no wrapper. The search takes 2 us."""
     if _may_be_wrapper(x) or not _PARAMETER.issuperset(map(type, weights)):
         return function.apply(options, x, *weights)
     return super(torch.autograd.Function, function).apply(options, x, *weights)  # type: ignore[misc]
@@ -131,5 +131,7 @@ def parameters(module: nn.Module) -> Mapping[str, Any]:
 
 # ---- what a report says ------------------------------------------------------------------------------------------------------
 
-has_kernel: Callable[[str, str], bool] = _private("_C._dispatch_has_kernel_for_dispatch_key", lambda _operator, _key: True)
+has_kernel_for_key: Callable[[str, str], bool] = _private(
+    "_C._dispatch_has_kernel_for_dispatch_key", lambda _operator, _key: True
+)
 """Whether an operator of the library has a kernel for the dispatch key; where torch does not tell, each has."""

@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_pool_backward_op(const Tensor& grad
     const auto w = to_acc<acc>(weight);
     const auto map = read_map<scalar_t>(x);
     const PoolPlan plan = pool_plan(map);
-    const auto parts = weight_parts<acc>(plan, map.layout, need_weight);
+    const auto parts = grad_weight_parts<acc>(plan, map.layout, need_weight);
     const PoolBackwardInputs<acc> inputs{.grad_context = grad_contexts,
                                          .context = matrix_of<const acc>(context),
                                          .attention = matrix_of<const acc>(attention),
@@ -62,7 +62,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_pool_backward_op(const Tensor& grad
                                       grad_x_map.samples(first, count),
                                       parts.row_range(first * plan.splits, count * plan.splits));
     });
-    if (need_weight) sum_weight_parts<acc>(parts, grad_weight);
+    if (need_weight) sum_grad_weight_parts<acc>(parts, grad_weight);
   });
   return {grad_x, grad_weight, grad_bias};
 }

@@ -31,25 +31,25 @@ void pool_samples(const Map<const scalar_t>& x, const PoolMask<acc_t<scalar_t>>&
 // The parts of the mask weight's gradient, which are zero before the backward pass: one for every split of every sample, so
 // that their sum does not depend on who computes what.
 template <typename acc>
-MatrixBuffer<acc> weight_parts(const PoolPlan& plan, const Layout& layout, bool needed) {
+MatrixBuffer<acc> grad_weight_parts(const PoolPlan& plan, const Layout& layout, bool needed) {
   MatrixBuffer<acc> parts(layout.samples * plan.splits, layout.channels, needed);
   parts.clear();
   return parts;
 }
 
-// dx = g*scale + the gradient through attention pooling; g or dx may be absent, and so may weight_parts (of these samples).
+// dx = g*scale + the gradient through attention pooling. g, dx or grad_weight_parts (of these samples) may be absent.
 template <typename scalar_t>
 void pool_backward_samples(const Map<const scalar_t>& grad, const Map<const scalar_t>& x,
                            const PoolBackwardInputs<acc_t<scalar_t>>& inputs, const Map<scalar_t>& grad_x,
-                           Matrix<acc_t<scalar_t>> weight_parts) {
+                           Matrix<acc_t<scalar_t>> grad_weight_parts) {
   const PoolPlan plan = pool_plan(x);
-  if (plan.by_channels) return pool_backward_by_channels(grad, x, inputs, grad_x, weight_parts);
-  pool_backward_by_positions(plan, grad, x, inputs, grad_x, weight_parts);
+  if (plan.by_channels) return pool_backward_by_channels(grad, x, inputs, grad_x, grad_weight_parts);
+  pool_backward_by_positions(plan, grad, x, inputs, grad_x, grad_weight_parts);
 }
 
 // The gradient of the mask's weight: the sum of all parts, in their order.
 template <typename acc>
-void sum_weight_parts(Matrix<const acc> parts, const Tensor& gradient) {
+void sum_grad_weight_parts(Matrix<const acc> parts, const Tensor& gradient) {
   std::vector<acc> sum(parts.columns);
   constexpr int64_t kSlice = 64;  // channels of one item
   const int64_t slices = (parts.columns + kSlice - 1) / kSlice;

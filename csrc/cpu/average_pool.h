@@ -5,7 +5,7 @@
 
 namespace gcnet_ext::cpu {
 
-// Makes a sum over the positions that count their mean, and the gradient of that mean the gradient of each position.
+// Divides by the number of positions that count: a sum becomes a mean, and a mean's gradient becomes each position's gradient.
 template <typename acc>
 void divide_by_count(const Valid& valid, Matrix<acc> values) {
   for (int64_t n = 0; n < values.rows; n++) {

@@ -1,7 +1,7 @@
 // global_context on the CPU: the whole block, one call per direction.
 //
 //   forward    ctx = attention pool of x;  t = transform(ctx) per branch;  out = act(x*gate(t_scale) + t_shift + residual)
-//   backward   g through act;  ga = sum_p g, gs = sum_p g*x;  dctx through the branches;  dx = g*gate + the gradient of the pool
+//   backward   g through act;  ga = sum_p g, gs = sum_p g*x;  dctx through the branches;  dx = g*gate + the pool's gradient
 //
 // The samples are worked on in groups that stay in the caches between the steps, so that x comes from memory once.
 #include "attention_pool.h"
@@ -135,7 +135,7 @@ BackwardResults global_context_backward_op(const BackwardArguments& call) {
     const auto gate = matrix_of<const acc>(saved_gate);
 
     const PoolPlan plan = pool_plan(x_map);
-    const auto parts = weight_parts<acc>(plan, x_map.layout, need_weight);
+    const auto parts = grad_weight_parts<acc>(plan, x_map.layout, need_weight);
     const MatrixBuffer<acc> grad_t_scale(samples, channels, scale.has_value()),
         grad_t_shift(samples, channels, shift.has_value());
     MatrixBuffer<acc> grad_context(samples, channels);
@@ -176,7 +176,7 @@ BackwardResults global_context_backward_op(const BackwardArguments& call) {
         average_backward_samples(g, pool.scale, dctx, pool.valid, dx);
       }
     });
-    if (need_weight) sum_weight_parts<acc>(parts, gradients.mask_weight);
+    if (need_weight) sum_grad_weight_parts<acc>(parts, gradients.mask_weight);
     if (needs.scale && scale) scale->parameter_gradients(grad_t_scale, context, scale_layer, gradients.scale);
     if (needs.shift && shift) shift->parameter_gradients(grad_t_shift, context, shift_layer, gradients.shift);
   });

@@ -23,7 +23,7 @@ void parallel_ranges(int64_t count, int64_t elements, const Body& body) {
   run_on_threads(most, [&](int64_t rank, int64_t threads) { body(count * rank / threads, count * (rank + 1) / threads); });
 }
 
-// body(i) for 0 <= i < count, each thread with a row of neighbours. The items and what each of them computes depend on the
+// body(i) for 0 <= i < count; each thread takes consecutive i. The items and what each of them computes depend on the
 // shape alone, so the result does not depend on who computes them. A loop that goes backwards starts with what the loop before
 // it has left in the caches.
 template <typename Body>
@@ -37,8 +37,8 @@ void parallel_for(int64_t count, int64_t elements, const Body& body, Order order
   });
 }
 
-// body(first, count) for groups of the samples of a map, in a call that reads so many bytes for each of its elements, and so many
-// bytes of weights for each group. Either the threads share the work on one group after the other, or each thread takes groups
+// body(first, count) for groups of the samples of a map. The call reads element_bytes for each element of the map, and
+// weight_bytes for each group. Either the threads share the work on one group after the other, or each thread takes groups
 // of its own through all steps.
 template <typename Body>
 void for_each_group(const Layout& layout, int64_t element_bytes, int64_t weight_bytes, const Body& body) {

@@ -69,7 +69,7 @@ void pool_by_channels(const Map<const scalar_t>& x, const PoolMask<acc_t<scalar_
 template <typename scalar_t>
 void pool_backward_by_channels(const Map<const scalar_t>& grad, const Map<const scalar_t>& x,
                                const PoolBackwardInputs<acc_t<scalar_t>>& inputs, const Map<scalar_t>& grad_x,
-                               Matrix<acc_t<scalar_t>> weight_parts) {
+                               Matrix<acc_t<scalar_t>> grad_weight_parts) {
   using acc = acc_t<scalar_t>;
   const int64_t samples = x.layout.samples, channels = x.layout.channels, positions = x.layout.positions;
   const SweepPlan plan = sweep_plan(x);
@@ -91,7 +91,7 @@ void pool_backward_by_channels(const Map<const scalar_t>& grad, const Map<const 
     const int64_t n = item.sample;
     const PoolBackwardSample<acc> of_block{channels_of(inputs.grad_context, item), /*context_dot=*/0, inputs.weight + item.c0,
                                            channels_of(inputs.scale, item)};
-    acc* const dw = channels_of(weight_parts, item);
+    acc* const dw = channels_of(grad_weight_parts, item);
     valid.for_each_piece(n, 0, positions, [&](int64_t begin, int64_t end, bool counts) {
       const auto g = block_of(grad, item, begin, end);
       const auto dx = block_of(grad_x, item, begin, end);

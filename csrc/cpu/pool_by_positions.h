@@ -53,8 +53,8 @@ void pool_by_positions(const PoolPlan& plan, const Map<const scalar_t>& x, const
     valid.fill_others(sample, begin, end, acc(0), m);
     if (valid && valid.count(sample) == 0) return;
     for (int64_t s = 0; s < plan.splits; s++) {
-      const acc factor = std::exp(parts[s].max - reference) / sum;
-      for (int64_t c = c0; c < c1; c++) total[c] += parts[s].weighted[c] * factor;
+      const acc rescale = std::exp(parts[s].max - reference) / sum;
+      for (int64_t c = c0; c < c1; c++) total[c] += parts[s].weighted[c] * rescale;
     }
     valid.for_each_run(sample, begin, end, [&](int64_t p0, int64_t p1) { softmax(m + p0, p1 - p0, max, sum); });
   });
@@ -63,7 +63,7 @@ void pool_by_positions(const PoolPlan& plan, const Map<const scalar_t>& x, const
 template <typename scalar_t>
 void pool_backward_by_positions(const PoolPlan& plan, const Map<const scalar_t>& grad, const Map<const scalar_t>& x,
                                 const PoolBackwardInputs<acc_t<scalar_t>>& inputs, const Map<scalar_t>& grad_x,
-                                Matrix<acc_t<scalar_t>> weight_parts) {
+                                Matrix<acc_t<scalar_t>> grad_weight_parts) {
   using acc = acc_t<scalar_t>;
   const int64_t samples = x.layout.samples, channels = x.layout.channels, positions = x.layout.positions;
   const auto pool_backward = map_kernels<scalar_t>().attention_pool_backward;
@@ -80,10 +80,10 @@ void pool_backward_by_positions(const PoolPlan& plan, const Map<const scalar_t>&
         const auto dx = grad_x.block(sample, 0, channels, p0, p1 - p0);
         if (!counts) return grad_of_others(g, of_sample.scale, dx);
         sum_dl += pool_backward(g, x.block(sample, 0, channels, p0, p1 - p0), inputs.attention.row(sample) + p0, of_sample, dx,
-                                weight_parts.row(i));
+                                grad_weight_parts.row(i));
       });
     }
-    subtract_context(sum_dl, context, channels, weight_parts.row(i));
+    subtract_context(sum_dl, context, channels, grad_weight_parts.row(i));
   };
   parallel_for(samples * plan.splits, samples * channels * positions, split, Order::backwards);
 }

@@ -84,7 +84,7 @@ template <typename scalar_t>
 Map<const scalar_t> read_map(const Tensor& tensor) {
   return {data<scalar_t>(tensor), layout_of(tensor)};
 }
-// Without data where there is no tensor.
+// The map has no data if there is no tensor.
 template <typename scalar_t>
 Map<const scalar_t> read_map(const OptionalTensor& tensor) {
   return tensor ? read_map<scalar_t>(*tensor) : Map<const scalar_t>{};

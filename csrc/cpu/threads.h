@@ -1,5 +1,5 @@
 // The threads of the CPU kernels: OpenMP's, as many as torch has. The loops that use them are in parallel.h, so that the
-// sanitizer tests can put threads in the place of this file's that a sanitizer understands (tests/native/cpu/team.cpp).
+// sanitizer tests can replace the threads by some that a sanitizer understands (tests/native/cpu/team.cpp).
 #pragma once
 
 #include <cstdint>

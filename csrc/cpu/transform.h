@@ -152,8 +152,8 @@ class BranchPass {
   acc activate(const acc* hidden, acc* normalised, acc* activated) const;
   void activate_backward(const acc* grad_activated, acc inverse_std, const HiddenLayer<acc>& sample) const;
 
-  // Up to here a sample's transform is one thread's work; above, the weights are read once for many samples, row by row.
-  // (Their number, not their bytes: what this saves is loads and conversions.)
+  // With at most so many weights, one thread transforms a sample. With more, the threads share the rows of the weights and
+  // read each row once for many samples. (Bytes would be the wrong measure, because this saves loads and conversions.)
   static constexpr int64_t kBatchedWeights = 64 << 10;
 
   Options options_;

@@ -20,7 +20,7 @@ __device__ __forceinline__ A clip(A value, A least, A most) {
   return value < least ? least : value > most ? most : value;
 }
 
-// kReluOrSilu: the activation is one of these two. The kernels that most blocks run know no others, which would cost registers.
+// kReluOrSilu: the activation is one of these two, which most models use. Kernels for these two alone need fewer registers.
 template <typename A>
 struct ActivationFunction {
   Activation kind = Activation::relu;

@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks) attention_pool_
     }
 #pragma unroll
     for (int g = 0; g < Shape::groups; g++) grad_weight[g] += tile.sum_over_positions(grad_logits, g);
-    // These offsets move on from row to row. If each row had its own, the same for every tile, all would be kept in registers.
+    // The offsets advance from row to row. If each row computed its own, the compiler would keep all of them in registers.
     int64_t from = params.grad.offset(split.sample, tile.channel(0), first + tile.position());
     int64_t to = params.grad_x.offset(split.sample, tile.channel(0), first + tile.position());
 #pragma unroll

@@ -81,13 +81,13 @@ __global__ void __launch_bounds__(512, 1) attention_pool_positions(PoolParams<T>
     if (split.logits && warp % warps == 0 && share.owner && position < split.end) split.logits[position] = logit;
 
     constexpr int kLowest = kWarp / kPositions;  // lanes that differ in lower bits have the same position
-    const A factor = softmax.raise(max_over_lanes(logit, kLowest, kWarp / 2));
+    const A rescale = softmax.raise_maximum(max_over_lanes(logit, kLowest, kWarp / 2));
     const A exponent = exponential(logit - softmax.reference());
     softmax.sum += sum_over_lanes(exponent, kLowest, kWarp / 2);
 #pragma unroll
     for (int i = 0; i < kPositions; i++) hide_from_optimizer(values[i]);
 #pragma unroll
-    for (int j = 0; j < V; j++) weighted[j] *= factor;
+    for (int j = 0; j < V; j++) weighted[j] *= rescale;
 #pragma unroll
     for (int i = 0; i < kPositions; i++) {
       const A of_position = __shfl_sync(kAllLanes, exponent, i * kLowest);

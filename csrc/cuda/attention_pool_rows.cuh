@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks) attention_pool_
 
     A maximum = lowest<A>(), sum = A(0);
     for (int p = lane; p < Shape::positions; p += kWarp) maximum = larger(maximum, shared.logits[p]);
-    const A factor = softmax.raise(warp_max(maximum)), reference = softmax.reference();
+    const A rescale = softmax.raise_maximum(warp_max(maximum)), reference = softmax.reference();
     for (int p = lane; p < Shape::positions; p += kWarp) sum += exponential(shared.logits[p] - reference);
     softmax.sum += warp_sum(sum);
 
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks) attention_pool_
 #pragma unroll
     for (int j = 0; j < V; j++) exponentials[j] = exponential(shared.logits[tile.position() + j] - reference);
 #pragma unroll
-    for (int g = 0; g < Shape::groups; g++) weighted[g] = weighted[g] * factor + tile.sum_over_positions(exponentials, g);
+    for (int g = 0; g < Shape::groups; g++) weighted[g] = weighted[g] * rescale + tile.sum_over_positions(exponentials, g);
   }
 
 #pragma unroll

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "launch.h"
+#include "online_softmax.cuh"
 #include "reduce.cuh"
 #include "shared_memory.cuh"
 #include "transform.cuh"
@@ -105,8 +106,8 @@ __device__ __forceinline__ SoftmaxMerge<A> merge_softmax(const A* maximum, int64
 }
 
 // All threads of a block call this when the partial sums of their split are written; the last block of a sample merges them.
-// kValid: not all positions count. Those that do not get no attention, and a sample without any that does has no context,
-// although the softmax of the definition is not a number there.
+// kValid: not all positions count. A position that does not count gets the attention 0. A sample in which none counts gets the
+// context 0, although the softmax would be NaN there by its definition.
 template <bool kValid = false, typename T>
 __device__ void finish_split(const PoolParams<T>& params, const PoolSplit<T>& split) {
   using A = acc_t<T>;

@@ -62,11 +62,11 @@ __global__ void __launch_bounds__(kCudaStreamedThreads, 2) attention_pool_stream
     }
     logit = counted ? logit + bias : lowest<A>();
     if (split.logits && warp == 0 && inside) split.logits[first + lane] = logit;
-    const A factor = softmax.raise(warp_max(logit)), exponent = exponential(logit - softmax.reference());
+    const A rescale = softmax.raise_maximum(warp_max(logit)), exponent = exponential(logit - softmax.reference());
     softmax.sum += warp_sum(exponent);
 
     const auto accumulate = [&](int64_t c, A sum) {
-      split.partial[c] = first == split.begin ? sum : split.partial[c] * factor + sum;
+      split.partial[c] = first == split.begin ? sum : split.partial[c] * rescale + sum;
     };
     if (params.extent.channels_last) {
       for (int64_t c0 = 0; c0 < channels; c0 += kCudaStreamedThreads) {

@@ -34,8 +34,8 @@ struct SumsParams {
   unsigned blocks_per_sample = 0;
   AfterSums after = AfterSums::nothing;
   bool next_is_early = false;  // whether launch_early() starts the next launch
-  // sum_ab is the gradient of the gate and is taken on through it, to that of t_scale; the scale of a hard sigmoid is written
-  // again.
+  // Whether sum_ab is the gradient of the gate, which put() turns into the gradient of t_scale. For a hard sigmoid, put() then
+  // also computes the scale again, because the forward pass keeps the gate alone.
   bool through_gate = false;
   TransformParams<T> transform;
   TransformGradParams<T> transform_grad;

@@ -1,4 +1,4 @@
-// Plain loops over the elements, rows or samples of a feature map, for the kernels that few blocks need.
+// Plain loops over the elements, rows or samples of a map, for what few models use: a residual, a final ReLU, valid positions.
 #pragma once
 
 #include <algorithm>

@@ -47,8 +47,8 @@ __device__ __forceinline__ A warp_max(A value) {
   return max_over_lanes(value, 1, kWarp / 2);
 }
 
-// Returns a if all bits of mask are set, and b if none is. This works on the bits because of a conditional expression on the
-// lane the compiler makes a branch around the shuffles that follow.
+// Returns a if all bits of mask are set, and b if none is. It works on the bits, because the compiler turns a conditional
+// expression on the lane into a branch around the shuffles that follow.
 __device__ __forceinline__ float blend(uint32_t mask, float a, float b) {
   const uint32_t bits = (__builtin_bit_cast(uint32_t, a) & mask) | (__builtin_bit_cast(uint32_t, b) & ~mask);
   return __builtin_bit_cast(float, bits);
@@ -88,30 +88,6 @@ __device__ __forceinline__ Share transposed_sum(A (&values)[kSize], int lane) {
     return {rest.first, rest.owner && (lane & kLast) == 0};
   }
 }
-
-// The exponents of a softmax are taken relative to its maximum; or to zero as long as all logits are -inf, because -inf - -inf
-// would be NaN. (When they all stay -inf, the sum stays 0 and the division by it gives the NaN of the definition.)
-template <typename A>
-__device__ __forceinline__ A softmax_reference(A maximum) {
-  return maximum == lowest<A>() ? A(0) : maximum;
-}
-
-// The maximum of the logits so far, and the sum of exp(logit - maximum).
-template <typename A>
-struct OnlineSoftmax {
-  A maximum = lowest<A>(), sum = A(0);
-
-  // Takes in the maximum of further logits, and returns the factor of everything that was accumulated so far. The caller adds
-  // the sum of their exponentials, relative to reference().
-  __device__ A raise(A tile_maximum) {
-    const A raised = larger(maximum, tile_maximum);
-    const A factor = exponential(maximum - softmax_reference(raised));
-    maximum = raised;
-    sum *= factor;
-    return factor;
-  }
-  __device__ A reference() const { return softmax_reference(maximum); }
-};
 
 // Whether this block is the last of `blocks` to get here. The last one sees everything that the others wrote before they got
 // here.

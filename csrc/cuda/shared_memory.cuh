@@ -1,6 +1,6 @@
-// The shared memory of a kernel is described by one struct, from which the kernel has its pointers and the launch its size: of
-// arrays, or, where sizes are known at run time only, of pointers that a constructor takes from `memory`, one piece after the
-// other.
+// One struct describes the shared memory of a kernel: the kernel gets it by shared_memory(), and the launch gets its size by
+// shared_bytes(). Its members are arrays; or, where sizes are known only at run time, they are pointers, which the constructor
+// sets by memory.take(), one piece after the other.
 #pragma once
 
 #include <cstddef>

@@ -1,4 +1,4 @@
-// The transform and its backward pass for many samples at a time. One block alone would take too long to read these weights. A
+// The transform and its backward pass for many samples at a time, for weights that one block would take too long to read. A
 // block reads a piece of a matrix once for kBatchSamples samples. A sum runs over its terms in an order that depends on the
 // matrix only, so that a sample gets the same bits in any batch.
 #pragma once

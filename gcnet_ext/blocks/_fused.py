@@ -74,7 +74,7 @@ def _weight_and_bias(layer: nn.Module | None) -> tuple[Source, Source]:
 
 
 def norm_over_units(norm: nn.Module, dims: int = 2) -> bool:
-    """Whether the module is a LayerNorm over the hidden units [H, 1, ...]. How many there are is the matter of its weights."""
+    """Whether the module is a LayerNorm over hidden units [H, 1, ...]. The operator checks H, by the size of its weights."""
     return is_plain(norm, nn.LayerNorm) and norm.normalized_shape[1:] == (1,) * dims
 
 
@@ -114,7 +114,7 @@ def one_layer(layer: nn.Module) -> PlainBranch | None:
 def layers(
     mask: nn.Module | None, scale: PlainBranch | None, shift: PlainBranch | None, gate: Gate, final_activation: str = "none"
 ) -> Layers | None:
-    """Those of a block with this mask, which must be plain, and these branches; None if the two do not match."""
+    """The `Layers` of a block with this plain mask and these branches; None if the branches differ in norm or activation."""
     given = [branch for branch in (scale, shift) if branch is not None]
     between = given[0].between if given else NormAndActivation()
     if any(branch.between != between for branch in given):
@@ -140,7 +140,7 @@ def parameter(module: nn.Module | None, name: str) -> Any:
 
 
 def _forget(seen: weakref.ref[_Seen], _block: object) -> None:
-    """Ends the circle of a block that is gone."""
+    """Breaks the reference cycle between a block that is gone and what was seen of its layers."""
     if (found := seen()) is not None:
         found.arguments, found.block = (), {}
 
@@ -153,8 +153,8 @@ class _Seen:
         self.inplace = block._overwrites()
         self.version = class_version(type(block)) if block._watched else None
         self.block = block.__dict__
-        # The block's fields hold this, and this holds them. Without the callback they would wait for the garbage collector when
-        # the block is gone, and the parameters with them.
+        # The fields of the block refer to this object, and it refers to them. Without the callback this cycle would keep the
+        # parameters of a deleted block in memory until the garbage collector runs.
         self.last_word = weakref.ref(block, partial(_forget, weakref.ref(self)))
         kinds: list[Any] = []
         fields: list[Any] = []
@@ -201,14 +201,14 @@ class FusedBlock(nn.Module):
     final_activation: str = "none"
     _seen: _Seen | None = None
     _watched = False
-    """Whether changes of its class and new fields of its own count, too."""
+    """Whether a change of the block's class, or a new attribute of the block, counts as a change, too."""
 
     def _decisive(self) -> tuple[str, ...]:
         """The attributes of the block that decide what it computes."""
         return ("gate", "process_group", "inplace", "final_activation")
 
     def _may_be_seen(self) -> bool:
-        """Whether it is enough to look at the block once, and then at what `_C.unchanged` looks at."""
+        """Whether `_C.unchanged` sees all that may change after the first call; otherwise every call reads the layers again."""
         return True
 
     def _overwrites(self) -> bool:
@@ -242,7 +242,7 @@ class FusedBlock(nn.Module):
         weights = None if seen is None else seen.weights(self)
         if seen is not None and weights is not None:
             try:
-                return global_context.fused(x, weights, residual, valid, seen.options, inplace=seen.inplace)
+                return global_context.with_lists(x, weights, residual, valid, seen.options, inplace=seen.inplace)
             except RuntimeError as error:
                 return self._refused(x, error)
         found = self._plain_layers()
@@ -256,7 +256,7 @@ class FusedBlock(nn.Module):
                 self._explain(x, error)
         weights = [[parameter(*source) for source in sources] for sources in found.weights]
         try:
-            return global_context.fused(x, weights, residual, valid, found.options, inplace=self._overwrites())
+            return global_context.with_lists(x, weights, residual, valid, found.options, inplace=self._overwrites())
         except RuntimeError as error:
             return self._refused(x, error)
 

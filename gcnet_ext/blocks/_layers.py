@@ -157,9 +157,9 @@ def check_channels(x: Tensor, channels: int) -> None:
 
 
 def of_no_tensor(block: nn.Module, x: Any, **others: Any) -> Any:
-    """What a call of the block with x gives that is no tensor: in a graph that torch.fx traces a node that calls the block.
+    """Returns the result of a call whose x is not a tensor: for a Proxy of torch.fx, a graph node that calls the block.
 
-    Of the other arguments those that are None are left out.
+    The node gets x and those of the other arguments that are not None.
 
     Raises:
         TypeError: x is nothing that stands for a tensor, or the block is all that is traced.
@@ -186,10 +186,10 @@ def _torchs_methods(kind: type[nn.Module], *names: str) -> dict[str, Any]:
 
 CALL = nn.Module.__call__
 CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-"""Torch's by the number of spatial dimensions."""
+"""The convolutions of torch by their number of spatial dimensions."""
 AVERAGE_POOLS: dict[int, type[nn.Module]] = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
-"""Likewise."""
-# What runs behind it when a layer is called, up to the function of torch.nn.functional that computes it.
+"""The adaptive average pools of torch by their number of spatial dimensions."""
+# The methods that run when a layer of a class is called, up to the function of torch.nn.functional that computes the result.
 METHODS: dict[type[nn.Module], dict[str, Any]] = {
     **{kind: _torchs_methods(kind, "forward", "_conv_forward") for kind in CONVOLUTIONS.values()},
     nn.Sequential: _torchs_methods(nn.Sequential, "forward", "__iter__"),
@@ -202,7 +202,7 @@ METHODS: dict[type[nn.Module], dict[str, Any]] = {
         )
     },
 }
-# The fields that make such a layer what it is; those of its subclasses, too.
+# The attributes that decide what a layer of a class, or of one of its subclasses, computes.
 SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
     **dict.fromkeys(CONVOLUTIONS.values(), ("kernel_size", "stride", "padding", "groups")),
     nn.LayerNorm: ("eps", "normalized_shape"),
@@ -319,7 +319,7 @@ def called_attention(mask: nn.Module, x: Tensor, valid: Tensor | None = None) ->
         RuntimeError: the mask gives anything but one logit per position.
     """
     _checks.feature_map("attention_pool", x)
-    _checks.valid_positions("attention_pool", valid, x)
+    _checks.valid("attention_pool", valid, x)
     column = x.dim() != 4 and _is_for_images(mask)
     found = call(mask, x.flatten(2).unsqueeze(3) if column else x, x.dtype)
     samples, positions = x.shape[0], math.prod(x.shape[2:])

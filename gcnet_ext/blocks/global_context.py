@@ -72,7 +72,7 @@ class GlobalContextBlock(FusedBlock):
     pooling if conv_mask is unchanged.
     """
 
-    if TYPE_CHECKING:  # that of nn.Module takes and returns Any
+    if TYPE_CHECKING:  # nn.Module.__call__ takes and returns Any
 
         def __call__(self, x: Tensor, residual: Tensor | None = None, valid: Tensor | None = None) -> Tensor: ...
 
@@ -177,7 +177,7 @@ class GlobalContextBlock(FusedBlock):
         context = _layers.as_image(self._context(x, valid))
         mul, add = self.channel_mul_conv, self.channel_add_conv
         scale = None if mul is None else self.gate(_layers.call_on_context(mul, context, x))
-        shift = None if add is None else _layers.call_on_context(add, context.clone(), x)  # mul has saved its own
+        shift = None if add is None else _layers.call_on_context(add, context.clone(), x)  # mul may have saved context
         return channel_fuse(x, scale, shift, residual=residual, final_activation=self.final_activation, inplace=self.inplace)
 
     def _context(self, x: Tensor, valid: Tensor | None) -> Tensor:
@@ -195,7 +195,7 @@ class GlobalContextBlock(FusedBlock):
 
 
 def _branch(branch: Any) -> PlainBranch | None:
-    """conv, LayerNorm over all it gets or nothing, activation, conv; else None."""
+    """The layers of a branch that is a plain Sequential of conv, LayerNorm or Identity, activation and conv; otherwise None."""
     if not _layers.is_plain(branch, nn.Sequential) or len(children(branch)) != 4:
         return None
     return two_layers(*children(branch).values())

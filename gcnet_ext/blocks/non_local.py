@@ -32,7 +32,7 @@ class NonLocalBlock(nn.Module):
     None of the modes forms a matrix of P x P weights:
 
     * ``"embedded_gaussian"``: ``f = softmax_q(theta(x_p) . phi(x_q) / sqrt(D))``, by ``scaled_dot_product_attention``.
-    * ``"gaussian"``: ``f = softmax_q(x_p . x_q)``, likewise.
+    * ``"gaussian"``: ``f = softmax_q(x_p . x_q)``, also by ``scaled_dot_product_attention``.
     * ``"dot_product"``: ``f = theta(x_p) . phi(x_q) / Q``, as ``theta(x_p) . (sum_q phi(x_q) g(x_q) / Q)``: linear in P.
     * ``"concatenation"``: ``f = relu(w . [theta(x_p), phi(x_q)]) / Q``, by sums over the sorted halves of the dot product, in
       ``O(P log P)``. (Exported to ONNX, which has no search in sorted numbers, it does form them.)
@@ -60,7 +60,7 @@ class NonLocalBlock(nn.Module):
     The block starts as the identity.
     """
 
-    if TYPE_CHECKING:  # that of nn.Module takes and returns Any
+    if TYPE_CHECKING:  # nn.Module.__call__ takes and returns Any
 
         def __call__(self, x: Tensor) -> Tensor: ...
 
@@ -146,7 +146,7 @@ class NonLocalBlock(nn.Module):
             raise RuntimeError(f"x must have at least 2 positions wherever sub_sample pools them, got shape {list(x.shape)}")
 
     def _dtype(self, x: Tensor) -> torch.dtype:
-        """What g computes in: the dtype of its weight, if it is torch's convolution; another layer says by its parameters."""
+        """The dtype g computes in: its weight's for torch's Conv2d; otherwise x's, or a wider one of the parameters of g."""
         conv = next(self.g.children(), None)
         if isinstance(conv, nn.Conv2d) and type(conv).forward is nn.Conv2d.forward:
             return conv.weight.dtype

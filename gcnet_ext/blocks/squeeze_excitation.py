@@ -53,7 +53,7 @@ class SqueezeExcitation(FusedBlock):
     fusion around it.
     """
 
-    if TYPE_CHECKING:  # that of nn.Module takes and returns Any
+    if TYPE_CHECKING:  # nn.Module.__call__ takes and returns Any
 
         def __call__(self, x: Tensor, residual: Tensor | None = None, valid: Tensor | None = None) -> Tensor: ...
 

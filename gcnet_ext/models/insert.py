@@ -26,7 +26,7 @@ KINDS: dict[str, Callable[..., nn.Module]] = {
 POSITIONS = ("after_conv3", "after_add")
 STAGES = (1, 2, 3, 4)
 LAST_LAYERS = (("conv3", "bn3"), ("conv2", "bn2"))
-"""Of a residual block: the last convolution and its norm, in a Bottleneck or a BasicBlock."""
+"""The names of a residual block's last convolution and of its norm, for a Bottleneck and for a BasicBlock."""
 
 
 def insert_blocks(
@@ -110,7 +110,7 @@ def insert_blocks(
 
 
 def _apply(module: Any, _arguments: tuple, output: Tensor) -> Tensor:
-    """The hook. A function of this module, with nothing of its own: it survives deepcopy and pickle."""
+    """The forward hook that calls the block. It is a function without state, so it survives deepcopy and pickle."""
     block = getattr(module, NAME)
     if not is_compiling():
         block.__dict__["_calls"] = block.__dict__.get("_calls", 0) + 1
@@ -136,7 +136,7 @@ class _Watch:
             self.calls[name] = calls
 
     def _look(self, model: nn.Module, name: str, module: nn.Module) -> None:
-        """At a block that was not called from Python in this forward pass; a compiled module may have called it."""
+        """Warns that a block was not called, unless it is in place and was called before or may be called by compiled code."""
         parts = list(model.modules())
         hooked = children(module).get(NAME) is not None and (
             not modules_can_be_read or _apply in getattr(module, HOOKS[0]).values()
@@ -180,7 +180,7 @@ def _check_place(found: Mapping[str, nn.Module], name: str) -> None:
 
 
 def _residual_blocks(model: nn.Module, stages: Sequence[int]) -> Iterator[str]:
-    """The names of those of the stages."""
+    """The names of the residual blocks in these stages of the model."""
     prefix, resnet = _resnet_in(model)
     for stage in [int(stage) if isinstance(stage, Integral) else stage for stage in _several(stages)]:
         layer = getattr(resnet, f"layer{stage}", None) if stage in STAGES else None
@@ -245,7 +245,7 @@ def _class_of(name: str, residual: nn.Module) -> type[Any]:
 
 
 def _channels_of(layer: nn.Module | None) -> int | None:
-    """Those of the output of a convolution, a linear layer or a norm, by its weights, its statistics or its attributes."""
+    """The output channels of a convolution, a linear layer or a norm, from its weights, its statistics or its attributes."""
     if layer is None:
         return None
     transposed = bool(getattr(layer, "transposed", False))

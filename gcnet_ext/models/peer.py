@@ -42,20 +42,20 @@ class Record(NamedTuple):
     dims: int
     """The spatial dimensions of the inputs that it takes."""
     first: tuple[str, ...]
-    """The way to its first layer, whose dtype the input has."""
+    """The attribute names that lead from the block to its first layer, whose dtype the input must have."""
     fields: dict[str, Any]
-    """Those of its own with which it was seen to compute what ours computes; with others it computes what it did before."""
+    """The attributes of the block when it was replaced. If one of them changes, the former forward computes the block."""
     all_fields: bool
-    """Whether it has to have no others."""
+    """Whether an attribute that is not in `fields` counts as a change, too."""
     idle: tuple[Any, ...]
-    """Likewise, what makes the modules that are not called what they are."""
+    """The settings of the modules that are not called. If one changes, the former forward computes the block."""
     code: str
     """The fingerprint of its class."""
 
 
 MISSING = object()
 PUBLIC = frozenset({"attention_map"})
-"""What a block gets besides; if its class has such a method, that stays."""
+"""The methods that a replaced block gets in addition to forward, unless its former class has a method of that name."""
 
 
 class Peer(nn.Module):
@@ -66,7 +66,7 @@ class Peer(nn.Module):
     _record: Record | None = None  # an instance that somebody makes of this class has none
 
     def __init_subclass__(cls, **_options: Any) -> None:
-        """Does nothing: a former class may keep a list of its subclasses, which ours is none of."""
+        """Does nothing, so that a former class that registers its subclasses in __init_subclass__ does not register ours."""
 
     def _as_before(self, *args: Any, **kwargs: Any) -> Any:
         """What the block computed before it was replaced."""
@@ -127,7 +127,7 @@ def _key(former: type[nn.Module], kind: type[Peer], fields: watch.ClassFields) -
 
 
 def class_of(former: type[nn.Module], kind: type[Peer]) -> type[Any]:
-    """The subclass of a block's class whose forward is that of FusedPeer or NonLocalPeer.
+    """The subclass of a block's class that takes its forward from kind, which is FusedPeer or NonLocalPeer.
 
     Raises:
         Left: a name of ours has another meaning in that class.
@@ -247,11 +247,11 @@ class FusedPeer(Peer, FusedBlock):
         return channel_fuse(x, scale, shift)
 
     def _refused(self, x: Tensor, error: RuntimeError) -> Any:
-        """Whether x is right is for the former class to say, in its words."""
+        """Lets the former forward compute or refuse x, so that an error has the words of the former class."""
         return self._as_before(x)
 
     def _explain(self, x: Tensor, error: RuntimeError) -> Any:
-        """A layer that was called has said it."""
+        """Raises the error as it is, because the layer that was called has already said what is wrong."""
         raise error
 
     def attention_map(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Whether a block whose class nobody vouches for computes what ours computes: tried on a copy, with numbers of its own."""
+"""Checks whether a block whose class is not exactly a known one computes what ours computes, on a copy with random numbers."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .skeleton import Left, Skeleton
 from .watch import STANDARD
 
 TOLERANCE = 1e-5
-"""Of float64; some take the softmax in float32."""
+"""The relative tolerance. It is loose for float64, because some blocks take the softmax in float32."""
 # Samples, the spatial sizes, and the size of the numbers.
 INPUTS = ((1, (3, 5, 2), 1.0), (3, (4, 3, 2), 1.0), (2, (17, 2, 2), 1.0), (2, (3, 2, 3), 300.0))
 ELSE = "it has the submodules of a known block, and"
 
 
 def _nothing_left_over(block: nn.Module, skeleton: Skeleton) -> None:
-    """Nothing follows if the formula has a counterpart for every parameter and submodule.
+    """Checks that the formula has a counterpart for every parameter and submodule of the block.
 
     Raises:
         Left: one has none.
@@ -145,7 +145,7 @@ class _Trial:
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    """Whether no element differs by more than the tolerance of the largest one; a NaN does."""
+    """Whether no element differs by more than TOLERANCE * max(1, largest element); a NaN counts as a difference."""
     return a.numel() == 0 or float((a - b).abs().max()) <= TOLERANCE * max(1.0, float(a.abs().max()))
 
 
@@ -167,7 +167,7 @@ def check(block: nn.Module, read: Callable[[Any], Skeleton], convert: Callable[[
 def _try(
     copied: Any, read: Callable[[Any], Skeleton], convert: Callable[[nn.Module], None], generator: torch.Generator
 ) -> None:
-    """That of `check`, of a copy."""
+    """Compares what a copy of a block computes as it was with what it computes as a peer, for `check`."""
     skeleton = read(copied)
     first: Any = skeleton.branches()[0].first
     channels = first.weight.shape[1]

@@ -32,7 +32,7 @@ class Bottleneck(NamedTuple):
     activation: nn.Module
     last: nn.Module
     idle: tuple[nn.Module, ...] = ()
-    """What else stands between the layers and must do nothing."""
+    """Further modules between the layers, which must do nothing, such as a Dropout with p = 0."""
 
 
 class Skeleton(NamedTuple):
@@ -44,15 +44,15 @@ class Skeleton(NamedTuple):
     scale: Bottleneck | None
     shift: Bottleneck | None
     gate: nn.Module | None = None
-    """What the scale goes through; None for the function."""
+    """The module that the scale goes through; None if the block calls the function sigmoid instead of a module."""
     idle: tuple[nn.Module, ...] = ()
-    """What stands for a part of the formula (a pooling, a softmax) or for nothing: it is not called."""
+    """The modules that are not called: the operator does their work (a pooling, a softmax), or they do nothing."""
 
     def branches(self) -> list[Bottleneck]:
         return [branch for branch in (self.scale, self.shift) if branch is not None]
 
     def modules(self) -> list[nn.Module]:
-        """All of them but the activations inside of other modules."""
+        """The modules of all parts. A layer is listed even if a module that contains it is listed, too."""
         parts = [self.mask, self.gate, *self.idle]
         for branch in self.branches():
             parts += [*branch.called, branch.first, branch.norm, branch.activation, branch.last, *branch.idle]
@@ -96,7 +96,7 @@ def does_nothing_else(module: nn.Module) -> bool:
 
 
 def settings(modules: tuple[nn.Module, ...]) -> tuple[Any, ...]:
-    """What makes those modules what they are."""
+    """The values of the attributes that decide what these modules compute."""
     return tuple(getattr(module, name) for module in modules for name in settings_of(module))
 
 
@@ -141,7 +141,7 @@ def gate_of(module: nn.Module | None) -> Gate | None:
 
 
 def _dims_of(layer: nn.Module) -> int:
-    """Of a convolution; a parametrized one is of a subclass."""
+    """The spatial dimensions of a convolution. isinstance is used because parametrization makes a subclass of torch's class."""
     for dims, kind in CONVOLUTIONS.items():
         if isinstance(layer, kind):
             return dims
@@ -306,7 +306,7 @@ def looks_like_attention(module: nn.Module) -> bool:
 
 
 def _words(module: nn.Module) -> set[str]:
-    """Those of the name of its class, in lower case: SEModule has "se" and "module"."""
+    """The words in the name of the module's class, in lower case: SEModule has "se" and "module"."""
     return {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", type(module).__name__)}
 
 

@@ -1,4 +1,4 @@
-"""What a block computes depends on its class and on its own fields: what these were, and whether they still are."""
+"""Records the class and the attributes of a block, on which its result depends, and tells whether they have changed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def fingerprint(kind: type) -> str:
 
 
 def _constants(code: types.CodeType) -> list[Any]:
-    """Those of a function, in a form that is the same in every process."""
+    """The constants of a function's code, in a form that is the same in every process."""
     return [
         _constants(each)
         if isinstance(each, types.CodeType)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch
-from . import _bits
+from . import _relu_bits
 from ._precision import accumulation_dtype
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -31,7 +31,7 @@ def fail(op: str, message: str) -> None:
 
 
 def public(name: str) -> str:
-    """The operator as errors call it: an inference is the same to its caller."""
+    """The name of an operator in errors. A caller of global_context does not know that global_context_inference ran."""
     return name.removesuffix("_inference")
 
 
@@ -44,8 +44,8 @@ def is_tensor(x: object) -> None:
         raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
 
 
-def given(op: str, name: str, tensor: object) -> None:
-    """What the schema of an operator calls a Tensor may still be None."""
+def not_none(op: str, name: str, tensor: object) -> None:
+    """Refuses None for an argument that the schema of an operator declares as a Tensor."""
     if tensor is None:
         fail(op, f"{name} must be a tensor, got None")
 
@@ -58,7 +58,7 @@ def _strided(op: str, name: str, tensor: Tensor) -> None:
 
 
 def _beside(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
-    """A strided tensor on x's device."""
+    """Refuses a tensor that is not strided or is not on x's device."""
     _strided(op, name, tensor)
     if tensor.device != x.device:
         fail(op, f"{name} must be on x's device ({x.device.type}), got {tensor.device.type}")
@@ -75,7 +75,7 @@ def _has_shape(tensor: Tensor, sizes: Sequence[int]) -> bool:
 
 def feature_map(op: str, x: Tensor, *, pooled: bool = True) -> None:
     """x must be a floating [N, C, *spatial]; a pooled one must have something to pool."""
-    given(op, "x", x)
+    not_none(op, "x", x)
     _strided(op, "x", x)
     if x.dim() < 3:
         fail(op, f"x must have at least 3 dimensions [N, C, *spatial], got shape {shape(x.shape)}")
@@ -87,13 +87,13 @@ def feature_map(op: str, x: Tensor, *, pooled: bool = True) -> None:
         fail(op, f"x must have at least one position to pool over, got shape {shape(x.shape)}")
 
 
-def added(op: str, tensor: Tensor | None, x: Tensor) -> None:
+def residual(op: str, tensor: Tensor | None, x: Tensor) -> None:
     """What is added to the result is like x in everything but its strides."""
     if tensor is not None:
         _like(op, "residual", tensor, x)
 
 
-def valid_positions(op: str, tensor: Tensor | None, x: Tensor) -> None:
+def valid(op: str, tensor: Tensor | None, x: Tensor) -> None:
     """Which positions count in the pool: bool, [N or 1, *spatial]."""
     if tensor is None:
         return
@@ -107,13 +107,13 @@ def valid_positions(op: str, tensor: Tensor | None, x: Tensor) -> None:
 
 
 def _bytes_of(x: Tensor) -> tuple[int, int, bool]:
-    """The first byte of x and the one behind the last, and whether none between them belongs to anybody else."""
+    """The addresses of the first byte of x and of the end of its last one, and whether x has all elements between the two."""
     elements = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     begin = x.data_ptr()
     return begin, begin + elements * x.element_size(), elements == x.numel()
 
 
-def apart(op: str, tensor: Tensor | None, x: Tensor) -> None:
+def not_overlapping(op: str, tensor: Tensor | None, x: Tensor) -> None:
     """A residual where x is overwritten: it is x itself, or lies elsewhere. Where they are interleaved it is copied."""
     if tensor is None or x.numel() == 0:
         return
@@ -129,7 +129,7 @@ def in_place(op: str, x: Tensor) -> None:
     """An x that the operator writes to: no two elements may share memory."""
     if x.numel() == 0:
         return
-    reach = 0  # of the dimensions with smaller strides, together
+    reach = 0  # how far the dimensions with smaller strides reach together
     for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1):
         if stride <= reach:
             fail(
@@ -146,7 +146,7 @@ def _requires_gradient(args: Sequence[object]) -> bool:
 
 
 def no_gradient(op: str, args: Sequence[object]) -> None:
-    """What overwrites x leaves autograd without it."""
+    """Refuses to overwrite x if an argument requires a gradient, because autograd would need the old x."""
     if torch.is_grad_enabled() and _requires_gradient(args):
         fail(
             op,
@@ -156,7 +156,7 @@ def no_gradient(op: str, args: Sequence[object]) -> None:
 
 
 def not_differentiated(op: str, args: Sequence[object]) -> None:
-    """The operators of the backward pass have no derivative of their own."""
+    """Refuses arguments that require a gradient, because an operator of the backward pass cannot be differentiated."""
     if torch.is_grad_enabled() and _requires_gradient(args):
         fail(
             op,
@@ -176,13 +176,13 @@ def _like(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
 
 def gradient(op: str, grad: Tensor, x: Tensor) -> None:
     """The gradient of an output that is shaped like x."""
-    given(op, "grad", grad)
+    not_none(op, "grad", grad)
     _like(op, "grad", grad, x)
 
 
 def _exactly(op: str, name: str, tensor: Tensor, x: Tensor, dtype: torch.dtype, sizes: Sequence[int]) -> None:
     """A tensor on x's device, of this dtype and of these sizes (trailing ones are free)."""
-    given(op, name, tensor)
+    not_none(op, name, tensor)
     _beside(op, name, tensor, x)
     if tensor.dtype != dtype:
         fail(op, f"{name} must be {_name(dtype)}, got {_name(tensor.dtype)}")
@@ -195,9 +195,9 @@ def saved(op: str, name: str, tensor: Tensor, x: Tensor, sizes: Sequence[int]) -
     _exactly(op, name, tensor, x, accumulation_dtype(x), sizes)
 
 
-def bits(op: str, tensor: Tensor, x: Tensor, final_activation: int) -> None:
-    """Those of the final ReLU, of which there are none without it."""
-    _exactly(op, "positive", tensor, x, torch.uint8, (x.shape[0], _bits.bytes_of(x) if final_activation else 0))
+def positive(op: str, tensor: Tensor, x: Tensor, final_activation: int) -> None:
+    """Checks the bits of the final ReLU: uint8 [N, bytes of a sample's bits], or [N, 0] if there is no final ReLU."""
+    _exactly(op, "positive", tensor, x, torch.uint8, (x.shape[0], _relu_bits.bytes_of(x) if final_activation else 0))
 
 
 def positions(x: Tensor) -> int:
@@ -232,7 +232,7 @@ def mask(op: str, prefix: str, weight: Tensor | None, bias: Tensor | None, x: Te
 
 
 def attended(op: str, weight: object) -> None:
-    """A map of the attention needs one: average pooling has none."""
+    """Refuses to return an attention map without a weight, because average pooling has no attention."""
     if weight is None:
         fail(op, "weight must be given for an attention map, got None")
 

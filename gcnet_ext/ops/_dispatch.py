@@ -47,15 +47,15 @@ def has_kernels(x: Tensor) -> bool:
 
 
 def call(name: str, differentiable: Callable[..., Any], *args: Any) -> Any:
-    """The operator. A graph that is being captured gets it as one node; otherwise it starts where the dispatcher would lead to,
-    without converting every argument to C++ and back on the way."""
+    """Calls the operator. A graph that is being captured gets it as one node. Otherwise this calls the function that the
+    dispatcher would call, because the dispatcher converts every argument to C++ and back."""
     if is_compiling():
         return getattr(torch.ops.gcnet_ext, name).default(*args)
     return differentiable(*args)
 
 
 def overwrite(name: str, *args: Any) -> None:
-    """The operator that overwrites x, by the way of `call`."""
+    """Calls an operator that overwrites x, as `call` calls the others."""
     call(name, partial(_without_gradient, name), *args)
 
 
@@ -86,7 +86,7 @@ def _without_second_derivative(name: str, *args: Any) -> Any:
 
 
 def below_autograd(name: str, args: tuple) -> Any:
-    """The kernel itself, without a second look at the autograd key; what it refuses is said in words."""
+    """Calls the kernel without going through the Autograd key. If it refuses an argument, the error says why in words."""
     try:
         with _torch.below_autograd():
             return kernels[name](*args)
@@ -114,7 +114,7 @@ def _explain(name: str, args: Sequence[Any]) -> None:
     op, arguments = _checks.public(name), named(*args)
     check(op, arguments)
     if name.endswith("_"):
-        _checks.apart(op, arguments.residual, arguments.x)
+        _checks.not_overlapping(op, arguments.residual, arguments.x)
 
 
 # ---- what PyTorch is told ----------------------------------------------------------------------------------------------------

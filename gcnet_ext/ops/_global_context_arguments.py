@@ -13,8 +13,8 @@ from ._transform import NO_BRANCH, Branch
 
 
 class Arguments(NamedTuple):
-    """The arguments of global_context, which are those of its inference and of its in-place operator, too. The lists have all
-    their elements, None among them."""
+    """The arguments of global_context, global_context_inference and global_context_. Every list has all its elements; an absent
+    tensor is None."""
 
     x: Any
     mask: Any  # weight, bias

@@ -9,9 +9,9 @@ from typing import NamedTuple
 from . import _checks
 
 ACTIVATIONS = {"none": 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4, "hardswish": 5, "leaky_relu": 6}
-"""Between the layers of a branch, by the numbers of csrc/ops.cpp."""
+"""The activations between the layers of a branch, by the numbers of csrc/ops.cpp."""
 FINAL_ACTIVATIONS = {"none": 0, "relu": 1}
-"""Of the result, by the numbers of csrc/ops.cpp."""
+"""The activations of the result, by the numbers of csrc/ops.cpp."""
 GATES = ("sigmoid", "hard_sigmoid")
 
 
@@ -45,7 +45,7 @@ class Choices(NamedTuple):
     final_activation: str = "none"
 
     def options(self, op: str) -> Options:
-        """As the operator takes them. No None may pass for an eps, as that means no norm."""
+        """Converts the choices to what the operator takes. An eps of None is refused: to the operator it means no norm."""
         if not isinstance(self.norm, bool):
             _checks.fail(op, f"norm must be True or False, got {type(self.norm).__name__}")
         _one_of(op, "activation", self.activation, ACTIVATIONS)

@@ -7,18 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _bits
+from . import _relu_bits
 from ._precision import accumulation_dtype
 
 
-def sums(x: Tensor, *sizes: int) -> Tensor:
+def accumulated(x: Tensor, *sizes: int) -> Tensor:
     """A tensor of these sizes in the accumulation dtype."""
     return x.new_empty(sizes, dtype=accumulation_dtype(x))
 
 
 def like_map(x: Tensor) -> Tensor:
     """A dense tensor of the shape and memory format of x."""
-    if _bits.is_channels_last(x):
+    if _relu_bits.is_channels_last(x):
         return x.new_empty((x.shape[0], *x.shape[2:], x.shape[1])).movedim(-1, 1)
     return x.new_empty(x.shape)
 
@@ -36,7 +36,7 @@ def gradient(needed: bool, parameter: Tensor | None, x: Tensor) -> Tensor:
     """The gradient of a parameter; empty when it is not needed."""
     if not needed or parameter is None:
         return _no_gradient(x)
-    if parameter.is_contiguous():  # but for the strides of sizes of one
+    if parameter.is_contiguous():  # new_empty could give a dimension of size 1 another stride
         return parameter.new_empty_strided(parameter.shape, parameter.stride())
     return parameter.new_empty(parameter.shape)
 
@@ -48,4 +48,4 @@ def gradients(needed: bool, parameters: Sequence[Tensor | None], x: Tensor) -> l
 
 def bits(x: Tensor, final_activation: int) -> Tensor:
     """The bits of the final ReLU; none where there is no such ReLU."""
-    return x.new_empty((x.shape[0], _bits.bytes_of(x) if final_activation else 0), dtype=torch.uint8)
+    return x.new_empty((x.shape[0], _relu_bits.bytes_of(x) if final_activation else 0), dtype=torch.uint8)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import _load, _torch
 from . import _dispatch
-from ._gradients import constant, needed, through_plain_pytorch
+from ._autograd import constant, needed, through_plain_pytorch
 from ._precision import accumulation_dtype
 from .attention_pool import flat_valid, logits, only, weighted_sum
 

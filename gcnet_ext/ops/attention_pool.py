@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import _tuning
 from . import _checks, _dispatch, _shapes
-from ._gradients import constant, needed, through_plain_pytorch
+from ._autograd import constant, needed, through_plain_pytorch
 from ._precision import accumulation_dtype, product
 
 
@@ -144,7 +144,7 @@ class BackwardArguments(NamedTuple):
 def _check(op: str, call: Arguments | BackwardArguments) -> None:
     _checks.feature_map(op, call.x)
     _checks.mask(op, "", call.weight, call.bias, call.x)
-    _checks.valid_positions(op, call.valid, call.x)
+    _checks.valid(op, call.valid, call.x)
 
 
 def _check_backward(op: str, call: BackwardArguments) -> None:
@@ -164,12 +164,12 @@ def attended(x: Tensor, weight: Tensor | None) -> int:
 # ---- shapes and FLOPs --------------------------------------------------------------------------------------------------------
 
 
-def _results(call: Arguments) -> tuple[Tensor, Tensor]:
+def _result_shapes(call: Arguments) -> tuple[Tensor, Tensor]:
     x = call.x
-    return _shapes.sums(x, *x.shape[:2]), _shapes.sums(x, x.shape[0], attended(x, call.weight))
+    return _shapes.accumulated(x, *x.shape[:2]), _shapes.accumulated(x, x.shape[0], attended(x, call.weight))
 
 
-def _gradients(call: BackwardArguments) -> tuple[Tensor, Tensor, Tensor]:
+def _gradient_shapes(call: BackwardArguments) -> tuple[Tensor, Tensor, Tensor]:
     x, (need_x, need_weight, need_bias) = call.x, call.needs
     return (
         _shapes.map_gradient(need_x, x),
@@ -224,7 +224,7 @@ _dispatch.register(
     "attention_pool",
     Arguments,
     check=_check,
-    shapes=_results,
+    shapes=_result_shapes,
     flops=lambda call: flops(call.x, call.weight),
     differentiable=_differentiable,
 )
@@ -232,6 +232,6 @@ _dispatch.register(
     "attention_pool_backward",
     BackwardArguments,
     check=_check_backward,
-    shapes=_gradients,
+    shapes=_gradient_shapes,
     flops=lambda call: backward_flops(call.x, call.weight, *call.needs[:2]),
 )

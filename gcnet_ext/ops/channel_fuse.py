@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _tuning
 from . import _checks, _dispatch, _shapes
-from ._gradients import before_relu, needed, through_plain_pytorch
+from ._autograd import before_relu, needed, through_plain_pytorch
 from ._options import FINAL_ACTIVATIONS, check_final, final_number
 from ._precision import accumulation_dtype
 
@@ -120,7 +120,7 @@ def _check_map(op: str, call: Arguments | BackwardArguments) -> None:
 
 def _check(op: str, call: Arguments) -> None:
     _check_map(op, call)
-    _checks.added(op, call.residual, call.x)
+    _checks.residual(op, call.residual, call.x)
     check_final(op, call.final_activation)
 
 
@@ -133,18 +133,18 @@ def _check_backward(op: str, call: BackwardArguments) -> None:
     _check_map(op, call)
     check_final(op, call.final_activation)
     _checks.gradient(op, call.grad, call.x)
-    _checks.bits(op, call.positive, call.x, call.final_activation)
+    _checks.positive(op, call.positive, call.x, call.final_activation)
     _checks.count(op, "needs", call.needs, 4)
 
 
 # ---- shapes ------------------------------------------------------------------------------------------------------------------
 
 
-def _results(call: Arguments) -> tuple[Tensor, Tensor]:
+def _result_shapes(call: Arguments) -> tuple[Tensor, Tensor]:
     return _shapes.like_map(call.x), _shapes.bits(call.x, call.final_activation)
 
 
-def _gradients(call: BackwardArguments) -> tuple[Tensor, ...]:
+def _gradient_shapes(call: BackwardArguments) -> tuple[Tensor, ...]:
     x, (need_x, need_scale, need_shift, need_residual) = call.x, call.needs
     return (
         _shapes.map_gradient(need_x, x),
@@ -184,6 +184,6 @@ class _ChannelFuse(torch.autograd.Function):
 
 
 _differentiable = partial(_dispatch.differentiable, _ChannelFuse, "channel_fuse")
-_dispatch.register("channel_fuse", Arguments, check=_check, shapes=_results, differentiable=_differentiable)
+_dispatch.register("channel_fuse", Arguments, check=_check, shapes=_result_shapes, differentiable=_differentiable)
 _dispatch.register("channel_fuse_", Arguments, check=_check_in_place, shapes=lambda _: None)
-_dispatch.register("channel_fuse_backward", BackwardArguments, check=_check_backward, shapes=_gradients)
+_dispatch.register("channel_fuse_backward", BackwardArguments, check=_check_backward, shapes=_gradient_shapes)

@@ -12,8 +12,8 @@ from torch.compiler import is_compiling
 
 from .. import _torch, _tuning
 from . import _checks, _dispatch, _shapes, _transform, attention_pool, channel_fuse
+from ._autograd import before_relu, constant, needed, through_plain_pytorch
 from ._global_context_arguments import Arguments, BackwardArguments, Gradients, Needs, Saved, flat, in_lists
-from ._gradients import before_relu, constant, needed, through_plain_pytorch
 from ._options import FINAL_ACTIVATIONS, Choices, Options
 from ._precision import accumulation_dtype
 from ._transform import Branch, Tensors
@@ -73,7 +73,7 @@ def global_context(
     """
     choices = Choices(norm, eps, activation, slope, gate, gate_alpha, gate_beta, final_activation)
     call = _call(x, [mask_weight, mask_bias], scale, shift, residual, valid, choices)
-    return fused(x, (call.mask, call.scale, call.shift), residual, valid, call.options(), inplace=inplace)
+    return with_lists(x, (call.mask, call.scale, call.shift), residual, valid, call.options(), inplace=inplace)
 
 
 def _call(
@@ -85,14 +85,14 @@ def _call(
     valid: Tensor | None,
     choices: Choices,
 ) -> Arguments:
-    """The arguments of the operator, of those of the public function."""
+    """Converts the arguments of the public function to the arguments of the operator."""
     options = choices.options("global_context")
     _transform.check_type("global_context", "scale", scale)
     _transform.check_type("global_context", "shift", shift)
     return Arguments.of_branches(x, mask, scale, shift, options, residual, valid)
 
 
-def fused(
+def with_lists(
     x: Tensor, weights: Sequence[Tensors], residual: Tensor | None, valid: Tensor | None, options: Options, *, inplace: bool
 ) -> Tensor:
     """`global_context` with the lists of the operator, each complete: of the mask, of the scale and of the shift.
@@ -161,8 +161,8 @@ def _check(op: str, call: Arguments) -> None:
         _checks.fail(op, "scale_w1 or shift_w1 must be given, got None for both")
     _transform.check_branch(op, "scale", call.scale, x)
     _transform.check_branch(op, "shift", call.shift, x)
-    _checks.added(op, call.residual, x)
-    _checks.valid_positions(op, call.valid, x)
+    _checks.residual(op, call.residual, x)
+    _checks.valid(op, call.valid, x)
 
 
 def _check_in_place(op: str, call: Arguments) -> None:
@@ -178,7 +178,7 @@ def _check_backward(op: str, call: BackwardArguments) -> None:
     _checks.gradient(op, call.grad, call.x)
     for name, sizes in _saved_sizes(forward).items():
         _checks.saved(op, name, getattr(saved, name), call.x, sizes)
-    _checks.bits(op, saved.positive, call.x, call.final_activation)
+    _checks.positive(op, saved.positive, call.x, call.final_activation)
 
 
 # ---- shapes and FLOPs --------------------------------------------------------------------------------------------------------
@@ -195,12 +195,12 @@ def _saved_sizes(call: Arguments) -> dict[str, tuple[int, int]]:
     }
 
 
-def _results(call: Arguments) -> tuple[Tensor, ...]:
-    sums = (_shapes.sums(call.x, *sizes) for sizes in _saved_sizes(call).values())
+def _result_shapes(call: Arguments) -> tuple[Tensor, ...]:
+    sums = (_shapes.accumulated(call.x, *sizes) for sizes in _saved_sizes(call).values())
     return _shapes.like_map(call.x), *sums, _shapes.bits(call.x, call.final_activation)
 
 
-def _gradients(call: BackwardArguments) -> tuple[Any, ...]:
+def _gradient_shapes(call: BackwardArguments) -> tuple[Any, ...]:
     x, needs, (mask_weight, mask_bias) = call.x, Needs(*call.needs), call.mask
     return tuple(
         Gradients(
@@ -232,7 +232,7 @@ def _backward_flops(call: BackwardArguments) -> int:
 
 
 def _block_to_differentiate(options: Options, *tensors: Any) -> Tensor:
-    """The block without a residual, whose gradient is known."""
+    """The block without its residual: the gradient of a residual is simply the gradient before the final ReLU."""
     call = Arguments(*in_lists(tensors), *options)
     weight, bias = call.mask
     return block(call._replace(mask=(weight, constant(bias))))
@@ -249,7 +249,7 @@ def _run(ctx: Any, options: tuple, tensors: tuple) -> tuple[Tensor, ...]:
 
 
 class _GlobalContext(torch.autograd.Function):
-    """Takes the options and each tensor by itself: autograd finds none in a list."""
+    """Takes the options and then each tensor as a separate argument, because autograd does not look for tensors in a list."""
 
     @staticmethod
     def forward(ctx, options, *tensors):
@@ -298,16 +298,18 @@ def _differentiable_output(*args: Any) -> Tensor:
     return _dispatch.below_autograd("global_context_inference", args)
 
 
-_dispatch.register("global_context", Arguments, check=_check, shapes=_results, flops=_flops, differentiable=_differentiable)
+_dispatch.register(
+    "global_context", Arguments, check=_check, shapes=_result_shapes, flops=_flops, differentiable=_differentiable
+)
 _dispatch.register(
     "global_context_inference",
     Arguments,
     check=_check,
-    shapes=lambda call: _results(call)[0],
+    shapes=lambda call: _result_shapes(call)[0],
     flops=_flops,
     differentiable=_differentiable_output,
 )
 _dispatch.register("global_context_", Arguments, check=_check_in_place, shapes=lambda _: None, flops=_flops)
 _dispatch.register(
-    "global_context_backward", BackwardArguments, check=_check_backward, shapes=_gradients, flops=_backward_flops
+    "global_context_backward", BackwardArguments, check=_check_backward, shapes=_gradient_shapes, flops=_backward_flops
 )

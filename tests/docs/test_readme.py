@@ -389,7 +389,7 @@ def test_the_patch_applies():
     if shutil.which("git") is None:
         pytest.skip("git is not on the PATH")
     done = subprocess.run(["git", "apply", "--check", PATCH], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, f"{done.stderr}see 'When the patch no longer applies' in docs/adding_an_op.md"
 
 
 def diffs() -> list[Block]:

@@ -30,7 +30,7 @@ def fused(block: FusedBlock) -> Callable[[torch.Tensor], torch.Tensor]:
     weights = [[parameter(*source) for source in sources] for sources in layers.weights]
 
     def call(x: torch.Tensor) -> torch.Tensor:
-        return global_context.fused(x, weights, None, None, layers.options, inplace=False)
+        return global_context.with_lists(x, weights, None, None, layers.options, inplace=False)
 
     return call
 

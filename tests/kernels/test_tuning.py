@@ -12,6 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from grid import Case
+from registry import OPS
 
 import gcnet_ext
 from gcnet_ext import _load, _tuning
@@ -55,20 +57,20 @@ def test_other_threads_decide_for_themselves(told):
     assert {name for name, _ in told} == {threading.current_thread().name}
 
 
-def outputs(x: torch.Tensor) -> dict[str, torch.Tensor]:
-    block = gcnet_ext.GlobalContextBlock(4, 1)
-    return {
-        "attention_pool": gcnet_ext.attention_pool(x, torch.ones(4)),
-        "channel_fuse": gcnet_ext.channel_fuse(x, torch.ones(2, 4, requires_grad=True)),
-        "global_context": block(x),
-    }
+def outputs() -> dict[str, torch.Tensor]:
+    """What each op and a block give, with a graph."""
+    found = {}
+    for name, op in OPS.items():
+        inputs = op.inputs_of(Case((2, 4, 3, 3)))
+        found[name] = op.ours(*(None if tensor is None else tensor.requires_grad_() for tensor in inputs))
+    found["block"] = gcnet_ext.GlobalContextBlock(4, 1)(torch.randn(2, 4, 3, 3, requires_grad=True))
+    return found
 
 
 def test_backward_follows_the_decisions_of_its_forward_pass(told):
-    x = torch.randn(2, 4, 3, 3).requires_grad_()
     with cuda_tuning(STREAMED):
-        streamed = outputs(x)
-    plain = outputs(x)
+        streamed = outputs()
+    plain = outputs()
     for name, out in streamed.items():
         told.clear()
         out.sum().backward()
@@ -81,8 +83,7 @@ def test_backward_follows_the_decisions_of_its_forward_pass(told):
 
 
 def test_nothing_is_told_without_decisions(told):
-    x = torch.randn(2, 4, 3, 3).requires_grad_()
-    for out in outputs(x).values():
+    for out in outputs().values():
         out.sum().backward()
     assert told == []
 

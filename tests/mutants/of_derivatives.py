@@ -11,7 +11,7 @@ MUTANTS = (
     # ---- derivatives ---------------------------------------------------------------------------------------------------------
     Mutant(
         "inputs-without-aliases",
-        "gcnet_ext/ops/_gradients.py",
+        "gcnet_ext/ops/_autograd.py",
         "aliases = [«tensor.view_as(tensor) if need else tensor» for",
         "tensor",
         "A way from one input to another is gone twice.",
@@ -19,7 +19,7 @@ MUTANTS = (
     ),
     Mutant(
         "nothing-to-differentiate",
-        "gcnet_ext/ops/_gradients.py",
+        "gcnet_ext/ops/_autograd.py",
         "            if «out.requires_grad»\n",
         "True",
         "A parameter of a norm that is off, alone, is an error with create_graph.",
@@ -27,7 +27,7 @@ MUTANTS = (
     ),
     Mutant(
         "gradient-of-the-mask-bias-rounded",
-        "gcnet_ext/ops/_gradients.py",
+        "gcnet_ext/ops/_autograd.py",
         "return None if bias is None else «bias.detach()»",
         "bias",
         "What rounding leaves of the gradient of the mask's bias is no zero.",

@@ -195,8 +195,8 @@ MUTANTS = (
     ),
     Mutant(
         "second-derivative-past-the-relu",
-        "gcnet_ext/ops/_gradients.py",
-        "return «grad.where(_bits.unpack(positive, x), 0) if final_activation else grad»",
+        "gcnet_ext/ops/_autograd.py",
+        "return «grad.where(_relu_bits.unpack(positive, x), 0) if final_activation else grad»",
         "grad",
         "With create_graph=True the gradient does not go through the final ReLU.",
         (RESIDUAL,),

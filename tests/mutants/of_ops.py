@@ -14,6 +14,8 @@ DERIVATIVES = "test_derivatives.py"
 EVERY = "test_every_op.py"
 LAYOUTS = "test_layouts.py"
 COMPILE = "test_compile.py"
+PUBLIC = "test_public_torch.py"
+HARD_SIGMOID = "test_hard_sigmoid.py"
 
 MUTANTS = (
     Mutant(
@@ -66,7 +68,7 @@ MUTANTS = (
     ),
     Mutant(
         "shapes-one-channel",
-        "gcnet_ext/ops/_bits.py",
+        "gcnet_ext/ops/_relu_bits.py",
         "if «channels == 1 or x.stride(1) != 1» or all",
         "x.stride(1) != 1",
         "The shape function takes one channel with a stride of one for channels_last.",
@@ -142,7 +144,7 @@ MUTANTS = (
         "hard_gate = («self.gate_alpha, self.gate_beta») if",
         "self.gate_beta, self.gate_alpha",
         "Slope and offset of the hard sigmoid are swapped.",
-        (BLOCK, EVERY),
+        (HARD_SIGMOID,),
     ),
     Mutant(
         "scale-and-shift-swapped",
@@ -183,5 +185,13 @@ MUTANTS = (
         "2 * prod(x)",
         "The pool is counted as one product instead of two.",
         (FLOPS, EVERY),
+    ),
+    Mutant(
+        "public-results-of-inference-mode",
+        "gcnet_ext/_torch.py",
+        "return «tree_map_only(Tensor, Tensor.clone, results)»",
+        "results",
+        "Without torch's private names the results of a kernel cannot be saved for a backward pass.",
+        (PUBLIC,),
     ),
 )

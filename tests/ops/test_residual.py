@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import gcnet_ext
 from gcnet_ext import GlobalContextBlock
-from gcnet_ext.ops import _bits
+from gcnet_ext.ops import _relu_bits
 
 SHAPES = ((3, 20, 7, 7), (2, 64, 49), (1, 7, 33, 9), (2, 5, 1, 1), (2, 3, 2, 3, 5))
 RESIDUALS = ("none", "own", "x", "another format", "cropped")
@@ -138,8 +138,8 @@ def test_bits_are_those_of_the_result(backend, layout):
     """Of any view: what the operator keeps is unpacked to where the result is above 0."""
     x = grid.EVERY_LAYOUT[layout](Random(0, backend.to).normal, 2, 20, 5, 9)
     out, positive = backend.ops.channel_fuse(x, final_activation=1, scale=None, shift=None)
-    assert positive.shape == (2, _bits.bytes_of(x))
-    assert torch.equal(_bits.unpack(positive, x), out > 0)
+    assert positive.shape == (2, _relu_bits.bytes_of(x))
+    assert torch.equal(_relu_bits.unpack(positive, x), out > 0)
 
 
 @pytest.mark.parametrize("layout", grid.LAYOUTS)

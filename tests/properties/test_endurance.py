@@ -186,7 +186,7 @@ def check_guards(ops: Any, op: str, case: Case, to: Callable[[Tensor], Tensor] =
         if isinstance(value, Guarded):
             value.assert_unchanged(plain["x"] if op.endswith("_") and name == "x" else None, f"{name} of {case}")
     for index, (ours, theirs) in enumerate(zip(got, want, strict=True)):
-        assert theirs.isfinite().all(), f"output {index} of {case}: an element was not written"
+        assert theirs.isfinite().all(), f"output {index} of {case} is not finite: an element was not written, or is NaN"
         assert torch.equal(ours, theirs), f"output {index} of {case}: a guard was read"
 
 

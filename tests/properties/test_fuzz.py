@@ -44,10 +44,10 @@ def check_operator(backend, op: str, arguments: Arguments, *, sound: bool = Fals
     elif not refused(found, tuple(arguments), sound=sound):
         operator = OPERATORS[op]
         assert not operator.in_place or not shares_memory(arguments["x"])
-        if found[-1].dtype == torch.uint8 and fuzzing.has_final_relu(arguments):
-            fuzzing.assert_bits(found[-1], found[0], made["x"])
-            found = (*found[:-1], schema.no_bits(made["x"]))
         outputs = (made["x"],) if operator.in_place else found
+        if outputs[-1].dtype == torch.uint8 and fuzzing.has_final_relu(arguments):
+            fuzzing.assert_bits(outputs[-1], outputs[0], made["x"])
+            outputs = (*outputs[:-1], schema.no_bits(made["x"]))
         compare(outputs, operator.formula, fuzzing.with_masks(before, made["x"]), operator.in_parts)
 
 

@@ -45,11 +45,11 @@ def test_allocated(case, op):
     leaves = [None if tensor is None else tensor.detach().requires_grad_() for tensor in inputs]
     size = leaves[0].numel() * leaves[0].element_size()
     forward, out = allocated(lambda: function(*leaves))
-    assert out.nbytes <= forward <= out.nbytes + BUFFERS
+    assert out.nbytes <= forward <= out.nbytes + BUFFERS, "bytes that forward allocates: its output and small buffers"
     grad = torch.ones_like(out)
     given = [leaf for leaf in leaves if leaf is not None]
     backward, _ = allocated(lambda: torch.autograd.grad(out, given, grad))
-    assert size <= backward <= size + BUFFERS
+    assert size <= backward <= size + BUFFERS, "bytes that backward allocates: the gradient of x and small buffers"
 
 
 RESIDENT = """
@@ -96,8 +96,8 @@ def test_resident(python, layout, dtype, op):
     shape = (2, 128, 640, 512) if dtype == "bfloat16" else (2, 128, 320, 512)
     forward, backward = map(float, python(RESIDENT.format(op=op, dtype=dtype, layout=layout, shape=shape)).stdout.split())
     attention = 4 / (128 * (2 if dtype == "bfloat16" else 4))  # [N, P] of float32, in units of x
-    assert forward <= OPS[op].is_map + 2 * attention + 0.06
-    assert 0.9 <= backward <= 1 + 2 * attention + 0.06
+    assert forward <= OPS[op].is_map + 2 * attention + 0.06, "memory that forward takes, in sizes of x"
+    assert 0.9 <= backward <= 1 + 2 * attention + 0.06, "memory that backward takes, in sizes of x"
 
 
 LEAK = """

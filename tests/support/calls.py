@@ -21,6 +21,8 @@ def operator_arguments(ops: Any, name: str, case: Case, to: To = lambda tensor: 
         results = forward(**inputs)
         results = (results,) if torch.is_tensor(results) else results
         names = [result.name for result in forward.op._schema.returns]
+        lost = [name for name in operator.saved if not name.startswith("grad_") and name not in names]
+        assert not lost, f"{name} takes {lost}: results of {op.name} must have these names in its schema, which has {names}"
         samples, channels, *spatial = case.shape
         branches = 2 if case.fusion == "both" else 1
         sizes = Sizes(

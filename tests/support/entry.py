@@ -91,7 +91,8 @@ class Operator:
         name: without its namespace.
         arguments: their names in the order of the schema, each element of a list by itself.
         formula: every output in plain PyTorch, in small steps; formulas.py says more.
-        saved: the sizes of tensors in the accumulation dtype: what forward has saved, and the gradient of such a result.
+        saved: the sizes of tensors in the accumulation dtype: the gradient of such a result, and what forward has saved. What
+            is not the gradient, ``grad_...``, has the name of a result in the schema of the forward operator.
         in_parts: the formula with the roundings that the kernels have and the formula has not, if there are any.
     """
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from gcnet_ext.ops import _bits
+from gcnet_ext.ops import _relu_bits
 from gcnet_ext.ops._global_context_arguments import IN_LISTS
 
 WRONG_DTYPES = (torch.int64, torch.uint8, torch.bool, torch.complex64, torch.complex32, torch.float8_e4m3fn, torch.uint16)
@@ -202,7 +202,7 @@ def good(draw: st.DrawFn, op: str) -> Arguments:
         elif name == "final_activation":
             found[name] = draw(st.sampled_from((0, 0, 1)))
     if "positive" in names:
-        size = _bits.bytes_of(found["x"].make()) if found["final_activation"] and c else 0
+        size = _relu_bits.bytes_of(found["x"].make()) if found["final_activation"] and c else 0
         found["positive"] = draw(tensors((n, size), torch.uint8))
     return {name: found.get(name) for name in names}
 
@@ -236,7 +236,7 @@ def with_masks(arguments: Arguments, x: Tensor) -> Arguments:
     """As the formulas take them: the bits as a mask of the shape of x. A copy of x may lie in memory in another order."""
     if not has_final_relu(arguments) or not torch.is_tensor(arguments.get("positive")):
         return arguments
-    return {**arguments, "positive": _bits.unpack(arguments["positive"], x)}
+    return {**arguments, "positive": _relu_bits.unpack(arguments["positive"], x)}
 
 
 def with_bool(arguments: Arguments) -> Arguments:
@@ -247,7 +247,7 @@ def with_bool(arguments: Arguments) -> Arguments:
 
 def assert_bits(positive: Tensor, out: Tensor, x: Tensor) -> None:
     """Those of a final ReLU: 1 where the result is above 0 or NaN; where it is 0 it may have been rounded to that."""
-    passed, out = _bits.unpack(positive, x).cpu(), out.cpu()
+    passed, out = _relu_bits.unpack(positive, x).cpu(), out.cpu()
     assert bool((passed | (out == 0)).all())
     assert bool((passed >= ((out > 0) | out.isnan())).all())
 

@@ -1,7 +1,7 @@
 // The activations between the layers of a branch, and their derivatives, as torch.nn.functional has them.
 //
 //   silu       z s(z)                            s is the sigmoid
-//   gelu       z F(z)                            F(z) = (1 + erf(z / sqrt(2))) / 2, whose derivative is exp(-z^2 / 2) / sqrt(2 pi)
+//   gelu       z F(z)                            F(z) = (1 + erf(z / sqrt(2))) / 2,  F'(z) = exp(-z^2 / 2) / sqrt(2 pi)
 //   gelu_tanh  z s(2 u)                          u = sqrt(2 / pi) (z + 0.044715 z^3): s(2 u) is (1 + tanh(u)) / 2
 //   hardswish  z clip(z + 3, 0, 6) / 6
 //

@@ -2,7 +2,7 @@
 //
 //   logit_p = w . x_p + b         ctx = sum_p m_p x_p with m = softmax(logit)
 //   u_p = dctx . x_p              dl_p = m_p (u_p - dctx . ctx)
-//   dx = g*scale + m_p dctx + dl_p w      dw = sum_p dl_p x_p
+//   dx = g*scale + m_p dctx + dl_p w      dw = sum_p dl_p x_p (subtract_context of csrc/cpu/pool_inputs.h completes it)
 //
 // A block is small enough to stay in the second-level cache: x comes from memory once, although each formula needs it twice.
 #pragma once
@@ -310,7 +310,7 @@ inline Vec<acc> sum_of_parts(const acc* parts, int64_t parts_count, int64_t stri
   return sum;
 }
 
-// (It is inlined, because attention_pool_backward has a single part.)
+// Always inlined, so that attention_pool_backward, which passes a single part, needs no loop over the parts.
 template <typename acc>
 [[gnu::always_inline]] inline acc logit_gradient(const acc* parts, int64_t parts_count, int64_t stride, int64_t count,
                                                  const acc* attention, acc context_dot, acc* dl) {

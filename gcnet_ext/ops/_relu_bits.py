@@ -18,7 +18,7 @@ def is_channels_last(x: Tensor) -> bool:
 def _rows(x: Tensor) -> tuple[int, int]:
     """How many rows a sample has, and their length: channels, or in channels_last positions."""
     channels, positions = x.shape[1], 1
-    for size in x.shape[2:]:  # numel() would make numbers of sizes that a graph leaves open
+    for size in x.shape[2:]:  # numel() would turn the symbolic sizes of a captured graph into numbers
         positions = positions * size
     return (positions, channels) if is_channels_last(x) else (channels, positions)
 
@@ -30,7 +30,7 @@ def bytes_of(x: Tensor) -> int:
 
 
 def unpack(positive: Tensor, x: Tensor) -> Tensor:
-    """The bits as a bool mask of the shape of x: whether the ReLU let pass."""
+    """The bits as a bool mask of the shape of x, which is True where the ReLU passes a gradient."""
     rows, length = _rows(x)
     places = torch.arange(8, dtype=torch.uint8, device=positive.device)
     bits = (positive.reshape(x.shape[0], rows, (length + 7) // 8, 1) >> places & 1).flatten(2)[:, :, :length].bool()

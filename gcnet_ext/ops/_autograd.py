@@ -1,7 +1,7 @@
 """What the gradients of several operators are made of.
 
-A gradient that nobody asked for is not computed and is None. That of the mask's bias is a zero, not None, so that
-DistributedDataParallel does not take it for an unused parameter.
+A gradient that nobody asked for is not computed and is None. The gradient of the mask's bias is zero, not None, so that
+DistributedDataParallel does not take the bias for an unused parameter.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import _bits
+from . import _relu_bits
 
 
 def needed(need: bool, gradient: Tensor | None) -> Tensor | None:
@@ -42,10 +42,10 @@ def through_plain_pytorch(
 
 
 def constant(bias: Tensor | None) -> Tensor | None:
-    """The bias of a mask, as nothing depends on it: the gradient is exactly zero, not what rounding leaves of it."""
+    """Detaches the bias of a mask. It cancels in the softmax, so its gradient must be exactly zero, not a rounding error."""
     return None if bias is None else bias.detach()
 
 
 def before_relu(grad: Tensor, positive: Tensor, x: Tensor, final_activation: int) -> Tensor:
-    """The gradient on the other side of the final ReLU, if there is one; it can be differentiated again."""
-    return grad.where(_bits.unpack(positive, x), 0) if final_activation else grad
+    """The gradient of the final ReLU's input, or grad itself if there is no final ReLU; it can be differentiated again."""
+    return grad.where(_relu_bits.unpack(positive, x), 0) if final_activation else grad
