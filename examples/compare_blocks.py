@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from demo import BATCH, Digits, accuracy, build_net, load_digits, make_folder, positive, require, train
+from demo import BATCH, Digits, accuracy, build_net, command_line, load_digits, make_folder, positive, require, train
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -173,12 +173,9 @@ def draw(runs: dict[str, Runs], path: Path) -> None:
     pyplot.close(figure)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line (without the program's name) and returns its exit code."""
-    parser = argparse.ArgumentParser(description=HELP, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
+def main(argv: Sequence[str]) -> int:
+    return command_line(HELP, add_arguments, run, argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

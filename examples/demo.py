@@ -337,12 +337,18 @@ def draw_attention(net: nn.Sequential, digits: Digits, path: Path) -> None:
     pyplot.close(figure)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line (without the program's name) and returns its exit code."""
-    parser = argparse.ArgumentParser(description=HELP, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add_arguments(parser)
+def command_line(
+    text: str, add: Callable[[argparse.ArgumentParser], None], run: Callable[[argparse.Namespace], int], argv: Sequence[str]
+) -> int:
+    """Runs one command line (without the program's name) of a program with this help, and returns its exit code."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add(parser)
     return run(parser.parse_args(argv))
 
 
+def main(argv: Sequence[str]) -> int:
+    return command_line(HELP, add_arguments, run, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -37,6 +37,7 @@ class Branch(NamedTuple):
 
 
 NO_BRANCH: Tensors = (None,) * len(Branch._fields)
+_DEFAULTS = Options()
 
 
 def by_name(weights: Sequence[Any]) -> Any:
@@ -47,7 +48,7 @@ def by_name(weights: Sequence[Any]) -> Any:
 # ---- plain PyTorch -----------------------------------------------------------------------------------------------------------
 
 
-def branch(context: Tensor, weights: Branch, options: Options = Options()) -> Tensor:  # noqa: B008
+def branch(context: Tensor, weights: Branch, options: Options = _DEFAULTS) -> Tensor:
     """t = w2 act(norm(w1 context + b1)) + b2 of context [N, C] -> [N, C], in the dtype of the context."""
     w1, b1, norm_weight, norm_bias, w2, b2 = weights
     channels = context.shape[1]
