@@ -21,12 +21,13 @@ void cut(CudaPoolPlan& plan, int64_t positions, int64_t least_tiles, int64_t mos
 
 // Plans the tile that is `larger` sizes larger than the smallest with these accesses that holds all channels, if one does.
 template <size_t kCount>
-void fit(const std::array<CudaRowTile, kCount>& tiles, int vector, int64_t channels, int64_t larger, CudaPoolPlan& plan) {
+void fit(const std::array<CudaRowTile, kCount>& tiles, int vector, int64_t channels, int64_t larger, CudaPoolPlan& plan,
+         CudaPoolPath path = CudaPoolPath::rows) {
   if (plan.tile >= 0 || channels > tiles.back().channels) return;
   int64_t i = 0;
   while (channels > tiles[i].channels) i++;
   i = std::min<int64_t>(i + larger, kCount - 1);
-  plan.path = CudaPoolPath::rows;
+  plan.path = path;
   plan.vector = vector;
   plan.tile = static_cast<int>(i);
   plan.threads = tiles[i].threads;
@@ -67,11 +68,14 @@ CudaPoolPlan plan_cuda_pool(const CudaShape& shape, const CudaTuning& tuning) {
     }
   } else {
     const int64_t larger = tuning.larger_tile;
+    if (tuning.engine == 2 && vector * shape.element_size == 16)
+      fit(kCudaRowItemTiles, vector, shape.channels, larger, plan, CudaPoolPath::row_items);
     if (vector * shape.element_size == 16) fit(kCudaRowTiles, vector, shape.channels, larger, plan);
     if (vector * shape.element_size == 8) fit(kCudaHalfRowTiles, vector, shape.channels, larger, plan);
     fit(kCudaScalarRowTiles, 1, shape.channels, larger, plan);
   }
-  cut(plan, shape.positions, least_tiles, plan_cuda_most_splits(tuning));
+  const bool by_items = plan.path == CudaPoolPath::row_items;
+  cut(plan, shape.positions, least_tiles, plan_cuda_most_splits(tuning, by_items ? kCudaMaxItemSplits : kCudaMaxSplits));
   return plan;
 }
 
@@ -89,8 +93,8 @@ int64_t plan_cuda_pieces(int64_t samples, int64_t pieces, int64_t slots) {
   return best;
 }
 
-int64_t plan_cuda_most_splits(const CudaTuning& tuning) {
-  return tuning.splits ? std::min(tuning.splits, kCudaMaxSplits) : kCudaMaxSplits;
+int64_t plan_cuda_most_splits(const CudaTuning& tuning, int64_t most) {
+  return tuning.splits ? std::min(tuning.splits, most) : most;
 }
 
 bool plan_cuda_tail(int64_t channels, int64_t units, int64_t weight_bytes, int64_t accumulation_size,

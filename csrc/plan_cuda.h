@@ -18,7 +18,9 @@ struct CudaTuning {
   int64_t splits;       // the most blocks that share a sample's pool or its channels_last sums
   int64_t row_lanes;    // lanes per row of the sums of an NCHW map, a power of two
   int64_t transform;    // 1: in the last block of a sample, if its shared memory is enough; 2: in launches of its own
-  int64_t engine;       // 2: the transform runs in stages that many blocks share (plan_cuda_transform_slices), if it fits
+  // 2: maps are walked by items (csrc/cuda/items.cuh), and the transform runs in stages that many blocks share
+  // (plan_cuda_transform_slices), where these fit.
+  int64_t engine;
 };
 
 // One sample's feature map, as far as plans depend on it.
@@ -41,11 +43,17 @@ inline constexpr std::array<CudaRowTile, 3> kCudaHalfRowTiles{{{512, 256, 16, 32
 // Accesses of one element.
 inline constexpr std::array<CudaRowTile, 3> kCudaScalarRowTiles{{{256, 256, 32, 32}, {1024, 512, 32, 64}, {2048, 512, 16, 64}}};
 
+// Accesses of 16 bytes, for items: segments of 256, 128, 128, 64 and 64 bytes. The next tile waits in shared memory, where a
+// multiprocessor has room for two blocks with 64 KB or one with 128 KB.
+inline constexpr std::array<CudaRowTile, 5> kCudaRowItemTiles{
+    {{64, 256, 16, 4}, {256, 256, 8, 8}, {512, 256, 8, 16}, {1024, 256, 4, 16}, {2048, 512, 4, 16}}};
+
 // How a feature map is read that is needed twice, for the logits and for the weighted sum.
 enum class CudaPoolPath {
   rows,       // NCHW: a tile of rows stays in the registers of a block (kCudaRowTiles)
   positions,  // channels_last: a few positions stay in the registers of one to sixteen warps
-  streamed    // any shape: a tile is read twice, the second time from the caches
+  streamed,   // any shape: a tile is read twice, the second time from the caches
+  row_items   // rows, in the second engine: the next tile is on its way while a block works on one (kCudaRowItemTiles)
 };
 
 struct CudaPoolPlan {
@@ -81,15 +89,14 @@ struct CudaPositionGrid {
 };
 CudaPositionGrid plan_cuda_positions(const CudaShape& shape, int vector, int64_t most_splits);
 
-// The most splits of a sample.
-int64_t plan_cuda_most_splits(const CudaTuning& tuning);
-
 // The lanes of a row in the sums over the positions of an NCHW map, a power of two up to the threads of a block: few, so that
 // each has enough to do, but enough to keep the GPU busy with one sample.
 int plan_cuda_row_lanes(const CudaShape& shape, int vector, const CudaTuning& tuning = {});
 
 // More splits keep more processors busy on one sample; each costs a row of partial sums that the last block has to merge alone.
 inline constexpr int64_t kCudaMaxSplits = 64;
+inline constexpr int64_t kCudaMaxItemSplits = 256;  // of the second engine, in which many blocks merge them
+int64_t plan_cuda_most_splits(const CudaTuning& tuning, int64_t most = kCudaMaxSplits);
 
 inline constexpr int kCudaSweepThreads = 256;
 inline constexpr int kCudaSweepUnroll = 4;  // accesses of a thread that are under way together

@@ -14,19 +14,32 @@
 // Without a weight the pool averages: context_c = sum_p x_cp / P.
 #pragma once
 
+#include "attention_pool_merge.cuh"
 #include "attention_pool_positions.cuh"
+#include "attention_pool_row_items.cuh"
 #include "attention_pool_rows.cuh"
 #include "attention_pool_streamed.cuh"
 #include "channel_sums.cuh"
 
 namespace gcnet_ext::cuda {
 
-// Where not all positions count, the path is `streamed`.
+// The plan of the first engine, whose path is `streamed` where not all positions count.
 template <typename T>
-CudaPoolPlan pool_plan(const CudaShape& shape, const Valid<T>& valid) {
+CudaPoolPlan first_engine_pool_plan(const CudaShape& shape, const Valid<T>& valid) {
   CudaTuning decided = tuning();
+  decided.engine = 1;
   if (valid.data) decided.streamed = 1;
   return plan_cuda_pool(shape, decided);
+}
+
+// The plan for the current device, on which not every kernel of the second engine may have the shared memory that it needs.
+template <typename T>
+CudaPoolPlan pool_plan(const CudaShape& shape, const Valid<T>& valid, int64_t samples) {
+  const CudaPoolPlan plan = plan_cuda_pool(shape, tuning());
+  if constexpr (!std::is_same_v<T, double>) {
+    if (plan.path == CudaPoolPath::row_items && row_items_fit<T>(plan, samples)) return plan;
+  }
+  return first_engine_pool_plan(shape, valid);
 }
 
 // Sets first_sample and splits of the params.
@@ -36,6 +49,7 @@ void launch_attention_pool(PoolParams<T> params, const CudaPoolPlan& plan, cudaS
   if constexpr (!std::is_same_v<T, double>) {
     if (plan.path == CudaPoolPath::positions) return launch_attention_pool_positions(params, plan, stream);
     if (plan.path == CudaPoolPath::rows) return launch_attention_pool_rows(params, plan, stream);
+    if (plan.path == CudaPoolPath::row_items) return launch_attention_pool_row_items(params, plan, stream);
   }
   launch_attention_pool_streamed(params, plan, stream);
 }
@@ -48,11 +62,14 @@ void attention_pool(PoolParams<T>& params, Workspace& workspace, cudaStream_t st
   const Extent& extent = params.extent;
   params.valid = with_shares(params.valid, extent, workspace, stream);
   if (params.weight.data) {
-    const CudaPoolPlan plan = pool_plan(common_shape<T>(extent, params.x), params.valid);
+    const CudaPoolPlan plan = pool_plan(common_shape<T>(extent, params.x), params.valid, extent.samples);
+    const bool by_items = plan.path == CudaPoolPath::row_items;
     params.partial = workspace.take<acc_t<T>>(extent.samples * plan.splits * (extent.channels + 2));
     params.splits = static_cast<unsigned>(plan.splits);
-    if (!params.merged_later) params.arrived = workspace.zeros(extent.samples, stream);
-    return launch_attention_pool(params, plan, stream);
+    if (!params.merged_later && !by_items) params.arrived = workspace.zeros(extent.samples, stream);
+    launch_attention_pool(params, plan, stream);
+    if (!params.merged_later && by_items) launch_attention_pool_merge(params, stream);
+    return;
   }
   if (params.valid.data) return launch_average_valid(params.x, extent, params.valid, params.context, stream);
   SumsParams<T> sums;

@@ -48,7 +48,7 @@ void attention_pool_backward(PoolBackwardParams<T> params, const MutableParamete
     if (!params.valid.data) fuse.shift_factor = A(1) / static_cast<A>(extent.positions);
     return channel_fuse<T>({fuse, {}, /*relu=*/false, params.valid}, stream);
   }
-  const CudaPoolPlan plan = pool_plan(common_shape<T>(extent, params.x, params.grad, params.grad_x), params.valid);
+  const CudaPoolPlan plan = first_engine_pool_plan(common_shape<T>(extent, params.x, params.grad, params.grad_x), params.valid);
   if (grad_weight.data) {
     params.partial = workspace.take<A>(extent.samples * plan.splits * extent.channels);
     gradients.add({{params.partial, extent.channels, extent.channels}, {}, extent.samples * plan.splits, grad_weight});

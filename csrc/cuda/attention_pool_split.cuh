@@ -29,7 +29,7 @@ struct PoolParams {
   int64_t first_sample = 0;      // of this launch
   unsigned splits = 0;           // of a sample
   TransformParams<T> transform;  // where transform.in_tail, the last block of a sample computes it
-  Valid<T> valid;                // read by attention_pool_streamed alone
+  Valid<T> valid;                // of the paths streamed, row_items, position_items and flat
 };
 
 // The tiles of a block, in the pool and in its backward pass, begin at begin, begin + step, ... below end.
@@ -67,8 +67,6 @@ struct MergeShared {
   }
 };
 
-constexpr int kSplitsPerLane = kCudaMaxSplits / kWarp;
-
 // The attention is exp(logit - reference) * inverse.
 template <typename A>
 struct MergedSoftmax {
@@ -76,14 +74,14 @@ struct MergedSoftmax {
 };
 
 // What a warp finds from the maxima and sums that the splits of a sample left, at maximum and maximum + 1 of each row.
-template <typename A>
+template <typename A, int kSplitsPerLane>
 struct SoftmaxMerge {
   MergedSoftmax<A> softmax;
   A exponentials[kSplitsPerLane];  // exp(maximum - reference) of the splits lane, lane + kWarp, ...
 };
 
-template <typename A>
-__device__ __forceinline__ SoftmaxMerge<A> merge_softmax(const A* maximum, int64_t row, unsigned splits) {
+template <int kSplitsPerLane, typename A>
+__device__ __forceinline__ SoftmaxMerge<A, kSplitsPerLane> merge_softmax(const A* maximum, int64_t row, unsigned splits) {
   A maxima[kSplitsPerLane], sums[kSplitsPerLane];
 #pragma unroll
   for (int i = 0; i < kSplitsPerLane; i++) {
@@ -94,7 +92,7 @@ __device__ __forceinline__ SoftmaxMerge<A> merge_softmax(const A* maximum, int64
   A largest = lowest<A>(), sum = A(0);
 #pragma unroll
   for (int i = 0; i < kSplitsPerLane; i++) largest = larger(largest, maxima[i]);
-  SoftmaxMerge<A> merge;
+  SoftmaxMerge<A, kSplitsPerLane> merge;
   merge.softmax.reference = softmax_reference(warp_max(largest));
 #pragma unroll
   for (int i = 0; i < kSplitsPerLane; i++) {
@@ -117,7 +115,8 @@ __device__ void finish_split(const PoolParams<T>& params, const PoolSplit<T>& sp
 
   const int64_t channels = params.extent.channels, row = channels + 2;
   const A* partial = params.partial + split.sample * params.splits * row;
-  const auto merge = merge_softmax(partial + channels, row, params.splits);  // every warp reads all splits
+  constexpr int kSplitsPerLane = kCudaMaxSplits / kWarp;
+  const auto merge = merge_softmax<kSplitsPerLane>(partial + channels, row, params.splits);  // every warp reads all splits
   const A reference = merge.softmax.reference;
   const A inverse = kValid && params.valid.shares[split.sample] == A(0) ? A(0) : merge.softmax.inverse;
   if (threadIdx.x < kWarp) {

@@ -9,7 +9,7 @@ namespace gcnet_ext::cuda {
 
 struct ContextSlice {
   alignas(16) float context[kSplitSamples * kSliceChannels];
-  float factor[kSplitSamples * kCudaMaxSplits];  // what the partial sums of each split are multiplied with
+  float factor[kSplitSamples * kCudaMaxItemSplits];  // what the partial sums of each split are multiplied with
   MergedSoftmax<float> softmax[kSplitSamples];
 };
 
@@ -32,13 +32,14 @@ __device__ void find_factors(const PoolParams<T>& params, const SplitPlace& plac
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   if (warp >= place.samples) return;
   const int64_t sample = place.first_sample + warp;
-  const auto merge = merge_softmax(params.partial + (sample * params.splits + 1) * row - 2, row, params.splits);
+  constexpr int kSplitsPerLane = kCudaMaxItemSplits / kWarp;
+  const auto merge = merge_softmax<kSplitsPerLane>(params.partial + (sample * params.splits + 1) * row - 2, row, params.splits);
   MergedSoftmax<float> softmax = merge.softmax;
   if (params.valid.data && params.valid.shares[sample] == 0.f) softmax.inverse = 0.f;
 #pragma unroll
   for (int i = 0; i < kSplitsPerLane; i++) {
     if (const unsigned s = lane + i * kWarp; s < params.splits)
-      shared.factor[warp * kCudaMaxSplits + s] = merge.exponentials[i] * softmax.inverse;
+      shared.factor[warp * kCudaMaxItemSplits + s] = merge.exponentials[i] * softmax.inverse;
   }
   if (lane == 0) shared.softmax[warp] = softmax;
 }
@@ -69,7 +70,7 @@ __device__ __forceinline__ void merge_context(const PoolParams<T>& params, const
       }
 #pragma unroll
       for (int i = 0; i < kGroups; i++) {
-        const int of_sample = (first + i) / groups * static_cast<int>(kCudaMaxSplits);
+        const int of_sample = (first + i) / groups * static_cast<int>(kCudaMaxItemSplits);
 #pragma unroll
         for (int u = 0; u < kSplits; u++) {
           const int at = split + u * kShares;
@@ -86,6 +87,14 @@ __device__ __forceinline__ void merge_context(const PoolParams<T>& params, const
       if (stores && c < width) params.context[(place.first_sample + s) * params.extent.channels + first_channel + c] = total;
     }
   }
+}
+
+// Merges the splits with as many loads under way as the work of the block gives each warp.
+template <typename T>
+__device__ __forceinline__ void merge_slice(const PoolParams<T>& params, const SplitPlace& place, int first_channel, int width,
+                                            bool stores, ContextSlice& shared) {
+  if (place.samples * width > kSliceChannels) return merge_context<8, 2>(params, place, first_channel, width, stores, shared);
+  merge_context<2, 8>(params, place, first_channel, width, stores, shared);
 }
 
 // Turns this block's share of the logits into the attention.

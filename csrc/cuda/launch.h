@@ -87,13 +87,26 @@ void launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t s
   if (error != cudaSuccess) launch_failed(error);
 }
 
-// The multiprocessors of the current device.
-inline int multiprocessors() {
-  int device = 0, count = 1;
+inline int attribute_of_device(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
   const cudaError_t found = cudaGetDevice(&device);
-  const cudaError_t error = found ? found : cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  const cudaError_t error = found ? found : cudaDeviceGetAttribute(&value, attribute, device);
   if (error != cudaSuccess) throw std::runtime_error(std::string("gcnet_ext: no CUDA device: ") + cudaGetErrorString(error));
-  return count;
+  return value;
+}
+
+// The multiprocessors of the current device.
+inline int multiprocessors() { return attribute_of_device(cudaDevAttrMultiProcessorCount); }
+// The shared memory of a block, and of a multiprocessor, for launches that ask for more than every kernel gets.
+inline size_t most_shared_bytes() { return attribute_of_device(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+inline size_t shared_bytes_of_multiprocessor() { return attribute_of_device(cudaDevAttrMaxSharedMemoryPerMultiprocessor); }
+
+// Lets a kernel have this much shared memory on the current device.
+template <class... Parameters>
+void allow_shared_bytes(void (*kernel)(Parameters...), size_t bytes) {
+  if (bytes <= kCudaSharedBytes) return;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (error != cudaSuccess) launch_failed(error);
 }
 
 inline void zero_async(void* start, size_t bytes, cudaStream_t stream) {
@@ -116,6 +129,12 @@ void launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t s
 }
 
 inline int multiprocessors() { return emulation::multiprocessors(); }
+template <class... Parameters>
+void allow_shared_bytes(void (*)(Parameters...), size_t bytes) {
+  emulation::allow_shared_bytes(bytes);
+}
+inline size_t most_shared_bytes() { return emulation::kMostSharedBytes; }
+inline size_t shared_bytes_of_multiprocessor() { return emulation::kMostSharedBytes; }
 
 inline void zero_async(void* start, size_t bytes, cudaStream_t) { std::memset(start, 0, bytes); }
 

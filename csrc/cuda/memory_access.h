@@ -84,6 +84,27 @@ __device__ __forceinline__ Vector<T, V> load_fresh_vector(const T* from) {
   return __builtin_bit_cast(Vector<T, V>, __ldcg(reinterpret_cast<const Word*>(from)));
 }
 
+// Starts to copy one access of 16 bytes to shared memory, or zeros in its place if it is not wanted. The thread may read it after
+// wait_for_copies(), and no other thread may without a barrier after that. Before sm_80 the copy is done at once.
+template <class T, int V>
+__device__ __forceinline__ void copy_later(Vector<T, V>* to, const T* from, bool wanted) {
+  static_assert(sizeof(*to) == 16);
+#if __CUDA_ARCH__ >= 800
+  const unsigned shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from), "r"(wanted ? 16 : 0) : "memory");
+#else
+  *to = {};
+  if (wanted) *to = load_vector<V>(from);
+#endif
+}
+
+// Waits until the copies that this thread has started are done.
+__device__ __forceinline__ void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
 // Every thread of a kernel that launch_early() starts calls this before it reads what the launch before it wrote, and once at
 // least: only then is the launch before the last one over, too, when this one is.
 __device__ __forceinline__ void wait_for_previous_launch() {
@@ -166,6 +187,23 @@ template <int V, class T>
 Vector<T, V> load_fresh_vector(const T* from) {
   emulation::note_fresh_load();
   return load_vector<V>(from);
+}
+
+template <class T, int V>
+void copy_later(Vector<T, V>* to, const T* from, bool wanted) {
+  static_assert(sizeof(*to) == 16);
+  if (wanted) emulation::note_load(from, sizeof(*to));
+  emulation::copy_later(to, wanted ? from : nullptr, sizeof(*to));
+}
+
+inline void wait_for_copies(emulation::Site site = emulation::Site::current()) {
+  if (emulation::dropped(site)) return;
+  void* to;
+  const void* from;
+  size_t bytes;
+  while (emulation::next_copy(&to, &from, &bytes)) {  // the copy is made here, where a sanitizer sees it
+    for (size_t i = 0; i < bytes; i++) static_cast<char*>(to)[i] = from ? static_cast<const char*>(from)[i] : 0;
+  }
 }
 
 inline void wait_for_previous_launch(emulation::Site site = emulation::Site::current()) { emulation::waited(site); }

@@ -52,6 +52,35 @@ class RowTile {
     }
   }
 
+  // Starts to copy a tile to `stage` [rows][threads] in shared memory, in which a thread has places of its own, so that
+  // take_rows() needs no barrier.
+  __device__ void copy_rows(Vector<T, V>* stage, const T* tile_start, int64_t channel_stride, int channels, bool inside) const {
+    const T* from = tile_start + channel_ * channel_stride + position();
+#pragma unroll
+    for (int i = 0; i < Shape::rows; i++, from += Shape::step * channel_stride)
+      copy_later(stage + i * Shape::threads + threadIdx.x, from, inside & (channel(i) < channels));
+  }
+  // Waits for the copies. Afterwards the next ones may be started.
+  __device__ void take_rows(const Vector<T, V>* stage) {
+    wait_for_copies();
+#pragma unroll
+    for (int i = 0; i < Shape::rows; i++) rows_[i] = stage[i * Shape::threads + threadIdx.x];
+    hide();  // the values have arrived
+  }
+
+  // Zeros take the place of the values at positions that do not count, which may be NaN. `valid` has the bytes of this thread's
+  // positions.
+  __device__ void keep_valid(const uint8_t* valid) {
+    bool counts[V];
+#pragma unroll
+    for (int j = 0; j < V; j++) counts[j] = load(valid + j) != 0;
+#pragma unroll
+    for (int i = 0; i < Shape::rows; i++) {
+#pragma unroll
+      for (int j = 0; j < V; j++) rows_[i].data[j] = counts[j] ? rows_[i].data[j] : T(0.0f);
+    }
+  }
+
   // Asks the second-level cache for a tile that is loaded later. For accesses of single elements this is not worth it.
   __device__ void prefetch_rows(const T* tile_start, int64_t channel_stride, int channels, bool inside) const {
     if constexpr (V == 1) return;

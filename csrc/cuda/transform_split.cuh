@@ -35,11 +35,7 @@ __global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
     __syncthreads();
     // The first of the blocks that have this slice writes it.
     const bool stores = place.share == place.slice * work.tiles_of_both();
-    if (place.samples * width > kSliceChannels) {
-      merge_context<8, 2>(params, place, first_channel, width, stores, shared);
-    } else {
-      merge_context<2, 8>(params, place, first_channel, width, stores, shared);
-    }
+    merge_slice(params, place, first_channel, width, stores, shared);
   } else {
     load_context(params, place, first_channel, width, shared);
   }

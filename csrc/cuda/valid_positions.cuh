@@ -13,7 +13,9 @@ struct Valid {
   int64_t sample_stride = 0;         // P, or 0 where all samples have the same
   const acc_t<T>* shares = nullptr;  // [N]: 1 / the number of positions that count, or 0 if none does
 
-  __device__ bool at(int64_t sample, int64_t position) const { return load(data + sample * sample_stride + position) != 0; }
+  __device__ const uint8_t* row(int64_t sample) const { return data + sample * sample_stride; }
+  __device__ bool at(int64_t sample, int64_t position) const { return load(row(sample) + position) != 0; }
+  __device__ bool counts(int64_t sample, int64_t position) const { return !data || at(sample, position); }
 };
 
 template <typename T>

@@ -44,7 +44,7 @@ Expected expected(const FeatureMap<T>& x, const std::vector<T>& weight, double b
 }
 
 template <class T>
-void test(const Shape& shape, int64_t tiles_per_split = 0, bool all_count = true) {
+void test_once(const Shape& shape, int64_t tiles_per_split, bool all_count) {
   using A = acc_t<T>;
   auto x = FeatureMap<T>::random(shape);
   const std::vector<uint8_t> valid = all_count ? std::vector<uint8_t>() : random_valid(shape.samples, shape.positions);
@@ -55,7 +55,7 @@ void test(const Shape& shape, int64_t tiles_per_split = 0, bool all_count = true
   TestWorkspace workspace;
   const Valid<T> of_samples =
       with_shares<T>({all_count ? nullptr : valid.data(), shape.positions}, shape.extent(), workspace, nullptr);
-  CudaPoolPlan plan = pool_plan(common_shape<T>(shape.extent(), x.read()), of_samples);
+  CudaPoolPlan plan = pool_plan(common_shape<T>(shape.extent(), x.read()), of_samples, shape.samples);
   if (tiles_per_split) {  // gives a split more tiles than the plan gives it for so few positions
     plan.tiles_per_split = tiles_per_split;
     plan.splits = (shape.positions + plan.tile_positions * tiles_per_split - 1) / (plan.tile_positions * tiles_per_split);
@@ -72,17 +72,29 @@ void test(const Shape& shape, int64_t tiles_per_split = 0, bool all_count = true
   params.context = context.data();
   params.attention = attention.data();
   params.partial = partial.data();
-  params.arrived = arrived.data();
+  const bool by_items = plan.path == CudaPoolPath::row_items;
+  if (!by_items) params.arrived = arrived.data();
   params.valid = of_samples;
+  params.splits = static_cast<unsigned>(plan.splits);
   launch_attention_pool(params, plan, nullptr);
+  if (by_items) launch_attention_pool_merge(params, nullptr);
 
   const Expected wanted = expected(x, weight, static_cast<double>(bias[0]), valid);
   const std::string name = std::string("attention_pool ") + kName<T> + " " + shape.text() + " splits " +
-                           std::to_string(plan.splits) + (all_count ? "" : " valid");
+                           std::to_string(plan.splits) + (by_items ? " by items" : "") + (all_count ? "" : " valid");
   Comparison contexts(name + ", context", resolution<T>() * 10),
       attentions(name + ", attention", resolution<T>() * 10, 1. / shape.positions);
   for (size_t i = 0; i < context.size(); i++) contexts.add(context[i], wanted.context[i]);
   for (size_t i = 0; i < attention.size(); i++) attentions.add(attention[i], wanted.attention[i]);
+}
+
+template <class T>
+void test(const Shape& shape, int64_t tiles_per_split = 0, bool all_count = true) {
+  for (const int64_t engine : {1, 2}) {
+    tuning().engine = engine;
+    test_once<T>(shape, tiles_per_split, all_count);
+  }
+  tuning().engine = 0;
 }
 
 // The backward pass where not all positions count, with an infinite gradient of the first context.

@@ -12,6 +12,7 @@
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "stacks.h"
@@ -25,11 +26,18 @@ dim3 block_size, grid_size;
 namespace {
 
 constexpr unsigned kWarp = 32;
-constexpr size_t kLargestSharedMemory = 48 << 10;  // more needs an opt-in per kernel, which launch() does not do
+constexpr size_t kSharedBytes = 48 << 10;  // more needs allow_shared_bytes()
+constexpr unsigned kMostCopies = 128;       // of a thread, under way
 
 struct Block;
 
 enum class Wait : uint8_t { none, block_barrier, warp_meeting, exited };
+
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
 
 struct Thread {
   Indices indices;
@@ -43,6 +51,8 @@ struct Thread {
   Meeting what;
   unsigned mask, source;
   uint64_t value;
+  Copy* copies;  // a ring of kMostCopies
+  unsigned first_copy = 0, end_of_copies = 0;
 };
 
 struct Warp {
@@ -93,6 +103,8 @@ class Launch {
   [[noreturn]] void fail(const char* format, Values... values);
 
   int acq_rel(const Site& site) const;
+  bool dropped(const Site& site) const { return dropped_.is(site); }
+  void copy_later(const Copy& copy);
   void waited(const Site& site) { current->waited_for_previous |= !dropped_.is(site); }
   void require_waited(const char* before);
 
@@ -121,6 +133,7 @@ class Launch {
   Fiber host_;
   Block* finished_ = nullptr;
   std::deque<size_t> free_stack_sets_;
+  std::unique_ptr<Copy[]> copies_;  // of all threads that run at a time
   char begin_ = 0, end_ = 0;  // addresses that order the start of the launch before its threads, and these before its end
 };
 
@@ -192,6 +205,12 @@ void Launch::barrier(Site site) {
     }
   }
   sanitizer_acquire(order);
+}
+
+void Launch::copy_later(const Copy& copy) {
+  if (current->end_of_copies - current->first_copy == kMostCopies) fail("more than %u copies that nobody waits for", kMostCopies);
+  std::memset(copy.to, 0xff, copy.bytes);  // NaN in every dtype
+  current->copies[current->end_of_copies++ % kMostCopies] = copy;
 }
 
 void Launch::require_waited(const char* before) {
@@ -269,6 +288,7 @@ void Launch::start(unsigned id) {
     thread.block = &block;
     thread.lane = i % kWarp;
     thread.warp = i / kWarp;
+    thread.copies = &copies_[(block.stack_set * count + i) * kMostCopies];
     stack_sets.create(thread.fiber, block.stack_set, i, thread_main);
   }
   sanitizer_release(&begin_);
@@ -289,6 +309,7 @@ void Launch::run() {
     for (unsigned i = count; i > 1; i--) std::swap(order[i - 1], order[schedule_.random(i)]);
   }
   for (size_t i = 0; i < kBlocksAtATime; i++) free_stack_sets_.push_back(i);
+  copies_ = std::make_unique_for_overwrite<Copy[]>(kBlocksAtATime * block_size.x * block_size.y * block_size.z * kMostCopies);
   adopt_host(host_);
   const size_t at_a_time = schedule_.depth_first ? 1 : kBlocksAtATime;
   queue_.resize(std::bit_ceil<size_t>(at_a_time * block_size.x * block_size.y * block_size.z));
@@ -338,6 +359,7 @@ Launch::~Launch() {
 struct Counts {
   unsigned loads = 0, stores = 0;
 };
+size_t allowed_bytes = 0;  // to the next launch
 bool counting = false;
 std::unordered_map<uintptr_t, Counts> counts;
 
@@ -358,7 +380,9 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, bool early, void (*body)(co
   if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
     throw std::runtime_error("CUDA launch failed: the grid is too large");
   if (threads > 1024 || block.z > 64) throw std::runtime_error("CUDA launch failed: the block is too large");
-  if (shared_bytes > kLargestSharedMemory) throw std::runtime_error("CUDA launch failed: more than 48 KB of shared memory");
+  const size_t most = std::min(std::max(kSharedBytes, std::exchange(allowed_bytes, 0)), kMostSharedBytes);
+  if (shared_bytes > most)
+    throw std::runtime_error("CUDA launch failed: more than " + std::to_string(most >> 10) + " KB of shared memory");
   grid_size = grid;
   block_size = block;
   Launch now(shared_bytes, early, body, closure);
@@ -374,7 +398,18 @@ uint64_t meet(Meeting what, unsigned mask, uint64_t value, unsigned source_lane,
 int acq_rel(Site site) { return launch->acq_rel(site); }
 unsigned lane() { return launch->current->lane; }
 void waited(Site site) { launch->waited(site); }
+bool dropped(Site site) { return launch->dropped(site); }
+void copy_later(void* to, const void* from, size_t bytes) { launch->copy_later({to, from, bytes}); }
+bool next_copy(void** to, const void** from, size_t* bytes) {
+  Thread& self = *launch->current;
+  if (self.first_copy == self.end_of_copies) return false;
+  const Copy& copy = self.copies[self.first_copy++ % kMostCopies];
+  *to = copy.to, *from = copy.from, *bytes = copy.bytes;
+  return true;
+}
 void note_fresh_load() { launch->require_waited("a load of what it may have written"); }
+
+void allow_shared_bytes(size_t bytes) { allowed_bytes = bytes; }
 
 int multiprocessors() {
   const char* text = std::getenv("GCNET_EMULATION_MULTIPROCESSORS");

@@ -4,7 +4,7 @@
 // What it finds that a GPU would hide:
 //   * barriers, shuffles and votes that not all threads reach together, and deadlocks: an exception that says who waits where;
 //   * accesses through load and store that are not aligned to their size: an exception as well;
-//   * shared memory that nobody wrote: it is filled with NaN;
+//   * shared memory that nobody wrote: it is filled with NaN, and so is the target of a copy until the thread waits for it;
 //   * under AddressSanitizer, accesses past the end of shared or global memory: shared memory has its exact size;
 //   * under ThreadSanitizer, data races: only __syncthreads, __syncwarp, launches and atomics order memory, nothing else.
 //
@@ -59,11 +59,22 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const Body& body, bool earl
   run(grid, block, shared_bytes, early, call, std::addressof(body));
 }
 
+// Lets the next launch have this much shared memory, where a launch gets 48 KB by itself.
+void allow_shared_bytes(size_t bytes);
+
 void waited(Site site);
 void note_fresh_load();
 
 // The multiprocessors of the GPU that is emulated: GCNET_EMULATION_MULTIPROCESSORS, or one.
 int multiprocessors();
+constexpr size_t kMostSharedBytes = 227 << 10;  // of a block, or of the blocks of a multiprocessor, after an opt-in
+
+// A copy that is made when the thread waits for it. Until then its target is NaN. Without a `from`, zeros are copied.
+void copy_later(void* to, const void* from, size_t bytes);
+// Takes this thread's oldest copy off its list; false if there is none.
+bool next_copy(void** to, const void** from, size_t* bytes);
+// Whether GCNET_EMULATION_DROP names this place.
+bool dropped(Site site);
 
 unsigned char* shared_memory();
 void barrier(Site site);
