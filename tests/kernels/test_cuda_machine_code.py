@@ -22,6 +22,7 @@ ALL_ARCHITECTURES = {"sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_
 # These go through the big tensors.
 HOT = re.compile(r"attention_pool|fuse_|sums_")
 STAGE = re.compile(r"transform_(hidden_parts|outputs|grad_parts|grad_context)<")
+ITEMS = re.compile(r"\w+_(items|flat\w*)<")
 BYTES = {"double": 8, "float": 4, "Half": 2, "BFloat16": 2}
 # Elements per access are the first or second number of the template arguments.
 ACCESS = re.compile(r"<(?P<dtype>\w+), (?:RowShape<)?(?P<vector>\d+)")
@@ -116,13 +117,25 @@ def test_the_stages_of_the_transform(resources, instructions):
             assert waits == (int(arch.removeprefix("sm_")) >= 90), f"{kernel} on {arch}"
 
 
+def test_the_kernels_that_walk_items(resources, instructions):
+    """csrc/cuda/items.cuh: their values come to shared memory in copies of 16 bytes that nobody waits for at once (from sm_80 on),
+    and with at most 128 registers enough blocks run at a time."""
+    items = [kernel for kernel in resources if ITEMS.match(kernel)]
+    assert len(items) >= 15
+    for arch, kernels in instructions.items():
+        for kernel in items:
+            assert resources[kernel][arch].registers <= 128, f"{kernel} on {arch}"
+            copies = sum(count for name, count in kernels[kernel].items() if name.startswith("LDGSTS.E.BYPASS.128"))
+            assert (copies > 0) == (int(arch.removeprefix("sm_")) >= 80), f"{kernel} on {arch}: {copies} copies"
+
+
 def test_accesses_are_as_wide_as_planned(instructions):
     """16 bytes, or 8 where rows start at multiples of 8: loads in every kernel, stores in those that write a big tensor."""
     checked = 0
     for arch, kernels in instructions.items():
         for kernel, counter in kernels.items():
             wanted = wide_accesses(kernel)
-            if not HOT.match(kernel) or not wanted:
+            if not HOT.match(kernel) or not wanted or ITEMS.match(kernel):
                 continue
             loads, stores = (
                 sum(count for name, count in counter.items() if name.startswith(f"{instruction}.E.{wanted.bits}"))

@@ -1,4 +1,5 @@
-"""Takes one barrier, one wait for the launch before, or one half of one acquire-release atomic from the CUDA kernels at a time.
+"""Takes one barrier, one wait (for the launch before, or for copies), or one half of one acquire-release atomic from the CUDA
+kernels at a time.
 
 The kernel tests must notice.
 
@@ -19,8 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 CUDA = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
-BARRIER = re.compile(r"\b(__sync(threads|warp)|wait_for_previous_launch)\(")
-DEFINITION = re.compile(r"\bvoid wait_for_previous_launch\(")
+BARRIER = re.compile(r"\b(__sync(threads|warp)|wait_for_(previous_launch|copies))\(")
+DEFINITION = re.compile(r"\bvoid wait_for_")
 ATOMIC = re.compile(r"\bfetch_add_acq_rel\(")
 TIME_LIMIT = 120  # seconds; a mutant that hangs is a mutant that was noticed
 

@@ -116,6 +116,17 @@ __global__ void early_kernel(const float* fresh, bool waits_first, bool waits) {
   if (fresh) load_fresh(fresh);
   if (waits) wait_for_previous_launch();
 }
+__global__ void late_copy_kernel(const float* x, float* out, bool waits) {
+  auto* const stage = reinterpret_cast<Vector<float, 4>*>(shared_floats());
+  copy_later(stage, x, true);
+  copy_later(stage + 1, x, false);
+  if (waits) wait_for_copies();
+  out[0] = stage[0].data[3];
+  out[1] = stage[1].data[0];
+}
+__global__ void endless_copies_kernel(const float* x) {
+  for (int i = 0; i < 1000; i++) copy_later(reinterpret_cast<Vector<float, 4>*>(shared_floats()), x, true);
+}
 __global__ void empty_kernel() {}
 __global__ void copy_kernel(const float* x, float* out, int count) {
   const int i = 2 * (blockIdx.x * blockDim.x + threadIdx.x);
@@ -158,6 +169,15 @@ void everything() {
   for (int i = 0; i < 32; i++) check(doubles[i] == (i < 16 ? i ^ 1 : i ^ 2), "shuffles and votes");
   launch(uninitialised_kernel, 1, 1, sizeof(float), nullptr, out.data());
   check(out[0] != out[0], "shared memory starts as NaN");
+
+  alignas(16) const float source[4] = {1, 2, 3, 4};
+  launch(late_copy_kernel, 1, 1, 32, nullptr, source, out.data(), true);
+  check(out[0] == 4 && out[1] == 0, "a copy is there after the wait, and zeros are in the place of one that is not wanted");
+  launch(late_copy_kernel, 1, 1, 32, nullptr, source, out.data(), false);
+  check(out[0] != out[0] && out[1] != out[1], "a copy is NaN before the wait");
+  check_throws([&] { launch(endless_copies_kernel, 1, 1, 16, nullptr, source); }, "copies that nobody waits for");
+  allow_shared_bytes(empty_kernel, 50000);
+  launch(empty_kernel, 1, 32, 50000, nullptr);
 
   check_throws([] { launch(divergent_barrier_kernel, 1, 64, 0, nullptr); }, "thread 0,0,0 on: waits at the __syncthreads");
   check_throws([] { launch(two_barriers_kernel, 1, 64, 0, nullptr); }, "while others wait at the one in line");
