@@ -43,10 +43,10 @@ inline constexpr std::array<CudaRowTile, 3> kCudaHalfRowTiles{{{512, 256, 16, 32
 // Accesses of one element.
 inline constexpr std::array<CudaRowTile, 3> kCudaScalarRowTiles{{{256, 256, 32, 32}, {1024, 512, 32, 64}, {2048, 512, 16, 64}}};
 
-// Accesses of 16 bytes, for items: segments of 256, 128, 128, 64 and 64 bytes. The next tile waits in shared memory, where a
+// Accesses of 16 bytes, for items: segments of 256, 128, 128, 128 and 64 bytes. The next tile waits in shared memory, where a
 // multiprocessor has room for two blocks with 64 KB or one with 128 KB.
 inline constexpr std::array<CudaRowTile, 5> kCudaRowItemTiles{
-    {{64, 256, 16, 4}, {256, 256, 8, 8}, {512, 256, 8, 16}, {1024, 256, 4, 16}, {2048, 512, 4, 16}}};
+    {{64, 256, 16, 4}, {256, 256, 8, 8}, {512, 256, 8, 16}, {1024, 512, 8, 16}, {2048, 512, 4, 16}}};
 
 // How a feature map is read that is needed twice, for the logits and for the weighted sum.
 enum class CudaPoolPath {
