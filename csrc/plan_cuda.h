@@ -50,10 +50,10 @@ inline constexpr std::array<CudaRowTile, 5> kCudaRowItemTiles{
 
 // How a feature map is read that is needed twice, for the logits and for the weighted sum.
 enum class CudaPoolPath {
-  rows,       // NCHW: a tile of rows stays in the registers of a block (kCudaRowTiles)
-  positions,  // channels_last: a few positions stay in the registers of one to sixteen warps
-  streamed,   // any shape: a tile is read twice, the second time from the caches
-  row_items,  // rows, in the second engine: the next tile is on its way while a block works on one (kCudaRowItemTiles)
+  rows,           // NCHW: a tile of rows stays in the registers of a block (kCudaRowTiles)
+  positions,      // channels_last: a few positions stay in the registers of one to sixteen warps
+  streamed,       // any shape: a tile is read twice, the second time from the caches
+  row_items,      // rows, in the second engine: the next tile is on its way while a block works on one (kCudaRowItemTiles)
   position_items  // positions, in the same way
 };
 

@@ -34,7 +34,8 @@ struct PoolPositionsShared {
 template <typename T, int V>
 class PositionGroup {
   using A = acc_t<T>;
-  static constexpr int kLowest = kWarp / kCudaPositionsPerWarp;  // lanes that differ in lower bits have the logit of one position
+  static constexpr int kLowest =
+      kWarp / kCudaPositionsPerWarp;  // lanes that differ in lower bits have the logit of one position
 
  public:
   static constexpr int positions = kCudaPositionsPerWarp;
