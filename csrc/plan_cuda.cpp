@@ -59,12 +59,17 @@ CudaPoolPlan plan_cuda_pool(const CudaShape& shape, const CudaTuning& tuning) {
     const int64_t warps = ceil_div(shape.channels, 32 * vector);
     if (warps <= 16) {
       const int64_t groups = std::max<int64_t>(1, 8 / warps);
-      plan.path = CudaPoolPath::positions;
+      // The launch that merges the splits of items has slices of the channels, which are limited.
+      const bool items = tuning.engine == 2 && vector * shape.element_size == 16 &&
+                         plan_cuda_transform_slices(shape.channels).channels <= kCudaMostSliceChannels;
+      plan.path = items ? CudaPoolPath::position_items : CudaPoolPath::positions;
       plan.vector = vector;
       plan.threads = static_cast<int>(groups * warps * 32);
       plan.tile_positions = groups * kCudaPositionsPerWarp;
-      constexpr int64_t kLeastBytes = 64 << 10;  // a block that reads less is not worth its start and end
-      least_tiles = ceil_div(kLeastBytes, plan.tile_positions * shape.channels * shape.element_size);
+      // A block that reads less is not worth its start and end; an item, whose start is on its way with the others, less so.
+      constexpr int64_t kLeastBytes = 64 << 10, kLeastItemBytes = 32 << 10;
+      const int64_t tile_bytes = plan.tile_positions * shape.channels * shape.element_size;
+      least_tiles = items ? std::max<int64_t>(1, kLeastItemBytes / tile_bytes) : ceil_div(kLeastBytes, tile_bytes);
     }
   } else {
     const int64_t larger = tuning.larger_tile;
@@ -74,8 +79,8 @@ CudaPoolPlan plan_cuda_pool(const CudaShape& shape, const CudaTuning& tuning) {
     if (vector * shape.element_size == 8) fit(kCudaHalfRowTiles, vector, shape.channels, larger, plan);
     fit(kCudaScalarRowTiles, 1, shape.channels, larger, plan);
   }
-  const bool by_items = plan.path == CudaPoolPath::row_items;
-  cut(plan, shape.positions, least_tiles, plan_cuda_most_splits(tuning, by_items ? kCudaMaxItemSplits : kCudaMaxSplits));
+  const int64_t most_splits = plan_cuda_most_splits(tuning, plan.by_items() ? kCudaMaxItemSplits : kCudaMaxSplits);
+  cut(plan, shape.positions, least_tiles, most_splits);
   return plan;
 }
 

@@ -50,10 +50,11 @@ inline constexpr std::array<CudaRowTile, 5> kCudaRowItemTiles{
 
 // How a feature map is read that is needed twice, for the logits and for the weighted sum.
 enum class CudaPoolPath {
-  rows,       // NCHW: a tile of rows stays in the registers of a block (kCudaRowTiles)
-  positions,  // channels_last: a few positions stay in the registers of one to sixteen warps
-  streamed,   // any shape: a tile is read twice, the second time from the caches
-  row_items   // rows, in the second engine: the next tile is on its way while a block works on one (kCudaRowItemTiles)
+  rows,           // NCHW: a tile of rows stays in the registers of a block (kCudaRowTiles)
+  positions,      // channels_last: a few positions stay in the registers of one to sixteen warps
+  streamed,       // any shape: a tile is read twice, the second time from the caches
+  row_items,      // rows, in the second engine: the next tile is on its way while a block works on one (kCudaRowItemTiles)
+  position_items  // positions, in the same way
 };
 
 struct CudaPoolPlan {
@@ -63,6 +64,9 @@ struct CudaPoolPlan {
   int threads;                      // of a block
   int64_t tile_positions;           // positions that a block works on at a time
   int64_t tiles_per_split, splits;  // a sample has `splits` blocks, each with at most tiles_per_split tiles
+
+  // Whether blocks walk the splits of all samples as items, and a launch after them merges the splits.
+  bool by_items() const { return path == CudaPoolPath::row_items || path == CudaPoolPath::position_items; }
 };
 CudaPoolPlan plan_cuda_pool(const CudaShape& shape, const CudaTuning& tuning = {});
 

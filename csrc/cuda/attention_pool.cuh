@@ -15,6 +15,7 @@
 #pragma once
 
 #include "attention_pool_merge.cuh"
+#include "attention_pool_position_items.cuh"
 #include "attention_pool_positions.cuh"
 #include "attention_pool_row_items.cuh"
 #include "attention_pool_rows.cuh"
@@ -34,10 +35,11 @@ CudaPoolPlan first_engine_pool_plan(const CudaShape& shape, const Valid<T>& vali
 
 // The plan for the current device, on which not every kernel of the second engine may have the shared memory that it needs.
 template <typename T>
-CudaPoolPlan pool_plan(const CudaShape& shape, const Valid<T>& valid, int64_t samples) {
+CudaPoolPlan pool_plan(const CudaShape& shape, const Valid<T>& valid, const Extent& extent) {
   const CudaPoolPlan plan = plan_cuda_pool(shape, tuning());
   if constexpr (!std::is_same_v<T, double>) {
-    if (plan.path == CudaPoolPath::row_items && row_items_fit<T>(plan, samples)) return plan;
+    if (plan.path == CudaPoolPath::row_items && row_items_fit<T>(plan, extent.samples)) return plan;
+    if (plan.path == CudaPoolPath::position_items && position_items_fit<T>(plan, extent)) return plan;
   }
   return first_engine_pool_plan(shape, valid);
 }
@@ -50,6 +52,7 @@ void launch_attention_pool(PoolParams<T> params, const CudaPoolPlan& plan, cudaS
     if (plan.path == CudaPoolPath::positions) return launch_attention_pool_positions(params, plan, stream);
     if (plan.path == CudaPoolPath::rows) return launch_attention_pool_rows(params, plan, stream);
     if (plan.path == CudaPoolPath::row_items) return launch_attention_pool_row_items(params, plan, stream);
+    if (plan.path == CudaPoolPath::position_items) return launch_attention_pool_position_items(params, plan, stream);
   }
   launch_attention_pool_streamed(params, plan, stream);
 }
@@ -62,13 +65,12 @@ void attention_pool(PoolParams<T>& params, Workspace& workspace, cudaStream_t st
   const Extent& extent = params.extent;
   params.valid = with_shares(params.valid, extent, workspace, stream);
   if (params.weight.data) {
-    const CudaPoolPlan plan = pool_plan(common_shape<T>(extent, params.x), params.valid, extent.samples);
-    const bool by_items = plan.path == CudaPoolPath::row_items;
+    const CudaPoolPlan plan = pool_plan(common_shape<T>(extent, params.x), params.valid, extent);
     params.partial = workspace.take<acc_t<T>>(extent.samples * plan.splits * (extent.channels + 2));
     params.splits = static_cast<unsigned>(plan.splits);
-    if (!params.merged_later && !by_items) params.arrived = workspace.zeros(extent.samples, stream);
+    if (!params.merged_later && !plan.by_items()) params.arrived = workspace.zeros(extent.samples, stream);
     launch_attention_pool(params, plan, stream);
-    if (!params.merged_later && by_items) launch_attention_pool_merge(params, stream);
+    if (!params.merged_later && plan.by_items()) launch_attention_pool_merge(params, stream);
     return;
   }
   if (params.valid.data) return launch_average_valid(params.x, extent, params.valid, params.context, stream);

@@ -46,7 +46,7 @@ void attention_pool_backward(PoolBackwardParams<T> params, const MutableParamete
   if (!params.weight.data) {
     FuseParams<T> fuse{params.grad, params.grad_x, extent, Parameter<T>(params.scale), Parameter<T>(params.grad_context)};
     if (!params.valid.data) fuse.shift_factor = A(1) / static_cast<A>(extent.positions);
-    return channel_fuse<T>({fuse, {}, /*relu=*/false, params.valid}, stream);
+    return channel_fuse<T>({fuse, /*residual=*/{}, /*relu=*/false, params.valid}, stream);
   }
   const CudaPoolPlan plan = first_engine_pool_plan(common_shape<T>(extent, params.x, params.grad, params.grad_x), params.valid);
   if (grad_weight.data) {

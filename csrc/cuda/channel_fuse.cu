@@ -7,6 +7,7 @@ namespace gcnet_ext::cuda {
 
 GCNET_EXT_COMPILED_HERE(launch_channel_fuse)
 GCNET_EXT_COMPILED_HERE(launch_fuse_elements)
+GCNET_EXT_COMPILED_HERE(launch_fuse_items)
 GCNET_EXT_COMPILED_HERE(launch_positive_bits)
 GCNET_EXT_COMPILED_HERE(launch_relu_backward)
 GCNET_EXT_COMPILED_HERE(with_shares)
@@ -25,11 +26,11 @@ void fuse_into(const Tensor& x, const OptionalTensor& scale_in, const OptionalTe
   const OptionalTensor scale = dense(scale_in), shift = dense(shift_in);
   dispatch(x.scalar_type(), [&](auto kind) {
     using T = decltype(kind);
-    const Extent extent = extent_of(x);
-    const Map<T> to = map_of<T>(out);
-    const FuseParams<T> params{map_of<const T>(x), to, extent, parameter<T>(scale), parameter<T>(shift)};
-    channel_fuse<T>({params, map_of<const T>(residual), final_activation != 0}, call.stream());
-    if (positive.numel() > 0) launch_positive_bits(read_only(to), extent, bits_of(positive), call.stream());
+    Fusion<T> fusion{{map_of<const T>(x), map_of<T>(out), extent_of(x), parameter<T>(scale), parameter<T>(shift)}};
+    fusion.residual = map_of<const T>(residual);
+    fusion.relu = final_activation != 0;
+    fusion.positive = bits_of(positive);
+    channel_fuse(fusion, call.stream());
   });
 }
 
@@ -80,8 +81,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> channel_fuse_backward_op(const Tensor
   dispatch(x.scalar_type(), [&](auto kind) {
     using T = decltype(kind);
     if (!sums) {
-      return launch_channel_fuse<T>({map_of<const T>(grad), map_of<T>(grad_x), extent_of(x), parameter<T>(scale)},
-                                    call.stream());
+      return channel_fuse<T>({{map_of<const T>(grad), map_of<T>(grad_x), extent_of(x), parameter<T>(scale)}}, call.stream());
     }
     SumsParams<T> params;
     params.a = map_of<const T>(grad);

@@ -7,33 +7,10 @@
 
 #include <algorithm>
 
-#include "../plan_cuda.h"
-#include "elements.cuh"
-#include "final_relu.cuh"
-#include "parameter.cuh"
-#include "valid_positions.cuh"
+#include "channel_fuse_items.cuh"
+#include "fusion.cuh"
 
 namespace gcnet_ext::cuda {
-
-template <typename T>
-struct FuseParams {
-  using A = acc_t<T>;
-  Map<const T> x;  // absent: 0
-  Map<T> out;      // dense
-  Extent extent;
-  Parameter<T> scale, shift;  // [N, C]; absent: 1 and 0
-  A shift_factor = 1;         // a factor of shift
-  int64_t first_tile = 0;     // of this launch, in the order of the walk
-
-  // The factors of row n*C + c. An absent shift is -0, because x + -0 is x even for x = -0.
-  struct Factors {
-    A scale, shift;
-    __device__ T operator()(T x) const { return static_cast<T>(multiply_add(widen(x), scale, shift)); }
-  };
-  __device__ Factors factors(int64_t row) const {
-    return {scale.at_or(row, A(1)), shift.present() ? shift.at(row) * shift_factor : -A(0)};
-  }
-};
 
 // The tile of this block among `tiles`, counted from the last one.
 template <typename T>
@@ -49,22 +26,11 @@ __global__ void __launch_bounds__(kCudaSweepThreads, 4) fuse_rows(FuseParams<T> 
   constexpr int kTile = kCudaSweepThreads * V * kCudaSweepUnroll;
   const int64_t P = params.extent.positions, count = rows * P, tiles = (count + kTile - 1) / kTile;
   const int64_t tile = tile_from_the_end(params, segments * tiles), segment = tile / tiles, first = tile % tiles * kTile;
-  const int64_t first_row = first / P, first_position = first % P;
+  const RowPiece<kTile> piece(first, P);
   const T* x = params.x.data + segment * params.x.sample_stride;
   T* out = params.out.data + segment * params.out.sample_stride;
 
-  // The row and position of an element of the tile. Only tiles of many rows need the division.
-  struct Place {
-    int64_t row, position;
-  };
-  const auto place = [&](int in_tile) -> Place {
-    const int64_t position = first_position + in_tile;
-    if (position < P) return {first_row, position};
-    if (P >= kTile) return {first_row + 1, position - P};
-    const unsigned row = static_cast<unsigned>(position) / static_cast<unsigned>(P);
-    return {first_row + row, position - row * P};
-  };
-  const auto value_at = [&](const Place& at) {
+  const auto value_at = [&](const typename RowPiece<kTile>::Place& at) {
     return params.x.data ? load(x + at.row * params.x.channel_stride + at.position) : T(0.0f);
   };
 
@@ -74,7 +40,7 @@ __global__ void __launch_bounds__(kCudaSweepThreads, 4) fuse_rows(FuseParams<T> 
     const int in_tile = (u * kCudaSweepThreads + threadIdx.x) * V;
     values[u] = {};
     if constexpr (V == 1) {
-      if (first + in_tile < count) values[u].data[0] = value_at(place(in_tile));
+      if (first + in_tile < count) values[u].data[0] = value_at(piece.at(in_tile));
     } else {
       if (params.x.data && first + in_tile + V <= count) values[u] = load_vector<V>(x + first + in_tile);
     }
@@ -83,7 +49,7 @@ __global__ void __launch_bounds__(kCudaSweepThreads, 4) fuse_rows(FuseParams<T> 
   for (int u = 0; u < kCudaSweepUnroll; u++) {
     const int in_tile = (u * kCudaSweepThreads + threadIdx.x) * V;
     if (first + in_tile >= count) break;
-    const Place at = place(in_tile);
+    const auto at = piece.at(in_tile);
     const Factors factors = params.factors(segment * rows + at.row);
     if (first + in_tile + V > count) {  // the last row ends within the access
       for (int j = 0; first + in_tile + j < count; j++) {
@@ -166,20 +132,11 @@ void launch_channel_fuse(FuseParams<T> params, cudaStream_t stream) {
     const int64_t tiles = extent.samples * grid.splits * grid.channel_blocks;
     return wide ? launch_tiles(fuse_positions<T, V>, tiles, grid) : launch_tiles(fuse_positions<T, 1>, tiles, grid);
   }
-  // There is one segment if x is dense, otherwise one for each sample.
   if (extent.channels == 1) params.x.channel_stride = extent.positions;  // the stride of a single channel is arbitrary
-  const int64_t plane = extent.channels * extent.positions;
-  const bool rows_touch = !params.x.data || params.x.channel_stride == extent.positions;
-  const bool dense = rows_touch && (!params.x.data || params.x.sample_stride == plane || extent.samples == 1);
-  const int64_t segments = dense ? 1 : extent.samples, rows = dense ? extent.samples * extent.channels : extent.channels;
-  const auto starts_aligned = [&](const auto* start, int64_t stride) {
-    return reinterpret_cast<uintptr_t>(start) % 16 == 0 && (segments == 1 || stride % V == 0);
-  };
-  const bool wide = rows_touch && extent.positions >= V && starts_aligned(params.x.data, params.x.sample_stride) &&
-                    starts_aligned(params.out.data, params.out.sample_stride);
-  const int64_t tile = kCudaSweepThreads * kCudaSweepUnroll * (wide ? V : 1);
-  const int64_t tiles = segments * ((rows * extent.positions + tile - 1) / tile);
-  return wide ? launch_tiles(fuse_rows<T, V>, tiles, segments, rows) : launch_tiles(fuse_rows<T, 1>, tiles, segments, rows);
+  const RowSegments in = row_segments<T>(extent, params.x, params.out);
+  const int64_t tile = kCudaSweepThreads * kCudaSweepUnroll * (in.wide ? V : 1);
+  const int64_t tiles = in.count * ((in.rows * extent.positions + tile - 1) / tile);
+  return launch_tiles(in.wide ? fuse_rows<T, V> : fuse_rows<T, 1>, tiles, in.count, in.rows);
 }
 GCNET_EXT_COMPILED_ELSEWHERE(launch_channel_fuse)
 
@@ -202,16 +159,6 @@ __global__ void __launch_bounds__(kElementThreads)
   });
 }
 
-// The fusion with all of its operands.
-template <typename T>
-struct Fusion : FuseParams<T> {
-  Map<const T> residual;  // absent: 0
-  bool relu = false;      // act is a ReLU
-  Valid<T> valid;         // the positions that count get their share of the shift, and the others get none
-
-  bool needs_elements() const { return residual.data || relu || valid.data; }
-};
-
 template <typename T>
 void launch_fuse_elements(const Fusion<T>& fusion, cudaStream_t stream) {
   const FuseParams<T>& params = fusion;
@@ -222,8 +169,13 @@ GCNET_EXT_COMPILED_ELSEWHERE(launch_fuse_elements)
 // Computes the fusion by the fastest kernel that has its operands.
 template <typename T>
 void channel_fuse(const Fusion<T>& fusion, cudaStream_t stream) {
-  if (fusion.needs_elements()) return launch_fuse_elements(fusion, stream);
-  launch_channel_fuse<T>(fusion, stream);
+  if (tuning().engine == 2 && launch_fuse_items(fusion, stream)) return;
+  if (fusion.needs_elements()) {
+    launch_fuse_elements(fusion, stream);
+  } else {
+    launch_channel_fuse<T>(fusion, stream);
+  }
+  if (fusion.positive) launch_positive_bits(read_only(fusion.out), fusion.extent, fusion.positive, stream);
 }
 
 }  // namespace gcnet_ext::cuda

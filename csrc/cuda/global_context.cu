@@ -73,7 +73,8 @@ Saved forward_into(const Tensor& x, const Arguments& arguments, const Tensor& ou
     fuse.out = map_of<T>(out);
     fuse.residual = map_of<const T>(residual);
     fuse.relu = has_relu;
-    global_context(pool, fuse, bits_of(saved.positive), call, call.stream());
+    fuse.positive = bits_of(saved.positive);
+    global_context(pool, fuse, call, call.stream());
   });
   return saved;
 }

@@ -24,9 +24,9 @@ bool transform_in_tail(const TransformParams<T>& transform) {
 }
 
 // The caller sets x, the parameters and the results of the pool; the weights and options of pool.transform, its hidden and its
-// gate; and out, the residual and the ReLU of the fusion. `positive` gets the bits of the ReLU, where it is not null.
+// gate; and out, the residual, the ReLU and its bits of the fusion.
 template <typename T>
-void global_context(PoolParams<T> pool, Fusion<T> fuse, uint8_t* positive, Workspace& workspace, cudaStream_t stream) {
+void global_context(PoolParams<T> pool, Fusion<T> fuse, Workspace& workspace, cudaStream_t stream) {
   using A = acc_t<T>;
   const int64_t samples = pool.extent.samples, channels = pool.extent.channels;
   TransformParams<T>& transform = pool.transform;
@@ -49,8 +49,8 @@ void global_context(PoolParams<T> pool, Fusion<T> fuse, uint8_t* positive, Works
   fuse.extent = pool.extent;
   if (has_scale) fuse.scale = Parameter<T>(transform.scale_values());
   if (has_shift) fuse.shift = Parameter<T>(transform.shift);
+  fuse.early = split;
   channel_fuse(fuse, stream);
-  if (positive) launch_positive_bits(read_only(fuse.out), fuse.extent, positive, stream);
 }
 
 // The gradients of the block's parameters; an absent one is not computed.

@@ -39,6 +39,35 @@ struct Parameter {
       from(static_cast<const T*>(data));
     }
   }
+
+  // The same of values that an earlier launch of the call may have written.
+  __device__ acc_t<T> fresh(int64_t i) const {
+    return is_float32 ? static_cast<acc_t<T>>(load_fresh_vector<1>(static_cast<const float*>(data) + i).data[0])
+                      : static_cast<acc_t<T>>(load_fresh_vector<1>(static_cast<const T*>(data) + i).data[0]);
+  }
+  // i is a multiple of V, which are 16 bytes of T at least.
+  template <int V>
+  __device__ void get_fresh(int64_t i, acc_t<T> (&values)[V]) const {
+    const auto from = [&](const auto* start) {
+      using W = std::remove_cv_t<std::remove_pointer_t<decltype(start)>>;
+      constexpr int kEach = 16 / sizeof(W);
+      if (reinterpret_cast<uintptr_t>(data) % 16 == 0) {
+        Vector<W, kEach> loaded[V / kEach];
+#pragma unroll
+        for (int k = 0; k < V / kEach; k++) loaded[k] = load_fresh_vector<kEach>(start + i + k * kEach);
+#pragma unroll
+        for (int j = 0; j < V; j++) values[j] = static_cast<acc_t<T>>(loaded[j / kEach].data[j % kEach]);
+      } else {
+#pragma unroll
+        for (int j = 0; j < V; j++) values[j] = static_cast<acc_t<T>>(load_fresh_vector<1>(start + i + j).data[0]);
+      }
+    };
+    if (is_float32) {
+      from(static_cast<const float*>(data));
+    } else {
+      from(static_cast<const T*>(data));
+    }
+  }
 };
 
 // The gradient of a parameter, in the dtype of the parameter.

@@ -74,6 +74,7 @@ __device__ void put_hidden(const TransformParams<T>& params, const SliceParts& p
 template <typename T, bool kReluOrSilu>
 __global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
     transform_outputs(TransformParams<T> params, SliceParts parts, SplitWork work, int64_t most_units) {
+  let_next_launch_start();
   const SplitPlace place(work, params.samples);
   const BranchParams<T>& branch = params.branch[place.branch];
   prefetch_vectors(branch, params.channels);

@@ -155,7 +155,8 @@ void test(const Case& block) {
   fuse.out = out.write();
   if (block.residual) fuse.residual = residual.read();
   fuse.relu = block.relu;
-  global_context(pool, fuse, block.relu ? bits.data() : nullptr, workspace, nullptr);
+  fuse.positive = block.relu ? bits.data() : nullptr;
+  global_context(pool, fuse, workspace, nullptr);
   if (block.relu) launch_relu_backward(grad.read(), through_relu.write(), shape.extent(), bits.data(), nullptr);
 
   PoolBackwardParams<T> pool_backward;

@@ -1,0 +1,317 @@
+// The fusion by items (channel_fuse.cuh, items.cuh), with all of its operands: x and the residual of the next piece are on their
+// way to shared memory while a block works on this one. An access takes 16 bytes. The pieces are walked from the last to the
+// first.
+#pragma once
+
+#include "fusion.cuh"
+#include "items.cuh"
+#include "shared_memory.cuh"
+
+namespace gcnet_ext::cuda {
+
+constexpr int kFuseItemBlocks = 3;  // per multiprocessor
+
+template <typename T>
+struct FuseStage {
+  Vector<T, kWidest<T>>*x, *residual;  // [kCudaSweepUnroll, kCudaSweepThreads], of the maps that are there
+
+  __host__ __device__ FuseStage(auto& memory, bool has_x, bool has_residual) {
+    memory.take(x, has_x ? kCudaSweepUnroll * kCudaSweepThreads : 0);
+    memory.take(residual, has_residual ? kCudaSweepUnroll * kCudaSweepThreads : 0);
+  }
+};
+
+// The accesses of a thread to a piece. It has places of its own in the stage, so that no barrier is needed.
+template <typename T>
+class FuseAccesses {
+  using A = acc_t<T>;
+  static constexpr int V = kWidest<T>;
+
+ public:
+  using Factors = typename FuseParams<T>::Factors;
+
+  __device__ explicit FuseAccesses(const Fusion<T>& fusion)
+      : fusion_(fusion), stage_(shared_memory<FuseStage<T>>(fusion.x.data != nullptr, fusion.residual.data != nullptr)) {}
+
+  // Starts to copy access u of the next piece, which begins at these offsets from the starts of the maps.
+  __device__ void copy(int u, int64_t in_x, int64_t in_residual, bool wanted) const {
+    const int place = u * kCudaSweepThreads + threadIdx.x;
+    if (fusion_.x.data) copy_later(stage_.x + place, fusion_.x.data + in_x, wanted);
+    if (fusion_.residual.data) copy_later(stage_.residual + place, fusion_.residual.data + in_residual, wanted);
+  }
+  // Waits for the copies. Afterwards the next ones may be started.
+  __device__ void take() {
+    wait_for_copies();
+#pragma unroll
+    for (int u = 0; u < kCudaSweepUnroll; u++) {
+      const int place = u * kCudaSweepThreads + threadIdx.x;
+      x_[u] = residual_[u] = {};
+      if (fusion_.x.data) x_[u] = stage_.x[place];
+      if (fusion_.residual.data) residual_[u] = stage_.residual[place];
+    }
+#pragma unroll
+    for (int u = 0; u < kCudaSweepUnroll; u++) hide_from_optimizer(x_[u]), hide_from_optimizer(residual_[u]);
+  }
+
+  // The result for one element.
+  __device__ T fuse(T x, T residual, const Factors& factors) const {
+    A value = multiply_add(widen(x), factors.scale, factors.shift);
+    if (fusion_.residual.data) value += widen(residual);
+    if (fusion_.relu && value < A(0)) value = A(0);  // a NaN is passed on
+    return static_cast<T>(value);
+  }
+
+  // Stores the results of access u at `out`, and their bits. All lanes of a warp call this together. Factors of element j:
+  // factors_of(j).
+  template <typename FactorsOf>
+  __device__ void put(int u, T* out, bool inside, const FactorsOf& factors_of) const {
+    Vector<T, V> result;
+#pragma unroll
+    for (int j = 0; j < V; j++) result.data[j] = fuse(x_[u].data[j], residual_[u].data[j], factors_of(j));
+    if (inside) store_vector(out, result);
+    if (fusion_.positive) put_bits(result, out, inside);
+  }
+
+ private:
+  // A byte has the bits of 8 elements that begin at a multiple of 8. Two neighbours share it where an access has 4 elements.
+  __device__ void put_bits(const Vector<T, V>& result, const T* out, bool inside) const {
+    unsigned bits = 0;
+#pragma unroll
+    for (int j = 0; j < V; j++) bits |= (widen(result.data[j]) <= A(0) ? 0u : 1u) << j;
+    if constexpr (V == 4) {
+      bits |= __shfl_xor_sync(kAllLanes, bits, 1) << 4;
+      if (threadIdx.x % 2) return;
+    }
+    if (inside) store(fusion_.positive + (out - fusion_.out.data) / 8, static_cast<uint8_t>(bits));
+  }
+
+  const Fusion<T>& fusion_;
+  const FuseStage<T> stage_;
+  Vector<T, V> x_[kCudaSweepUnroll], residual_[kCudaSweepUnroll];
+};
+
+// ---- NCHW: a piece is a part of a stretch of memory, and rows may end within an access ---------------------------------------
+
+template <typename T>
+constexpr int kFusePiece = kCudaSweepThreads * kWidest<T> * kCudaSweepUnroll;  // elements
+
+template <typename T>
+__global__ void __launch_bounds__(kCudaSweepThreads, kFuseItemBlocks) fuse_row_items(Fusion<T> fusion, RowSegments segments) {
+  using A = acc_t<T>;
+  using Factors = typename FuseParams<T>::Factors;
+  constexpr int V = kWidest<T>, kPiece = kFusePiece<T>;
+  const int64_t P = fusion.extent.positions, count = segments.rows * P;
+  const auto pieces = static_cast<unsigned>((count + kPiece - 1) / kPiece),
+             items = static_cast<unsigned>(segments.count) * pieces;
+  FuseAccesses<T> accesses(fusion);
+
+  struct Piece {
+    int64_t segment, first;  // element of the segment
+    int left;                // elements of the segment from there on, if they are fewer than a piece
+  };
+  const auto piece_of = [&](unsigned item) -> Piece {
+    const unsigned piece = items - 1 - item;
+    const int64_t first = static_cast<int64_t>(piece % pieces) * kPiece;
+    return {piece / pieces, first, static_cast<int>(count - first < kPiece ? count - first : kPiece)};
+  };
+  const auto in_piece = [](int u) { return (u * kCudaSweepThreads + static_cast<int>(threadIdx.x)) * V; };
+  const auto copy = [&](unsigned item) {
+    if (item >= items) return;
+    const auto [segment, first, left] = piece_of(item);
+    const int64_t x = segment * fusion.x.sample_stride + first, residual = segment * fusion.residual.sample_stride + first;
+#pragma unroll
+    for (int u = 0; u < kCudaSweepUnroll; u++)
+      accesses.copy(u, x + in_piece(u), residual + in_piece(u), in_piece(u) + V <= left);
+  };
+  const auto factors_of_row = [&](int64_t row) -> Factors {
+    A shift = fusion.shift.present() ? fusion.shift.fresh(row) * fusion.shift_factor : -A(0);
+    if (fusion.valid.data) shift *= load_fresh(fusion.valid.shares + row / fusion.extent.channels);
+    return {fusion.scale.present() ? fusion.scale.fresh(row) : A(1), shift};
+  };
+
+  copy(blockIdx.x);
+  wait_for_previous_launch();
+  for (unsigned item = blockIdx.x; item < items; item += gridDim.x) {
+    accesses.take();
+    copy(item + gridDim.x);
+    const auto [segment, first, left] = piece_of(item);
+    RowPiece<kPiece> rows(first, P);
+    rows.row += segment * segments.rows;
+    // The factors of an access, in which one row may end and the next one begin.
+    struct AccessFactors {
+      Factors here, next;
+      int of_here;      // elements
+      unsigned counts;  // bit j: whether element j gets a shift
+
+      __device__ Factors of(int j) const {
+        const bool within = j < of_here;
+        const A shift = within ? here.shift : next.shift;
+        return {within ? here.scale : next.scale, counts >> j & 1 ? shift : -A(0)};
+      }
+    };
+    const auto factors_at = [&](int element) -> AccessFactors {
+      AccessFactors factors{{}, {}, V, ~0u};
+      if (element >= left) return factors;
+      const auto [row, position] = rows.at(element);
+      factors.here = factors_of_row(row);
+      if (position + V > P && element + V <= left) {
+        factors.of_here = static_cast<int>(P - position);
+        factors.next = factors_of_row(row + 1);
+      }
+      if (fusion.valid.data) {
+        factors.counts = 0;
+        for (int j = 0; j < V && element + j < left; j++) {
+          const auto [row_of_j, position_of_j] = rows.at(element + j);
+          if (fusion.valid.at(row_of_j / fusion.extent.channels, position_of_j)) factors.counts |= 1u << j;
+        }
+      }
+      return factors;
+    };
+    T* const out = fusion.out.data + segment * fusion.out.sample_stride + first;
+#pragma unroll
+    for (int u = 0; u < kCudaSweepUnroll; u++) {
+      const int element = in_piece(u);
+      const AccessFactors factors = factors_at(element);
+      accesses.put(u, out + element, element + V <= left, [&](int j) { return factors.of(j); });
+    }
+    // The last row may end within an access.
+    if (const int element = left / V * V; element < left && in_piece(0) == element % (kCudaSweepThreads * V)) {
+      const AccessFactors factors = factors_at(element);
+      const T* const x = fusion.x.data + segment * fusion.x.sample_stride + first;
+      const T* const residual = fusion.residual.data + segment * fusion.residual.sample_stride + first;
+      for (int e = element; e < left; e++) {
+        const T of_x = fusion.x.data ? load(x + e) : T(0.0f), added = fusion.residual.data ? load(residual + e) : T(0.0f);
+        store(out + e, accesses.fuse(of_x, added, factors.of(e - element)));
+      }
+    }
+  }
+}
+
+// ---- channels_last: a thread keeps the factors of its channels while it goes through the tiles of an item --------------------
+
+// The threads of a block: `lanes` accesses of channels side by side at each of `rows` positions. The channels of a position need
+// `blocks` of them.
+struct ChannelLanes {
+  unsigned lanes, rows, blocks;
+  int64_t tile, last_tile;  // the positions of a tile; the first one of a sample's last tile
+
+  ChannelLanes(const Extent& extent, int vector) {
+    const int64_t accesses = (extent.channels + vector - 1) / vector;
+    lanes = static_cast<unsigned>(std::min<int64_t>(accesses, kCudaSweepThreads));
+    rows = kCudaSweepThreads / lanes;
+    blocks = static_cast<unsigned>((accesses + lanes - 1) / lanes);
+    tile = rows * kCudaSweepUnroll;
+    last_tile = (extent.positions - 1) / tile * tile;
+  }
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kCudaSweepThreads, kFuseItemBlocks)
+    fuse_position_items(Fusion<T> fusion, ItemTiles tiles, ChannelLanes lanes) {
+  using A = acc_t<T>;
+  using Factors = typename FuseParams<T>::Factors;
+  constexpr int V = kWidest<T>;
+  const int64_t C = fusion.extent.channels;
+  const unsigned lane = threadIdx.x % lanes.lanes, row = threadIdx.x / lanes.lanes;
+  FuseAccesses<T> accesses(fusion);
+
+  struct Tile {
+    int64_t sample, channel, position;  // of this thread's first access
+    int left;                           // positions from there on, if they are fewer than those of a tile; 0 for an idle thread
+
+    __device__ bool has(int hop) const { return hop < left; }
+  };
+  const auto tile_of = [&](const ItemTiles& at) -> Tile {  // from the end
+    const unsigned block = at.items / at.splits - 1 - at.item / at.splits;
+    const int64_t channel = (block % lanes.blocks * lanes.lanes + lane) * V, position = lanes.last_tile - at.first + row;
+    const int64_t left = at.end - position < at.positions ? at.end - position : at.positions;
+    return {block / lanes.blocks, channel, position, row < lanes.rows && channel < C ? static_cast<int>(left) : 0};
+  };
+  const auto copy = [&](const ItemTiles& next) {
+    if (!next.there()) return;
+    const Tile at = tile_of(next);
+    int64_t x = fusion.x.offset(at.sample, at.channel, at.position);
+    int64_t residual = fusion.residual.offset(at.sample, at.channel, at.position);
+#pragma unroll
+    for (int u = 0; u < kCudaSweepUnroll; u++) {
+      accesses.copy(u, x, residual, at.has(u * static_cast<int>(lanes.rows)));
+      x += lanes.rows * fusion.x.position_stride;
+      residual += lanes.rows * fusion.residual.position_stride;
+    }
+  };
+
+  tiles.begin(blockIdx.x);
+  copy(tiles);
+  wait_for_previous_launch();
+  A scale[V], shift[V];
+  bool begins = true;  // an item
+  while (tiles.there()) {
+    const Tile at = tile_of(tiles);
+    const ItemTiles next = tiles.next();
+    accesses.take();
+    copy(next);
+    if (begins) {
+#pragma unroll
+      for (int j = 0; j < V; j++) scale[j] = A(1), shift[j] = -A(0);
+      if (at.channel < C && fusion.scale.present()) fusion.scale.get_fresh(at.sample * C + at.channel, scale);
+      if (at.channel < C && fusion.shift.present()) fusion.shift.get_fresh(at.sample * C + at.channel, shift);
+      A factor = fusion.shift.present() ? fusion.shift_factor : A(1);
+#pragma unroll
+      for (int j = 0; j < V; j++) shift[j] *= factor;
+      if (fusion.valid.data) {
+        const A share = load_fresh(fusion.valid.shares + at.sample);
+#pragma unroll
+        for (int j = 0; j < V; j++) shift[j] *= share;
+      }
+    }
+    T* out = fusion.out.at(at.sample, at.channel, at.position);
+#pragma unroll
+    for (int u = 0; u < kCudaSweepUnroll; u++, out += lanes.rows * fusion.out.position_stride) {
+      const int hop = u * static_cast<int>(lanes.rows);
+      const bool counts = !at.has(hop) || fusion.valid.counts(at.sample, at.position + hop);
+      accesses.put(u, out, at.has(hop), [&](int j) -> Factors { return {scale[j], counts ? shift[j] : -A(0)}; });
+    }
+    begins = tiles.last_of_item();
+    tiles = next;
+  }
+}
+
+// ---- launches ----------------------------------------------------------------------------------------------------------------
+
+// Launches the fusion by items if the maps allow accesses of 16 bytes, and returns whether they do.
+template <typename T>
+bool launch_fuse_items(Fusion<T> fusion, cudaStream_t stream) {
+  if constexpr (std::is_same_v<T, double>) {
+    return false;
+  } else {
+    constexpr int V = kWidest<T>;
+    const Extent& extent = fusion.extent;
+    if (extent.elements() == 0) return true;
+    uint8_t* const bits = fusion.positive;
+    const bool bits_of_access = (extent.channels_last ? extent.channels : extent.positions) % 8 == 0;
+    if (!bits_of_access) fusion.positive = nullptr;  // a byte does not belong to one access, or to two neighbours
+    const size_t shared = shared_bytes<FuseStage<T>>(fusion.x.data != nullptr, fusion.residual.data != nullptr);
+    const auto launch_fusion = [&](auto kernel, int64_t items, const auto&... cut) {
+      if (!items_fit(shared, items)) return false;
+      launch_items(kernel, items, kFuseItemBlocks, kCudaSweepThreads, shared, fusion.early, stream, fusion, cut...);
+      if (bits && !bits_of_access) launch_positive_bits(read_only(fusion.out), extent, bits, stream);
+      return true;
+    };
+    if (extent.channels_last) {
+      if (cuda_vector(common_shape<T>(extent, fusion.x, fusion.residual, fusion.out)) != V) return false;
+      const ChannelLanes lanes(extent, V);
+      constexpr int kTilesOfItem = 2;  // the factors of an item are loaded once
+      const int64_t blocks = extent.samples * lanes.blocks, positions_of_item = kTilesOfItem * lanes.tile;
+      const int64_t splits = (extent.positions + positions_of_item - 1) / positions_of_item;
+      const ItemTiles tiles(blocks, extent.positions, splits, lanes.tile);
+      return launch_fusion(fuse_position_items<T>, blocks * splits, tiles, lanes);
+    }
+    const RowSegments segments = row_segments<T>(extent, fusion.x, fusion.residual, fusion.out);
+    if (!segments.wide) return false;
+    const int64_t pieces = (segments.rows * extent.positions + kFusePiece<T> - 1) / kFusePiece<T>;
+    return launch_fusion(fuse_row_items<T>, segments.count * pieces, segments);
+  }
+}
+GCNET_EXT_COMPILED_ELSEWHERE(launch_fuse_items)
+
+}  // namespace gcnet_ext::cuda
