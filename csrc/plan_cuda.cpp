@@ -84,6 +84,24 @@ CudaPoolPlan plan_cuda_pool(const CudaShape& shape, const CudaTuning& tuning) {
   return plan;
 }
 
+CudaPoolPlan plan_cuda_pool_backward(const CudaShape& shape, const CudaTuning& tuning) {
+  CudaTuning of_first_engine = tuning;
+  of_first_engine.engine = 1;
+  CudaPoolPlan plan = plan_cuda_pool(shape, of_first_engine);
+  const int vector = cuda_vector(shape);
+  if (tuning.engine != 2 || tuning.streamed || vector * shape.element_size != 16 || shape.element_size == 8) return plan;
+  if (shape.channels_last) {
+    if (plan.path != CudaPoolPath::positions) return plan;
+    plan.path = CudaPoolPath::position_items;
+  } else {
+    plan.tile = -1;
+    fit(kCudaRowBackwardItemTiles, vector, shape.channels, tuning.larger_tile, plan, CudaPoolPath::row_items);
+    if (plan.tile < 0) return plan_cuda_pool(shape, of_first_engine);
+  }
+  cut(plan, shape.positions, /*least_tiles=*/1, plan_cuda_most_splits(tuning, kCudaMaxBackwardItemSplits));
+  return plan;
+}
+
 int64_t plan_cuda_pieces(int64_t samples, int64_t pieces, int64_t slots) {
   constexpr int64_t kStartAndEnd = 3, kPiece = 2;  // the proportion of the times that a block spends on them
   int64_t best = 1, least = INT64_MAX;
@@ -136,6 +154,44 @@ CudaPositionGrid plan_cuda_positions(const CudaShape& shape, int vector, int64_t
   const int64_t pieces = std::min(ceil_div(positions, rows * kAccesses), std::max<int64_t>(most_splits, 1));
   const int64_t split = ceil_div(ceil_div(positions, pieces), rows) * rows;
   return {static_cast<int>(lanes), static_cast<int>(rows), ceil_div(vectors, lanes), split, ceil_div(positions, split)};
+}
+
+CudaSumsItems plan_cuda_sums_items(const CudaShape& shape, const CudaTuning& tuning) {
+  const int64_t vector = cuda_vector(shape), channels = shape.channels, positions = std::max<int64_t>(shape.positions, 1);
+  CudaSumsItems cut{};
+  int64_t piece = 0, least_pieces = 1;  // the positions that a block works on at a time; of a split, at least
+  if (shape.channels_last) {
+    constexpr int64_t kMostLanes = 16;  // stretches of 256 bytes
+    const int64_t vectors = ceil_div(channels, vector);
+    cut.channel_groups = ceil_div(vectors, kMostLanes);
+    cut.lanes = static_cast<int>(ceil_div(vectors, cut.channel_groups));
+    cut.rows = kCudaSweepThreads / cut.lanes;
+    piece = cut.rows * kCudaSweepUnroll;
+    least_pieces = 2;  // a split with fewer is not worth its partial sums
+  } else {
+    // Few lanes leave the fewest of them without an access at the end of a row, and many give one sample more items. Both are
+    // counted in pieces: those that a block does for one sample, and the share of a block in all of the sample's.
+    double least = 0;
+    for (int lanes = 2; lanes <= kCudaSweepThreads; lanes *= 2) {
+      const int rows = kCudaSweepThreads / lanes;
+      const int64_t groups = ceil_div(channels, rows), pieces = ceil_div(positions, lanes * vector * kCudaSweepUnroll);
+      const double of_block = static_cast<double>(ceil_div(groups, kCudaItemsOfSample)) * static_cast<double>(pieces);
+      const double share = static_cast<double>(groups) * static_cast<double>(pieces) / kCudaItemsOfSample;
+      if (tuning.row_lanes ? lanes != std::max<int64_t>(tuning.row_lanes, 2) : lanes > 2 && of_block + share >= least) continue;
+      least = of_block + share;
+      cut.lanes = lanes;
+      cut.rows = rows;
+      cut.channel_groups = groups;
+    }
+    piece = cut.lanes * vector * kCudaSweepUnroll;
+  }
+  // In NCHW only rows that have a whole block are cut.
+  const bool whole_rows = !shape.channels_last && cut.rows > 1;
+  const int64_t wanted = whole_rows ? 1 : ceil_div(kCudaItemsOfSample, cut.channel_groups);
+  const int64_t pieces = ceil_div(positions, piece), splits = std::min({wanted, pieces, plan_cuda_most_splits(tuning)});
+  cut.split_positions = std::max(std::min(least_pieces, pieces), ceil_div(pieces, splits)) * piece;
+  cut.splits = ceil_div(positions, cut.split_positions);
+  return cut;
 }
 
 int plan_cuda_row_lanes(const CudaShape& shape, int vector, const CudaTuning& tuning) {

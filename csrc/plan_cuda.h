@@ -47,6 +47,9 @@ inline constexpr std::array<CudaRowTile, 3> kCudaScalarRowTiles{{{256, 256, 32, 
 // multiprocessor has room for two blocks with 64 KB or one with 128 KB.
 inline constexpr std::array<CudaRowTile, 5> kCudaRowItemTiles{
     {{64, 256, 16, 4}, {256, 256, 8, 8}, {512, 256, 8, 16}, {1024, 512, 8, 16}, {2048, 512, 4, 16}}};
+// Those of the backward pass, in which the next tile of the gradient waits beside that of x.
+inline constexpr std::array<CudaRowTile, 4> kCudaRowBackwardItemTiles{
+    {{64, 256, 16, 4}, {256, 256, 8, 8}, {512, 256, 4, 8}, {1024, 512, 4, 8}}};
 
 // How a feature map is read that is needed twice, for the logits and for the weighted sum.
 enum class CudaPoolPath {
@@ -69,6 +72,8 @@ struct CudaPoolPlan {
   bool by_items() const { return path == CudaPoolPath::row_items || path == CudaPoolPath::position_items; }
 };
 CudaPoolPlan plan_cuda_pool(const CudaShape& shape, const CudaTuning& tuning = {});
+// Of the backward pass, which has items of its own in the second engine (kCudaRowBackwardItemTiles).
+CudaPoolPlan plan_cuda_pool_backward(const CudaShape& shape, const CudaTuning& tuning = {});
 
 // The number of a sample's pieces that a block should do so that all are done soonest, if `slots` blocks run at a time.
 int64_t plan_cuda_pieces(int64_t samples, int64_t pieces, int64_t slots);
@@ -97,9 +102,20 @@ CudaPositionGrid plan_cuda_positions(const CudaShape& shape, int vector, int64_t
 // each has enough to do, but enough to keep the GPU busy with one sample.
 int plan_cuda_row_lanes(const CudaShape& shape, int vector, const CudaTuning& tuning = {});
 
+// How the sums of the second engine are cut into items: an item has a group of channels of a split of a sample's positions, and
+// its block works on `lanes` x `rows` accesses at a time. In NCHW these are the lanes of a row, a power of two, and the rows of
+// as many channels; in channels_last the channels of a position, and positions.
+struct CudaSumsItems {
+  int lanes, rows;
+  int64_t channel_groups, split_positions, splits;
+};
+CudaSumsItems plan_cuda_sums_items(const CudaShape& shape, const CudaTuning& tuning = {});
+
 // More splits keep more processors busy on one sample; each costs a row of partial sums that the last block has to merge alone.
 inline constexpr int64_t kCudaMaxSplits = 64;
-inline constexpr int64_t kCudaMaxItemSplits = 256;  // of the second engine, in which many blocks merge them
+inline constexpr int64_t kCudaMaxItemSplits = 256;          // of the second engine, in which many blocks merge them
+inline constexpr int64_t kCudaMaxBackwardItemSplits = 128;  // each leaves a part of the gradient of the weight
+inline constexpr int64_t kCudaItemsOfSample = 128;          // as many keep the multiprocessors of a large GPU busy
 int64_t plan_cuda_most_splits(const CudaTuning& tuning, int64_t most = kCudaMaxSplits);
 
 inline constexpr int kCudaSweepThreads = 256;

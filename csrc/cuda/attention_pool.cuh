@@ -73,14 +73,17 @@ void attention_pool(PoolParams<T>& params, Workspace& workspace, cudaStream_t st
     if (!params.merged_later && plan.by_items()) launch_attention_pool_merge(params, stream);
     return;
   }
-  if (params.valid.data) return launch_average_valid(params.x, extent, params.valid, params.context, stream);
   SumsParams<T> sums;
   sums.a = params.x;
   sums.extent = extent;
   sums.sum_a = MutableParameter<T>(params.context);
-  sums.factor = acc_t<T>(1) / static_cast<acc_t<T>>(extent.positions);
+  if (!params.valid.data) sums.factor = acc_t<T>(1) / static_cast<acc_t<T>>(extent.positions);
+  sums.valid = params.valid;
   if (params.transform.in_tail) sums.after = AfterSums::transform;
   sums.transform = params.transform;
+  const bool by_items = sums_by_items(sums);
+  if (params.valid.data && !by_items) return launch_average_valid(params.x, extent, params.valid, params.context, stream);
+  sums.next_is_early = by_items && params.merged_later;
   launch_channel_sums(sums, workspace, stream);
 }
 

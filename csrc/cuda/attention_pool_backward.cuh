@@ -14,7 +14,9 @@
 #pragma once
 
 #include "attention_pool.cuh"
+#include "attention_pool_backward_position_items.cuh"
 #include "attention_pool_backward_positions.cuh"
+#include "attention_pool_backward_row_items.cuh"
 #include "attention_pool_backward_rows.cuh"
 #include "attention_pool_backward_streamed.cuh"
 #include "channel_fuse.cuh"
@@ -22,11 +24,32 @@
 
 namespace gcnet_ext::cuda {
 
+inline bool by_items(const CudaPoolPlan& plan) {
+  return plan.path == CudaPoolPath::row_items || plan.path == CudaPoolPath::position_items;
+}
+
+// The plan for the current device, on which not every kernel of the second engine may have the shared memory that it needs.
+template <typename T>
+CudaPoolPlan pool_backward_plan(const PoolBackwardParams<T>& params) {
+  const CudaShape shape = common_shape<T>(params.extent, params.x, params.grad, params.grad_x);
+  const CudaPoolPlan plan = plan_cuda_pool_backward(shape, tuning());
+  const int64_t samples = params.extent.samples;
+  if constexpr (!std::is_same_v<T, double>) {
+    if (plan.path == CudaPoolPath::row_items && backward_row_items_fit<T>(plan, samples)) return plan;
+    if (plan.path == CudaPoolPath::position_items &&
+        items_fit(backward_position_items_bytes<T>(params.extent, plan), samples * plan.splits))
+      return plan;
+  }
+  return first_engine_pool_plan(shape, params.valid);
+}
+
 // Sets first_sample and splits of the params.
 template <typename T>
 void launch_attention_pool_backward(PoolBackwardParams<T> params, const CudaPoolPlan& plan, cudaStream_t stream) {
   params.splits = static_cast<unsigned>(plan.splits);
   if constexpr (!std::is_same_v<T, double>) {
+    if (plan.path == CudaPoolPath::row_items) return launch_attention_pool_backward_row_items(params, plan, stream);
+    if (plan.path == CudaPoolPath::position_items) return launch_attention_pool_backward_position_items(params, plan, stream);
     if (plan.path == CudaPoolPath::positions) return launch_attention_pool_backward_positions(params, plan, stream);
     if (plan.path == CudaPoolPath::rows) return launch_attention_pool_backward_rows(params, plan, stream);
   }
@@ -35,20 +58,21 @@ void launch_attention_pool_backward(PoolBackwardParams<T> params, const CudaPool
 GCNET_EXT_COMPILED_ELSEWHERE(launch_attention_pool_backward)
 
 // Computes the gradient of x, unless params.grad_x is absent, and leaves the gradient of the weight, unless it is absent, for a
-// later launch of all `gradients`. Of the params, this sets partial and the shares of valid.
+// later launch of all `gradients`. Of the params, this sets partial and the shares of valid. A mask of grad, params.positive,
+// is for plans by items alone.
 template <typename T>
 void attention_pool_backward(PoolBackwardParams<T> params, const MutableParameter<T>& grad_weight, GradientParams<T>& gradients,
                              Workspace& workspace, cudaStream_t stream) {
   if (!params.grad_x.data && !grad_weight.data) return;
   using A = acc_t<T>;
   const Extent& extent = params.extent;
-  params.valid = with_shares(params.valid, extent, workspace, stream);
   if (!params.weight.data) {
+    params.valid = with_shares(params.valid, extent, workspace, stream);
     FuseParams<T> fuse{params.grad, params.grad_x, extent, Parameter<T>(params.scale), Parameter<T>(params.grad_context)};
     if (!params.valid.data) fuse.shift_factor = A(1) / static_cast<A>(extent.positions);
     return channel_fuse<T>({fuse, /*residual=*/{}, /*relu=*/false, params.valid}, stream);
   }
-  const CudaPoolPlan plan = first_engine_pool_plan(common_shape<T>(extent, params.x, params.grad, params.grad_x), params.valid);
+  const CudaPoolPlan plan = pool_backward_plan(params);
   if (grad_weight.data) {
     params.partial = workspace.take<A>(extent.samples * plan.splits * extent.channels);
     gradients.add({{params.partial, extent.channels, extent.channels}, {}, extent.samples * plan.splits, grad_weight});

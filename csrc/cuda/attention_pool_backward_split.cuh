@@ -21,7 +21,11 @@ struct PoolBackwardParams {
   int64_t first_sample = 0;         // of this launch
   unsigned splits = 0;              // of a sample
   bool next_is_early = false;       // whether launch_early() starts the next launch
-  Valid<T> valid;                   // read by attention_pool_backward_streamed alone
+  Valid<T> valid;                   // of the paths streamed, row_items and position_items
+  // The bits of a final ReLU, by which grad is masked: where the bit is 0, g counts as 0. Of row_items and position_items alone.
+  const uint8_t* positive = nullptr;
+  // Whether launch_early() may start this launch, and whether grad is written by the same call. Of those two paths as well.
+  bool early = false, grad_is_new = false;
 };
 
 // A block's part of the backward pass: its tiles, and the vectors of its sample.
@@ -69,6 +73,11 @@ struct ChannelFactors {
 
   __device__ A grad_x(A grad, const PositionFactors<A>& at) const {
     return multiply_add(grad, scale, multiply_add(at.attention, grad_context, at.grad_logit * weight));
+  }
+  // Where the position does not count, not even an infinite gradient of the context reaches x.
+  __device__ A grad_x(A grad, const PositionFactors<A>& at, bool counts) const {
+    const A of_pool = multiply_add(at.attention, grad_context, at.grad_logit * weight);
+    return multiply_add(grad, scale, counts ? of_pool : A(0));
   }
 };
 

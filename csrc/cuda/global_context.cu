@@ -116,10 +116,8 @@ BackwardResults global_context_backward_op(const BackwardArguments& arguments) {
   const Branch scale = dense(forward.scale), shift = dense(forward.shift);
   const OptionalTensor valid = gcnet_ext::dense(forward.valid);
   const BackwardTensors gradients = gradients_of(arguments);
-  Tensor grad = native_like(arguments.grad, x_in);
-  if (forward.options.has_final_relu()) {
-    grad = relu_backward_of(call, grad, x, arguments.saved.positive, arguments.needs.residual, gradients.residual);
-  }
+  const Tensor grad = native_like(arguments.grad, x_in), positive = dense(arguments.saved.positive);
+  const bool has_relu = forward.options.has_final_relu();
   dispatch(x.scalar_type(), [&](auto kind) {
     using T = decltype(kind);
     PoolBackwardParams<T> pool;
@@ -138,7 +136,9 @@ BackwardResults global_context_backward_op(const BackwardArguments& arguments) {
     const BlockGradients<T> of_block{mutable_parameter<T>(gradients.mask_weight),
                                      mutable_parameter<T>(gradients.mask_bias),
                                      {of_branch(gradients.scale), of_branch(gradients.shift)}};
-    global_context_backward(pool, transform_of<T>(scale, shift, forward.options, saved), of_block, call, call.stream());
+    global_context_backward(pool, transform_of<T>(scale, shift, forward.options, saved), of_block,
+                            has_relu ? bits_of(positive) : nullptr,
+                            map_if<T>(has_relu && arguments.needs.residual, gradients.residual), call, call.stream());
   });
   return gradients.results();
 }

@@ -88,11 +88,39 @@ void add_branch_gradients(const TransformGradParams<T>& params, const BranchGrad
   add(gradients.b2, samples, grad_t, {});
 }
 
+// Lets the bits of a final ReLU mask the gradient: in the kernels that read it, or else in a launch before them. Where
+// grad_residual is wanted, it gets the masked gradient.
+template <typename T>
+void mask_gradient(const uint8_t* positive, const Map<T>& grad_residual, bool with_dx, SumsParams<T>& sums,
+                   PoolBackwardParams<T>& pool, Workspace& workspace, cudaStream_t stream) {
+  const Extent& extent = pool.extent;
+  sums.positive = positive;
+  sums.fused = grad_residual;
+  const bool by_sums = sums_by_items(sums);
+  if (by_sums && grad_residual.data) {
+    pool.grad = read_only(grad_residual);
+    pool.grad_is_new = true;
+    return;
+  }
+  pool.positive = positive;
+  if (by_sums && (!with_dx || (pool.weight.data && by_items(pool_backward_plan(pool))))) return;
+  Map<T> masked = grad_residual;
+  if (!masked.data) {
+    const int64_t C = extent.channels, P = extent.positions;
+    masked = {workspace.take<T>(extent.elements()), C * P, extent.channels_last ? 1 : P, extent.channels_last ? C : 1};
+  }
+  launch_relu_backward(pool.grad, masked, extent, positive, stream);
+  sums.positive = pool.positive = nullptr;
+  sums.fused = {};
+  sums.a = pool.grad = read_only(masked);
+}
+
 // The caller sets x, grad, grad_x, the weight of the mask, and what the pool saved; the weights, options, hidden and gate of
-// the transform's forward pass; and the gradients of the parameters.
+// the transform's forward pass; and the gradients of the parameters. `positive` has the bits of the final ReLU, and is null if
+// there is none; grad_residual may be absent.
 template <typename T>
 void global_context_backward(PoolBackwardParams<T> pool, const TransformParams<T>& forward, const BlockGradients<T>& gradients,
-                             Workspace& workspace, cudaStream_t stream) {
+                             const uint8_t* positive, const Map<T>& grad_residual, Workspace& workspace, cudaStream_t stream) {
   using A = acc_t<T>;
   const int64_t samples = pool.extent.samples, channels = pool.extent.channels, units = forward.units;
   const bool has_scale = forward.branch[kScale].units > 0, has_shift = forward.branch[kShift].units > 0;
@@ -132,6 +160,8 @@ void global_context_backward(PoolBackwardParams<T> pool, const TransformParams<T
   sums.after = transform.forward.in_tail ? AfterSums::transform_backward : AfterSums::nothing;
   sums.transform_grad = transform;
   sums.next_is_early = split;
+  const bool with_dx = pool.grad_x.data || gradients.mask_weight.data;
+  if (positive) mask_gradient(positive, grad_residual, with_dx, sums, pool, workspace, stream);
   launch_channel_sums(sums, workspace, stream);
   if (split) {
     launch_transform_backward_split(transform, workspace, stream);
@@ -143,9 +173,9 @@ void global_context_backward(PoolBackwardParams<T> pool, const TransformParams<T
   if (has_scale) pool.scale = transform.forward.scale_values();
   pool.grad_context = transform.grad_context;
   // The launch of dx lies between those of the transform and that of the gradients.
-  const bool with_dx = pool.grad_x.data || gradients.mask_weight.data;
   for (int b = 0; b < kBranches; b++) add_branch_gradients(transform, gradients.branch[b], b, !with_dx, all);
   all.add_zero(gradients.mask_bias);
+  pool.early = split;
   pool.next_is_early = split && (all.count > 0 || gradients.mask_weight.data);
   attention_pool_backward(pool, gradients.mask_weight, all, workspace, stream);
   launch_parameter_gradients(all, /*early=*/split, stream);

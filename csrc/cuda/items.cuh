@@ -28,6 +28,7 @@ struct ItemTiles {
   __device__ bool there() const { return item < items; }
   __device__ int64_t sample() const { return item / splits; }
   __device__ unsigned split() const { return item % splits; }
+  __device__ bool first_of_item() const { return first < static_cast<int64_t>(splits) * positions; }
   __device__ bool last_of_item() const { return first + static_cast<int64_t>(splits) * positions >= end; }
   __device__ ItemTiles next() const {
     ItemTiles tiles = *this;

@@ -157,6 +157,7 @@ struct GradContextShared {
 template <typename T, bool kReluOrSilu>
 __global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
     transform_grad_context(TransformGradParams<T> params, SliceParts parts, SplitWork work) {
+  let_next_launch_start();
   const TransformParams<T>& forward = params.forward;
   const SplitPlace place(work, forward.samples);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, column = place.tile * kSplitColumnTile + lane;

@@ -1,4 +1,5 @@
-// attention_pool_rows, _positions, both by items, and _streamed without the transform in their tail, and where not all positions count.
+// Attention pooling and its backward pass on every path, in both engines, without the transform in the tail, and where not all
+// positions count.
 #include "../../../csrc/cuda/attention_pool_backward.cuh"
 #include "kernel_test.h"
 
@@ -96,52 +97,97 @@ void test(const Shape& shape, int64_t tiles_per_split = 0, bool all_count = true
   tuning().engine = 0;
 }
 
-// The backward pass where not all positions count, with an infinite gradient of the first context.
+struct BackwardOptions {
+  bool attends = true, valid = true;
+  bool fused = false;  // with a gradient of the fusion, and a scale
+  bool relu = false;   // that gradient is masked; in the second engine alone
+};
+
+// The backward pass. Where not all positions count, the gradient of the first context is infinite.
 template <class T>
-void test_backward(const Shape& shape, bool attends) {
+void test_backward_once(const Shape& shape, const BackwardOptions& options) {
   using A = acc_t<T>;
   const auto [samples, channels, positions] = std::tuple(shape.samples, shape.channels, shape.positions);
   auto x = FeatureMap<T>::random(shape);
+  const auto grad = FeatureMap<T>::random(shape);
   auto grad_x = FeatureMap<T>::empty({samples, channels, positions, shape.channels_last});
-  const std::vector<uint8_t> valid = random_valid(samples, positions);
+  const std::vector<uint8_t> valid = options.valid ? random_valid(samples, positions) : std::vector<uint8_t>();
   forget(x, valid);
   const auto weight = random_values<T>(channels, 3 / std::sqrt(static_cast<double>(channels)));
+  const auto scale = random_values<A>(samples * channels);
   const Expected forward = expected(x, weight, 0, valid);
   const std::vector<A> context(forward.context.begin(), forward.context.end()),
       attention(forward.attention.begin(), forward.attention.end());
   auto grad_context = random_values<A>(samples * channels);
-  grad_context[0] = std::numeric_limits<A>::infinity();
+  if (options.valid) grad_context[0] = std::numeric_limits<A>::infinity();
+  std::vector<uint8_t> bits(options.relu ? bytes_of_bits(shape) : 0);
+  for (uint8_t& byte : bits) byte = static_cast<uint8_t>(random_number() * 128 + 128);
+  const RowsOfSample bit_rows(shape.extent());
+  const auto grad_at = [&](int64_t n, int64_t c, int64_t p) {
+    const int64_t row = n * bit_rows.rows + (shape.channels_last ? p : c), column = shape.channels_last ? c : p;
+    const bool passes = !options.relu || (bits[row * bit_rows.bytes() + column / 8] >> column % 8 & 1) != 0;
+    return options.fused && passes ? grad.at(n, c, p) : 0;
+  };
+  auto grad_weight = unwritten<T>(channels);
   TestWorkspace workspace;
   PoolBackwardParams<T> params;
   params.x = x.read();
+  if (options.fused) params.grad = grad.read();
   params.grad_x = grad_x.write();
   params.extent = shape.extent();
-  if (attends) params.weight = parameter(weight);
+  if (options.attends) params.weight = parameter(weight);
+  if (options.fused) params.scale = scale.data();
   params.grad_context = grad_context.data();
   params.context = context.data();
   params.attention = attention.data();
-  params.valid = {valid.data(), positions};
-  GradientParams<T> no_gradients;
-  attention_pool_backward(params, {}, no_gradients, workspace, nullptr);
+  params.valid = {options.valid ? valid.data() : nullptr, positions};
+  if (options.relu) params.positive = bits.data();
+  const std::string plan = std::to_string(static_cast<int>(pool_backward_plan(params).path));
+  if (options.relu && !by_items(pool_backward_plan(params))) return;
+  GradientParams<T> gradients;
+  const bool sums_weight = options.attends && !options.valid;
+  attention_pool_backward(params, sums_weight ? MutableParameter<T>(grad_weight.data(), sizeof(T) == 4) : MutableParameter<T>(),
+                          gradients, workspace, nullptr);
+  launch_parameter_gradients(gradients, /*early=*/false, nullptr);
 
-  Comparison comparison(std::string("attention_pool_backward ") + kName<T> + " " + shape.text() + (attends ? "" : " avg"),
-                        resolution<T>() * 10 + resolution<T, T>());
+  const std::string name = std::string("attention_pool_backward ") + kName<T> + " " + shape.text() + " path " + plan +
+                           (options.attends ? "" : " avg") + (options.valid ? " valid" : "") + (options.fused ? " fused" : "") +
+                           (options.relu ? " relu" : "");
+  Comparison comparison(name, resolution<T>() * 10 + resolution<T, T>());
+  std::vector<double> expected_weight(channels);
   for (int64_t n = 0; n < samples; n++) {
-    const int64_t count = std::count(&valid[n * positions], &valid[n * positions] + positions, 1);
+    const int64_t count = options.valid ? std::count(&valid[n * positions], &valid[n * positions] + positions, 1) : positions;
     for (int64_t p = 0; p < positions; p++) {
-      const bool counts = valid[n * positions + p];
+      const bool counts = !options.valid || valid[n * positions + p];
       double grad_logit = 0;
       for (int64_t c = 0; c < channels && counts; c++) {
         grad_logit += grad_context[n * channels + c] * (x.at(n, c, p) - forward.context[n * channels + c]);
       }
-      const double m = attends ? forward.attention[n * positions + p] : 1. / count;
+      const double m = options.attends ? forward.attention[n * positions + p] : 1. / count;
       for (int64_t c = 0; c < channels; c++) {
-        const double through_logit = attends ? m * grad_logit * static_cast<double>(weight[c]) : 0;
-        if (n == 0 && counts && attends) continue;  // the infinite gradient makes these infinite or NaN
-        comparison.add(grad_x.at(n, c, p), counts ? m * grad_context[n * channels + c] + through_logit : 0);
+        const double through_logit = options.attends ? m * grad_logit * static_cast<double>(weight[c]) : 0;
+        expected_weight[c] += m * grad_logit * (x.at(n, c, p) - forward.context[n * channels + c]);
+        if (options.valid && n == 0 && counts && options.attends) continue;  // infinite or NaN by the infinite gradient
+        const double of_pool = counts ? m * grad_context[n * channels + c] + through_logit : 0;
+        comparison.add(grad_x.at(n, c, p),
+                       of_pool + grad_at(n, c, p) * static_cast<double>(options.fused ? scale[n * channels + c] : 1));
       }
     }
   }
+  Comparison weights(name + ", weight", resolution<T>() * 100 + resolution<T, T>());
+  for (int64_t c = 0; c < channels && sums_weight; c++) weights.add(static_cast<double>(grad_weight[c]), expected_weight[c]);
+}
+
+template <class T>
+void test_backward(const Shape& shape, const BackwardOptions& options = {}) {
+  tuning().engine = 1;
+  if (!options.relu) test_backward_once<T>(shape, options);
+  tuning().engine = 2;
+  for (const char* multiprocessors : {"1", "3"}) {
+    setenv("GCNET_EMULATION_MULTIPROCESSORS", multiprocessors, /*overwrite=*/1);
+    test_backward_once<T>(shape, options);
+  }
+  tuning().engine = 0;
 }
 
 template <class T>
@@ -165,9 +211,15 @@ void test_dtype() {
     test<T>({3, 20, 49, channels_last}, 0, /*all_count=*/false);
     test<T>({2, 300, 200, channels_last, 1, 7}, 2, /*all_count=*/false);
     for (const bool attends : {false, true}) {
-      test_backward<T>({3, 20, 49, channels_last}, attends);
-      test_backward<T>({3, 270, 70, channels_last, 1, 7}, attends);
+      test_backward<T>({3, 20, 49, channels_last}, {attends});
+      test_backward<T>({3, 270, 70, channels_last, 1, 7}, {attends});
+      test_backward<T>({3, 272, 72, channels_last, 8, 16}, {attends, true, true});
     }
+    test_backward<T>({3, 56, 136, channels_last}, {true, true, true, true});
+    test_backward<T>({2, 200, 200, channels_last, 8, 16}, {true, false, true, true});
+    test_backward<T>({2, 520, 72, channels_last}, {true, false, true});
+    test_backward<T>({1, 1032, 24, channels_last}, {true, false, true, true});
+    test_backward<T>({1, 2048, 24, channels_last}, {true, true, true});
   }
 }
 
@@ -187,6 +239,9 @@ void test_attention_pool(bool small) {
     test<float>({1, 19, 50, channels_last});
     test<float>({3, 20, 100, channels_last}, 2, /*all_count=*/false);
     test<float>({1, 2100, 70, channels_last}, 2);
+    test_backward<float>({2, 20, 136, channels_last}, {true, false, true, true});
+    test_backward<float>({2, 132, 72, channels_last}, {true, true, true});
+    test_backward<float>({2, 260, 40, channels_last}, {true, false});
   }
 }
 

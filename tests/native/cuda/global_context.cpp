@@ -157,10 +157,9 @@ void test(const Case& block) {
   fuse.relu = block.relu;
   fuse.positive = block.relu ? bits.data() : nullptr;
   global_context(pool, fuse, workspace, nullptr);
-  if (block.relu) launch_relu_backward(grad.read(), through_relu.write(), shape.extent(), bits.data(), nullptr);
 
   PoolBackwardParams<T> pool_backward;
-  pool_backward.grad = block.relu ? through_relu.read() : grad.read();
+  pool_backward.grad = grad.read();
   pool_backward.x = x.read();
   pool_backward.grad_x = grad_x.write();
   pool_backward.extent = shape.extent();
@@ -179,7 +178,9 @@ void test(const Case& block) {
     of_block.branch[b] = {w[0].write(), w[1].write(), w[2].write(), w[3].write(), w[4].write(), w[5].write()};
   }
   TestWorkspace backward_workspace;
-  global_context_backward(pool_backward, transform, of_block, backward_workspace, nullptr);
+  const bool keeps = block.relu && block.residual;  // the gradient of the residual
+  global_context_backward(pool_backward, transform, of_block, block.relu ? bits.data() : nullptr,
+                          keeps ? through_relu.write() : Map<T>{}, backward_workspace, nullptr);
 
   BlockReference expected(samples, channels, positions);
   expected.options = block.options;
@@ -203,7 +204,7 @@ void test(const Case& block) {
   if (block.attends) compare(name + ", attention", Values(attention.begin(), attention.end()), expected.attention, sums);
   if (block.units[0]) compare(name + ", gate", Values(gate.begin(), gate.end()), expected.t[0], sums);
   compare(name + ", out", values_of(out), expected.out, sums + resolution<T, T>());
-  if (block.relu) compare(name + ", grad_residual", values_of(through_relu), expected.grad_residual, 0);
+  if (keeps) compare(name + ", grad_residual", values_of(through_relu), expected.grad_residual, 0);
   compare(name + ", grad_x", values_of(grad_x), expected.grad_x, sums + resolution<T, T>());
   if (block.attends) compare(name + ", grad_mask_weight", grad_mask.values(), expected.grad_mask_weight, stored);
   if (block.attends) compare(name + ", grad_mask_bias", grad_mask_bias.values(), {0}, 0);
