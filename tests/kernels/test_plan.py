@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gcnet_ext import _load
+from gcnet_ext._tuning import CudaTuning
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -46,6 +47,28 @@ def test_cuda(arguments, expected):
     assert tuple(found[name] for name in names) == expected
 
 
+# The same in the second engine.
+ITEMS = [
+    ((256, 3136, 2, False), ("row_items", 8, 256, 64, 1, 49)),
+    ((256, 3136, 2, True), ("position_items", 8, 256, 64, 1, 49)),
+    ((256, 3136, 4, True), ("position_items", 4, 256, 32, 1, 98)),
+    ((1024, 4200, 2, True), ("position_items", 8, 256, 16, 2, 132)),
+    ((2048, 49, 4, True), ("position_items", 4, 512, 8, 1, 7)),
+    ((640, 196, 2, True), ("position_items", 8, 192, 16, 1, 13)),
+    ((16, 3136, 2, True), ("position_items", 8, 256, 64, 16, 4)),  # a tile has 2 KB
+    ((20, 3136, 2, True), ("positions", 1, 256, 64, 26, 2)),  # no accesses of 16 bytes
+    ((2056, 196, 2, True), ("positions", 8, 288, 8, 2, 13)),  # too many channels for the launch that merges
+    ((256, 3136, 8, True), ("streamed", 1, 256, 32, 2, 49)),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), ITEMS, ids=str)
+def test_cuda_items(arguments, expected):
+    names = ("path", "vector", "threads", "tile", "tiles_per_split", "splits")
+    found = plan("cuda", *arguments, tuning=CudaTuning(engine=2).numbers())
+    assert tuple(found[name] for name in names) == expected
+
+
 @pytest.mark.parametrize(
     ("channels", "expected"), [(1, (64, 1)), (64, (64, 1)), (65, (64, 2)), (256, (64, 4)), (512, (64, 8)), (2048, (256, 8))]
 )
@@ -65,16 +88,20 @@ def test_every_channel_is_in_one_slice(channels):
 SIZES = st.one_of(st.integers(1, 5000), st.integers(1, 2**40))
 
 
-@given(st.integers(1, 20_000), SIZES, st.sampled_from((2, 4, 8)), st.booleans(), st.booleans())
-def test_every_cuda_plan_covers_every_position_once(channels, positions, size, channels_last, aligned):
-    got = plan("cuda", channels, positions, size, channels_last, aligned)
+@given(st.integers(1, 20_000), SIZES, st.sampled_from((2, 4, 8)), st.booleans(), st.booleans(), st.sampled_from((1, 2)))
+def test_every_cuda_plan_covers_every_position_once(channels, positions, size, channels_last, aligned, engine):
+    got = plan("cuda", channels, positions, size, channels_last, aligned, tuning=CudaTuning(engine=engine).numbers())
     split = got["tile"] * got["tiles_per_split"]
     assert (got["splits"] - 1) * split < positions <= got["splits"] * split
-    assert 1 <= got["splits"] <= 64
-    assert got["threads"] in (256, 512) or (got["path"] == "positions" and got["threads"] % 32 == 0 and got["threads"] <= 512)
+    by_items = got["path"] in ("row_items", "position_items")
+    assert engine == 2 or not by_items
+    assert 1 <= got["splits"] <= (256 if by_items else 64)
+    any_warps = got["path"] in ("positions", "position_items")
+    assert got["threads"] in (256, 512) or (any_warps and got["threads"] % 32 == 0 and got["threads"] <= 512)
     row = (channels if channels_last else positions) * size
     assert got["vector"] == 1 or (aligned and row % (got["vector"] * size) == 0)
     assert got["vector"] * size <= 16
+    assert not by_items or got["vector"] * size == 16
 
 
 @given(st.integers(1, 20_000), SIZES, st.sampled_from((2, 4, 8)), st.booleans())

@@ -90,8 +90,11 @@ void test_once(const Shape& shape, int64_t tiles_per_split, bool all_count) {
 
 template <class T>
 void test(const Shape& shape, int64_t tiles_per_split = 0, bool all_count = true) {
-  for (const int64_t engine : {1, 2}) {
-    tuning().engine = engine;
+  tuning().engine = 1;
+  test_once<T>(shape, tiles_per_split, all_count);
+  tuning().engine = 2;
+  for (const char* multiprocessors : {"1", "3"}) {
+    setenv("GCNET_EMULATION_MULTIPROCESSORS", multiprocessors, /*overwrite=*/1);
     test_once<T>(shape, tiles_per_split, all_count);
   }
   tuning().engine = 0;
@@ -210,6 +213,7 @@ void test_dtype() {
     test<T>({2, 20, 1, channels_last}, 0, /*all_count=*/false);
     test<T>({3, 20, 49, channels_last}, 0, /*all_count=*/false);
     test<T>({2, 300, 200, channels_last, 1, 7}, 2, /*all_count=*/false);
+    test<T>({3, 304, 72, channels_last, 0, 8}, 2, /*all_count=*/false);
     for (const bool attends : {false, true}) {
       test_backward<T>({3, 20, 49, channels_last}, {attends});
       test_backward<T>({3, 270, 70, channels_last, 1, 7}, {attends});

@@ -104,7 +104,7 @@ void test_operands(const Shape& shape) {
 }
 
 // By items, x and the residual are loaded once, and the result and its bits are stored once.
-void test_traffic(bool channels_last) {
+void test_traffic([[maybe_unused]] bool channels_last) {
 #if !defined(__SANITIZE_THREAD__)  // see count_accesses
   const Shape shape{2, 40, 120, channels_last};
   const auto x = FeatureMap<float>::random(shape), residual = FeatureMap<float>::random(shape);

@@ -290,6 +290,7 @@ void test_split() {
       test<T>({{9, 130, 24, channels_last}, {5, 34}, true, true, false, {}, true, true, false, on});
       test<T>({{2, 520, 20, channels_last, 1}, {33, 3}, true, true, true, hard, false, false, false, on});
       test<T>({{3, 64, 84, channels_last}, {12, 0}, true, true, false, gelu, false, false, true, on});
+      test<T>({{3, 64, 304, channels_last}, {12, 3}, true, true, false, {}, true, true, true, on});
       test<T>({{17, 10, 9, channels_last}, {0, 4}, false, true, false, plain, false, false, false, on});
       test<T>({{3, 70, 9, channels_last}, {70, 70}, true, false, false, hard, false, true, false, on});
       test<T>({{2, 600, 12, channels_last}, {0, 600}, false, false, false, {}, true, false, true, on});
@@ -330,7 +331,7 @@ void test_global_context(bool small) {
   }
   for (const int on : {1, 4}) {
     test<float>({{9, 270, 40, false}, {37, 5}, true, true, false, {}, false, false, true, on});
-    test<float>({{2, 70, 140, true}, {0, 70}, true, false, false, {}, false, false, false, on});
+    test<float>({{2, 72, 140, true}, {0, 72}, true, false, false, {}, true, true, false, on});
   }
   test<double>({{1, 20, 70, false}, {5, 6}});
   test<double>({{1, 20, 70, true}, {5, 6}});
