@@ -49,10 +49,17 @@ py::dict plan_cuda(const gcnet_ext::CudaShape& shape, const gcnet_ext::CudaTunin
   const auto pool = gcnet_ext::plan_cuda_pool(shape, tuning);
   const int row_lanes = gcnet_ext::plan_cuda_row_lanes(shape, gcnet_ext::cuda_vector(shape), tuning);
   const auto slices = gcnet_ext::plan_cuda_transform_slices(shape.channels);
+  const auto backward = gcnet_ext::plan_cuda_pool_backward(shape, tuning);
+  const auto sums = gcnet_ext::plan_cuda_sums_items(shape, tuning);
   const char* paths[] = {"rows", "positions", "streamed", "row_items", "position_items"};
   return py::dict("path"_a = paths[static_cast<int>(pool.path)], "vector"_a = pool.vector, "threads"_a = pool.threads,
                   "tile"_a = pool.tile_positions, "tiles_per_split"_a = pool.tiles_per_split, "splits"_a = pool.splits,
-                  "row_lanes"_a = row_lanes, "slice_channels"_a = slices.channels, "slices"_a = slices.slices);
+                  "row_lanes"_a = row_lanes, "slice_channels"_a = slices.channels, "slices"_a = slices.slices,
+                  "backward_path"_a = paths[static_cast<int>(backward.path)], "backward_threads"_a = backward.threads,
+                  "backward_tile"_a = backward.tile_positions, "backward_tiles_per_split"_a = backward.tiles_per_split,
+                  "backward_splits"_a = backward.splits, "sums_lanes"_a = sums.lanes, "sums_rows"_a = sums.rows,
+                  "sums_channel_groups"_a = sums.channel_groups, "sums_split"_a = sums.split_positions,
+                  "sums_splits"_a = sums.splits);
 }
 
 using Decisions = std::array<int64_t, sizeof(gcnet_ext::CudaTuning) / sizeof(int64_t)>;  // in the order of CudaTuning

@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(512, 1)
       }
       dot = warp_sum(sum);
       if (warps > 1) {
-        __syncthreads();  // no warp needs the sums of the sample before any more
+        // Every warp has read those of the sample before: a barrier of its last tile came after that.
         if (lane == 0) shared.dots[warp] = dot;
         __syncthreads();
         dot = A(0);

@@ -97,7 +97,8 @@ __global__ void __launch_bounds__(kCudaSweepThreads, kSumsItemBlocks)
     params.put(sample, channel, params.valid.data ? total_a * params.valid.shares[sample] : total_a, total_ab);
   };
 
-  A sum_a[V] = {}, sum_ab[V] = {};
+  constexpr int kSums = kChannelsLast ? V : 4;  // of a thread: each of its channels, or so many that few additions wait
+  A sum_a[kSums] = {}, sum_ab[kSums] = {};
   SumsPlace at = begin(blockIdx.x);
   copy(at);
   unsigned next_bits = mask(at);
@@ -130,8 +131,8 @@ __global__ void __launch_bounds__(kCudaSweepThreads, kSumsItemBlocks)
         store_vector(params.fused.at(sample_of(at), channel_of(at), p), a[u]);
 #pragma unroll
       for (int j = 0; j < V; j++) {
-        sum_a[j] += widen(a[u].data[j]);
-        sum_ab[j] += widen(a[u].data[j]) * widen(b[u].data[j]);
+        sum_a[j % kSums] += widen(a[u].data[j]);
+        sum_ab[j % kSums] += widen(a[u].data[j]) * widen(b[u].data[j]);
       }
     }
     if (last) {
@@ -157,7 +158,7 @@ __global__ void __launch_bounds__(kCudaSweepThreads, kSumsItemBlocks)
       } else {
         A total_a = A(0), total_ab = A(0);
 #pragma unroll
-        for (int j = 0; j < V; j++) {
+        for (int j = 0; j < kSums; j++) {
           total_a += sum_a[j];
           total_ab += sum_ab[j];
         }
@@ -180,7 +181,7 @@ __global__ void __launch_bounds__(kCudaSweepThreads, kSumsItemBlocks)
         if (part == 0 && has_channel(at)) put(at, channel_of(at), total_a, total_ab);
       }
 #pragma unroll
-      for (int j = 0; j < V; j++) sum_a[j] = sum_ab[j] = A(0);
+      for (int j = 0; j < kSums; j++) sum_a[j] = sum_ab[j] = A(0);
     }
     at = next;
   }

@@ -116,7 +116,7 @@ BackwardResults global_context_backward_op(const BackwardArguments& arguments) {
   const Branch scale = dense(forward.scale), shift = dense(forward.shift);
   const OptionalTensor valid = gcnet_ext::dense(forward.valid);
   const BackwardTensors gradients = gradients_of(arguments);
-  const Tensor grad = native_like(arguments.grad, x_in), positive = dense(arguments.saved.positive);
+  const Tensor grad = native_like(arguments.grad, x_in), positive = gcnet_ext::dense(arguments.saved.positive);
   const bool has_relu = forward.options.has_final_relu();
   dispatch(x.scalar_type(), [&](auto kind) {
     using T = decltype(kind);

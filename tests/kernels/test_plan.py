@@ -85,6 +85,55 @@ def test_every_channel_is_in_one_slice(channels):
     assert (found["slices"] - 1) * found["slice_channels"] < channels <= found["slices"] * found["slice_channels"]
 
 
+ENGINE_2 = [0, 0, 0, 0, 0, 2]  # of gcnet_ext._tuning.CudaTuning
+
+# C, P, bytes per element, channels_last -> path, threads, positions per tile, tiles per split, splits
+BACKWARD_BY_ITEMS = [
+    ((64, 3136, 2, False), ("row_items", 256, 128, 1, 25)),
+    ((256, 3136, 2, False), ("row_items", 256, 64, 1, 49)),
+    ((256, 3136, 4, False), ("row_items", 256, 32, 1, 98)),
+    ((512, 784, 2, False), ("row_items", 256, 32, 1, 25)),
+    ((1024, 4200, 2, False), ("row_items", 512, 32, 2, 66)),
+    ((512, 16800, 4, False), ("row_items", 256, 16, 9, 117)),
+    ((1032, 784, 2, False), ("rows", 512, 32, 1, 25)),  # two stages of so many channels do not fit
+    ((2048, 49, 2, False), ("rows", 512, 16, 1, 4)),
+    ((256, 3136, 2, True), ("position_items", 256, 64, 1, 49)),
+    ((1024, 4200, 2, True), ("position_items", 256, 16, 3, 88)),
+    ((2048, 784, 4, True), ("position_items", 512, 8, 1, 98)),
+    ((250, 784, 2, True), ("positions", 256, 8, 17, 6)),
+    ((256, 3136, 8, True), ("streamed", 256, 32, 2, 49)),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), BACKWARD_BY_ITEMS, ids=str)
+def test_the_backward_pass_by_items(arguments, expected):
+    names = ("path", "threads", "tile", "tiles_per_split", "splits")
+    found = plan("cuda", *arguments, tuning=ENGINE_2)
+    assert tuple(found[f"backward_{name}"] for name in names) == expected
+
+
+# C, P, bytes per element, channels_last -> lanes, rows, groups of channels, splits
+SUMS_BY_ITEMS = [
+    ((256, 3136, 2, False), (128, 2, 128, 1)),
+    ((512, 784, 2, False), (32, 8, 64, 1)),
+    ((1024, 4200, 2, False), (32, 8, 128, 1)),
+    ((1024, 196, 4, False), (16, 16, 64, 1)),
+    ((2048, 64, 2, False), (2, 128, 16, 1)),
+    ((64, 40000, 2, False), (256, 1, 64, 2)),
+    ((3, 40000, 2, False), (256, 1, 3, 5)),
+    ((256, 3136, 2, True), (16, 16, 2, 25)),
+    ((1024, 4200, 2, True), (16, 16, 8, 14)),
+    ((72, 49, 2, True), (9, 28, 1, 1)),
+    ((136, 4900, 2, True), (9, 28, 2, 22)),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), SUMS_BY_ITEMS, ids=str)
+def test_sums_by_items(arguments, expected):
+    found = plan("cuda", *arguments, tuning=ENGINE_2)
+    assert tuple(found[f"sums_{name}"] for name in ("lanes", "rows", "channel_groups", "splits")) == expected
+
+
 SIZES = st.one_of(st.integers(1, 5000), st.integers(1, 2**40))
 
 
@@ -102,6 +151,21 @@ def test_every_cuda_plan_covers_every_position_once(channels, positions, size, c
     assert got["vector"] == 1 or (aligned and row % (got["vector"] * size) == 0)
     assert got["vector"] * size <= 16
     assert not by_items or got["vector"] * size == 16
+
+
+@given(st.integers(1, 20_000), SIZES, st.sampled_from((2, 4, 8)), st.booleans(), st.booleans())
+def test_every_plan_by_items_covers_everything_once(channels, positions, size, channels_last, aligned):
+    got = plan("cuda", channels, positions, size, channels_last, aligned, ENGINE_2)
+    split = got["backward_tile"] * got["backward_tiles_per_split"]
+    assert (got["backward_splits"] - 1) * split < positions <= got["backward_splits"] * split
+    assert got["backward_splits"] <= 128
+    assert (got["sums_splits"] - 1) * got["sums_split"] < positions <= got["sums_splits"] * got["sums_split"]
+    assert got["sums_splits"] <= 64
+    lanes, rows, groups = got["sums_lanes"], got["sums_rows"], got["sums_channel_groups"]
+    assert lanes * rows <= 256
+    vector = 16 // size if aligned and channels * size % 16 == 0 else 1
+    width = lanes * vector if channels_last else rows
+    assert (groups - 1) * width < channels <= groups * width
 
 
 @given(st.integers(1, 20_000), SIZES, st.sampled_from((2, 4, 8)), st.booleans())

@@ -294,6 +294,10 @@ void test_split() {
       test<T>({{17, 10, 9, channels_last}, {0, 4}, false, true, false, plain, false, false, false, on});
       test<T>({{3, 70, 9, channels_last}, {70, 70}, true, false, false, hard, false, true, false, on});
       test<T>({{2, 600, 12, channels_last}, {0, 600}, false, false, false, {}, true, false, true, on});
+      for (const bool residual : {false, true}) {
+        test<T>({{3, 136, 72, channels_last}, {5, 6}, true, true, false, {}, residual, true, residual, on});
+        test<T>({{2, 16, 2400, channels_last}, {5, 0}, false, true, false, {}, residual, true, residual, on});
+      }
     }
     test<T>({{2, 1100, 4, channels_last}, {300, 100}, true, true, false, {}, false, false, false, 2});
     test<T>({{9, 2048, 3, channels_last}, {129, 128}, true, true, false, {}, false, false, false, 1});
@@ -332,6 +336,8 @@ void test_global_context(bool small) {
   for (const int on : {1, 4}) {
     test<float>({{9, 270, 40, false}, {37, 5}, true, true, false, {}, false, false, true, on});
     test<float>({{2, 72, 140, true}, {0, 72}, true, false, false, {}, true, true, false, on});
+    test<float>({{2, 136, 40, true}, {5, 6}, true, true, false, {}, false, true, false, on});
+    test<float>({{2, 16, 40, false}, {5, 6}, true, true, false, {}, true, true, false, on});
   }
   test<double>({{1, 20, 70, false}, {5, 6}});
   test<double>({{1, 20, 70, true}, {5, 6}});
