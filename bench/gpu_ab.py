@@ -46,17 +46,21 @@ def plan(row: Row, tuning: CudaTuning) -> dict[str, Any]:
 
 
 def variants(row: Row, direction: str) -> list[CudaTuning]:
-    """The default and each other decision by itself, without those that change no plan."""
+    """The default and each other decision by itself, and the second engine with some, without those that change no plan."""
     single = [CudaTuning(streamed=True)]
     single += [CudaTuning(larger_tile=larger) for larger in range(1, 5)]
     single += [CudaTuning(splits=splits) for splits in (8, 16, 32)]
     single += [CudaTuning(row_lanes=2**power) for power in range(9)] if direction == "both" and not row.channels_last else []
+    second = CudaTuning(engine="v2")
+    single += [second, *(dataclasses.replace(second, larger_tile=larger) for larger in (1, 2))]
+    single += [dataclasses.replace(second, splits=splits) for splits in (32, 64)]
     plans, found = [plan(row, DEFAULT)], [DEFAULT]
     for tuning in single:
         if (cut := plan(row, tuning)) not in plans:
             plans.append(cut)
             found.append(tuning)
-    return [*found, CudaTuning(transform=1), CudaTuning(transform=2), CudaTuning(engine=2)]
+    # Two that change no plan: the transform is not in it.
+    return [*found, CudaTuning(transform=1), CudaTuning(transform=2), *([] if second in found else [second])]
 
 
 def together(tunings: Sequence[CudaTuning]) -> CudaTuning:

@@ -4,8 +4,8 @@
     python bench/gpu_model.py --record LIBRARY     notes the instructions of the kernels, read with cuobjdump
     python bench/gpu_model.py --fit REPORT         looks for the constants once more
 
-A second table has what it predicts for CudaTuning(engine=2), the transform in stages that many blocks share, beside what was
-measured without it (bench/gpu_stages.py).
+Two more tables have what it predicts for the second engine, CudaTuning(engine="v2"), beside what was measured of the first one:
+stage by stage, and the whole in multiples of a copy of the map (bench/gpu_stages.py, bench/gpu_items.py).
 
 A kernel takes as long as its parts do one after the other: a start, what it moves at the rate of the card, what it computes at
 the rate of the card, and the chain of its last block. How the work is cut is asked of the plan functions, and how many
@@ -27,9 +27,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gpu_items
 import gpu_stages
 
 import gcnet_ext
+from gcnet_ext._tuning import CudaTuning
 
 HERE = Path(__file__).resolve().parent
 REPORTS = HERE / "results"
@@ -72,10 +74,11 @@ class Shape(NamedTuple):
     def megabytes(self) -> float:
         return self.samples * self.channels * self.positions * self.element_size / 1e6
 
-    def plan(self) -> dict[str, Any]:
-        """How the pool is cut."""
+    def plan(self, engine: str = "v1") -> dict[str, Any]:
+        """How an engine cuts the map."""
         sizes = self.channels, self.positions, self.element_size
-        return gcnet_ext._load.compiled.plan("cuda", *sizes, self.channels_last, aligned=True)
+        tuning = CudaTuning(engine=engine).numbers()
+        return gcnet_ext._load.compiled.plan("cuda", *sizes, self.channels_last, aligned=True, tuning=tuning)
 
     def narrow(self) -> bool:
         """Whether the rows do not allow accesses of 16 bytes."""
@@ -251,21 +254,18 @@ class Predicted(NamedTuple):
 
 
 def predict(
-    shape: Shape, card: Card, constants: dict[str, Constants], instructions: dict[str, int], *, in_stages: bool = False
+    shape: Shape, card: Card, constants: dict[str, Constants], instructions: dict[str, int], *, engine: str = "v1"
 ) -> Predicted:
     """Microseconds of each kernel, and of a captured graph of each direction with cold caches."""
-    kernels = {kernel: model(shape, card, constants[kernel], instructions) for kernel, model in MODELS.items()}
-    beside = {"forward": GRAPH + MEMSET, "backward": GRAPH + MEMSET + FILL}
-    if in_stages:
-        # No block merges or transforms at the end of the pool or of the sums, no counter has to be zero but those of the sums
-        # of channels_last, and the gradients of the parameters begin before dx is done.
-        without_tail = {**constants, "pool": {**constants["pool"], "merge": 0.0, "tail": 0.0}}
-        without_tail["sums"] = {**constants["sums"], "tail": 0.0}
-        without_tail["parameters"] = {**constants["parameters"], "start": constants["parameters"]["start"] / 2}
-        changed = ("pool", "sums", "parameters")
-        kernels |= {kernel: MODELS[kernel](shape, card, without_tail[kernel], instructions) for kernel in changed}
-        kernels |= gpu_stages.stages(shape, card)
-        beside = {"forward": GRAPH, "backward": GRAPH + (MEMSET if shape.channels_last else 0.0)}
+    if engine == "v1":
+        kernels = {kernel: model(shape, card, constants[kernel], instructions) for kernel, model in MODELS.items()}
+        beside = {"forward": GRAPH + MEMSET, "backward": GRAPH + MEMSET + FILL}
+    else:
+        # The gradients of the parameters begin before dx is done, and no counter has to be zero.
+        early = {**constants["parameters"], "start": constants["parameters"]["start"] / 2}
+        kernels = {**gpu_stages.stages(shape, card), **gpu_items.sweeps(shape, card)}
+        kernels["parameters"] = parameters(shape, card, early, instructions)
+        beside = {"forward": GRAPH, "backward": GRAPH}
     forward, backward = (sum(kernels[kernel] for kernel in direction) for direction in (FORWARD, BACKWARD))
     return Predicted(kernels, forward + beside["forward"], backward + beside["backward"])
 
@@ -303,25 +303,30 @@ def lines_of(name: str, report: dict[str, Any], record: dict[str, Any]) -> Itera
 
 
 def lines_of_stages(name: str, report: dict[str, Any], record: dict[str, Any]) -> Iterator[str]:
-    """The transform of one report as it was measured, and in stages as it is predicted; then the totals that were measured, and
-    what is left of them without the difference of the two predictions."""
-    card = card_of(report)
-    yield f"{name}: the transform as measured (0: in a tail), in stages as predicted; then the whole, both ways"
-    headings = "".join(
-        f"{direction:>{width}}{'stages':>8}"
-        for direction, width in zip(("forward", "backward") * 2, (9, 10, 10, 10), strict=True)
-    )
-    yield f"{'':42}{headings}"
+    """Each kernel of one report as it was measured, and the same work in the second engine as it is predicted."""
+    yield f"{name}: microseconds of each kernel as measured, > as predicted for the second engine (0: in the tail of another)"
+    yield " " * 42 + "".join(f"{kernel:>19}" for kernel in MODELS)
     for row in rows_of(report):
-        before, after = (
-            predict(row.shape, card, record["constants"], record["instructions"], in_stages=way) for way in (False, True)
-        )
-        cells = ""
-        for kernel, width in (("transform", 9), ("transform_backward", 10)):
-            cells += f"{row.kernels[kernel]:{width}.1f}{after.kernels[kernel]:8.1f}"
+        found = predict(row.shape, card_of(report), record["constants"], record["instructions"], engine="v2")
+        cells = "".join(f"{row.kernels[kernel]:10.1f} > {found.kernels[kernel]:6.1f}" for kernel in MODELS)
+        yield f"{row.shape.name:42}{cells}"
+
+
+def lines_of_copies(name: str, report: dict[str, Any], record: dict[str, Any]) -> Iterator[str]:
+    """Both directions of one report in multiples of the copy beside them: measured, and predicted for the second engine."""
+    timed = {row["row"]: row for row in report["timings"]["rows"]}
+    yield f"{name}: copies of the map, as measured and as predicted for the second engine; the compiled rewrite as measured"
+    headings = "".join(f"{title:>9}" for title in ("forward", "v2", "rewrite", "backward", "v2", "rewrite"))
+    yield f"{'':42}{'copy, us':>9}{headings}"
+    for row in rows_of(report):
+        of_row = timed[row.shape.name]
+        copy = of_row["copy"]["graph_cold"]
+        found = predict(row.shape, card_of(report), record["constants"], record["instructions"], engine="v2")
+        cells = f"{copy:9.1f}"
         for direction in ("forward", "backward"):
-            measured, saved = getattr(row, direction), getattr(before, direction) - getattr(after, direction)
-            cells += f"{measured:10.1f}{measured - saved:8.1f}"
+            rewritten = of_row["candidates"].get("compiled rewrite", {}).get(direction, {}).get("graph_cold")
+            cells += f"{getattr(row, direction) / copy:9.2f}{getattr(found, direction) / copy:9.2f}"
+            cells += f"{'-':>9}" if rewritten is None else f"{rewritten / copy:9.2f}"
         yield f"{row.shape.name:42}{cells}"
 
 
@@ -380,6 +385,7 @@ def main() -> None:
     for name, report in found.items():
         print("\n".join(lines_of(name, report, record)))
         print("\n".join(lines_of_stages(name, report, record)))
+        print("\n".join(lines_of_copies(name, report, record)))
 
 
 if __name__ == "__main__":

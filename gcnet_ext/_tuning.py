@@ -16,21 +16,24 @@ import dataclasses
 import threading
 from collections.abc import Iterator
 
+ENGINES = ("", "v1", "v2")
+"""The CUDA engines, each at its number in csrc/plan_cuda.h."""
+
 
 @dataclasses.dataclass(frozen=True)
 class CudaTuning:
-    """The decisions, as csrc/plan_cuda.h has them; 0 or False leaves one to the plan functions.
+    """The decisions, as csrc/plan_cuda.h has them; 0, False or "" leaves one to the plan functions.
 
     Each choice computes the same but for the last bits.
 
     Args:
         streamed: the pool reads each tile twice, the second time from the caches, instead of keeping it in registers.
         larger_tile: how many sizes larger a tile of rows is than the smallest that holds all channels; the largest at most.
-        splits: the most blocks that share a sample's pool or its channels_last sums, 1 to 64.
+        splits: the most blocks that share a sample's pool or its channels_last sums, 1 to 64, or 256 in the second engine.
         row_lanes: lanes per row of the sums over an NCHW map: a power of two, 1 to 256.
         transform: 1: the last block of a sample computes it, if its shared memory is enough; 2: launches of its own do.
-        engine: 2: the transform runs in stages that many blocks share, if it fits; 1 and 0: it does not. The default stays 0
-            until a run on a GPU has shown the stages right and faster.
+        engine: "v2": maps are walked by items, and the transform runs in stages that many blocks share, where these fit. "v1":
+            neither. The default, "", is "v1" until a run on a GPU has shown the second engine right and faster.
 
     Raises:
         ValueError: a decision is none of these.
@@ -41,15 +44,15 @@ class CudaTuning:
     splits: int = 0
     row_lanes: int = 0
     transform: int = 0
-    engine: int = 0
+    engine: str = ""
 
     def __post_init__(self) -> None:
         rules = {
             "larger_tile": (self.larger_tile in range(5), "0 to 4"),
-            "splits": (self.splits in range(65), "0 to 64"),
+            "splits": (self.splits in range(257), "0 to 256"),
             "row_lanes": (self.row_lanes in (0, *(2**i for i in range(9))), "0 or a power of two up to 256"),
             "transform": (self.transform in (0, 1, 2), "0, 1 or 2"),
-            "engine": (self.engine in (0, 1, 2), "0, 1 or 2"),
+            "engine": (self.engine in ENGINES, "'v1', 'v2' or ''"),
         }
         for name, (holds, wanted) in rules.items():
             if not holds:
@@ -57,7 +60,8 @@ class CudaTuning:
 
     def numbers(self) -> list[int]:
         """In the order of csrc/plan_cuda.h."""
-        return [int(value) for value in dataclasses.astuple(self)]
+        *numbers, engine = dataclasses.astuple(self)
+        return [*map(int, numbers), ENGINES.index(engine)]
 
 
 class _Thread(threading.local):

@@ -72,20 +72,40 @@ def test_larger_maps_take_longer(model, record):
     assert times[-1].backward > 8 * times[0].backward
 
 
-def test_the_stages_of_the_transform_are_predicted(model, record):
-    """Faster than what was measured where that had launches of its own, but for 1 us, and never for nothing."""
+def test_the_second_engine_is_predicted(model, record):
+    """Faster than what was measured of the first one, where a launch has its price and memory is never faster than a copy."""
     for report in model.reports().values():
         card = model.card_of(report)
         for row in model.rows_of(report):
-            found = model.predict(row.shape, card, record["constants"], record["instructions"], in_stages=True)
+            found = model.predict(row.shape, card, record["constants"], record["instructions"], engine="v2")
+            assert found.forward < row.forward
+            assert found.backward < row.backward
             for kernel in ("transform", "transform_backward"):
                 assert 2 * model.gpu_stages.STAGE_LAUNCH < found.kernels[kernel] < 20
                 assert row.kernels[kernel] == 0 or found.kernels[kernel] < row.kernels[kernel] + 1, (row.shape.name, kernel)
+            for kernel, passes in (("pool", 1), ("fuse", 2), ("sums", 2), ("dx", 3)):
+                from_memory = passes * row.shape.megabytes - model.gpu_items.L2
+                assert found.kernels[kernel] > max(model.gpu_stages.STAGE_LAUNCH, from_memory / card.copy), (
+                    row.shape.name,
+                    kernel,
+                )
+
+
+@pytest.mark.parametrize("kernel", ["pool", "fuse", "sums", "dx"])
+def test_the_sweeps_of_larger_maps_take_longer(model, kernel):
+    card = model.CARDS["NVIDIA H200"]
+    for sizes in ("256x56x56", "1024x50x84", "2048x7x7"):
+        shapes = [model.shape_of(f"{samples}x{sizes} float16 NCHW") for samples in (1, 4, 64, 256)]
+        times = [model.gpu_items.sweeps(shape, card)[kernel] for shape in shapes]
+        assert times == sorted(times)
+        # Where a map is far larger than the cache, it is memory that takes the time.
+        assert times[-1] == pytest.approx(times[-2] * 4, rel=0.35) or shapes[-1].megabytes < 200
 
 
 def test_prints_every_report(model, record):
     for name, report in model.reports().items():
-        assert len(list(model.lines_of_stages(name, report, record))) == 2 + len(list(model.rows_of(report)))
+        for lines_of in (model.lines_of_stages, model.lines_of_copies):
+            assert len(list(lines_of(name, report, record))) == 2 + len(list(model.rows_of(report)))
         lines = list(model.lines_of(name, report, record))
         assert len(lines) == 3 + len(list(model.rows_of(report)))
         assert "root mean square" in lines[-1] or name in model.OUTSIDE

@@ -23,7 +23,7 @@ import gcnet_ext
 from gcnet_ext import _tuning
 from gcnet_ext._tuning import CudaTuning, cuda_tuning
 
-ITEMS = CudaTuning(engine=2)
+ITEMS = CudaTuning(engine="v2")
 SCHEDULES = [(schedule, seed) for schedule in ("depth-first", "round-robin") for seed in (0, 2)]
 ONCE, NEVER = (1, 1), (0, 0)
 

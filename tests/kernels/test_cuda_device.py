@@ -42,9 +42,9 @@ def assert_same_bits(got: grid.Result, want: grid.Result) -> None:
         assert (ours is None and theirs is None) or torch.equal(ours, theirs), f"gradient of input {index}"
 
 
-@pytest.fixture(params=[0, 2], ids=["engine 1", "engine 2"])
+@pytest.fixture(params=["v1", "v2"])
 def engine(request):
-    """The transform as it is by default, and in stages."""
+    """Each CUDA engine."""
     with cuda_tuning(CudaTuning(engine=request.param)):
         yield request.param
 

@@ -25,7 +25,7 @@ from gcnet_ext import _tuning
 from gcnet_ext._tuning import CudaTuning, cuda_tuning
 from gcnet_ext.ops import _relu_bits
 
-ITEMS = CudaTuning(engine=2)
+ITEMS = CudaTuning(engine="v2")
 FINAL = ("none", "relu")
 SCHEDULES = [(schedule, seed) for schedule in ("depth-first", "round-robin") for seed in (0, 2)]
 # Rows and positions of whole accesses of 16 bytes, and of fewer; several tiles and items; more channels than a block has lanes
@@ -192,7 +192,7 @@ def test_the_fusion_has_the_bits_of_the_first_engine(dtype, layout):
     factors = Random(2).normal(2, *shape[:2], dtype=dtype)
     for added, final in itertools.product((None, residual), (0, 1)):
         results = []
-        for engine in (1, 2):
+        for engine in ("v1", "v2"):
             with cuda_tuning(CudaTuning(engine=engine)):
                 results.append(schema.Flat("channel_fuse")(x, *factors, added, final))
         for one, other in zip(*results, strict=True):

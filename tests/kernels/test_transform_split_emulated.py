@@ -23,7 +23,7 @@ from gcnet_ext import _tuning
 from gcnet_ext._tuning import CudaTuning, cuda_tuning
 from gcnet_ext.ops._options import ACTIVATIONS
 
-SPLIT = CudaTuning(engine=2)
+SPLIT = CudaTuning(engine="v2")
 SCHEDULES = [(schedule, seed) for schedule in ("depth-first", "round-robin") for seed in (0, 2)]
 
 

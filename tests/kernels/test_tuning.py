@@ -105,11 +105,11 @@ def test_plans_follow_the_decisions():
     [
         ({"larger_tile": 5}, "larger_tile must be 0 to 4, got 5"),
         ({"larger_tile": -1}, "larger_tile must be 0 to 4, got -1"),
-        ({"splits": 65}, "splits must be 0 to 64, got 65"),
+        ({"splits": 257}, "splits must be 0 to 256, got 257"),
         ({"row_lanes": 3}, "row_lanes must be 0 or a power of two up to 256, got 3"),
         ({"row_lanes": 512}, "row_lanes must be 0 or a power of two up to 256, got 512"),
         ({"transform": 3}, "transform must be 0, 1 or 2, got 3"),
-        ({"engine": 3}, "engine must be 0, 1 or 2, got 3"),
+        ({"engine": "v3"}, "engine must be 'v1', 'v2' or '', got 'v3'"),
     ],
     ids=str,
 )

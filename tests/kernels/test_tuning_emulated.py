@@ -25,8 +25,8 @@ DECISIONS = [
     CudaTuning(row_lanes=256),
     CudaTuning(transform=1),
     CudaTuning(transform=2),
-    CudaTuning(engine=2),
-    CudaTuning(engine=2, splits=3, row_lanes=64),
+    CudaTuning(engine="v2"),
+    CudaTuning(engine="v2", splits=3, row_lanes=64),
 ]
 
 
