@@ -53,21 +53,36 @@ class FuseAccesses {
     for (int u = 0; u < kCudaSweepUnroll; u++) hide_from_optimizer(x_[u]), hide_from_optimizer(residual_[u]);
   }
 
-  // The result for one element.
-  __device__ T fuse(T x, T residual, const Factors& factors) const {
-    A value = multiply_add(widen(x), factors.scale, factors.shift);
-    if (fusion_.residual.data) value += widen(residual);
-    if (fusion_.relu && value < A(0)) value = A(0);  // a NaN is passed on
-    return static_cast<T>(value);
+  // The result of elements that have these factors each, factors_of(j).
+  template <int kCount, typename FactorsOf>
+  __device__ Vector<T, kCount> fuse(const Vector<T, kCount>& x, const Vector<T, kCount>& residual,
+                                    const FactorsOf& factors_of) const {
+    A values[kCount];
+#pragma unroll
+    for (int j = 0; j < kCount; j++) {
+      const Factors factors = factors_of(j);
+      values[j] = multiply_add(widen(x.data[j]), factors.scale, factors.shift);
+    }
+    if (fusion_.residual.data) {
+#pragma unroll
+      for (int j = 0; j < kCount; j++) values[j] += widen(residual.data[j]);
+    }
+    if (fusion_.relu) {
+#pragma unroll
+      for (int j = 0; j < kCount; j++) values[j] = values[j] < A(0) ? A(0) : values[j];  // a NaN is passed on
+    }
+    Vector<T, kCount> result;
+#pragma unroll
+    for (int j = 0; j < kCount; j++) result.data[j] = static_cast<T>(values[j]);
+    return result;
+  }
+  template <typename FactorsOf>
+  __device__ Vector<T, V> fuse(int u, const FactorsOf& factors_of) const {
+    return fuse(x_[u], residual_[u], factors_of);
   }
 
-  // Stores the results of access u at `out`, and their bits. All lanes of a warp call this together. Factors of element j:
-  // factors_of(j).
-  template <typename FactorsOf>
-  __device__ void put(int u, T* out, bool inside, const FactorsOf& factors_of) const {
-    Vector<T, V> result;
-#pragma unroll
-    for (int j = 0; j < V; j++) result.data[j] = fuse(x_[u].data[j], residual_[u].data[j], factors_of(j));
+  // Stores the results of an access at `out`, and their bits. All lanes of a warp call this together.
+  __device__ void put(const Vector<T, V>& result, T* out, bool inside) const {
     if (inside) store_vector(out, result);
     if (fusion_.positive) put_bits(result, out, inside);
   }
@@ -123,9 +138,12 @@ __global__ void __launch_bounds__(kCudaSweepThreads, kFuseItemBlocks) fuse_row_i
     for (int u = 0; u < kCudaSweepUnroll; u++)
       accesses.copy(u, x + in_piece(u), residual + in_piece(u), in_piece(u) + V <= left);
   };
+  const auto sample_of = [&](int64_t row) {
+    return static_cast<unsigned>(row) / static_cast<unsigned>(fusion.extent.channels);
+  };
   const auto factors_of_row = [&](int64_t row) -> Factors {
     A shift = fusion.shift.present() ? fusion.shift.fresh(row) * fusion.shift_factor : -A(0);
-    if (fusion.valid.data) shift *= load_fresh(fusion.valid.shares + row / fusion.extent.channels);
+    if (fusion.valid.data) shift *= load_fresh(fusion.valid.shares + sample_of(row));
     return {fusion.scale.present() ? fusion.scale.fresh(row) : A(1), shift};
   };
 
@@ -148,6 +166,7 @@ __global__ void __launch_bounds__(kCudaSweepThreads, kFuseItemBlocks) fuse_row_i
         const A shift = within ? here.shift : next.shift;
         return {within ? here.scale : next.scale, counts >> j & 1 ? shift : -A(0)};
       }
+      __device__ bool alike() const { return of_here == V && counts == ~0u; }
     };
     const auto factors_at = [&](int element) -> AccessFactors {
       AccessFactors factors{{}, {}, V, ~0u};
@@ -160,9 +179,10 @@ __global__ void __launch_bounds__(kCudaSweepThreads, kFuseItemBlocks) fuse_row_i
       }
       if (fusion.valid.data) {
         factors.counts = 0;
+#pragma unroll 1
         for (int j = 0; j < V && element + j < left; j++) {
           const auto [row_of_j, position_of_j] = rows.at(element + j);
-          if (fusion.valid.at(row_of_j / fusion.extent.channels, position_of_j)) factors.counts |= 1u << j;
+          if (fusion.valid.at(sample_of(row_of_j), position_of_j)) factors.counts |= 1u << j;
         }
       }
       return factors;
@@ -172,7 +192,9 @@ __global__ void __launch_bounds__(kCudaSweepThreads, kFuseItemBlocks) fuse_row_i
     for (int u = 0; u < kCudaSweepUnroll; u++) {
       const int element = in_piece(u);
       const AccessFactors factors = factors_at(element);
-      accesses.put(u, out + element, element + V <= left, [&](int j) { return factors.of(j); });
+      const Vector<T, V> result = factors.alike() ? accesses.fuse(u, [&](int) { return factors.here; })
+                                                  : accesses.fuse(u, [&](int j) { return factors.of(j); });
+      accesses.put(result, out + element, element + V <= left);
     }
     // The last row may end within an access.
     if (const int element = left / V * V; element < left && in_piece(0) == element % (kCudaSweepThreads * V)) {
@@ -180,8 +202,10 @@ __global__ void __launch_bounds__(kCudaSweepThreads, kFuseItemBlocks) fuse_row_i
       const T* const x = fusion.x.data + segment * fusion.x.sample_stride + first;
       const T* const residual = fusion.residual.data + segment * fusion.residual.sample_stride + first;
       for (int e = element; e < left; e++) {
-        const T of_x = fusion.x.data ? load(x + e) : T(0.0f), added = fusion.residual.data ? load(residual + e) : T(0.0f);
-        store(out + e, accesses.fuse(of_x, added, factors.of(e - element)));
+        Vector<T, 1> of_x{}, added{};
+        if (fusion.x.data) of_x.data[0] = load(x + e);
+        if (fusion.residual.data) added.data[0] = load(residual + e);
+        store(out + e, accesses.fuse(of_x, added, [&](int) { return factors.of(e - element); }).data[0]);
       }
     }
   }
@@ -269,7 +293,8 @@ __global__ void __launch_bounds__(kCudaSweepThreads, kFuseItemBlocks)
     for (int u = 0; u < kCudaSweepUnroll; u++, out += lanes.rows * fusion.out.position_stride) {
       const int hop = u * static_cast<int>(lanes.rows);
       const bool counts = !at.has(hop) || fusion.valid.counts(at.sample, at.position + hop);
-      accesses.put(u, out, at.has(hop), [&](int j) -> Factors { return {scale[j], counts ? shift[j] : -A(0)}; });
+      const auto factors_of = [&](int j) -> Factors { return {scale[j], counts ? shift[j] : -A(0)}; };
+      accesses.put(accesses.fuse(u, factors_of), out, at.has(hop));
     }
     begins = tiles.last_of_item();
     tiles = next;
@@ -307,7 +332,7 @@ bool launch_fuse_items(Fusion<T> fusion, cudaStream_t stream) {
       return launch_fusion(fuse_position_items<T>, blocks * splits, tiles, lanes);
     }
     const RowSegments segments = row_segments<T>(extent, fusion.x, fusion.residual, fusion.out);
-    if (!segments.wide) return false;
+    if (!segments.wide || extent.samples * extent.channels > kCudaMaxBlocks) return false;  // rows are counted in 32 bits
     const int64_t pieces = (segments.rows * extent.positions + kFusePiece<T> - 1) / kFusePiece<T>;
     return launch_fusion(fuse_row_items<T>, segments.count * pieces, segments);
   }
