@@ -42,7 +42,6 @@ __global__ void __launch_bounds__(kCudaSweepThreads, kSumsItemBlocks)
   const int width = kChannelsLast ? cut.lanes * V : cut.rows;  // channels of a group
   const int in_group = kChannelsLast ? part * V : row;         // the first channel of this thread in its group
   const bool products = params.b.data, masked = params.positive || params.valid.data;
-  const int64_t bytes_of_bits = RowsOfSample(params.extent).bytes();
 
   const auto sample_of = [&](const SumsPlace& at) { return static_cast<int64_t>(at.item / (splits * groups)); };
   const auto channel_of = [&](const SumsPlace& at) { return static_cast<int64_t>(at.item % groups) * width + in_group; };
@@ -69,15 +68,15 @@ __global__ void __launch_bounds__(kCudaSweepThreads, kSumsItemBlocks)
   // A bit for every element of this thread's accesses: whether it counts.
   const auto mask = [&](const SumsPlace& at) {
     unsigned bits = 0;
-    if (!masked || at.item >= items || !has_channel(at)) return bits;
+    if (!has_channel(at)) return bits;
     const int64_t sample = sample_of(at), channel = channel_of(at);
     for (int u = 0; u < kAccesses; u++) {
       const int64_t p = at.first + own + u * hop;
       if (p >= at.end) break;
       unsigned of_access = (1u << V) - 1;
       if (params.positive) {
-        const int64_t in_row = kChannelsLast ? channel : p, of_row = kChannelsLast ? sample * P + p : sample * C + channel;
-        of_access &= load(params.positive + of_row * bytes_of_bits + in_row / 8) >> in_row % 8;
+        const int64_t bit_row = kChannelsLast ? sample * P + p : sample * C + channel, column = kChannelsLast ? channel : p;
+        of_access &= load(params.positive + bit_row * (((kChannelsLast ? C : P) + 7) / 8) + column / 8) >> column % 8;
       }
       for (int j = 0; params.valid.data && j < V; j++) {
         if (!params.valid.at(sample, kChannelsLast ? p : p + j)) of_access &= ~(1u << j);
@@ -101,8 +100,8 @@ __global__ void __launch_bounds__(kCudaSweepThreads, kSumsItemBlocks)
   A sum_a[kSums] = {}, sum_ab[kSums] = {};
   SumsPlace at = begin(blockIdx.x);
   copy(at);
-  unsigned next_bits = mask(at);
   while (at.item < items) {
+    const unsigned bits = masked ? mask(at) : 0;  // these loads, too, are waited for while the copies are on their way
     wait_for_copies();
     Vector<T, V> a[kAccesses], b[kAccesses] = {};
 #pragma unroll
@@ -115,13 +114,11 @@ __global__ void __launch_bounds__(kCudaSweepThreads, kSumsItemBlocks)
       hide_from_optimizer(a[u]);  // the values have arrived
       hide_from_optimizer(b[u]);
     }
-    const unsigned bits = next_bits;
     SumsPlace next = at;
     next.first += kAccesses * static_cast<int64_t>(hop);
     const bool last = next.first >= at.end;
     if (last) next = begin(at.item + gridDim.x);
     copy(next);
-    next_bits = mask(next);
 #pragma unroll
     for (int u = 0; u < kAccesses; u++) {
 #pragma unroll
