@@ -49,10 +49,13 @@ py::dict plan_cuda(const gcnet_ext::CudaShape& shape, const gcnet_ext::CudaTunin
   const auto pool = gcnet_ext::plan_cuda_pool(shape, tuning);
   const int row_lanes = gcnet_ext::plan_cuda_row_lanes(shape, gcnet_ext::cuda_vector(shape), tuning);
   const auto slices = gcnet_ext::plan_cuda_transform_slices(shape.channels);
-  const char* paths[] = {"rows", "positions", "streamed", "row_items"};
+  const auto flat = gcnet_ext::plan_cuda_flat_cut(shape.channels, shape.positions, shape.element_size);
+  const char* paths[] = {"rows", "positions", "streamed", "row_items", "flat"};
   return py::dict("path"_a = paths[static_cast<int>(pool.path)], "vector"_a = pool.vector, "threads"_a = pool.threads,
                   "tile"_a = pool.tile_positions, "tiles_per_split"_a = pool.tiles_per_split, "splits"_a = pool.splits,
-                  "row_lanes"_a = row_lanes, "slice_channels"_a = slices.channels, "slices"_a = slices.slices);
+                  "row_lanes"_a = row_lanes, "slice_channels"_a = slices.channels, "slices"_a = slices.slices,
+                  "flat_rows"_a = flat.rows, "flat_pieces"_a = flat.pieces, "flat_unit_rows"_a = flat.unit_rows,
+                  "flat_row_vector"_a = flat.row_vector, "flat_lanes"_a = flat.lanes);
 }
 
 using Decisions = std::array<int64_t, sizeof(gcnet_ext::CudaTuning) / sizeof(int64_t)>;  // in the order of CudaTuning

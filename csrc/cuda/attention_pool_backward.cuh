@@ -14,6 +14,7 @@
 #pragma once
 
 #include "attention_pool.cuh"
+#include "attention_pool_backward_flat.cuh"
 #include "attention_pool_backward_positions.cuh"
 #include "attention_pool_backward_rows.cuh"
 #include "attention_pool_backward_streamed.cuh"
@@ -22,11 +23,26 @@
 
 namespace gcnet_ext::cuda {
 
-// Sets first_sample and splits of the params.
+// The plan for the current device.
 template <typename T>
-void launch_attention_pool_backward(PoolBackwardParams<T> params, const CudaPoolPlan& plan, cudaStream_t stream) {
+CudaPoolPlan pool_backward_plan(const PoolBackwardParams<T>& params) {
+  const Extent& extent = params.extent;
+  const CudaShape shape = common_shape<T>(extent, params.x, params.grad, params.grad_x);
+  if constexpr (!std::is_same_v<T, double>) {
+    const CudaPoolPlan plan = plan_cuda_pool(shape, tuning());
+    const bool flat = takes_flat_stages<T>(extent, params.x, params.grad, params.grad_x);
+    if (flat && flat_pool_backward_fits<T>(extent)) return plan;
+  }
+  return first_engine_pool_plan(shape, params.valid);
+}
+
+// Sets first_sample and splits of the params. position_sums: the u_p of the pieces of the path `flat`.
+template <typename T>
+void launch_attention_pool_backward(PoolBackwardParams<T> params, const CudaPoolPlan& plan, acc_t<T>* position_sums,
+                                    cudaStream_t stream) {
   params.splits = static_cast<unsigned>(plan.splits);
   if constexpr (!std::is_same_v<T, double>) {
+    if (plan.path == CudaPoolPath::flat) return launch_attention_pool_backward_flat(params, position_sums, stream);
     if (plan.path == CudaPoolPath::positions) return launch_attention_pool_backward_positions(params, plan, stream);
     if (plan.path == CudaPoolPath::rows) return launch_attention_pool_backward_rows(params, plan, stream);
   }
@@ -48,12 +64,13 @@ void attention_pool_backward(PoolBackwardParams<T> params, const MutableParamete
     if (!params.valid.data) fuse.shift_factor = A(1) / static_cast<A>(extent.positions);
     return channel_fuse<T>({fuse, {}, /*relu=*/false, params.valid}, stream);
   }
-  const CudaPoolPlan plan = first_engine_pool_plan(common_shape<T>(extent, params.x, params.grad, params.grad_x), params.valid);
+  const CudaPoolPlan plan = pool_backward_plan(params);
   if (grad_weight.data) {
     params.partial = workspace.take<A>(extent.samples * plan.splits * extent.channels);
     gradients.add({{params.partial, extent.channels, extent.channels}, {}, extent.samples * plan.splits, grad_weight});
   }
-  launch_attention_pool_backward(params, plan, stream);
+  A* const position_sums = plan.path == CudaPoolPath::flat ? workspace.take<A>(pool_partials<T>(plan, extent)) : nullptr;
+  launch_attention_pool_backward(params, plan, position_sums, stream);
 }
 
 }  // namespace gcnet_ext::cuda

@@ -55,13 +55,13 @@ void test_once(const Shape& shape, int64_t tiles_per_split, bool all_count) {
   TestWorkspace workspace;
   const Valid<T> of_samples =
       with_shares<T>({all_count ? nullptr : valid.data(), shape.positions}, shape.extent(), workspace, nullptr);
-  CudaPoolPlan plan = pool_plan(common_shape<T>(shape.extent(), x.read()), of_samples, shape.samples);
-  if (tiles_per_split) {  // gives a split more tiles than the plan gives it for so few positions
+  CudaPoolPlan plan = pool_plan(shape.extent(), x.read(), of_samples);
+  if (tiles_per_split && plan.path != CudaPoolPath::flat) {  // gives a split more tiles than the plan gives it for so few positions
     plan.tiles_per_split = tiles_per_split;
     plan.splits = (shape.positions + plan.tile_positions * tiles_per_split - 1) / (plan.tile_positions * tiles_per_split);
   }
   auto context = unwritten<A>(shape.samples * shape.channels), attention = unwritten<A>(shape.samples * shape.positions);
-  auto partial = unwritten<A>(shape.samples * plan.splits * (shape.channels + 2));
+  auto partial = unwritten<A>(pool_partials<T>(plan, shape.extent()));
   std::vector<unsigned> arrived(shape.samples, 0);
 
   PoolParams<T> params{};
@@ -72,8 +72,8 @@ void test_once(const Shape& shape, int64_t tiles_per_split, bool all_count) {
   params.context = context.data();
   params.attention = attention.data();
   params.partial = partial.data();
-  const bool by_items = plan.path == CudaPoolPath::row_items;
-  if (!by_items) params.arrived = arrived.data();
+  const bool by_items = plan.path == CudaPoolPath::row_items, flat = plan.path == CudaPoolPath::flat;
+  if (!by_items && !flat) params.arrived = arrived.data();
   params.valid = of_samples;
   params.splits = static_cast<unsigned>(plan.splits);
   launch_attention_pool(params, plan, nullptr);
@@ -81,7 +81,7 @@ void test_once(const Shape& shape, int64_t tiles_per_split, bool all_count) {
 
   const Expected wanted = expected(x, weight, static_cast<double>(bias[0]), valid);
   const std::string name = std::string("attention_pool ") + kName<T> + " " + shape.text() + " splits " +
-                           std::to_string(plan.splits) + (by_items ? " by items" : "") + (all_count ? "" : " valid");
+                           std::to_string(plan.splits) + (by_items ? " by items" : flat ? " flat" : "") + (all_count ? "" : " valid");
   Comparison contexts(name + ", context", resolution<T>() * 10),
       attentions(name + ", attention", resolution<T>() * 10, 1. / shape.positions);
   for (size_t i = 0; i < context.size(); i++) contexts.add(context[i], wanted.context[i]);

@@ -1,0 +1,193 @@
+// The backward pass of attention pooling by pieces of whole rows (attention_pool_backward.cuh, flat_rows.cuh), in two launches:
+// the sums u of every piece (flat_position_sums.cuh), and this one, in which a block adds up the u of a sample and writes the dx
+// of its pieces and their part of dw, which is that of the whole sample because a channel is in one piece.
+#pragma once
+
+#include "attention_pool_backward_split.cuh"
+#include "flat_position_sums.cuh"
+
+namespace gcnet_ext::cuda {
+
+template <typename T>
+struct PoolBackwardFlatShared {
+  Vector<T, kWidest<T>>*x, *grad;
+  float *scale, *grad_context, *weight;  // [rows]
+  float *attention, *grad_logit;         // [P]
+  uint8_t* counts;                       // [P]
+  float* dots;                           // [warps]
+
+  __host__ __device__ PoolBackwardFlatShared(auto& memory, const FlatPieces& pieces) {
+    const int accesses = accesses_of<T>(pieces.rows * pieces.positions);
+    memory.take(x, accesses);
+    memory.take(grad, accesses);
+    memory.take(scale, pieces.rows);
+    memory.take(grad_context, pieces.rows);
+    memory.take(weight, pieces.rows);
+    memory.take(attention, pieces.positions);
+    memory.take(grad_logit, pieces.positions);
+    memory.take(counts, pieces.positions);
+    memory.take(dots, kFlatWarps);
+  }
+};
+
+// The maps of the launch. An absent map has no data; x is absent where nobody needs dw.
+template <typename T>
+struct PoolBackwardFlatMaps {
+  FlatMap<const T> x, grad;
+  FlatMap<T> grad_x;
+};
+
+// What belongs to the positions of a sample. Contains a barrier.
+template <typename T>
+__device__ __forceinline__ void find_position_factors(const PoolBackwardParams<T>& params, const float* partial,
+                                                      const FlatPieces& pieces, int64_t sample,
+                                                      const PoolBackwardFlatShared<T>& shared) {
+  const float dot = context_dot(params, sample, shared.dots);
+  for (int p = threadIdx.x; p < pieces.positions; p += kFlatThreads) {
+    const bool counts = params.valid.counts(sample, p);
+    const float attention = params.attention[sample * pieces.positions + p];
+    const float grad_logit = attention * (sum_of_pieces(partial, pieces, sample, p) - dot);
+    shared.counts[p] = counts;
+    shared.attention[p] = counts ? attention : 0.f;
+    shared.grad_logit[p] = counts ? grad_logit : 0.f;
+  }
+}
+
+// dw_c = sum_p dl_p (x_cp - context_c) for the rows of a piece, over the positions that count.
+template <bool kValid, int W, typename T>
+__device__ __forceinline__ void grad_weight_of_rows(const PoolBackwardParams<T>& params, const FlatPieces& pieces,
+                                                    const FlatPiece& piece, const PoolBackwardFlatShared<T>& shared) {
+  const int64_t first = piece.sample * pieces.channels + piece.first_row;
+  const T* const x = reinterpret_cast<const T*>(shared.x);
+  sum_rows<W, 2>(
+      pieces, piece.rows,
+      [&](float(&sums)[2], int row, int p) {
+        const auto values = neighbours<W>(x + row * pieces.positions + p);
+        const auto grad_logits = neighbours<W>(shared.grad_logit + p);
+#pragma unroll
+        for (int j = 0; j < W; j++) {
+          const bool counts = !kValid || shared.counts[p + j];
+          sums[0] += counts ? grad_logits.data[j] * widen(values.data[j]) : 0.f;
+          sums[1] += grad_logits.data[j];
+        }
+      },
+      [&](int row, const float(&sums)[2]) { params.partial[first + row] = sums[0] - sums[1] * params.context[first + row]; });
+}
+
+// dx_cp = g_cp s_c + m_p dctx_c + dl_p w_c, or g_cp s_c at a position that does not count.
+template <bool kValid, typename T>
+__device__ __forceinline__ void put_grad_x(const FlatMap<T>& grad_x, bool has_grad, const FlatPieces& pieces,
+                                           const FlatPiece& piece, const PoolBackwardFlatShared<T>& shared) {
+  constexpr int V = kWidest<T>;
+  const FlatColumns own(pieces.unit() / V);
+  T* const to = grad_x.at(piece);
+  const int elements = piece.rows * pieces.positions, accesses = accesses_of<T>(elements);
+  for (int column = own.column; column < own.columns; column += kFlatThreads) {
+    const FlatColumn<V> place(column, pieces.positions);
+    PositionFactors<float> at[V];
+    bool counts[V];
+#pragma unroll
+    for (int j = 0; j < V; j++) {
+      const int p = place.position[j];
+      at[j] = {shared.attention[p], shared.grad_logit[p]};
+      counts[j] = !kValid || shared.counts[p];
+    }
+    int row = own.group * pieces.unit_rows;
+    for (int a = own.group * own.columns + column; a < accesses; a += own.groups * own.columns) {
+      Vector<T, V> values = {};
+      if (has_grad) values = shared.grad[a];
+#pragma unroll
+      for (int j = 0; j < V; j++) {
+        const int r = row + place.row[j];
+        const ChannelFactors<float> of_channel{shared.scale[r], shared.grad_context[r], shared.weight[r]};
+        const float grad = widen(values.data[j]);
+        values.data[j] = static_cast<T>(counts[j] ? of_channel.grad_x(grad, at[j]) : grad * of_channel.scale);
+      }
+      if (grad_x.wide && (a + 1) * V <= elements) {
+        store_vector(to + a * V, values);
+      } else {
+#pragma unroll
+        for (int j = 0; j < V; j++) {
+          if (a * V + j < elements) store(to + a * V + j, values.data[j]);
+        }
+      }
+      row += own.groups * pieces.unit_rows;
+    }
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kFlatThreads, kFlatBlocks)
+    attention_pool_backward_flat(PoolBackwardParams<T> params, PoolBackwardFlatMaps<T> maps, const float* partial,
+                                 FlatPieces pieces) {
+  if (params.next_is_early) let_next_launch_start();
+  const auto shared = shared_memory<PoolBackwardFlatShared<T>>(pieces);
+  const auto copy = [&](unsigned item) {
+    if (maps.x.data) copy_piece(shared.x, maps.x, pieces.at(item));
+    if (maps.grad.data) copy_piece(shared.grad, maps.grad, pieces.at(item));
+  };
+  const unsigned end = pieces.bound(blockIdx.x + 1);
+  unsigned item = pieces.bound(blockIdx.x);
+  copy(item);
+  wait_for_previous_launch();
+  int64_t merged = -1;
+  for (; item < end; item++) {
+    const FlatPiece piece = pieces.at(item);
+    for (int r = threadIdx.x; r < pieces.rows; r += kFlatThreads) {
+      const bool there = r < piece.rows;
+      const int c = piece.first_row + r;
+      const int64_t of_sample = piece.sample * pieces.channels + c;
+      shared.scale[r] = there && params.scale ? params.scale[of_sample] : 1.f;
+      shared.grad_context[r] = there ? params.grad_context[of_sample] : 0.f;
+      shared.weight[r] = there ? params.weight.at(c) : 0.f;
+    }
+    if (piece.sample != merged) {
+      merged = piece.sample;
+      find_position_factors(params, partial, pieces, merged, shared);
+    }
+    wait_for_copies();
+    __syncthreads();
+    if (maps.x.data) {
+      with_row_vector(pieces.row_vector, [&](auto width) {
+        if (params.valid.data) return grad_weight_of_rows<true, width>(params, pieces, piece, shared);
+        grad_weight_of_rows<false, width>(params, pieces, piece, shared);
+      });
+    }
+    if (maps.grad_x.data) {
+      const bool has_grad = maps.grad.data != nullptr;
+      if (params.valid.data) {
+        put_grad_x<true>(maps.grad_x, has_grad, pieces, piece, shared);
+      } else {
+        put_grad_x<false>(maps.grad_x, has_grad, pieces, piece, shared);
+      }
+    }
+    __syncthreads();
+    if (item + 1 < end) copy(item + 1);
+  }
+}
+
+template <typename T>
+bool flat_pool_backward_fits(const Extent& extent) {
+  const FlatPieces pieces(extent, sizeof(T));
+  const size_t shared = std::max(shared_bytes<PositionSumsShared<T>>(pieces), shared_bytes<PoolBackwardFlatShared<T>>(pieces));
+  return items_fit(shared, extent.samples * pieces.pieces);
+}
+
+// partial has room for the sums u [N, pieces, P]; params.partial, unless it is absent, for dw [N, C].
+template <typename T>
+void launch_attention_pool_backward_flat(const PoolBackwardParams<T>& params, float* partial, cudaStream_t stream) {
+  const FlatPieces pieces(params.extent, sizeof(T));
+  const FlatMap<const T> x(params.x, params.extent);
+  PoolBackwardFlatMaps<T> maps;
+  if (params.partial) maps.x = x;
+  if (params.grad_x.data) {
+    maps.grad = FlatMap<const T>(params.grad, params.extent);
+    maps.grad_x = FlatMap<T>(params.grad_x, params.extent);
+  }
+  launch_flat_position_sums<T>({x, {}, params.grad_context, partial}, pieces, stream);
+  launch_items(attention_pool_backward_flat<T>, pieces.items, kFlatBlocks, kFlatThreads,
+               shared_bytes<PoolBackwardFlatShared<T>>(pieces), /*early=*/true, stream, params, maps,
+               static_cast<const float*>(partial), pieces);
+}
+
+}  // namespace gcnet_ext::cuda
