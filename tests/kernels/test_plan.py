@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gcnet_ext import _load
+from gcnet_ext._tuning import CudaTuning
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -60,6 +61,63 @@ def test_every_channel_is_in_one_slice(channels):
     assert found["slices"] <= 8
     assert found["slice_channels"] % 64 == 0
     assert (found["slices"] - 1) * found["slice_channels"] < channels <= found["slices"] * found["slice_channels"]
+
+
+# C, P, bytes per element -> rows and pieces, rows of a unit, elements that a lane reads together, lanes of a row
+FLAT = [
+    ((2048, 49, 2), (160, 13, 8, 1, 2)),
+    ((2048, 49, 4), (128, 16, 4, 1, 2)),
+    ((1024, 196, 2), (64, 16, 2, 4, 16)),
+    ((1024, 196, 4), (41, 25, 1, 4, 16)),
+    ((512, 50, 2), (128, 4, 4, 2, 16)),
+    ((3, 7, 2), (8, 1, 8, 1, 8)),
+    ((2048, 1, 4), (2048, 1, 4, 1, 1)),
+]
+ENGINE_2 = CudaTuning(engine=2).numbers()
+
+
+@pytest.mark.parametrize(("arguments", "expected"), FLAT, ids=str)
+def test_flat(arguments, expected):
+    found = plan("cuda", *arguments, tuning=ENGINE_2)
+    assert found["path"] == "flat"
+    assert tuple(found[f"flat_{name}"] for name in ("rows", "pieces", "unit_rows", "row_vector", "lanes")) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "path"),
+    [
+        ((256, 256, 2), "row_items"),
+        ((256, 255, 2), "flat"),
+        ((512, 784, 2), "row_items"),
+        ((64, 1050, 2), "flat"),
+        ((2048, 1050, 2), "rows"),  # too many pieces
+        ((64, 1087, 2), "rows"),  # a unit is too large
+        ((2049, 49, 2), "streamed"),
+        ((2048, 49, 8), "streamed"),
+        ((2048, 49, 2, True), "positions"),
+    ],
+    ids=str,
+)
+def test_which_maps_are_flat(arguments, path):
+    assert plan("cuda", *arguments, tuning=ENGINE_2)["path"] == path
+    assert plan("cuda", *arguments)["path"] != "flat"
+
+
+@given(st.integers(1, 2048), st.integers(1, 1088), st.sampled_from((2, 4)), st.booleans())
+def test_every_flat_plan_covers_every_row_once_in_whole_accesses(channels, positions, size, aligned):
+    got = plan("cuda", channels, positions, size, False, aligned, tuning=ENGINE_2)
+    rows, pieces, unit, vector, lanes = (got[f"flat_{name}"] for name in ("rows", "pieces", "unit_rows", "row_vector", "lanes"))
+    assert (pieces - 1) * rows < channels <= pieces * rows
+    assert rows % unit == 0
+    assert unit * positions * size % 16 == 0
+    assert unit == 1 or (unit // 2) * positions * size % 16 != 0
+    assert positions % vector == 0
+    assert 1 <= lanes <= 32
+    assert lanes & (lanes - 1) == 0
+    if got["path"] == "flat":
+        assert pieces <= 32
+        assert rows * positions * size <= 34 << 10
+        assert unit * positions <= 4224
 
 
 SIZES = st.one_of(st.integers(1, 5000), st.integers(1, 2**40))
