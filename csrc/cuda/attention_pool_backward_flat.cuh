@@ -17,7 +17,7 @@ struct PoolBackwardFlatShared {
   float* dots;                           // [warps]
 
   __host__ __device__ PoolBackwardFlatShared(auto& memory, const FlatPieces& pieces) {
-    const int accesses = accesses_of<T>(pieces.rows * pieces.positions);
+    const int accesses = stage_accesses<T>(pieces);
     memory.take(x, accesses);
     memory.take(grad, accesses);
     memory.take(scale, pieces.rows);
@@ -116,6 +116,7 @@ __device__ __forceinline__ void put_grad_x(const FlatMap<T>& grad_x, bool has_gr
   }
 }
 
+// The last piece is the first, because the caches have most of what the launch before this one has read last.
 template <typename T>
 __global__ void __launch_bounds__(kFlatThreads, kFlatBlocks)
     attention_pool_backward_flat(PoolBackwardParams<T> params, PoolBackwardFlatMaps<T> maps, const float* partial,
@@ -126,12 +127,11 @@ __global__ void __launch_bounds__(kFlatThreads, kFlatBlocks)
     if (maps.x.data) copy_piece(shared.x, maps.x, pieces.at(item));
     if (maps.grad.data) copy_piece(shared.grad, maps.grad, pieces.at(item));
   };
-  const unsigned end = pieces.bound(blockIdx.x + 1);
-  unsigned item = pieces.bound(blockIdx.x);
-  copy(item);
+  const unsigned begin = pieces.bound(blockIdx.x), end = pieces.bound(blockIdx.x + 1);
+  copy(end - 1);
   wait_for_previous_launch();
   int64_t merged = -1;
-  for (; item < end; item++) {
+  for (unsigned item = end; item-- > begin;) {
     const FlatPiece piece = pieces.at(item);
     for (int r = threadIdx.x; r < pieces.rows; r += kFlatThreads) {
       const bool there = r < piece.rows;
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kFlatThreads, kFlatBlocks)
       }
     }
     __syncthreads();
-    if (item + 1 < end) copy(item + 1);
+    if (item > begin) copy(item - 1);
   }
 }
 

@@ -10,13 +10,13 @@ namespace gcnet_ext::cuda {
 
 template <typename T>
 struct PoolFlatShared {
-  Vector<T, kWidest<T>>* stage;
-  float *logits, *exponentials;  // [P]; exponentials are relative to the maximum
-  uint8_t* counts;               // [P]
-  float* of_warps;               // [warps]: sums of the exponentials
+  Vector<T, kWidest<T>>* stages;  // [2, accesses]: of this piece and the next one
+  float *logits, *exponentials;   // [P]; exponentials are relative to the maximum
+  uint8_t* counts;                // [P]
+  float* of_warps;                // [warps]: sums of the exponentials
 
   __host__ __device__ PoolFlatShared(auto& memory, const FlatPieces& pieces) {
-    memory.take(stage, accesses_of<T>(pieces.rows * pieces.positions));
+    memory.take(stages, 2 * stage_accesses<T>(pieces));
     memory.take(logits, pieces.positions);
     memory.take(exponentials, pieces.positions);
     memory.take(counts, pieces.positions);
@@ -52,9 +52,8 @@ __device__ __forceinline__ void exponentials_of_logits(const FlatPieces& pieces,
 // context_c = sum_p m_p x_cp for the rows of a piece, over the positions that count.
 template <bool kValid, int W, typename T>
 __device__ __forceinline__ void context_of_rows(const PoolParams<T>& params, const FlatPieces& pieces, const FlatPiece& piece,
-                                                float inverse, const PoolFlatShared<T>& shared) {
+                                                const T* x, float inverse, const PoolFlatShared<T>& shared) {
   float* const context = params.context + piece.sample * pieces.channels + piece.first_row;
-  const T* const x = reinterpret_cast<const T*>(shared.stage);
   sum_rows<W, 1>(
       pieces, piece.rows,
       [&](float(&sum)[1], int row, int p) {
@@ -81,38 +80,41 @@ __device__ __forceinline__ void write_attention(const PoolParams<T>& params, con
     attention[p] = shared.counts[p] ? shared.exponentials[p] * inverse : 0.f;
 }
 
+// The last piece is the first, because the caches have most of what the launch before this one has read last.
 template <typename T>
 __global__ void __launch_bounds__(kFlatThreads, kFlatBlocks)
     attention_pool_flat(PoolParams<T> params, FlatMap<const T> x, FlatPieces pieces) {
   let_next_launch_start();
   const auto shared = shared_memory<PoolFlatShared<T>>(pieces);
-  const unsigned end = pieces.bound(blockIdx.x + 1);
-  unsigned item = pieces.bound(blockIdx.x);
-  copy_piece(shared.stage, x, pieces.at(item));
+  const unsigned begin = pieces.bound(blockIdx.x), end = pieces.bound(blockIdx.x + 1);
+  Vector<T, kWidest<T>>*stage = shared.stages, *next = stage + stage_accesses<T>(pieces);
+  copy_piece(stage, x, pieces.at(end - 1));
   const float bias = params.bias.at_or(0, 0.f);
   wait_for_previous_launch();
   int64_t merged = -1;
-  for (; item < end; item++) {
+  for (unsigned item = end; item-- > begin;) {
     const FlatPiece piece = pieces.at(item);
     if (piece.sample != merged) {
       merged = piece.sample;
+      __syncthreads();  // no thread needs the sample before this one any more
       merge_logits(params, pieces, merged, bias, shared);
       __syncthreads();
       exponentials_of_logits(pieces, shared);
     }
     wait_for_copies();
     __syncthreads();
+    if (item > begin) copy_piece(next, x, pieces.at(item - 1));
     float sum = 0.f;
 #pragma unroll
     for (int w = 0; w < kFlatWarps; w++) sum += shared.of_warps[w];
     const float inverse = params.valid.data && params.valid.shares[piece.sample] == 0.f ? 0.f : 1.f / sum;
     with_row_vector(pieces.row_vector, [&](auto width) {
-      if (params.valid.data) return context_of_rows<true, width>(params, pieces, piece, inverse, shared);
-      context_of_rows<false, width>(params, pieces, piece, inverse, shared);
+      const T* const rows = reinterpret_cast<const T*>(stage);
+      if (params.valid.data) return context_of_rows<true, width>(params, pieces, piece, rows, inverse, shared);
+      context_of_rows<false, width>(params, pieces, piece, rows, inverse, shared);
     });
     if (params.attention) write_attention(params, pieces, piece, inverse, shared);
-    __syncthreads();
-    if (item + 1 < end) copy_piece(shared.stage, x, pieces.at(item + 1));
+    std::swap(stage, next);
   }
 }
 

@@ -11,7 +11,7 @@ struct SumsFlatShared {
   Vector<T, kWidest<T>>*a, *b;  // b of products only
 
   __host__ __device__ SumsFlatShared(auto& memory, const FlatPieces& pieces, bool products) {
-    const int accesses = accesses_of<T>(pieces.rows * pieces.positions);
+    const int accesses = stage_accesses<T>(pieces);
     memory.take(a, accesses);
     memory.take(b, products ? accesses : 0);
   }

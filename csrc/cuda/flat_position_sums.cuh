@@ -5,6 +5,8 @@
 // with w, for the logits, or with dctx. The stage after it adds up the pieces of a sample in their order.
 #pragma once
 
+#include <utility>
+
 #include "flat_rows.cuh"
 #include "parameter.cuh"
 
@@ -20,63 +22,75 @@ struct PositionSumsParams {
 
 template <typename T>
 struct PositionSumsShared {
-  Vector<T, kWidest<T>>* stage;
-  float* coefficient;  // [rows], and zeros up to a whole unit
-  float* sums;         // [groups, unit]
+  Vector<T, kWidest<T>>* stages;  // [2, accesses]: of this piece and the next one
+  float* coefficient;             // [pieces, rows]: of the channels, and zeros behind them
+  float* sums;                    // [groups, unit]
 
   __host__ __device__ PositionSumsShared(auto& memory, const FlatPieces& pieces) {
-    const int columns = pieces.unit() / kWidest<T>;
-    memory.take(stage, accesses_of<T>(pieces.rows * pieces.positions));
-    memory.take(coefficient, pieces.rows);
-    memory.take(sums, FlatColumns::groups_of(columns) * pieces.unit());
+    memory.take(stages, 2 * stage_accesses<T>(pieces));
+    memory.take(coefficient, pieces.pieces * pieces.rows);
+    memory.take(sums, FlatColumns::groups_of(pieces.unit() / kWidest<T>) * pieces.unit());
   }
 };
+
+// sums[group, r, p] = the part of the rows number r of the units of a group.
+template <typename T>
+__device__ __forceinline__ void sum_units(const FlatPieces& pieces, const FlatPiece& piece, const FlatColumns& own,
+                                          const Vector<T, kWidest<T>>* stage, const PositionSumsShared<T>& shared) {
+  constexpr int V = kWidest<T>;
+  const int accesses = accesses_of<T>(piece.rows * pieces.positions), step = own.groups * own.columns;
+  for (int column = own.column; column < own.columns; column += kFlatThreads) {
+    const FlatColumn<V> elements(column, pieces.positions);
+    const float* coefficient = shared.coefficient + piece.first_row + own.group * pieces.unit_rows;
+    float sum[V] = {};
+#pragma unroll 2
+    for (int a = own.group * own.columns + column; a < accesses; a += step) {
+      const Vector<T, V> values = stage[a];
+#pragma unroll
+      for (int j = 0; j < V; j++) sum[j] += coefficient[elements.row[j]] * widen(values.data[j]);
+      coefficient += own.groups * pieces.unit_rows;
+    }
+    float* const to = shared.sums + own.group * pieces.unit() + column * V;
+#pragma unroll
+    for (int j = 0; j < V; j += 4) store_neighbours<4>(to + j, {sum[j], sum[j + 1], sum[j + 2], sum[j + 3]});
+  }
+}
 
 template <typename T>
 __global__ void __launch_bounds__(kFlatThreads, kFlatBlocks)
     flat_position_sums(PositionSumsParams<T> params, FlatPieces pieces) {
   let_next_launch_start();
-  constexpr int V = kWidest<T>;
   const auto shared = shared_memory<PositionSumsShared<T>>(pieces);
-  const FlatColumns own(pieces.unit() / V);
+  const FlatColumns own(pieces.unit() / kWidest<T>);
   const unsigned end = pieces.bound(blockIdx.x + 1);
   unsigned item = pieces.bound(blockIdx.x);
-  copy_piece(shared.stage, params.x, pieces.at(item));
+  Vector<T, kWidest<T>>*stage = shared.stages, *next = stage + stage_accesses<T>(pieces);
+  copy_piece(stage, params.x, pieces.at(item));
+  int64_t loaded = -1;  // the sample whose coefficients are there
   for (; item < end; item++) {
     const FlatPiece piece = pieces.at(item);
-    for (int r = threadIdx.x; r < pieces.rows; r += kFlatThreads) {
-      const int c = piece.first_row + r;
-      float value = 0.f;
-      if (r < piece.rows)
-        value = params.of_sample ? params.of_sample[piece.sample * pieces.channels + c] : params.coefficient.at(c);
-      shared.coefficient[r] = value;
+    if (loaded < 0 || (params.of_sample && loaded != piece.sample)) {
+      loaded = piece.sample;
+#pragma unroll 8
+      for (int c = threadIdx.x; c < static_cast<int>(pieces.pieces) * pieces.rows; c += kFlatThreads) {
+        float value = 0.f;
+        if (c < pieces.channels)
+          value = params.of_sample ? params.of_sample[loaded * pieces.channels + c] : params.coefficient.at(c);
+        shared.coefficient[c] = value;
+      }
     }
     wait_for_copies();
     __syncthreads();
-    const int accesses = accesses_of<T>(piece.rows * pieces.positions);
-    for (int column = own.column; column < own.columns; column += kFlatThreads) {
-      const FlatColumn<V> elements(column, pieces.positions);
-      float sum[V] = {};
-      const float* coefficient = shared.coefficient + own.group * pieces.unit_rows;
-#pragma unroll 2
-      for (int a = own.group * own.columns + column; a < accesses; a += own.groups * own.columns) {
-        const Vector<T, V> values = shared.stage[a];
-#pragma unroll
-        for (int j = 0; j < V; j++) sum[j] += coefficient[elements.row[j]] * widen(values.data[j]);
-        coefficient += own.groups * pieces.unit_rows;
-      }
-      float* const to = shared.sums + own.group * pieces.unit() + column * V;
-#pragma unroll
-      for (int j = 0; j < V; j += 4) store_neighbours<4>(to + j, {sum[j], sum[j + 1], sum[j + 2], sum[j + 3]});
-    }
+    if (item + 1 < end) copy_piece(next, params.x, pieces.at(item + 1));
+    sum_units(pieces, piece, own, stage, shared);
     __syncthreads();
-    if (item + 1 < end) copy_piece(shared.stage, params.x, pieces.at(item + 1));
     for (int p = threadIdx.x; p < pieces.positions; p += kFlatThreads) {
       float total = 0.f;
 #pragma unroll 8
       for (int r = 0; r < own.groups * pieces.unit_rows; r++) total += shared.sums[r * pieces.positions + p];
       params.partial[static_cast<int64_t>(item) * pieces.positions + p] = total;
     }
+    std::swap(stage, next);
   }
 }
 
@@ -88,11 +102,16 @@ void launch_flat_position_sums(const PositionSumsParams<T>& params, const FlatPi
 
 // The sum of the pieces of a sample at a position, in their order.
 __device__ __forceinline__ float sum_of_pieces(const float* partial, const FlatPieces& pieces, int64_t sample, int position) {
-  const float* const from = partial + sample * pieces.pieces * pieces.positions + position;
+  constexpr int kTogether = 16;  // loads under way
+  const float* from = partial + sample * pieces.pieces * pieces.positions + position;
   float total = 0.f;
-  load_ahead<16>(
-      0, pieces.pieces, 1, [&](int64_t i) { return load_fresh(from + i * pieces.positions); },
-      [&](int64_t, float value) { total += value; });
+  for (int left = static_cast<int>(pieces.pieces); left > 0; left -= kTogether, from += kTogether * pieces.positions) {
+    float values[kTogether];
+#pragma unroll
+    for (int u = 0; u < kTogether; u++) values[u] = u < left ? load_fresh(from + u * pieces.positions) : 0.f;
+#pragma unroll
+    for (int u = 0; u < kTogether; u++) total += values[u];
+  }
   return total;
 }
 

@@ -92,6 +92,12 @@ __host__ __device__ constexpr int accesses_of(int elements) {
   return (elements + kWidest<T> - 1) / kWidest<T>;
 }
 
+// Of the largest piece.
+template <typename T>
+__host__ __device__ int stage_accesses(const FlatPieces& pieces) {
+  return accesses_of<T>(pieces.rows * pieces.positions);
+}
+
 // Starts to copy a piece to shared memory, where zeros follow it up to a whole access. Other threads of the block may read it
 // after wait_for_copies() and a barrier.
 template <typename T>
@@ -142,7 +148,7 @@ struct FlatColumn {
 // have to the kSums sums of a row, and put(row, sums) gets them in one of its lanes. W is a divisor of P. A thread has two rows at a time.
 template <int W, int kSums, typename Add, typename Put>
 __device__ __forceinline__ void sum_rows(const FlatPieces& pieces, int rows, const Add& add, const Put& put) {
-  constexpr int kTogether = 2;
+  constexpr int kTogether = 2, kUnroll = 4 / W;
   const int lanes = pieces.lanes, part = threadIdx.x % lanes, step = kFlatThreads / lanes;
   for (int first = 0; first < rows; first += kTogether * step) {
     int row[kTogether];
@@ -150,7 +156,7 @@ __device__ __forceinline__ void sum_rows(const FlatPieces& pieces, int rows, con
 #pragma unroll
     for (int i = 0; i < kTogether; i++) row[i] = first + static_cast<int>(threadIdx.x) / lanes + i * step;
     if (row[0] - static_cast<int>(threadIdx.x) % kWarp / lanes >= rows) continue;  // no row of this warp is there
-#pragma unroll 4
+#pragma unroll kUnroll
     for (int p = part * W; p < pieces.positions; p += lanes * W) {
 #pragma unroll
       for (int i = 0; i < kTogether; i++) add(sums[i], row[i] < rows ? row[i] : 0, p);
