@@ -92,18 +92,15 @@ CudaFlatCut plan_cuda_flat_cut(int64_t channels, int64_t positions, int64_t elem
   const int64_t bytes = std::clamp(channels * row_bytes / kPieces, kLeastBytes, kMostBytes);
   const int64_t pieces = ceil_div(channels, whole_units(bytes / row_bytes));
   const int64_t rows = ceil_div(ceil_div(channels, pieces), unit) * unit;
-  // Enough lanes that all threads of a block have a row to work on; and where a lane reads several elements at a time, enough
-  // that those which read together have neighbours.
-  const int64_t accesses = positions / row_vector, neighbours = row_vector > 1 && accesses >= 24 ? 16 : 1;
-  int64_t lanes = 1;
-  while (lanes < std::min<int64_t>(32, accesses) && (rows * lanes < kCudaFlatThreads || lanes < neighbours)) lanes *= 2;
-  return {rows, ceil_div(channels, rows), static_cast<int>(unit), static_cast<int>(row_vector), static_cast<int>(lanes)};
+  const int lanes = rows < kCudaFlatThreads / 2 ? kCudaFlatManyLanes : kCudaFlatFewLanes;  // a thread has two rows at a time
+  return {rows, ceil_div(channels, rows), static_cast<int>(unit), static_cast<int>(row_vector), lanes};
 }
 
 bool plan_cuda_flat(const CudaShape& shape, const CudaTuning& tuning) {
   if (tuning.engine != 2 || tuning.streamed || shape.channels_last || shape.element_size > 4) return false;
   const bool wide = cuda_vector(shape) * shape.element_size == 16;
   if (wide && shape.positions >= kCudaShortRow) return false;
+  if (shape.positions + 1 < 16 / shape.element_size) return false;
   if (shape.channels > kCudaFlatChannels || shape.positions > kCudaFlatPositions) return false;
   const CudaFlatCut cut = plan_cuda_flat_cut(shape.channels, shape.positions, shape.element_size);
   return cut.pieces <= kCudaFlatPieces && cut.unit_rows * shape.positions <= kCudaFlatUnit;

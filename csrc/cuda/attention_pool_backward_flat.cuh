@@ -11,7 +11,7 @@ namespace gcnet_ext::cuda {
 template <typename T>
 struct PoolBackwardFlatShared {
   Vector<T, kWidest<T>>*x, *grad;
-  float *scale, *grad_context, *weight;  // [rows]
+  float *scale, *grad_context, *weight;  // [rows], and one more
   float *attention, *grad_logit;         // [P]
   uint8_t* counts;                       // [P]
   float* dots;                           // [warps]
@@ -20,9 +20,9 @@ struct PoolBackwardFlatShared {
     const int accesses = stage_accesses<T>(pieces);
     memory.take(x, accesses);
     memory.take(grad, accesses);
-    memory.take(scale, pieces.rows);
-    memory.take(grad_context, pieces.rows);
-    memory.take(weight, pieces.rows);
+    memory.take(scale, pieces.rows + 1);
+    memory.take(grad_context, pieces.rows + 1);
+    memory.take(weight, pieces.rows + 1);
     memory.take(attention, pieces.positions);
     memory.take(grad_logit, pieces.positions);
     memory.take(counts, pieces.positions);
@@ -53,25 +53,19 @@ __device__ __forceinline__ void find_position_factors(const PoolBackwardParams<T
   }
 }
 
-// dw_c = sum_p dl_p (x_cp - context_c) for the rows of a piece, over the positions that count.
-template <bool kValid, int W, typename T>
-__device__ __forceinline__ void grad_weight_of_rows(const PoolBackwardParams<T>& params, const FlatPieces& pieces,
-                                                    const FlatPiece& piece, const PoolBackwardFlatShared<T>& shared) {
+// dw_c = sum_p dl_p (x_cp - context_c) for the rows of a piece.
+template <typename T>
+__device__ __forceinline__ void put_grad_weight(const PoolBackwardParams<T>& params, const FlatPieces& pieces,
+                                                const FlatPiece& piece, const PoolBackwardFlatShared<T>& shared) {
   const int64_t first = piece.sample * pieces.channels + piece.first_row;
-  const T* const x = reinterpret_cast<const T*>(shared.x);
-  sum_rows<W, 2>(
-      pieces, piece.rows,
-      [&](float(&sums)[2], int row, int p) {
-        const auto values = neighbours<W>(x + row * pieces.positions + p);
-        const auto grad_logits = neighbours<W>(shared.grad_logit + p);
-#pragma unroll
-        for (int j = 0; j < W; j++) {
-          const bool counts = !kValid || shared.counts[p + j];
-          sums[0] += counts ? grad_logits.data[j] * widen(values.data[j]) : 0.f;
-          sums[1] += grad_logits.data[j];
-        }
-      },
-      [&](int row, const float(&sums)[2]) { params.partial[first + row] = sums[0] - sums[1] * params.context[first + row]; });
+  float sum = 0.f;
+  for (int p = threadIdx.x % kWarp; p < pieces.positions; p += kWarp) sum += shared.grad_logit[p];
+  sum = warp_sum(sum);
+  with_row_access(pieces, [&](auto width, auto lanes) {
+    sum_products<width, lanes>(
+        reinterpret_cast<const T*>(shared.x), shared.grad_logit, piece.rows, pieces.positions,
+        [&](int row, float total) { params.partial[first + row] = total - sum * params.context[first + row]; });
+  });
 }
 
 // dx_cp = g_cp s_c + m_p dctx_c + dl_p w_c, or g_cp s_c at a position that does not count.
@@ -85,21 +79,29 @@ __device__ __forceinline__ void put_grad_x(const FlatMap<T>& grad_x, bool has_gr
   for (int column = own.column; column < own.columns; column += kFlatThreads) {
     const FlatColumn<V> place(column, pieces.positions);
     PositionFactors<float> at[V];
+    uint32_t in_first_row[V];
     bool counts[V];
 #pragma unroll
     for (int j = 0; j < V; j++) {
-      const int p = place.position[j];
+      const int p = place.position_of(j);
       at[j] = {shared.attention[p], shared.grad_logit[p]};
+      in_first_row[j] = place.in_first_row(j);
       counts[j] = !kValid || shared.counts[p];
     }
-    int row = own.group * pieces.unit_rows;
+    int row = own.group * pieces.unit_rows + place.row;
     for (int a = own.group * own.columns + column; a < accesses; a += own.groups * own.columns) {
       Vector<T, V> values = {};
       if (has_grad) values = shared.grad[a];
+      const auto factors = [&](int r) {
+        return ChannelFactors<float>{shared.scale[r], shared.grad_context[r], shared.weight[r]};
+      };
+      const ChannelFactors<float> first = factors(row), second = factors(row + 1);
 #pragma unroll
       for (int j = 0; j < V; j++) {
-        const int r = row + place.row[j];
-        const ChannelFactors<float> of_channel{shared.scale[r], shared.grad_context[r], shared.weight[r]};
+        const auto of_row = [&](float of_first, float of_second) { return blend(in_first_row[j], of_first, of_second); };
+        const ChannelFactors<float> of_channel{of_row(first.scale, second.scale),
+                                               of_row(first.grad_context, second.grad_context),
+                                               of_row(first.weight, second.weight)};
         const float grad = widen(values.data[j]);
         values.data[j] = static_cast<T>(counts[j] ? of_channel.grad_x(grad, at[j]) : grad * of_channel.scale);
       }
@@ -133,7 +135,7 @@ __global__ void __launch_bounds__(kFlatThreads, kFlatBlocks)
   int64_t merged = -1;
   for (unsigned item = end; item-- > begin;) {
     const FlatPiece piece = pieces.at(item);
-    for (int r = threadIdx.x; r < pieces.rows; r += kFlatThreads) {
+    for (int r = threadIdx.x; r <= pieces.rows; r += kFlatThreads) {
       const bool there = r < piece.rows;
       const int c = piece.first_row + r;
       const int64_t of_sample = piece.sample * pieces.channels + c;
@@ -148,10 +150,11 @@ __global__ void __launch_bounds__(kFlatThreads, kFlatBlocks)
     wait_for_copies();
     __syncthreads();
     if (maps.x.data) {
-      with_row_vector(pieces.row_vector, [&](auto width) {
-        if (params.valid.data) return grad_weight_of_rows<true, width>(params, pieces, piece, shared);
-        grad_weight_of_rows<false, width>(params, pieces, piece, shared);
-      });
+      if (params.valid.data) {
+        clear_uncounted(reinterpret_cast<T*>(shared.x), shared.counts, piece.rows, pieces.positions);
+        __syncthreads();
+      }
+      put_grad_weight(params, pieces, piece, shared);
     }
     if (maps.grad_x.data) {
       const bool has_grad = maps.grad.data != nullptr;

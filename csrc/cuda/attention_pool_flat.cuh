@@ -49,25 +49,6 @@ __device__ __forceinline__ void exponentials_of_logits(const FlatPieces& pieces,
   if (lane == 0) shared.of_warps[threadIdx.x / kWarp] = sum;
 }
 
-// context_c = sum_p m_p x_cp for the rows of a piece, over the positions that count.
-template <bool kValid, int W, typename T>
-__device__ __forceinline__ void context_of_rows(const PoolParams<T>& params, const FlatPieces& pieces, const FlatPiece& piece,
-                                                const T* x, float inverse, const PoolFlatShared<T>& shared) {
-  float* const context = params.context + piece.sample * pieces.channels + piece.first_row;
-  sum_rows<W, 1>(
-      pieces, piece.rows,
-      [&](float(&sum)[1], int row, int p) {
-        const auto values = neighbours<W>(x + row * pieces.positions + p);
-        const auto exponentials = neighbours<W>(shared.exponentials + p);
-#pragma unroll
-        for (int j = 0; j < W; j++) {
-          const bool counts = !kValid || shared.counts[p + j];
-          sum[0] += counts ? exponentials.data[j] * widen(values.data[j]) : 0.f;
-        }
-      },
-      [&](int row, const float(&sum)[1]) { context[row] = sum[0] * inverse; });
-}
-
 // The share of a piece in the attention of its sample.
 template <typename T>
 __device__ __forceinline__ void write_attention(const PoolParams<T>& params, const FlatPieces& pieces, const FlatPiece& piece,
@@ -108,10 +89,15 @@ __global__ void __launch_bounds__(kFlatThreads, kFlatBlocks)
 #pragma unroll
     for (int w = 0; w < kFlatWarps; w++) sum += shared.of_warps[w];
     const float inverse = params.valid.data && params.valid.shares[piece.sample] == 0.f ? 0.f : 1.f / sum;
-    with_row_vector(pieces.row_vector, [&](auto width) {
-      const T* const rows = reinterpret_cast<const T*>(stage);
-      if (params.valid.data) return context_of_rows<true, width>(params, pieces, piece, rows, inverse, shared);
-      context_of_rows<false, width>(params, pieces, piece, rows, inverse, shared);
+    T* const rows = reinterpret_cast<T*>(stage);
+    if (params.valid.data) {
+      clear_uncounted(rows, shared.counts, piece.rows, pieces.positions);
+      __syncthreads();
+    }
+    float* const context = params.context + piece.sample * pieces.channels + piece.first_row;
+    with_row_access(pieces, [&](auto width, auto lanes) {
+      sum_products<width, lanes>(rows, shared.exponentials, piece.rows, pieces.positions,
+                                 [&](int row, float total) { context[row] = total * inverse; });
     });
     if (params.attention) write_attention(params, pieces, piece, inverse, shared);
     std::swap(stage, next);

@@ -17,24 +17,27 @@ struct SumsFlatShared {
   }
 };
 
-template <bool kProducts, int W, typename T>
+template <bool kProducts, int W, int kLanes, typename T>
 __device__ __forceinline__ void sums_of_rows(const SumsParams<T>& params, const FlatPieces& pieces, const FlatPiece& piece,
                                              const SumsFlatShared<T>& shared) {
+  constexpr int kSums = 1 + kProducts, kTogether = kFlatRowsTogether;
   const T *const a = reinterpret_cast<const T*>(shared.a), *const b = reinterpret_cast<const T*>(shared.b);
-  sum_rows<W, 1 + kProducts>(
-      pieces, piece.rows,
-      [&](float(&sums)[1 + kProducts], int row, int p) {
-        const int at = row * pieces.positions + p;
-        const auto of_a = neighbours<W>(a + at);
-        Vector<T, W> of_b = {};
-        if constexpr (kProducts) of_b = neighbours<W>(b + at);
+  sum_rows<W, kLanes, kSums>(
+      piece.rows, pieces.positions,
+      [&](float(&sums)[kTogether][kSums], const int(&start)[kTogether], int p) {
 #pragma unroll
-        for (int j = 0; j < W; j++) {
-          sums[0] += widen(of_a.data[j]);
-          if constexpr (kProducts) sums[1] += widen(of_a.data[j]) * widen(of_b.data[j]);
+        for (int i = 0; i < kTogether; i++) {
+          const auto of_a = neighbours<W>(a + start[i] + p);
+          Vector<T, W> of_b = {};
+          if constexpr (kProducts) of_b = neighbours<W>(b + start[i] + p);
+#pragma unroll
+          for (int j = 0; j < W; j++) {
+            sums[i][0] += widen(of_a.data[j]);
+            if constexpr (kProducts) sums[i][1] += widen(of_a.data[j]) * widen(of_b.data[j]);
+          }
         }
       },
-      [&](int row, const float(&sums)[1 + kProducts]) {
+      [&](int row, const float(&sums)[kSums]) {
         params.put(piece.sample, piece.first_row + row, sums[0], kProducts ? sums[kProducts] : 0.f);
       });
 }
@@ -55,7 +58,8 @@ __global__ void __launch_bounds__(kFlatThreads, kFlatBlocks)
     const FlatPiece piece = pieces.at(item);
     wait_for_copies();
     __syncthreads();
-    with_row_vector(pieces.row_vector, [&](auto width) { sums_of_rows<kProducts, width>(params, pieces, piece, shared); });
+    with_row_access(pieces,
+                    [&](auto width, auto lanes) { sums_of_rows<kProducts, width, lanes>(params, pieces, piece, shared); });
     __syncthreads();
     if (item + 1 < end) copy(item + 1);
   }

@@ -5,8 +5,6 @@
 // with w, for the logits, or with dctx. The stage after it adds up the pieces of a sample in their order.
 #pragma once
 
-#include <utility>
-
 #include "flat_rows.cuh"
 #include "parameter.cuh"
 
@@ -23,12 +21,15 @@ struct PositionSumsParams {
 template <typename T>
 struct PositionSumsShared {
   Vector<T, kWidest<T>>* stages;  // [2, accesses]: of this piece and the next one
-  float* coefficient;             // [pieces, rows]: of the channels, and zeros behind them
+  float* coefficient;             // of the channels, and zeros up to the end of all pieces and one row more
   float* sums;                    // [groups, unit]
 
+  __host__ __device__ static int coefficients(const FlatPieces& pieces) {
+    return static_cast<int>(pieces.pieces) * pieces.rows + 1;
+  }
   __host__ __device__ PositionSumsShared(auto& memory, const FlatPieces& pieces) {
     memory.take(stages, 2 * stage_accesses<T>(pieces));
-    memory.take(coefficient, pieces.pieces * pieces.rows);
+    memory.take(coefficient, coefficients(pieces));
     memory.take(sums, FlatColumns::groups_of(pieces.unit() / kWidest<T>) * pieces.unit());
   }
 };
@@ -40,14 +41,18 @@ __device__ __forceinline__ void sum_units(const FlatPieces& pieces, const FlatPi
   constexpr int V = kWidest<T>;
   const int accesses = accesses_of<T>(piece.rows * pieces.positions), step = own.groups * own.columns;
   for (int column = own.column; column < own.columns; column += kFlatThreads) {
-    const FlatColumn<V> elements(column, pieces.positions);
-    const float* coefficient = shared.coefficient + piece.first_row + own.group * pieces.unit_rows;
+    const FlatColumn<V> place(column, pieces.positions);
+    const float* coefficient = shared.coefficient + piece.first_row + own.group * pieces.unit_rows + place.row;
+    uint32_t in_first_row[V];
     float sum[V] = {};
+#pragma unroll
+    for (int j = 0; j < V; j++) in_first_row[j] = place.in_first_row(j);
 #pragma unroll 2
     for (int a = own.group * own.columns + column; a < accesses; a += step) {
       const Vector<T, V> values = stage[a];
+      const float first = coefficient[0], second = coefficient[1];
 #pragma unroll
-      for (int j = 0; j < V; j++) sum[j] += coefficient[elements.row[j]] * widen(values.data[j]);
+      for (int j = 0; j < V; j++) sum[j] += blend(in_first_row[j], first, second) * widen(values.data[j]);
       coefficient += own.groups * pieces.unit_rows;
     }
     float* const to = shared.sums + own.group * pieces.unit() + column * V;
@@ -71,13 +76,13 @@ __global__ void __launch_bounds__(kFlatThreads, kFlatBlocks)
     const FlatPiece piece = pieces.at(item);
     if (loaded < 0 || (params.of_sample && loaded != piece.sample)) {
       loaded = piece.sample;
-#pragma unroll 8
-      for (int c = threadIdx.x; c < static_cast<int>(pieces.pieces) * pieces.rows; c += kFlatThreads) {
-        float value = 0.f;
-        if (c < pieces.channels)
-          value = params.of_sample ? params.of_sample[loaded * pieces.channels + c] : params.coefficient.at(c);
-        shared.coefficient[c] = value;
-      }
+      load_ahead<8>(
+          threadIdx.x, shared.coefficients(pieces), kFlatThreads,
+          [&](int64_t c) {
+            if (c >= pieces.channels) return 0.f;
+            return params.of_sample ? params.of_sample[loaded * pieces.channels + c] : params.coefficient.at(c);
+          },
+          [&](int64_t c, float value) { shared.coefficient[c] = value; });
     }
     wait_for_copies();
     __syncthreads();

@@ -6,6 +6,8 @@
 // after the other meets the same positions in each: what belongs to them stays in its registers.
 #pragma once
 
+#include <utility>
+
 #include "feature_map.cuh"
 #include "items.cuh"
 #include "reduce.cuh"
@@ -113,6 +115,16 @@ __device__ __forceinline__ void copy_piece(Vector<T, kWidest<T>>* stage, const F
       [&](int64_t i) { return i < elements ? load(from + i) : T(0.0f); }, [&](int64_t i, T value) { narrow[i] = value; });
 }
 
+// W neighbours in shared memory.
+template <int W, typename Value>
+__device__ __forceinline__ Vector<Value, W> neighbours(const Value* from) {
+  return *reinterpret_cast<const Vector<Value, W>*>(from);
+}
+template <int W, typename Value>
+__device__ __forceinline__ void store_neighbours(Value* to, const Vector<Value, W>& values) {
+  *reinterpret_cast<Vector<Value, W>*>(to) = values;
+}
+
 // ---- sums over the rows, for every position --------------------------------------------------------------------------------------
 
 // The columns of a thread: those numbered column, column + kFlatThreads, ... below columns(). Where a unit has few, the block
@@ -128,64 +140,94 @@ struct FlatColumns {
   }
 };
 
-// The row within the unit and the position of every element of a column.
+// Where the elements of a column lie, V neighbours that are in one row or in two.
 template <int V>
 struct FlatColumn {
-  int row[V], position[V];
+  int row, position;  // of the first element; the row within the unit
+  int before;         // elements that are in that row
 
-  __device__ FlatColumn(int column, int positions) {
-#pragma unroll
-    for (int j = 0; j < V; j++) {
-      row[j] = (column * V + j) / positions;
-      position[j] = column * V + j - row[j] * positions;
-    }
-  }
+  __device__ FlatColumn(int column, int positions)
+      : row(column * V / positions), position(column * V - row * positions), before(positions - position) {}
+
+  // All bits set where an element is in the first row, for blend().
+  __device__ uint32_t in_first_row(int j) const { return j < before ? ~0u : 0u; }
+  __device__ int position_of(int j) const { return j < before ? position + j : j - before; }
 };
 
-// ---- sums over the positions, for every row --------------------------------------------------------------------------------------
+// ---- sums over the positions, for every row ------------------------------------------------------------------------------------
 
-// Adds up rows over their positions, each by pieces.lanes lanes: add(sums, row, p) adds what W neighbours from position p on
-// have to the kSums sums of a row, and put(row, sums) gets them in one of its lanes. W is a divisor of P. A thread has two rows at a time.
-template <int W, int kSums, typename Add, typename Put>
-__device__ __forceinline__ void sum_rows(const FlatPieces& pieces, int rows, const Add& add, const Put& put) {
-  constexpr int kTogether = 2, kUnroll = 4 / W;
-  const int lanes = pieces.lanes, part = threadIdx.x % lanes, step = kFlatThreads / lanes;
-  for (int first = 0; first < rows; first += kTogether * step) {
-    int row[kTogether];
+// Adds up rows over their positions, each by kLanes lanes, kTogether rows of a thread at a time: add(sums, starts, p) adds what W
+// neighbours from position p on have to the kSums sums of each row, whose first elements are number starts[...] of the piece, and
+// put(row, sums) gets the sums in one of the lanes. P is a multiple of W.
+constexpr int kFlatRowsTogether = 2;
+
+template <int W, int kLanes, int kSums, typename Add, typename Put>
+__device__ __forceinline__ void sum_rows(int rows, int positions, const Add& add, const Put& put) {
+  constexpr int kTogether = kFlatRowsTogether, kStep = kFlatThreads / kLanes, kRowsOfWarp = kWarp / kLanes;
+  const int part = threadIdx.x % kLanes, warp_row = threadIdx.x / kWarp * kRowsOfWarp;
+  for (int first = 0; first < rows; first += kTogether * kStep) {
+    // The rows of a thread are so far apart that as few warps as possible have something to do.
+    const int left = (rows - first + kTogether - 1) / kTogether, whole = (left + kRowsOfWarp - 1) / kRowsOfWarp * kRowsOfWarp;
+    const int hop = whole < kStep ? whole : kStep;
+    if (warp_row >= hop) continue;
+    int row[kTogether], start[kTogether];
     float sums[kTogether][kSums] = {};
 #pragma unroll
-    for (int i = 0; i < kTogether; i++) row[i] = first + static_cast<int>(threadIdx.x) / lanes + i * step;
-    if (row[0] - static_cast<int>(threadIdx.x) % kWarp / lanes >= rows) continue;  // no row of this warp is there
-#pragma unroll kUnroll
-    for (int p = part * W; p < pieces.positions; p += lanes * W) {
-#pragma unroll
-      for (int i = 0; i < kTogether; i++) add(sums[i], row[i] < rows ? row[i] : 0, p);
+    for (int i = 0; i < kTogether; i++) {
+      row[i] = first + static_cast<int>(threadIdx.x) / kLanes + i * hop;
+      start[i] = (row[i] < rows ? row[i] : 0) * positions;
     }
+#pragma unroll 4
+    for (int p = part * W; p < positions; p += kLanes * W) add(sums, start, p);
 #pragma unroll
     for (int i = 0; i < kTogether; i++) {
 #pragma unroll
-      for (int s = 0; s < kSums; s++) sums[i][s] = sum_over_lanes(sums[i][s], 1, lanes / 2);
+      for (int s = 0; s < kSums; s++) sums[i][s] = sum_over_lanes(sums[i][s], 1, kLanes / 2);
       if (part == 0 && row[i] < rows) put(row[i], sums[i]);
     }
   }
 }
 
-// Calls body with the neighbours in a row that are read together, up to four, as a constant.
+// Calls body with the neighbours in a row that are read together, up to four, and the lanes of a row, as constants.
 template <typename Body>
-__device__ __forceinline__ void with_row_vector(int row_vector, const Body& body) {
-  if (row_vector >= 4) return body(std::integral_constant<int, 4>{});
-  if (row_vector == 2) return body(std::integral_constant<int, 2>{});
-  body(std::integral_constant<int, 1>{});
+__device__ __forceinline__ void with_row_access(const FlatPieces& pieces, const Body& body) {
+  const auto with_lanes = [&](auto width) {
+    if (pieces.lanes == kCudaFlatFewLanes) return body(width, std::integral_constant<int, kCudaFlatFewLanes>{});
+    body(width, std::integral_constant<int, kCudaFlatManyLanes>{});
+  };
+  if (pieces.row_vector >= 4) return with_lanes(std::integral_constant<int, 4>{});
+  if (pieces.row_vector == 2) return with_lanes(std::integral_constant<int, 2>{});
+  with_lanes(std::integral_constant<int, 1>{});
 }
 
-// W neighbours in shared memory.
-template <int W, typename Value>
-__device__ __forceinline__ Vector<Value, W> neighbours(const Value* from) {
-  return *reinterpret_cast<const Vector<Value, W>*>(from);
+// The sum of coefficient_p x_p over the positions of every row of a piece; put(row, sum) gets it.
+template <int W, int kLanes, typename T, typename Put>
+__device__ __forceinline__ void sum_products(const T* x, const float* coefficient, int rows, int positions, const Put& put) {
+  sum_rows<W, kLanes, 1>(
+      rows, positions,
+      [&](float(&sums)[kFlatRowsTogether][1], const int(&start)[kFlatRowsTogether], int p) {
+        const auto factors = neighbours<W>(coefficient + p);
+#pragma unroll
+        for (int i = 0; i < kFlatRowsTogether; i++) {
+          const auto values = neighbours<W>(x + start[i] + p);
+#pragma unroll
+          for (int j = 0; j < W; j++) sums[i][0] += factors.data[j] * widen(values.data[j]);
+        }
+      },
+      [&](int row, const float(&sum)[1]) { put(row, sum[0]); });
 }
-template <int W, typename Value>
-__device__ __forceinline__ void store_neighbours(Value* to, const Vector<Value, W>& values) {
-  *reinterpret_cast<Vector<Value, W>*>(to) = values;
+
+// Puts zeros in the place of the values of a piece at positions that do not count, which may be NaN. Needs a barrier before and
+// after it.
+template <typename T>
+__device__ __forceinline__ void clear_uncounted(T* x, const uint8_t* counts, int rows, int positions) {
+  int p = threadIdx.x % positions;
+  const int step = kFlatThreads % positions;
+  for (int i = threadIdx.x; i < rows * positions; i += kFlatThreads) {
+    if (!counts[p]) x[i] = T(0.0f);
+    p += step;
+    if (p >= positions) p -= positions;
+  }
 }
 
 }  // namespace gcnet_ext::cuda

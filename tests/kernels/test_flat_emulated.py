@@ -26,7 +26,7 @@ from gcnet_ext._tuning import CudaTuning, cuda_tuning
 ENGINE = CudaTuning(engine=2)
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 SCHEDULES = [(schedule, seed) for schedule in ("depth-first", "round-robin") for seed in (0, 2)]
-SHAPES = ((3, 1, 7, 7), (2, 3, 1, 1), (3, 300, 7, 7), (3, 301, 5, 10), (2, 640, 14, 14), (3, 70, 15, 17), (1, 40, 25, 42))
+SHAPES = ((3, 1, 7, 7), (2, 3, 1, 7), (3, 300, 7, 7), (3, 301, 5, 10), (2, 640, 14, 14), (3, 70, 15, 17), (1, 40, 25, 42))
 
 
 @pytest.fixture(scope="module", autouse=True)
