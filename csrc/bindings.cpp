@@ -51,7 +51,8 @@ py::dict plan_cuda(const gcnet_ext::CudaShape& shape, const gcnet_ext::CudaTunin
   const auto slices = gcnet_ext::plan_cuda_transform_slices(shape.channels);
   const auto backward = gcnet_ext::plan_cuda_pool_backward(shape, tuning);
   const auto sums = gcnet_ext::plan_cuda_sums_items(shape, tuning);
-  const char* paths[] = {"rows", "positions", "streamed", "row_items", "position_items"};
+  const auto flat = gcnet_ext::plan_cuda_flat_cut(shape.channels, shape.positions, shape.element_size);
+  const char* paths[] = {"rows", "positions", "streamed", "row_items", "position_items", "flat"};
   return py::dict("path"_a = paths[static_cast<int>(pool.path)], "vector"_a = pool.vector, "threads"_a = pool.threads,
                   "tile"_a = pool.tile_positions, "tiles_per_split"_a = pool.tiles_per_split, "splits"_a = pool.splits,
                   "row_lanes"_a = row_lanes, "slice_channels"_a = slices.channels, "slices"_a = slices.slices,
@@ -59,7 +60,8 @@ py::dict plan_cuda(const gcnet_ext::CudaShape& shape, const gcnet_ext::CudaTunin
                   "backward_tile"_a = backward.tile_positions, "backward_tiles_per_split"_a = backward.tiles_per_split,
                   "backward_splits"_a = backward.splits, "sums_lanes"_a = sums.lanes, "sums_rows"_a = sums.rows,
                   "sums_channel_groups"_a = sums.channel_groups, "sums_split"_a = sums.split_positions,
-                  "sums_splits"_a = sums.splits);
+                  "sums_splits"_a = sums.splits, "flat_rows"_a = flat.rows, "flat_pieces"_a = flat.pieces,
+                  "flat_unit_rows"_a = flat.unit_rows, "flat_row_vector"_a = flat.row_vector, "flat_lanes"_a = flat.lanes);
 }
 
 using Decisions = std::array<int64_t, sizeof(gcnet_ext::CudaTuning) / sizeof(int64_t)>;  // in the order of CudaTuning

@@ -1,6 +1,7 @@
 #include "plan_cuda.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace gcnet_ext {
 namespace {
@@ -73,6 +74,10 @@ CudaPoolPlan plan_cuda_pool(const CudaShape& shape, const CudaTuning& tuning) {
     }
   } else {
     const int64_t larger = tuning.larger_tile;
+    if (plan_cuda_flat(shape, tuning)) {
+      plan = {CudaPoolPath::flat, static_cast<int>(16 / shape.element_size), 0, kCudaFlatThreads, shape.positions, 1, 1};
+      return plan;
+    }
     if (tuning.engine == 2 && vector * shape.element_size == 16)
       fit(kCudaRowItemTiles, vector, shape.channels, larger, plan, CudaPoolPath::row_items);
     if (vector * shape.element_size == 16) fit(kCudaRowTiles, vector, shape.channels, larger, plan);
@@ -85,6 +90,7 @@ CudaPoolPlan plan_cuda_pool(const CudaShape& shape, const CudaTuning& tuning) {
 }
 
 CudaPoolPlan plan_cuda_pool_backward(const CudaShape& shape, const CudaTuning& tuning) {
+  if (plan_cuda_flat(shape, tuning)) return plan_cuda_pool(shape, tuning);
   CudaTuning of_first_engine = tuning;
   of_first_engine.engine = 1;
   CudaPoolPlan plan = plan_cuda_pool(shape, of_first_engine);
@@ -100,6 +106,28 @@ CudaPoolPlan plan_cuda_pool_backward(const CudaShape& shape, const CudaTuning& t
   }
   cut(plan, shape.positions, /*least_tiles=*/1, plan_cuda_most_splits(tuning, kCudaMaxBackwardItemSplits));
   return plan;
+}
+
+CudaFlatCut plan_cuda_flat_cut(int64_t channels, int64_t positions, int64_t element_size) {
+  constexpr int64_t kLeastBytes = 16 << 10, kMostBytes = 32 << 10, kPieces = 16;
+  const int64_t row_bytes = positions * element_size, vector = std::max<int64_t>(1, 16 / element_size);
+  const int64_t row_vector = std::gcd(positions, vector), unit = vector / row_vector;
+  const auto whole_units = [&](int64_t rows) { return std::max<int64_t>(1, rows / unit) * unit; };
+  const int64_t bytes = std::clamp(channels * row_bytes / kPieces, kLeastBytes, kMostBytes);
+  const int64_t pieces = ceil_div(channels, whole_units(bytes / row_bytes));
+  const int64_t rows = ceil_div(ceil_div(channels, pieces), unit) * unit;
+  const int lanes = rows < kCudaFlatThreads / 2 ? kCudaFlatManyLanes : kCudaFlatFewLanes;  // a thread has two rows at a time
+  return {rows, ceil_div(channels, rows), static_cast<int>(unit), static_cast<int>(row_vector), lanes};
+}
+
+bool plan_cuda_flat(const CudaShape& shape, const CudaTuning& tuning) {
+  if (tuning.engine != 2 || tuning.streamed || shape.channels_last || shape.element_size > 4) return false;
+  const bool wide = cuda_vector(shape) * shape.element_size == 16;
+  if (wide && shape.positions >= kCudaShortRow) return false;
+  if (shape.positions + 1 < 16 / shape.element_size) return false;
+  if (shape.channels > kCudaFlatChannels || shape.positions > kCudaFlatPositions) return false;
+  const CudaFlatCut cut = plan_cuda_flat_cut(shape.channels, shape.positions, shape.element_size);
+  return cut.pieces <= kCudaFlatPieces && cut.unit_rows * shape.positions <= kCudaFlatUnit;
 }
 
 int64_t plan_cuda_pieces(int64_t samples, int64_t pieces, int64_t slots) {

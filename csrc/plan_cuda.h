@@ -53,11 +53,12 @@ inline constexpr std::array<CudaRowTile, 4> kCudaRowBackwardItemTiles{
 
 // How a feature map is read that is needed twice, for the logits and for the weighted sum.
 enum class CudaPoolPath {
-  rows,           // NCHW: a tile of rows stays in the registers of a block (kCudaRowTiles)
-  positions,      // channels_last: a few positions stay in the registers of one to sixteen warps
-  streamed,       // any shape: a tile is read twice, the second time from the caches
-  row_items,      // rows, in the second engine: the next tile is on its way while a block works on one (kCudaRowItemTiles)
-  position_items  // positions, in the same way
+  rows,            // NCHW: a tile of rows stays in the registers of a block (kCudaRowTiles)
+  positions,       // channels_last: a few positions stay in the registers of one to sixteen warps
+  streamed,        // any shape: a tile is read twice, the second time from the caches
+  row_items,       // rows, in the second engine: the next tile is on its way while a block works on one (kCudaRowItemTiles)
+  position_items,  // positions, in the same way
+  flat             // NCHW in the second engine, rows that are short or odd: pieces of whole rows (plan_cuda_flat_cut)
 };
 
 struct CudaPoolPlan {
@@ -74,6 +75,24 @@ struct CudaPoolPlan {
 CudaPoolPlan plan_cuda_pool(const CudaShape& shape, const CudaTuning& tuning = {});
 // Of the backward pass, which has items of its own in the second engine (kCudaRowBackwardItemTiles).
 CudaPoolPlan plan_cuda_pool_backward(const CudaShape& shape, const CudaTuning& tuning = {});
+
+// How an NCHW sample whose rows lie one behind the other is cut into pieces of whole rows for the stages of
+// csrc/cuda/flat_rows.cuh. Every piece begins at a multiple of 16 bytes from the start of the sample.
+struct CudaFlatCut {
+  int64_t rows, pieces;  // of a piece (the last one may have fewer); of a sample
+  int unit_rows;         // after so many rows, the accesses of 16 bytes begin with a row again
+  int row_vector;        // the elements of the widest access, of at most 16 bytes, that the start of every row allows
+  int lanes;             // of a row, in sums over its positions: kCudaFlatFewLanes or kCudaFlatManyLanes
+};
+CudaFlatCut plan_cuda_flat_cut(int64_t channels, int64_t positions, int64_t element_size);
+
+// Whether a map takes those stages: its rows allow no access of 16 bytes or are few such accesses long, no access has elements of
+// three rows, and a sample has so few pieces that every block can merge the results of all.
+bool plan_cuda_flat(const CudaShape& shape, const CudaTuning& tuning);
+inline constexpr int64_t kCudaFlatChannels = 2048, kCudaFlatPositions = 1088, kCudaFlatPieces = 32;
+inline constexpr int64_t kCudaFlatUnit = 4224;  // elements of unit_rows rows, at most
+inline constexpr int64_t kCudaShortRow = 256;   // positions below which rows of 16-byte accesses take those stages, too
+inline constexpr int kCudaFlatThreads = 256, kCudaFlatFewLanes = 2, kCudaFlatManyLanes = 16;
 
 // The number of a sample's pieces that a block should do so that all are done soonest, if `slots` blocks run at a time.
 int64_t plan_cuda_pieces(int64_t samples, int64_t pieces, int64_t slots);

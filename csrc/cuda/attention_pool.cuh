@@ -14,6 +14,7 @@
 // Without a weight the pool averages: context_c = sum_p x_cp / P.
 #pragma once
 
+#include "attention_pool_flat.cuh"
 #include "attention_pool_merge.cuh"
 #include "attention_pool_position_items.cuh"
 #include "attention_pool_positions.cuh"
@@ -35,11 +36,13 @@ CudaPoolPlan first_engine_pool_plan(const CudaShape& shape, const Valid<T>& vali
 
 // The plan for the current device, on which not every kernel of the second engine may have the shared memory that it needs.
 template <typename T>
-CudaPoolPlan pool_plan(const CudaShape& shape, const Valid<T>& valid, const Extent& extent) {
-  const CudaPoolPlan plan = plan_cuda_pool(shape, tuning());
+CudaPoolPlan pool_plan(const Extent& extent, const Map<const T>& x, const Valid<T>& valid) {
+  const CudaShape shape = common_shape<T>(extent, x);
   if constexpr (!std::is_same_v<T, double>) {
+    const CudaPoolPlan plan = plan_cuda_pool(shape, tuning());
     if (plan.path == CudaPoolPath::row_items && row_items_fit<T>(plan, extent.samples)) return plan;
     if (plan.path == CudaPoolPath::position_items && position_items_fit<T>(plan, extent)) return plan;
+    if (plan.path == CudaPoolPath::flat && is_flat(x, extent) && flat_pool_fits<T>(extent)) return plan;
   }
   return first_engine_pool_plan(shape, valid);
 }
@@ -53,10 +56,18 @@ void launch_attention_pool(PoolParams<T> params, const CudaPoolPlan& plan, cudaS
     if (plan.path == CudaPoolPath::rows) return launch_attention_pool_rows(params, plan, stream);
     if (plan.path == CudaPoolPath::row_items) return launch_attention_pool_row_items(params, plan, stream);
     if (plan.path == CudaPoolPath::position_items) return launch_attention_pool_position_items(params, plan, stream);
+    if (plan.path == CudaPoolPath::flat) return launch_attention_pool_flat(params, stream);
   }
   launch_attention_pool_streamed(params, plan, stream);
 }
 GCNET_EXT_COMPILED_ELSEWHERE(launch_attention_pool)
+
+// The partial results that the launches of a plan leave for those after them.
+template <typename T>
+int64_t pool_partials(const CudaPoolPlan& plan, const Extent& extent) {
+  if (plan.path != CudaPoolPath::flat) return extent.samples * plan.splits * (extent.channels + 2);
+  return extent.samples * plan_cuda_flat_cut(extent.channels, extent.positions, sizeof(T)).pieces * extent.positions;
+}
 
 // Computes the context of all samples; also the attention, if there is a weight, and the transform, if it is in the tail. Of
 // the params, this sets splits, partial, arrived and the shares of valid.
@@ -65,11 +76,13 @@ void attention_pool(PoolParams<T>& params, Workspace& workspace, cudaStream_t st
   const Extent& extent = params.extent;
   params.valid = with_shares(params.valid, extent, workspace, stream);
   if (params.weight.data) {
-    const CudaPoolPlan plan = pool_plan(common_shape<T>(extent, params.x), params.valid, extent);
-    params.partial = workspace.take<acc_t<T>>(extent.samples * plan.splits * (extent.channels + 2));
+    const CudaPoolPlan plan = pool_plan(extent, params.x, params.valid);
+    const bool flat = plan.path == CudaPoolPath::flat;
+    params.partial = workspace.take<acc_t<T>>(pool_partials<T>(plan, extent));
     params.splits = static_cast<unsigned>(plan.splits);
-    if (!params.merged_later && !plan.by_items()) params.arrived = workspace.zeros(extent.samples, stream);
+    if (!params.merged_later && !plan.by_items() && !flat) params.arrived = workspace.zeros(extent.samples, stream);
     launch_attention_pool(params, plan, stream);
+    if (flat) params.partial = nullptr;  // the context is there
     if (!params.merged_later && plan.by_items()) launch_attention_pool_merge(params, stream);
     return;
   }

@@ -14,6 +14,7 @@
 #pragma once
 
 #include "attention_pool.cuh"
+#include "attention_pool_backward_flat.cuh"
 #include "attention_pool_backward_position_items.cuh"
 #include "attention_pool_backward_positions.cuh"
 #include "attention_pool_backward_row_items.cuh"
@@ -24,32 +25,30 @@
 
 namespace gcnet_ext::cuda {
 
-inline bool by_items(const CudaPoolPlan& plan) {
-  return plan.path == CudaPoolPath::row_items || plan.path == CudaPoolPath::position_items;
-}
-
 // The plan for the current device, on which not every kernel of the second engine may have the shared memory that it needs.
 template <typename T>
 CudaPoolPlan pool_backward_plan(const PoolBackwardParams<T>& params) {
-  const CudaShape shape = common_shape<T>(params.extent, params.x, params.grad, params.grad_x);
-  const CudaPoolPlan plan = plan_cuda_pool_backward(shape, tuning());
-  const int64_t samples = params.extent.samples;
+  const Extent& extent = params.extent;
+  const CudaShape shape = common_shape<T>(extent, params.x, params.grad, params.grad_x);
   if constexpr (!std::is_same_v<T, double>) {
-    if (plan.path == CudaPoolPath::row_items && backward_row_items_fit<T>(plan, samples)) return plan;
-    if (plan.path == CudaPoolPath::position_items &&
-        items_fit(backward_position_items_bytes<T>(params.extent, plan), samples * plan.splits))
-      return plan;
+    const CudaPoolPlan plan = plan_cuda_pool_backward(shape, tuning());
+    if (plan.path == CudaPoolPath::row_items && backward_row_items_fit<T>(plan, extent.samples)) return plan;
+    if (plan.path == CudaPoolPath::position_items && backward_position_items_fit<T>(plan, extent)) return plan;
+    const bool flat = is_flat(params.x, extent) && is_flat(params.grad, extent) && is_flat(params.grad_x, extent);
+    if (plan.path == CudaPoolPath::flat && flat && flat_pool_backward_fits<T>(extent)) return plan;
   }
   return first_engine_pool_plan(shape, params.valid);
 }
 
-// Sets first_sample and splits of the params.
+// Sets first_sample and splits of the params. position_sums: the u_p of the pieces of the path `flat`.
 template <typename T>
-void launch_attention_pool_backward(PoolBackwardParams<T> params, const CudaPoolPlan& plan, cudaStream_t stream) {
+void launch_attention_pool_backward(PoolBackwardParams<T> params, const CudaPoolPlan& plan, acc_t<T>* position_sums,
+                                    cudaStream_t stream) {
   params.splits = static_cast<unsigned>(plan.splits);
   if constexpr (!std::is_same_v<T, double>) {
     if (plan.path == CudaPoolPath::row_items) return launch_attention_pool_backward_row_items(params, plan, stream);
     if (plan.path == CudaPoolPath::position_items) return launch_attention_pool_backward_position_items(params, plan, stream);
+    if (plan.path == CudaPoolPath::flat) return launch_attention_pool_backward_flat(params, position_sums, stream);
     if (plan.path == CudaPoolPath::positions) return launch_attention_pool_backward_positions(params, plan, stream);
     if (plan.path == CudaPoolPath::rows) return launch_attention_pool_backward_rows(params, plan, stream);
   }
@@ -77,7 +76,8 @@ void attention_pool_backward(PoolBackwardParams<T> params, const MutableParamete
     params.partial = workspace.take<A>(extent.samples * plan.splits * extent.channels);
     gradients.add({{params.partial, extent.channels, extent.channels}, {}, extent.samples * plan.splits, grad_weight});
   }
-  launch_attention_pool_backward(params, plan, stream);
+  A* const position_sums = plan.path == CudaPoolPath::flat ? workspace.take<A>(pool_partials<T>(plan, extent)) : nullptr;
+  launch_attention_pool_backward(params, plan, position_sums, stream);
 }
 
 }  // namespace gcnet_ext::cuda

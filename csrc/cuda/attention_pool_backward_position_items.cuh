@@ -203,6 +203,11 @@ size_t backward_position_items_bytes(const Extent& extent, const CudaPoolPlan& p
 }
 
 template <typename T>
+bool backward_position_items_fit(const CudaPoolPlan& plan, const Extent& extent) {
+  return items_fit(backward_position_items_bytes<T>(extent, plan), extent.samples * plan.splits);
+}
+
+template <typename T>
 void launch_attention_pool_backward_position_items(const PoolBackwardParams<T>& params, const CudaPoolPlan& plan,
                                                    cudaStream_t stream) {
   const Extent& extent = params.extent;

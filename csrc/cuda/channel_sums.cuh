@@ -9,9 +9,8 @@
 
 #include <algorithm>
 
-#include "../plan_cuda.h"
+#include "channel_sums_flat.cuh"
 #include "channel_sums_items.cuh"
-#include "shared_memory.cuh"
 
 namespace gcnet_ext::cuda {
 
@@ -248,6 +247,9 @@ void launch_sums_positions(SumsParams<T> params, const CudaShape& shape, Workspa
 template <typename T>
 void launch_channel_sums(SumsParams<T> params, Workspace& workspace, cudaStream_t stream) {
   const Extent& extent = params.extent;
+  if constexpr (!std::is_same_v<T, double>) {
+    if (channel_sums_are_flat(params)) return launch_channel_sums_flat(params, stream);
+  }
   if (sums_by_items(params)) return launch_sums_items(params, workspace, stream);
   if (!extent.channels_last && params.after == AfterSums::nothing) {
     params.arrived = nullptr;

@@ -1,8 +1,9 @@
-// The parameters of the sums over the positions of a feature map (channel_sums.cuh).
+// The parameters of the sums over the positions of a feature map (channel_sums.cuh), and what they do with a sum.
 #pragma once
 
 #include "feature_map.cuh"
 #include "launch.h"
+#include "shared_memory.cuh"
 #include "transform_backward.cuh"
 #include "valid_positions.cuh"
 

@@ -103,7 +103,7 @@ void mask_gradient(const uint8_t* positive, const Map<T>& grad_residual, bool wi
     return;
   }
   pool.positive = positive;
-  if (by_sums && (!with_dx || (pool.weight.data && by_items(pool_backward_plan(pool))))) return;
+  if (by_sums && (!with_dx || (pool.weight.data && pool_backward_plan(pool).by_items()))) return;
   Map<T> masked = grad_residual;
   if (!masked.data) {
     const int64_t C = extent.channels, P = extent.positions;

@@ -85,7 +85,7 @@ def test_every_channel_is_in_one_slice(channels):
     assert (found["slices"] - 1) * found["slice_channels"] < channels <= found["slices"] * found["slice_channels"]
 
 
-ENGINE_2 = [0, 0, 0, 0, 0, 2]  # of gcnet_ext._tuning.CudaTuning
+ENGINE_2 = CudaTuning(engine="v2").numbers()
 
 # C, P, bytes per element, channels_last -> path, threads, positions per tile, tiles per split, splits
 BACKWARD_BY_ITEMS = [
@@ -132,6 +132,63 @@ SUMS_BY_ITEMS = [
 def test_sums_by_items(arguments, expected):
     found = plan("cuda", *arguments, tuning=ENGINE_2)
     assert tuple(found[f"sums_{name}"] for name in ("lanes", "rows", "channel_groups", "splits")) == expected
+
+
+# C, P, bytes per element -> rows and pieces, rows of a unit, elements that a lane reads together, lanes of a row
+FLAT = [
+    ((2048, 49, 2), (160, 13, 8, 1, 2)),
+    ((2048, 49, 4), (128, 16, 4, 1, 2)),
+    ((1024, 196, 2), (64, 16, 2, 4, 16)),
+    ((1024, 196, 4), (41, 25, 1, 4, 16)),
+    ((512, 50, 2), (128, 4, 4, 2, 2)),
+    ((3, 7, 2), (8, 1, 8, 1, 16)),
+    ((2048, 3, 4), (1024, 2, 4, 1, 2)),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), FLAT, ids=str)
+def test_flat(arguments, expected):
+    found = plan("cuda", *arguments, tuning=ENGINE_2)
+    assert found["path"] == "flat"
+    assert tuple(found[f"flat_{name}"] for name in ("rows", "pieces", "unit_rows", "row_vector", "lanes")) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "path"),
+    [
+        ((256, 256, 2), "row_items"),
+        ((256, 255, 2), "flat"),
+        ((512, 784, 2), "row_items"),
+        ((64, 1050, 2), "flat"),
+        ((2048, 1050, 2), "rows"),  # too many pieces
+        ((64, 1087, 2), "rows"),  # a unit is too large
+        ((2049, 49, 2), "streamed"),
+        ((2048, 49, 8), "streamed"),
+        ((2048, 49, 2, True), "positions"),
+        ((2048, 6, 2), "rows"),  # an access has elements of three rows
+        ((2048, 2, 4), "rows"),
+    ],
+    ids=str,
+)
+def test_which_maps_are_flat(arguments, path):
+    assert plan("cuda", *arguments, tuning=ENGINE_2)["path"] == path
+    assert plan("cuda", *arguments)["path"] != "flat"
+
+
+@given(st.integers(1, 2048), st.integers(1, 1088), st.sampled_from((2, 4)), st.booleans())
+def test_every_flat_plan_covers_every_row_once_in_whole_accesses(channels, positions, size, aligned):
+    got = plan("cuda", channels, positions, size, False, aligned, tuning=ENGINE_2)
+    rows, pieces, unit, vector, lanes = (got[f"flat_{name}"] for name in ("rows", "pieces", "unit_rows", "row_vector", "lanes"))
+    assert (pieces - 1) * rows < channels <= pieces * rows
+    assert rows % unit == 0
+    assert unit * positions * size % 16 == 0
+    assert unit == 1 or (unit // 2) * positions * size % 16 != 0
+    assert positions % vector == 0
+    assert lanes in (2, 16)
+    if got["path"] == "flat":
+        assert pieces <= 32
+        assert rows * positions * size <= 34 << 10
+        assert unit * positions <= 4224
 
 
 SIZES = st.one_of(st.integers(1, 5000), st.integers(1, 2**40))

@@ -173,6 +173,7 @@ class Comparison {
 void test_attention_pool(bool small);
 void test_channel_fuse(bool small);
 void test_channel_sums(bool small);
+void test_flat_stages(bool small);
 void test_global_context(bool small);
 
 }  // namespace kernel_test

@@ -10,6 +10,7 @@ int main(int count, char** arguments) {
   std::map<std::string, void (*)(bool)> groups = {{"attention_pool", test_attention_pool},
                                                   {"channel_fuse", test_channel_fuse},
                                                   {"channel_sums", test_channel_sums},
+                                                  {"flat_stages", test_flat_stages},
                                                   {"global_context", test_global_context}};
   bool small = false, selected = false;
   for (int i = 1; i < count; i++) {
