@@ -118,7 +118,7 @@ def test_the_stages_of_the_transform(resources, instructions):
 
 
 def test_the_kernels_that_walk_items(resources, instructions):
-    """csrc/cuda/items.cuh: from sm_80 on, values come to shared memory in copies of 16 bytes, for which nobody waits at once. With
+    """csrc/cuda/items.cuh: from sm_80 on, values come to shared memory in copies of 16 bytes, and no one waits at once. With
     at most 128 registers a thread, enough blocks run at a time."""
     items = [kernel for kernel in resources if ITEMS.match(kernel)]
     assert len(items) >= 15
