@@ -243,7 +243,8 @@ void launch_sums_positions(SumsParams<T> params, const CudaShape& shape, Workspa
   launch_range(vector == 1 ? sums_positions<T, 1, false> : sums_positions<T, V, false>);
 }
 
-// Sets partial, first_sample and blocks_per_sample of the params, of which `positive` and `valid` are for sums_by_items() alone; also arrived, if it is null and a block finishes each sample.
+// Sets partial, first_sample and blocks_per_sample of the params; also arrived, if it is null and a block finishes each sample.
+// `positive` and `valid` are for sums by items alone: where one is set, the caller has asked sums_by_items().
 template <typename T>
 void launch_channel_sums(SumsParams<T> params, Workspace& workspace, cudaStream_t stream) {
   const Extent& extent = params.extent;

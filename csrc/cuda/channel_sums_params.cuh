@@ -20,7 +20,7 @@ struct SumsParams {
   Extent extent;
   MutableParameter<T> sum_a, sum_ab;  // [N, C]; either may be absent
   A factor = 1;                       // a factor of sum_a
-  A* partial = nullptr;               // [N, splits, 2, C], for channels_last
+  A* partial = nullptr;               // [N, splits, 2, C], where a sample has splits
   unsigned* arrived = nullptr;  // [N], zero before the launch: the blocks that are done; null if no block finishes a sample
   int64_t first_sample = 0;     // of this launch
   unsigned blocks_per_sample = 0;
