@@ -49,7 +49,8 @@ __device__ __forceinline__ void exponentials_of_logits(const FlatPieces& pieces,
   if (lane == 0) shared.of_warps[threadIdx.x / kWarp] = sum;
 }
 
-// The share of a piece in the attention of its sample.
+// The share of a piece in the attention of its sample. If all positions count, it does not read the counts, which another thread
+// may be writing for the next sample.
 template <typename T>
 __device__ __forceinline__ void write_attention(const PoolParams<T>& params, const FlatPieces& pieces, const FlatPiece& piece,
                                                 float inverse, const PoolFlatShared<T>& shared) {
@@ -58,7 +59,7 @@ __device__ __forceinline__ void write_attention(const PoolParams<T>& params, con
             each = (pieces.positions + pieces_of_sample - 1) / pieces_of_sample;
   const int begin = piece.number * each, left = pieces.positions - begin, count = left < each ? left : each;
   for (int p = begin + static_cast<int>(threadIdx.x); p < begin + count; p += kFlatThreads)
-    attention[p] = shared.counts[p] ? shared.exponentials[p] * inverse : 0.f;
+    attention[p] = !params.valid.data || shared.counts[p] ? shared.exponentials[p] * inverse : 0.f;
 }
 
 // The last piece is the first, because the caches have most of what the launch before this one has read last.
@@ -77,7 +78,6 @@ __global__ void __launch_bounds__(kFlatThreads, kFlatBlocks)
     const FlatPiece piece = pieces.at(item);
     if (piece.sample != merged) {
       merged = piece.sample;
-      __syncthreads();  // no thread needs the sample before this one any more
       merge_logits(params, pieces, merged, bias, shared);
       __syncthreads();
       exponentials_of_logits(pieces, shared);
@@ -89,6 +89,7 @@ __global__ void __launch_bounds__(kFlatThreads, kFlatBlocks)
 #pragma unroll
     for (int w = 0; w < kFlatWarps; w++) sum += shared.of_warps[w];
     const float inverse = params.valid.data && params.valid.shares[piece.sample] == 0.f ? 0.f : 1.f / sum;
+    if (params.attention) write_attention(params, pieces, piece, inverse, shared);
     T* const rows = reinterpret_cast<T*>(stage);
     if (params.valid.data) {
       clear_uncounted(rows, shared.counts, piece.rows, pieces.positions);
@@ -99,7 +100,6 @@ __global__ void __launch_bounds__(kFlatThreads, kFlatBlocks)
       sum_products<width, lanes>(rows, shared.exponentials, piece.rows, pieces.positions,
                                  [&](int row, float total) { context[row] = total * inverse; });
     });
-    if (params.attention) write_attention(params, pieces, piece, inverse, shared);
     std::swap(stage, next);
   }
 }

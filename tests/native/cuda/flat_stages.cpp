@@ -212,7 +212,7 @@ void test_flat_stages(bool small) {
     test_dtype<Half>();
     test_dtype<float>();
   }
-  test<float>({.shape = {3, 430, 20}});
+  test<float>({.shape = {4, 430, 20}});
   test<Half>({.shape = {4, 350, 35, false, 1}, .valid = true});
 }
 
