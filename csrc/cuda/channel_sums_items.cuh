@@ -11,7 +11,9 @@
 
 namespace gcnet_ext::cuda {
 
-constexpr int kSumsItemBlocks = 3;  // per multiprocessor
+// Blocks of a multiprocessor. In channels_last a thread has sums of several channels, for which three blocks leave no registers.
+template <bool kChannelsLast>
+constexpr int kSumsItemBlocks = kChannelsLast ? 2 : 3;
 
 template <typename T, bool kChannelsLast>
 struct SumsItemsShared {
@@ -28,7 +30,7 @@ struct SumsPlace {
 
 // A thread has kCudaSweepUnroll accesses of a piece: of one row, or in channels_last of V channels.
 template <typename T, bool kChannelsLast>
-__global__ void __launch_bounds__(kCudaSweepThreads, kSumsItemBlocks)
+__global__ void __launch_bounds__(kCudaSweepThreads, kSumsItemBlocks<kChannelsLast>)
     sums_items(SumsParams<T> params, CudaSumsItems cut, unsigned items) {
   using A = acc_t<T>;
   if (params.next_is_early) let_next_launch_start();
@@ -241,14 +243,16 @@ void launch_sums_items(SumsParams<T> params, Workspace& workspace, cudaStream_t 
       params.partial = workspace.take<acc_t<T>>(extent.samples * cut.splits * 2 * extent.channels);
       params.next_is_early = true;
     }
-    const auto launch_kernel = [&](auto kernel, size_t shared) {
-      launch_items(kernel, items, kSumsItemBlocks, kCudaSweepThreads, shared, /*early=*/false, stream, params, cut,
+    const auto launch_kernel = [&](auto channels_last) {
+      constexpr bool kChannelsLast = channels_last;
+      launch_items(sums_items<T, kChannelsLast>, items, kSumsItemBlocks<kChannelsLast>, kCudaSweepThreads,
+                   shared_bytes<SumsItemsShared<T, kChannelsLast>>(), /*early=*/false, stream, params, cut,
                    static_cast<unsigned>(items));
     };
     if (extent.channels_last) {
-      launch_kernel(sums_items<T, true>, shared_bytes<SumsItemsShared<T, true>>());
+      launch_kernel(std::true_type{});
     } else {
-      launch_kernel(sums_items<T, false>, shared_bytes<SumsItemsShared<T, false>>());
+      launch_kernel(std::false_type{});
     }
     if (cut.splits == 1) return;
     params.next_is_early = next_is_early;
