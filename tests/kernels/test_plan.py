@@ -96,7 +96,7 @@ BACKWARD_BY_ITEMS = [
     ((1024, 4200, 2, False), ("row_items", 512, 32, 2, 66)),
     ((512, 16800, 4, False), ("row_items", 256, 16, 9, 117)),
     ((1032, 784, 2, False), ("rows", 512, 32, 1, 25)),  # two stages of so many channels do not fit
-    ((2048, 49, 2, False), ("rows", 512, 16, 1, 4)),
+    ((2048, 49, 2, False), ("flat", 256, 49, 1, 1)),
     ((256, 3136, 2, True), ("position_items", 256, 64, 1, 49)),
     ((1024, 4200, 2, True), ("position_items", 256, 16, 3, 88)),
     ((2048, 784, 4, True), ("position_items", 512, 8, 1, 98)),
@@ -164,7 +164,7 @@ def test_flat(arguments, expected):
         ((64, 1087, 2), "rows"),  # a unit is too large
         ((2049, 49, 2), "streamed"),
         ((2048, 49, 8), "streamed"),
-        ((2048, 49, 2, True), "positions"),
+        ((2048, 49, 2, True), "position_items"),
         ((2048, 6, 2), "rows"),  # an access has elements of three rows
         ((2048, 2, 4), "rows"),
     ],
