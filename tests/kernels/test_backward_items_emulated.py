@@ -64,13 +64,15 @@ def check(case: Case, *, valid: bool = False, residual: bool = False, relu: bool
 
 
 @pytest.mark.representative
-@pytest.mark.parametrize("case", [case._replace(shape=(2, 16, 9, 8)) for case in grid.combinations()], ids=str)
+@pytest.mark.parametrize("case", [case._replace(shape=(2, 16, 18, 16)) for case in grid.combinations()], ids=str)
 def test_block(case):
     check(case)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(3, 72, 5, 16), (2, 264, 8, 7), (1, 520, 4, 10), (2, 1024, 3, 8), (1, 1104, 2, 12)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(3, 72, 17, 16), (2, 264, 16, 17), (1, 520, 16, 16), (1, 1024, 16, 16), (1, 1104, 2, 12)], ids=str
+)
 def test_shapes(shape, layout):
     """Each tile of the backward pass, full and not, and the first size that has none in NCHW."""
     for dtype, fusion in zip(FLOATING[1:], FUSIONS, strict=True):
@@ -91,7 +93,7 @@ def test_splits_of_the_sums(layout, pooling, fusion):
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_valid_residual_and_relu(dtype, layout, pooling):
     """The halves' ReLU is in test_the_bits_mask_the_gradient: a rounded output may have another sign than the exact one."""
-    case = Case((3, 72, 6, 8), dtype, layout, pooling=pooling)
+    case = Case((3, 72, 16, 18), dtype, layout, pooling=pooling)
     check(case, valid=True)
     check(case, residual=True)
     if dtype == torch.float32:
@@ -112,7 +114,7 @@ def backward_of(case: Case, wanted: tuple[bool, ...], grad: Tensor, **options) -
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_the_bits_mask_the_gradient(dtype, layout, pooling):
     """As if a gradient that is 0 where the ReLU has cut came from outside; a NaN there is not passed on."""
-    case = Case((2, 72, 6, 8), dtype, layout, pooling=pooling)
+    case = Case((2, 72, 16, 18), dtype, layout, pooling=pooling)
     grad = Random(1).feature_map(case.shape, dtype, layout)
     with cuda_tuning(ITEMS):
         out, *saved = schema.Flat("global_context")(*case.inputs(), final_activation=1)
@@ -130,7 +132,7 @@ def test_the_bits_mask_the_gradient(dtype, layout, pooling):
 @pytest.mark.parametrize("relu", [False, True])
 def test_each_gradient_alone(layout, relu):
     """It has the same bits as when all are computed; what is not needed is not there."""
-    case = Case((2, 72, 6, 8), torch.float16, layout)
+    case = Case((2, 72, 16, 18), torch.float16, layout)
     grad = Random(1).feature_map(case.shape, case.dtype, layout)
     options = {"final_activation": 1} if relu else {}
     with cuda_tuning(ITEMS):
@@ -148,7 +150,7 @@ def test_each_gradient_alone(layout, relu):
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_pool_alone(dtype, layout, pooling):
     """Without a gradient of the fusion and without a scale; x is NaN where it does not count."""
-    shape = (3, 72, 6, 8)
+    shape = (3, 72, 16, 18)
     x = Random(0).feature_map(shape, dtype, layout)
     valid = valid_of(shape)
     weight = Random(1).mask(shape[1], dtype) if pooling == "att" else (None, None)
@@ -182,8 +184,8 @@ def forward_and_backward(case: Case, **options) -> list[Tensor]:
 
 
 CASES = [
-    Case((5, 72, 5, 16), dtype=torch.float16),
-    Case((3, 264, 8, 7)),
+    Case((5, 72, 16, 17), dtype=torch.float16),
+    Case((3, 264, 16, 16)),
     Case((5, 72, 5, 16), dtype=torch.bfloat16, layout="channels_last"),
     Case((3, 264, 8, 9), layout="channels_last", fusion="both"),
     Case((2, 8, 100, 96), pooling="avg"),
@@ -243,7 +245,7 @@ def counted(module, call, **maps: Tensor) -> dict[str, tuple[int, int]]:
 def test_every_map_is_read_once_by_each_stage(monkeypatch, module, layout, dtype, multiprocessors):
     """The sums read g and x, dx reads both and is written once; the bits of a ReLU need no launch that reads and writes g."""
     monkeypatch.setenv("GCNET_EMULATION_MULTIPROCESSORS", str(multiprocessors))
-    case = Case((3, 136, 9, 16), dtype, layout)
+    case = Case((3, 136, 18, 16), dtype, layout)
     inputs = case.inputs()
     grad = Random(3).feature_map(case.shape, dtype, layout)
     backward = schema.Flat("global_context_backward")

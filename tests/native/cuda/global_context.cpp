@@ -295,7 +295,7 @@ void test_split() {
       test<T>({{3, 70, 9, channels_last}, {70, 70}, true, false, false, hard, false, true, false, on});
       test<T>({{2, 600, 12, channels_last}, {0, 600}, false, false, false, {}, true, false, true, on});
       for (const bool residual : {false, true}) {
-        test<T>({{3, 136, 72, channels_last}, {5, 6}, true, true, false, {}, residual, true, residual, on});
+        test<T>({{3, 136, channels_last ? 72 : 264, channels_last}, {5, 6}, true, true, false, {}, residual, true, residual, on});
         test<T>({{2, 16, 2400, channels_last}, {5, 0}, false, true, false, {}, residual, true, residual, on});
       }
     }
@@ -338,6 +338,7 @@ void test_global_context(bool small) {
     test<float>({{2, 72, 140, true}, {0, 72}, true, false, false, {}, true, true, false, on});
     test<float>({{2, 136, 40, true}, {5, 6}, true, true, false, {}, false, true, false, on});
     test<float>({{2, 16, 40, false}, {5, 6}, true, true, false, {}, true, true, false, on});
+    test<float>({{2, 16, 264, false}, {5, 6}, true, true, false, {}, true, true, false, on});
   }
   test<double>({{1, 20, 70, false}, {5, 6}});
   test<double>({{1, 20, 70, true}, {5, 6}});
