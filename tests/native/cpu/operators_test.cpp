@@ -281,10 +281,9 @@ int main(int count, char** arguments) {
   // ways of sharing work between threads, one whose branches are two threads' work, one whose weights are shared.
   std::vector<std::vector<int64_t>> shapes{{2, 3, 1},    {3, 10, 7, 7},  {2, 33, 5, 10}, {3, 64, 30, 31},
                                            {1, 5, 5003}, {1, 256, 9, 9}, {2, 2100, 2, 3}};
-  if (!small) {
-    shapes.insert(shapes.end(),
-                  {{0, 8, 3, 3}, {1, 1, 4, 5}, {7, 100, 3, 5, 7}, {2, 300, 45, 97}, {1, 48, 30000}, {9, 256, 14, 14}});
-  }
+  if (!small) shapes.insert(shapes.end(), {{0, 8, 3, 3}, {1, 1, 4, 5}, {7, 100, 3, 5, 7}, {9, 256, 14, 14}});
+  // How large maps are cut does not depend on the loops, and AddressSanitizer sees most of the portable ones.
+  if (!small && gcnet_ext::cpu::capability() == "default") shapes.insert(shapes.end(), {{2, 300, 45, 97}, {1, 48, 30000}});
   std::vector<at::ScalarType> dtypes{at::kFloat, at::kDouble, at::kBFloat16, at::kHalf};
   if (gcnet_ext::cpu::capability() == "avx512_bf16") dtypes = {at::kBFloat16};  // the others are those of avx512
   int cases = 0;
