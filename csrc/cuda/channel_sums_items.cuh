@@ -217,7 +217,8 @@ __global__ void __launch_bounds__(kCudaSweepThreads) sums_merge(SumsParams<T> pa
 
 // ---- the launches ------------------------------------------------------------------------------------------------------------
 
-// Whether these sums run by items.
+// Whether these sums run by items. Maps for the flat stages do not, whatever else the sums have to do: what is masked or written
+// beside them must not decide in which order they are taken.
 template <typename T>
 bool sums_by_items(const SumsParams<T>& params) {
   if constexpr (std::is_same_v<T, double>) {
@@ -225,6 +226,7 @@ bool sums_by_items(const SumsParams<T>& params) {
   } else {
     const CudaShape shape = common_shape<T>(params.extent, params.a, params.b, params.fused);
     if (tuning().engine != 2 || params.after != AfterSums::nothing || cuda_vector(shape) != kWidest<T>) return false;
+    if (plan_cuda_flat(shape, tuning())) return false;
     if (params.fused.data && params.scale.data) return false;
     const CudaSumsItems cut = plan_cuda_sums_items(shape, tuning());
     return items_fit(shared_bytes<SumsItemsShared<T, true>>(), params.extent.samples * cut.splits * cut.channel_groups);

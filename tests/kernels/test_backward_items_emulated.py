@@ -128,11 +128,12 @@ def test_the_bits_mask_the_gradient(dtype, layout, pooling):
         assert torch.equal(ours[-1], masked)
 
 
+@pytest.mark.parametrize("shape", [(2, 72, 16, 18), (2, 72, 6, 8)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("relu", [False, True])
-def test_each_gradient_alone(layout, relu):
+def test_each_gradient_alone(shape, layout, relu):
     """It has the same bits as when all are computed; what is not needed is not there."""
-    case = Case((2, 72, 16, 18), torch.float16, layout)
+    case = Case(shape, torch.float16, layout)
     grad = Random(1).feature_map(case.shape, case.dtype, layout)
     options = {"final_activation": 1} if relu else {}
     with cuda_tuning(ITEMS):
@@ -267,7 +268,7 @@ def test_every_map_is_read_once_by_each_stage(monkeypatch, module, layout, dtype
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_average_reads_x_once(module, layout):
     """Where not all positions count, too: the others are masked."""
-    shape = (2, 136, 9, 16)
+    shape = (2, 136, 18, 16)
     x = Random(0).feature_map(shape, torch.float32, layout)
     with cuda_tuning(ITEMS):
         for valid in (None, valid_of(shape)):

@@ -214,7 +214,7 @@ def traffic(module, tensor: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
 def test_every_byte_travels_once(monkeypatch, module, layout, dtype, multiprocessors):
     """x once in the pool and once in the fusion, the residual once; the result and its bits are never read."""
     monkeypatch.setenv("GCNET_EMULATION_MULTIPROCESSORS", str(multiprocessors))
-    case = Case((3, 72, 8, 10), dtype, layout)
+    case = Case((3, 72, 16, 18), dtype, layout)
     x, *parameters = case.inputs()
     residual = Random(1).feature_map(case.shape, dtype, layout)
     with cuda_tuning(ITEMS):
