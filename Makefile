@@ -62,7 +62,7 @@ test-native: $(BUILT)
 
 # The suite on that torch, but for what does not depend on it; then the stable ABI at work: the CPU library that was built there on
 # the torch of .venv, and wheels of either on the other.
-ELSEWHERE := accuracy bench build capabilities docs endurance gpu_check cmake packaging paper_costs security types large
+ELSEWHERE := accuracy bench build capabilities docs endurance gpu_check cmake packaging paper_costs security types large *_emulated
 test-cuda-build: $(CUDA_BUILT) $(BUILT)
 	cd $(CUDA_CHECKOUT) && $(PYTEST:$(VENV)/%=$(abspath $(CUDA_VENV))/%) $(ELSEWHERE:%=--ignore-glob='tests/*/test_%.py') \
 		-k "not cuda-emulated" $(ARGS)
