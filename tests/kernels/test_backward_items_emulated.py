@@ -6,10 +6,8 @@ tests/native/cuda has the kernels by themselves, under sanitizers and without th
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 
-import emulated
 import grid
 import pytest
 import reference
@@ -20,7 +18,6 @@ from grid import FLOATING, FUSIONS, GLOBAL_CONTEXT_INPUTS, HALF, LAYOUTS, POOLIN
 from torch import Tensor
 
 import gcnet_ext
-from gcnet_ext import _tuning
 from gcnet_ext._tuning import CudaTuning, cuda_tuning
 
 ITEMS = CudaTuning(engine="v2")
@@ -28,13 +25,7 @@ SCHEDULES = [(schedule, seed) for schedule in ("depth-first", "round-robin") for
 ONCE = (1, 1)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def module():
-    if reason := emulated.why_not():
-        pytest.skip(f"the emulated operators cannot be compiled: {reason}")
-    with emulated.installed() as module, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_tuning, "library", ctypes.CDLL(module.__file__))
-        yield module
+pytestmark = pytest.mark.usefixtures("module")
 
 
 def valid_of(shape: tuple[int, ...]) -> Tensor:

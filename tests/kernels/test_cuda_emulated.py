@@ -21,12 +21,7 @@ ONCE, TWICE, NEVER = (1, 1), (2, 2), (0, 0)
 SCHEDULES = [(schedule, seed) for schedule in ("depth-first", "round-robin") for seed in (0, 1, 2)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def module():
-    if reason := emulated.why_not():
-        pytest.skip(f"the emulated operators cannot be compiled: {reason}")
-    with emulated.installed() as module:
-        yield module
+pytestmark = pytest.mark.usefixtures("module")
 
 
 def memory(tensor: Tensor) -> tuple[int, int]:

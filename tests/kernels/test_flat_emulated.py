@@ -6,11 +6,9 @@ tests/native/cuda has the kernels by themselves, under sanitizers and without th
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import math
 
-import emulated
 import grid
 import pytest
 import reference
@@ -20,7 +18,7 @@ from grid import FUSIONS, GLOBAL_CONTEXT_INPUTS, POOLINGS, Case, Random
 from torch import Tensor
 
 import gcnet_ext
-from gcnet_ext import _load, _tuning
+from gcnet_ext import _load
 from gcnet_ext._tuning import CudaTuning, cuda_tuning
 
 ENGINE = CudaTuning(engine="v2")
@@ -29,13 +27,7 @@ SCHEDULES = [(schedule, seed) for schedule in ("depth-first", "round-robin") for
 SHAPES = ((3, 1, 7, 7), (2, 3, 1, 7), (3, 300, 7, 7), (3, 301, 5, 10), (2, 640, 14, 14), (3, 70, 15, 17), (1, 40, 25, 42))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def module():
-    if reason := emulated.why_not():
-        pytest.skip(f"the emulated operators cannot be compiled: {reason}")
-    with emulated.installed() as module, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_tuning, "library", ctypes.CDLL(module.__file__))
-        yield module
+pytestmark = pytest.mark.usefixtures("module")
 
 
 def is_flat(case: Case) -> bool:

@@ -7,11 +7,9 @@ tests/native/cuda has the kernels by themselves, under sanitizers and without th
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import math
 
-import emulated
 import grid
 import pytest
 import reference
@@ -21,7 +19,6 @@ from grid import FLOATING, LAYOUTS, Case, Random
 from torch import Tensor
 
 import gcnet_ext
-from gcnet_ext import _tuning
 from gcnet_ext._tuning import CudaTuning, cuda_tuning
 from gcnet_ext.ops import _relu_bits
 
@@ -32,13 +29,7 @@ SCHEDULES = [(schedule, seed) for schedule in ("depth-first", "round-robin") for
 SHAPES = [(3, 24, 8, 9), (2, 16, 7, 7), (1, 40, 14, 14), (2, 5, 13, 17), (1, 1032, 4, 5), (2, 264, 5, 8), (2, 8, 1, 1)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def module():
-    if reason := emulated.why_not():
-        pytest.skip(f"the emulated operators cannot be compiled: {reason}")
-    with emulated.installed() as module, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_tuning, "library", ctypes.CDLL(module.__file__))
-        yield module
+pytestmark = pytest.mark.usefixtures("module")
 
 
 def scattered(shape: tuple[int, ...]) -> Tensor:

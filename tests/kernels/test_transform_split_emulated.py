@@ -6,10 +6,8 @@ tests/native/cuda has its kernels by themselves, under sanitizers and without th
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 
-import emulated
 import grid
 import pytest
 import reference
@@ -19,7 +17,6 @@ from grid import FLOATING, FUSIONS, GLOBAL_CONTEXT_INPUTS, LAYOUTS, POOLINGS, Ca
 from torch import Tensor
 
 import gcnet_ext
-from gcnet_ext import _tuning
 from gcnet_ext._tuning import CudaTuning, cuda_tuning
 from gcnet_ext.ops._options import ACTIVATIONS
 
@@ -27,13 +24,7 @@ SPLIT = CudaTuning(engine="v2")
 SCHEDULES = [(schedule, seed) for schedule in ("depth-first", "round-robin") for seed in (0, 2)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def module():
-    if reason := emulated.why_not():
-        pytest.skip(f"the emulated operators cannot be compiled: {reason}")
-    with emulated.installed() as module, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_tuning, "library", ctypes.CDLL(module.__file__))
-        yield module
+pytestmark = pytest.mark.usefixtures("module")
 
 
 def check(case: Case, **options) -> None:

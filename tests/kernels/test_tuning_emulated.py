@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
 
-import emulated
 import grid
 import pytest
 import reference
@@ -30,14 +28,7 @@ DECISIONS = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def module():
-    """The emulated operators, and their decisions in the place of those of a GPU's library."""
-    if reason := emulated.why_not():
-        pytest.skip(f"the emulated operators cannot be compiled: {reason}")
-    with emulated.installed() as module, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_tuning, "library", ctypes.CDLL(module.__file__))
-        yield module
+pytestmark = pytest.mark.usefixtures("module")
 
 
 def memory(tensor: torch.Tensor) -> tuple[int, int]:
