@@ -28,19 +28,11 @@ ONCE = (1, 1)
 pytestmark = pytest.mark.usefixtures("module")
 
 
-def valid_of(shape: tuple[int, ...]) -> Tensor:
-    """Some positions of each sample, but for the last one, which has none."""
-    valid = Random(3).normal(shape[0], *shape[2:]) > 0.3
-    valid.flatten(1)[:, 0] = True
-    valid[-1] = False
-    return valid
-
-
 def check(case: Case, *, valid: bool = False, residual: bool = False, relu: bool = False) -> None:
     options = {"final_activation": "relu"} if relu else {}
     exact = dict(options)
     if valid:
-        options["valid"] = exact["valid"] = valid_of(case.shape)
+        options["valid"] = exact["valid"] = grid.scattered(case.shape)
     if residual:
         options["residual"] = Random(4).feature_map(case.shape, case.dtype, case.layout)
         exact["residual"] = options["residual"].double()
@@ -144,7 +136,7 @@ def test_pool_alone(dtype, layout, pooling):
     """Without a gradient of the fusion and without a scale; x is NaN where it does not count."""
     shape = (3, 72, 16, 18)
     x = Random(0).feature_map(shape, dtype, layout)
-    valid = valid_of(shape)
+    valid = grid.scattered(shape)
     weight = Random(1).mask(shape[1], dtype) if pooling == "att" else (None, None)
     clean = x.clone()
     x.movedim(1, -1)[~valid] = torch.nan
@@ -262,6 +254,6 @@ def test_an_average_reads_x_once(module, layout):
     shape = (2, 136, 18, 16)
     x = Random(0).feature_map(shape, torch.float32, layout)
     with cuda_tuning(ITEMS):
-        for valid in (None, valid_of(shape)):
+        for valid in (None, grid.scattered(shape)):
             found = counted(module, lambda valid=valid: schema.Flat("attention_pool")(x, None, None, valid), x=x)
             assert found["x"] == ONCE

@@ -36,14 +36,6 @@ def is_flat(case: Case) -> bool:
     return plan["path"] == "flat"
 
 
-def valid_positions(shape: tuple[int, ...]) -> Tensor:
-    """Of several samples, the last has none."""
-    valid = Random(3).normal(shape[0], *shape[2:]) > 0.3
-    valid.flatten(1)[:, 0] = True
-    valid[1:][-1:] = False
-    return valid
-
-
 # ---- against float64 ---------------------------------------------------------------------------------------------------------
 
 
@@ -82,7 +74,7 @@ def test_attention_pool(layout, dtype):
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_valid_and_residual(dtype, pooling, fusion):
     shape = (3, 300, 6, 7)
-    valid, residual = valid_positions(shape), Random(4).feature_map(shape, dtype)
+    valid, residual = grid.scattered(shape), Random(4).feature_map(shape, dtype)
     case = Case(shape, dtype, pooling=pooling, fusion=fusion)
     options = {"valid": valid, "residual": residual, "final_activation": "relu"}
     ours = grid.flat(gcnet_ext.global_context, **options)
@@ -99,7 +91,7 @@ def test_positions_that_do_not_count_are_left_out():
     """Not even a NaN or an infinity there reaches anything."""
     shape = (3, 300, 7, 7)
     random = Random(0)
-    x, (weight, bias), valid = random.feature_map(shape, torch.float16), random.mask(300, torch.float16), valid_positions(shape)
+    x, (weight, bias), valid = random.feature_map(shape, torch.float16), random.mask(300, torch.float16), grid.scattered(shape)
     forward, backward = schema.Flat("attention_pool"), schema.Flat("attention_pool_backward")
     grad = random.normal(3, 300)
     results = []

@@ -32,14 +32,6 @@ SHAPES = [(3, 24, 8, 9), (2, 16, 7, 7), (1, 40, 14, 14), (2, 5, 13, 17), (1, 103
 pytestmark = pytest.mark.usefixtures("module")
 
 
-def scattered(shape: tuple[int, ...]) -> Tensor:
-    """Positions that count: the first of every sample, and of several samples none in the last."""
-    valid = Random(3).normal(shape[0], *shape[2:]) > 0.3
-    valid.flatten(1)[:, 0] = True
-    valid[1:][-1:] = False
-    return valid
-
-
 def exact(tensors: list[Tensor | None]) -> list[Tensor | None]:
     return [None if tensor is None else tensor.double() for tensor in tensors]
 
@@ -55,7 +47,7 @@ def test_pool(shape, dtype, layout):
     """With valid positions too, and a NaN at those that do not count."""
     x = Random(0).feature_map(shape, dtype, layout)
     weight, bias = Random(1).mask(shape[1], dtype)
-    for valid in (None, scattered(shape)):
+    for valid in (None, grid.scattered(shape)):
         forgotten = x if valid is None else x.masked_fill(~valid.unsqueeze(1), math.nan)
         with cuda_tuning(ITEMS):
             found = gcnet_ext.attention_pool(forgotten, weight, bias, valid=valid)
@@ -100,7 +92,7 @@ def test_block(shape, dtype, layout):
     inputs = case.inputs()
     for has_residual, final, has_valid in itertools.product((False, True), FINAL, (False, True)):
         residual = Random(1).feature_map(shape, dtype, layout) if has_residual else None
-        options = {"valid": scattered(shape) if has_valid else None, "final_activation": final}
+        options = {"valid": grid.scattered(shape) if has_valid else None, "final_activation": final}
         ours = grid.flat(gcnet_ext.global_context, residual=residual, **options)
         truth = grid.flat(reference.global_context, residual=exact([residual])[0], **options)(*exact([*inputs]))
         overwritten = inputs[0].clone(memory_format=torch.preserve_format)

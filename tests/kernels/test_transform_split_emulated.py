@@ -74,9 +74,7 @@ def test_activations(activation):
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_valid_and_residual(layout, pooling, fusion):
     shape = (3, 70, 6, 7)
-    valid = Random(3).normal(shape[0], *shape[2:]) > 0.3
-    valid.flatten(1)[:, 0] = True
-    valid[-1] = False
+    valid = grid.scattered(shape)
     residual = Random(4).feature_map(shape, torch.float32, layout)
     case = Case(shape, layout=layout, pooling=pooling, fusion=fusion)
     options = {"valid": valid, "residual": residual, "final_activation": "relu"}

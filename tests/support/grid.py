@@ -105,6 +105,14 @@ class Random:
         )
 
 
+def scattered(shape: tuple[int, ...]) -> Tensor:
+    """Positions that count, for a map of this shape: the first of every sample, and of several samples none in the last."""
+    valid = Random(3).normal(shape[0], *shape[2:]) > 0.3
+    valid.flatten(1)[:, 0] = True
+    valid[1:][-1:] = False
+    return valid
+
+
 class Case(NamedTuple):
     """One call of the whole block: sizes, layout, dtypes and which of the parts are there."""
 
