@@ -61,7 +61,7 @@ CudaPoolPlan plan_cuda_pool(const CudaShape& shape, const CudaTuning& tuning) {
     if (warps <= 16) {
       const int64_t groups = std::max<int64_t>(1, 8 / warps);
       // The launch that merges the splits of items has slices of the channels, which are limited.
-      const bool items = tuning.engine == 2 && vector * shape.element_size == 16 &&
+      const bool items = tuning.by_items() && vector * shape.element_size == 16 &&
                          plan_cuda_transform_slices(shape.channels).channels <= kCudaMostSliceChannels;
       plan.path = items ? CudaPoolPath::position_items : CudaPoolPath::positions;
       plan.vector = vector;
@@ -78,7 +78,7 @@ CudaPoolPlan plan_cuda_pool(const CudaShape& shape, const CudaTuning& tuning) {
       plan = {CudaPoolPath::flat, static_cast<int>(16 / shape.element_size), 0, kCudaFlatThreads, shape.positions, 1, 1};
       return plan;
     }
-    if (tuning.engine == 2 && vector * shape.element_size == 16)
+    if (tuning.by_items() && vector * shape.element_size == 16)
       fit(kCudaRowItemTiles, vector, shape.channels, larger, plan, CudaPoolPath::row_items);
     if (vector * shape.element_size == 16) fit(kCudaRowTiles, vector, shape.channels, larger, plan);
     if (vector * shape.element_size == 8) fit(kCudaHalfRowTiles, vector, shape.channels, larger, plan);
@@ -95,7 +95,7 @@ CudaPoolPlan plan_cuda_pool_backward(const CudaShape& shape, const CudaTuning& t
   of_first_engine.engine = 1;
   CudaPoolPlan plan = plan_cuda_pool(shape, of_first_engine);
   const int vector = cuda_vector(shape);
-  if (tuning.engine != 2 || tuning.streamed || vector * shape.element_size != 16 || shape.element_size == 8) return plan;
+  if (!tuning.by_items() || tuning.streamed || vector * shape.element_size != 16 || shape.element_size == 8) return plan;
   if (shape.channels_last) {
     if (plan.path != CudaPoolPath::positions) return plan;
     plan.path = CudaPoolPath::position_items;
@@ -121,7 +121,7 @@ CudaFlatCut plan_cuda_flat_cut(int64_t channels, int64_t positions, int64_t elem
 }
 
 bool plan_cuda_flat(const CudaShape& shape, const CudaTuning& tuning) {
-  if (tuning.engine != 2 || tuning.streamed || shape.channels_last || shape.element_size > 4) return false;
+  if (!tuning.by_items() || tuning.streamed || shape.channels_last || shape.element_size > 4) return false;
   const bool wide = cuda_vector(shape) * shape.element_size == 16;
   if (wide && shape.positions >= kCudaShortRow) return false;
   if (shape.positions + 1 < 16 / shape.element_size) return false;
@@ -164,7 +164,7 @@ CudaTransformSlices plan_cuda_transform_slices(int64_t channels) {
 }
 
 bool plan_cuda_transform_split(int64_t channels, int64_t hidden_units, int64_t accumulation_size, const CudaTuning& tuning) {
-  return tuning.engine == 2 && accumulation_size == sizeof(float) && hidden_units <= kCudaMostSplitUnits &&
+  return tuning.by_items() && accumulation_size == sizeof(float) && hidden_units <= kCudaMostSplitUnits &&
          plan_cuda_transform_slices(channels).channels <= kCudaMostSliceChannels;
 }
 

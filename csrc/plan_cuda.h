@@ -19,8 +19,16 @@ struct CudaTuning {
   int64_t row_lanes;    // lanes per row of the sums of an NCHW map, a power of two
   int64_t transform;    // 1: in the last block of a sample, if its shared memory is enough; 2: in launches of its own
   // 2: maps are walked by items (csrc/cuda/items.cuh), and the transform runs in stages that many blocks share
-  // (plan_cuda_transform_slices), where these fit.
+  // (plan_cuda_transform_slices), where these fit. 3: and one launch does all stages of a direction (csrc/cuda/tickets.cuh),
+  // where that fits.
   int64_t engine;
+  // Of engine 3: how many items of its first stage the last stage of a sample stays behind, -1 for none.
+  int64_t lag;
+  int64_t cluster;  // of engine 3: the most blocks that share a tile, 1 or 2
+  int64_t hints;    // of engine 3: 1: the caches keep what is not needed again like everything else
+
+  constexpr bool by_items() const { return engine >= 2; }
+  constexpr bool by_tickets() const { return engine == 3; }
 };
 
 // One sample's feature map, as far as plans depend on it.

@@ -16,7 +16,7 @@ import dataclasses
 import threading
 from collections.abc import Iterator
 
-ENGINES = ("", "v1", "v2")
+ENGINES = ("", "v1", "v2", "tickets")
 """The CUDA engines, each at its number in csrc/plan_cuda.h."""
 
 
@@ -33,7 +33,12 @@ class CudaTuning:
         row_lanes: lanes per row of the sums over an NCHW map: a power of two, 1 to 256.
         transform: 1: the last block of a sample computes it, if its shared memory is enough; 2: launches of its own do.
         engine: "v2": maps are walked by items, and the transform runs in stages that many blocks share, where these fit. "v1":
-            neither. The default, "", is "v1" until a run on a GPU has shown the second engine right and faster.
+            neither. "tickets": as "v2", and where that fits, one launch has all stages of a direction, so that the last stage
+            of a sample finds the map in the second-level cache. The default, "", is "v1" until a run on a GPU has shown the
+            others right and faster.
+        lag: with tickets, how many items of its first stage the last stage of a sample stays behind; -1 for none.
+        cluster: with tickets, the most blocks that share a tile, 1 or 2; 2 needs sm_90.
+        hints: with tickets, 1: the caches keep what is not needed again like everything else.
 
     Raises:
         ValueError: a decision is none of these.
@@ -45,6 +50,9 @@ class CudaTuning:
     row_lanes: int = 0
     transform: int = 0
     engine: str = ""
+    lag: int = 0
+    cluster: int = 0
+    hints: int = 0
 
     def __post_init__(self) -> None:
         rules = {
@@ -52,7 +60,10 @@ class CudaTuning:
             "splits": (self.splits in range(257), "0 to 256"),
             "row_lanes": (self.row_lanes in (0, *(2**i for i in range(9))), "0 or a power of two up to 256"),
             "transform": (self.transform in (0, 1, 2), "0, 1 or 2"),
-            "engine": (self.engine in ENGINES, "'v1', 'v2' or ''"),
+            "engine": (self.engine in ENGINES, "'v1', 'v2', 'tickets' or ''"),
+            "lag": (self.lag >= -1, "-1 or more"),
+            "cluster": (self.cluster in (0, 1, 2), "0, 1 or 2"),
+            "hints": (self.hints in (0, 1), "0 or 1"),
         }
         for name, (holds, wanted) in rules.items():
             if not holds:
@@ -60,8 +71,8 @@ class CudaTuning:
 
     def numbers(self) -> list[int]:
         """In the order of csrc/plan_cuda.h."""
-        *numbers, engine = dataclasses.astuple(self)
-        return [*map(int, numbers), ENGINES.index(engine)]
+        values = dataclasses.asdict(self) | {"engine": ENGINES.index(self.engine)}
+        return [int(value) for value in values.values()]
 
 
 class _Thread(threading.local):

@@ -10,7 +10,7 @@ template <typename T>
 __global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
     attention_pool_merge(PoolParams<T> params, int slice_channels, SplitWork work) {
   auto& shared = shared_memory<ContextSlice>();
-  const SplitPlace place(work, params.extent.samples);
+  const SplitPlace place(work, params.extent.samples, blockIdx.x);
   const int first_channel = place.slice * slice_channels, left = static_cast<int>(params.extent.channels) - first_channel;
   wait_for_previous_launch();
   find_factors(params, place, shared);

@@ -169,7 +169,7 @@ GCNET_EXT_COMPILED_ELSEWHERE(launch_fuse_elements)
 // Computes the fusion by the fastest kernel that has its operands.
 template <typename T>
 void channel_fuse(const Fusion<T>& fusion, cudaStream_t stream) {
-  if (tuning().engine == 2 && launch_fuse_items(fusion, stream)) return;
+  if (tuning().by_items() && launch_fuse_items(fusion, stream)) return;
   if (fusion.needs_elements()) {
     launch_fuse_elements(fusion, stream);
   } else {

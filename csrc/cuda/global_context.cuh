@@ -13,7 +13,7 @@ namespace gcnet_ext::cuda {
 // Whether the last block of a sample computes the transform, or its backward pass.
 template <typename T>
 bool transform_in_tail(const TransformParams<T>& transform) {
-  if (!transform.activation.is_relu_or_silu() || tuning().engine == 2) return false;
+  if (!transform.activation.is_relu_or_silu() || tuning().by_items()) return false;
   int64_t bytes = 0;
   for (const BranchParams<T>& branch : transform.branch) {
     for (const Parameter<T>* matrix : {&branch.w1, &branch.w2}) {

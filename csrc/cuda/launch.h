@@ -87,6 +87,25 @@ void launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t s
   if (error != cudaSuccess) launch_failed(error);
 }
 
+// A launch in which so many neighbouring blocks run together and reach the shared memory of each other (cluster.cuh). More than
+// one needs sm_90. The grid is a multiple of that number.
+template <class... Parameters, class... Arguments>
+void launch_clusters(void (*kernel)(Parameters...), int cluster, dim3 grid, dim3 block, size_t shared_bytes,
+                     cudaStream_t stream, Arguments&&... arguments) {
+  cudaLaunchAttribute clusters{};
+  clusters.id = cudaLaunchAttributeClusterDimension;
+  clusters.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &clusters;
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  if (error != cudaSuccess) launch_failed(error);
+}
+
 inline int attribute_of_device(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
   const cudaError_t found = cudaGetDevice(&device);
@@ -125,7 +144,13 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
 template <class... Parameters, class... Arguments>
 void launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
                   Arguments&&... arguments) {
-  emulation::run(grid, block, shared_bytes, [&] { kernel(arguments...); }, /*early=*/true);
+  emulation::run(grid, block, shared_bytes, [&] { kernel(arguments...); }, {.early = true});
+}
+
+template <class... Parameters, class... Arguments>
+void launch_clusters(void (*kernel)(Parameters...), int cluster, dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
+                     Arguments&&... arguments) {
+  emulation::run(grid, block, shared_bytes, [&] { kernel(arguments...); }, {.cluster = static_cast<unsigned>(cluster)});
 }
 
 inline int multiprocessors() { return emulation::multiprocessors(); }

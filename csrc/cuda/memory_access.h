@@ -84,6 +84,24 @@ __device__ __forceinline__ Vector<T, V> load_fresh_vector(const T* from) {
   return __builtin_bit_cast(Vector<T, V>, __ldcg(reinterpret_cast<const Word*>(from)));
 }
 
+// What the second-level cache forgets first: an ordinary access leaves it to the cache, and one to what nobody needs again may
+// say so, if `enabled`.
+struct Eviction {
+  unsigned long long policy = 0;
+
+  __device__ static Eviction first(bool enabled) {
+    Eviction eviction;
+#if __CUDA_ARCH__ >= 800
+    if (enabled) {
+      asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(eviction.policy));
+    } else {
+      asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(eviction.policy));
+    }
+#endif
+    return eviction;
+  }
+};
+
 // Starts to copy one access of 16 bytes to shared memory, or zeros in its place if it is not wanted. The thread may read it after
 // wait_for_copies(), and no other thread may without a barrier after that. Before sm_80 the copy is done at once.
 template <class T, int V>
@@ -96,6 +114,26 @@ __device__ __forceinline__ void copy_later(Vector<T, V>* to, const T* from, bool
   *to = {};
   if (wanted) *to = load_vector<V>(from);
 #endif
+}
+
+template <class T, int V>
+__device__ __forceinline__ void copy_later(Vector<T, V>* to, const T* from, bool wanted, const Eviction& eviction) {
+#if __CUDA_ARCH__ >= 800
+  static_assert(sizeof(*to) == 16);
+  const unsigned shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared), "l"(from),
+               "r"(wanted ? 16 : 0), "l"(eviction.policy)
+               : "memory");
+#else
+  copy_later(to, from, wanted);
+#endif
+}
+
+// Stores what nobody needs again soon: the caches forget it before everything else.
+template <class T, int V>
+__device__ __forceinline__ void store_once(T* to, const Vector<T, V>& value) {
+  using Word = typename Access<sizeof(T) * V>::type;
+  __stcs(reinterpret_cast<Word*>(to), __builtin_bit_cast(Word, value));
 }
 
 // Waits until the copies that this thread has started are done.
@@ -126,6 +164,38 @@ __device__ __forceinline__ unsigned fetch_add_acq_rel(unsigned* counter, unsigne
   unsigned before;
   asm volatile("atom.add.acq_rel.gpu.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(value) : "memory");
   return before;
+}
+
+// Adds one to a counter that orders nothing else, and returns what it was.
+__device__ __forceinline__ unsigned draw(unsigned* counter) {
+  unsigned before;
+  asm volatile("atom.add.relaxed.gpu.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
+
+// One thread calls this for its block, behind a __syncthreads(). It releases everything that the block wrote before that.
+__device__ __forceinline__ void add_release(unsigned* counter, unsigned value) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+}
+
+// Waits until add_release() has raised a counter to `count`. One thread calls this for its block, in front of a __syncthreads(),
+// after which the block sees everything that was released. If nothing comes within two seconds, the launch fails: a mistake must
+// not occupy a GPU for ever.
+__device__ __forceinline__ void wait_for_count(const unsigned* counter, unsigned count) {
+  constexpr unsigned long long kLongest = 2'000'000'000;  // ns
+  unsigned long long begin = 0;
+#pragma unroll 1
+  for (unsigned round = 1;; round++) {
+    unsigned found;
+    asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(found) : "l"(counter) : "memory");
+    if (found >= count) return;
+    __nanosleep(64);
+    if (round % 1024) continue;
+    unsigned long long now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now)::"memory");
+    if (begin == 0) begin = now;
+    if (now - begin > kLongest) __trap();
+  }
 }
 
 // This orders no other access. It is an atomic because a plain store would formally race with the additions of other blocks.
@@ -196,6 +266,18 @@ void copy_later(Vector<T, V>* to, const T* from, bool wanted) {
   emulation::copy_later(to, wanted ? from : nullptr, sizeof(*to));
 }
 
+struct Eviction {
+  static Eviction first(bool) { return {}; }
+};
+template <class T, int V>
+void copy_later(Vector<T, V>* to, const T* from, bool wanted, const Eviction&) {
+  copy_later(to, from, wanted);
+}
+template <class T, int V>
+void store_once(T* to, const Vector<T, V>& value) {
+  store_vector(to, value);
+}
+
 inline void wait_for_copies(emulation::Site site = emulation::Site::current()) {
   if (emulation::dropped(site)) return;
   void* to;
@@ -215,6 +297,19 @@ inline unsigned fetch_add_acq_rel(unsigned* counter, unsigned value, emulation::
     case __ATOMIC_RELEASE: return __atomic_fetch_add(counter, value, __ATOMIC_RELEASE);
     default: return __atomic_fetch_add(counter, value, __ATOMIC_ACQ_REL);
   }
+}
+
+inline unsigned draw(unsigned* counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }
+
+inline void add_release(unsigned* counter, unsigned value, emulation::Site site = emulation::Site::current()) {
+  const bool releases = emulation::acq_rel(site) != __ATOMIC_ACQUIRE;
+  __atomic_fetch_add(counter, value, releases ? __ATOMIC_RELEASE : __ATOMIC_RELAXED);
+}
+
+inline void wait_for_count(const unsigned* counter, unsigned count, emulation::Site site = emulation::Site::current()) {
+  if (emulation::dropped(site)) return;
+  const bool acquires = emulation::acq_rel(site) != __ATOMIC_RELEASE;
+  while (__atomic_load_n(counter, acquires ? __ATOMIC_ACQUIRE : __ATOMIC_RELAXED) < count) emulation::yield(site);
 }
 
 inline unsigned exchange_relaxed(unsigned* counter, unsigned value) {

@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
   let_next_launch_start();
   const TransformParams<T>& transform = params.transform;
   auto& shared = shared_memory<ContextSlice>();
-  const SplitPlace place(work, transform.samples);
+  const SplitPlace place(work, transform.samples, blockIdx.x);
   const BranchParams<T>& branch = transform.branch[place.branch];
   const int channels = static_cast<int>(transform.channels), first_channel = place.slice * parts.slice_channels;
   const int left = channels - first_channel, width = left < parts.slice_channels ? left : parts.slice_channels;
@@ -75,7 +75,7 @@ template <typename T, bool kReluOrSilu>
 __global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
     transform_outputs(TransformParams<T> params, SliceParts parts, SplitWork work, int64_t most_units) {
   let_next_launch_start();
-  const SplitPlace place(work, params.samples);
+  const SplitPlace place(work, params.samples, blockIdx.x);
   const BranchParams<T>& branch = params.branch[place.branch];
   prefetch_vectors(branch, params.channels);
   if (!branch.w2.present()) {

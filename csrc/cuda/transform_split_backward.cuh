@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
   let_next_launch_start();
   const TransformParams<T>& forward = params.forward;
   auto& shared = shared_memory<GradPartsShared>();
-  const SplitPlace place(work, forward.samples);
+  const SplitPlace place(work, forward.samples, blockIdx.x);
   const BranchParams<T>& branch = forward.branch[place.branch];
   const bool two_layers = branch.w2.present();
   const Parameter<T>& matrix = two_layers ? branch.w2 : branch.w1;
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
     transform_grad_context(TransformGradParams<T> params, SliceParts parts, SplitWork work) {
   let_next_launch_start();
   const TransformParams<T>& forward = params.forward;
-  const SplitPlace place(work, forward.samples);
+  const SplitPlace place(work, forward.samples, blockIdx.x);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, column = place.tile * kSplitColumnTile + lane;
   const int channels = static_cast<int>(forward.channels);
   const auto units_of = [&](int b) { return static_cast<int>(forward.branch[b].units); };

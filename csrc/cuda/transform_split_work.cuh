@@ -74,12 +74,12 @@ struct SplitWork {
 struct SplitPlace {
   int64_t first_sample;
   int samples, branch, slice, tile;
-  int share;  // the number of this block among those of its samples
+  int share;  // the number of this place among those of its samples
 
-  __device__ SplitPlace(const SplitWork& work, int64_t all_samples) {
-    const unsigned tiles = work.tiles_of_both(), blocks = work.slices * tiles;
-    first_sample = static_cast<int64_t>(blockIdx.x / blocks) * work.together;
-    share = static_cast<int>(blockIdx.x % blocks);
+  __device__ SplitPlace(const SplitWork& work, int64_t all_samples, unsigned number) {
+    const unsigned tiles = work.tiles_of_both(), places = work.slices * tiles;
+    first_sample = static_cast<int64_t>(number / places) * work.together;
+    share = static_cast<int>(number % places);
     slice = share / static_cast<int>(tiles);
     const int of_both = share % static_cast<int>(tiles);
     branch = of_both < work.tiles[kScale] ? kScale : kShift;

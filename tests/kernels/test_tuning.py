@@ -43,7 +43,7 @@ def test_decisions_are_taken_back(told):
     with pytest.raises(KeyError), cuda_tuning(LANES):
         raise KeyError
     assert _tuning.decided() == CudaTuning()
-    streamed, lanes, default = [1, 0, 0, 0, 0, 0], [0, 0, 0, 8, 0, 0], [0] * 6
+    streamed, lanes, default = [1, *[0] * 8], [0, 0, 0, 8, *[0] * 5], [0] * 9
     assert [numbers for _, numbers in told] == [streamed, lanes, streamed, default, lanes, default]
 
 
@@ -74,12 +74,12 @@ def test_backward_follows_the_decisions_of_its_forward_pass(told):
     for name, out in streamed.items():
         told.clear()
         out.sum().backward()
-        assert [numbers for _, numbers in told] == [STREAMED.numbers(), [0] * 6], name
+        assert [numbers for _, numbers in told] == [STREAMED.numbers(), [0] * 9], name
     with cuda_tuning(LANES):
         for name, out in plain.items():
             told.clear()
             out.sum().backward()
-            assert [numbers for _, numbers in told] == [[0] * 6, LANES.numbers()], name
+            assert [numbers for _, numbers in told] == [[0] * 9, LANES.numbers()], name
 
 
 def test_nothing_is_told_without_decisions(told):
@@ -109,7 +109,10 @@ def test_plans_follow_the_decisions():
         ({"row_lanes": 3}, "row_lanes must be 0 or a power of two up to 256, got 3"),
         ({"row_lanes": 512}, "row_lanes must be 0 or a power of two up to 256, got 512"),
         ({"transform": 3}, "transform must be 0, 1 or 2, got 3"),
-        ({"engine": "v3"}, "engine must be 'v1', 'v2' or '', got 'v3'"),
+        ({"engine": "v3"}, "engine must be 'v1', 'v2', 'tickets' or '', got 'v3'"),
+        ({"lag": -2}, "lag must be -1 or more, got -2"),
+        ({"cluster": 3}, "cluster must be 0, 1 or 2, got 3"),
+        ({"hints": 2}, "hints must be 0 or 1, got 2"),
     ],
     ids=str,
 )

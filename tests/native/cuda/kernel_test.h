@@ -175,5 +175,6 @@ void test_channel_fuse(bool small);
 void test_channel_sums(bool small);
 void test_flat_stages(bool small);
 void test_global_context(bool small);
+void test_tickets(bool small);
 
 }  // namespace kernel_test

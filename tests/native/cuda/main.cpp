@@ -11,7 +11,8 @@ int main(int count, char** arguments) {
                                                   {"channel_fuse", test_channel_fuse},
                                                   {"channel_sums", test_channel_sums},
                                                   {"flat_stages", test_flat_stages},
-                                                  {"global_context", test_global_context}};
+                                                  {"global_context", test_global_context},
+                                                  {"tickets", test_tickets}};
   bool small = false, selected = false;
   for (int i = 1; i < count; i++) {
     if (std::strcmp(arguments[i], "--small") == 0) {

@@ -9,6 +9,8 @@
 #include <cstdlib>
 #include <deque>
 #include <mutex>
+#include <numeric>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
@@ -27,11 +29,12 @@ namespace {
 
 constexpr unsigned kWarp = 32;
 constexpr size_t kSharedBytes = 48 << 10;  // more needs allow_shared_bytes()
-constexpr unsigned kMostCopies = 128;       // of a thread, under way
+constexpr unsigned kMostCopies = 128;      // of a thread, under way
+constexpr unsigned kMostYields = 20000;    // while nobody gets on
 
 struct Block;
 
-enum class Wait : uint8_t { none, block_barrier, warp_meeting, exited };
+enum class Wait : uint8_t { none, block_barrier, cluster_barrier, warp_meeting, exited };
 
 struct Copy {
   void* to;
@@ -63,14 +66,20 @@ struct Warp {
   char order[64];
 };
 
+// The threads that meet at a barrier.
+struct Barrier {
+  unsigned waiting = 0, passed = 0;
+  Site site;
+  char order[2];  // of even and odd barriers, so that a thread that is already at the next one orders nothing for this one
+};
+
 struct Block {
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   unsigned char* shared = nullptr;
   size_t stack_set = 0;  // the stacks that its threads run on
-  unsigned running = 0, waiting = 0, barriers = 0;
-  Site barrier_site;
-  char order[2];  // of even and odd barriers, so that a thread that is already at the next one orders nothing for this one
+  unsigned running = 0;
+  Barrier barrier, cluster_barrier;  // the latter is that of the first block of the cluster
 };
 
 // A text without allocations, because a thread that fails is never resumed to free them.
@@ -92,26 +101,35 @@ struct Message {
 
 class Launch {
  public:
-  Launch(size_t shared_bytes, bool early, void (*body)(const void*), const void* closure)
-      : shared_bytes_(shared_bytes), early_(early), body_(body), closure_(closure) {}
+  Launch(size_t shared_bytes, const Options& options, void (*body)(const void*), const void* closure)
+      : shared_bytes_(shared_bytes), options_(options), body_(body), closure_(closure) {}
   ~Launch();
 
   void run();
-  void barrier(Site site);
+  void block_barrier(Site site);
+  void cluster_barrier(Site site);
+  void yield(Site site);
+  unsigned cluster_rank() const { return id_of(*current->block) % options_.cluster; }
+  void* shared_of_rank(void* own, unsigned rank);
   uint64_t meet(Meeting what, unsigned mask, uint64_t value, unsigned source, Site site);
   template <class... Values>
   [[noreturn]] void fail(const char* format, Values... values);
 
   int acq_rel(const Site& site) const;
-  bool dropped(const Site& site) const { return dropped_.is(site); }
+  bool dropped(const Site& site) const { return dropped_.half.empty() && dropped_.is(site); }
   void copy_later(const Copy& copy);
-  void waited(const Site& site) { current->waited_for_previous |= !dropped_.is(site); }
+  void waited(const Site& site) { current->waited_for_previous |= !dropped(site); }
   void require_waited(const char* before);
 
   Thread* current = nullptr;
 
  private:
   static void thread_main();
+  size_t id_of(const Block& block) const { return &block - blocks_.data(); }
+  std::span<Block> cluster_of(const Block& block) {
+    return {&blocks_[id_of(block) / options_.cluster * options_.cluster], options_.cluster};
+  }
+  void meet_at(Barrier& barrier, std::span<Block> blocks, Wait wait, Site site);
   void start(unsigned block_id);
   void finish(Block& block);
   void ready(Thread& thread);
@@ -121,7 +139,7 @@ class Launch {
   void describe_deadlock();
 
   const size_t shared_bytes_;
-  const bool early_;
+  const Options options_;
   void (*const body_)(const void*);
   const void* const closure_;
   Schedule schedule_;
@@ -133,8 +151,9 @@ class Launch {
   Fiber host_;
   Block* finished_ = nullptr;
   std::deque<size_t> free_stack_sets_;
+  unsigned yields_ = 0;             // since somebody has got on
   std::unique_ptr<Copy[]> copies_;  // of all threads that run at a time
-  char begin_ = 0, end_ = 0;  // addresses that order the start of the launch before its threads, and these before its end
+  char begin_ = 0, end_ = 0;        // addresses that order the start of the launch before its threads, and these before its end
 };
 
 Launch* launch = nullptr;
@@ -161,6 +180,7 @@ void Launch::leave(Wait wait, Site site) {
   Thread& self = *current;
   self.wait = wait;
   self.site = site;
+  yields_ = 0;
   const bool host = finished_ || queue_begin_ == queue_end_;
   switch_fiber(self.fiber, host ? host_ : next().fiber, wait == Wait::exited);
 }
@@ -186,35 +206,69 @@ void Launch::thread_main() {
   launch->leave(Wait::exited, Site::current());
 }
 
-void Launch::barrier(Site site) {
-  Block& block = *current->block;
-  if (dropped_.is(site)) return;
-  if (block.waiting && block.barrier_site.line() != site.line()) {
-    fail("__syncthreads in line %u while others wait at the one in line %u", site.line(), block.barrier_site.line());
-  }
-  char* order = &block.order[block.barriers % 2];
+// Lets this thread go on when all threads of the blocks are here.
+void Launch::meet_at(Barrier& barrier, std::span<Block> blocks, Wait wait, Site site) {
+  if (dropped(site)) return;
+  if (barrier.waiting && barrier.site.line() != site.line())
+    fail("a barrier in line %u while others wait at the one in line %u", site.line(), barrier.site.line());
+  char* order = &barrier.order[barrier.passed % 2];
   sanitizer_release(order);
-  block.barrier_site = site;
-  if (++block.waiting < block.threads.size()) {
-    leave(Wait::block_barrier, site);
+  barrier.site = site;
+  yields_ = 0;
+  if (++barrier.waiting < blocks.size() * block_size.x * block_size.y * block_size.z) {
+    leave(wait, site);
   } else {
-    block.waiting = 0;
-    block.barriers++;
-    for (Thread& thread : block.threads) {
-      if (thread.wait == Wait::block_barrier) ready(thread);
+    barrier.waiting = 0;
+    barrier.passed++;
+    for (Block& block : blocks) {
+      for (Thread& thread : block.threads) {
+        if (thread.wait == wait) ready(thread);
+      }
     }
   }
   sanitizer_acquire(order);
 }
 
+void Launch::block_barrier(Site site) {
+  Block& block = *current->block;
+  meet_at(block.barrier, {&block, 1}, Wait::block_barrier, site);
+}
+
+void Launch::cluster_barrier(Site site) {
+  const std::span<Block> cluster = cluster_of(*current->block);
+  meet_at(cluster[0].cluster_barrier, cluster, Wait::cluster_barrier, site);
+}
+
+void* Launch::shared_of_rank(void* own, unsigned rank) {
+  if (rank >= options_.cluster) fail("shared memory of rank %u in a cluster of %u", rank, options_.cluster);
+  const Block& other = cluster_of(*current->block)[rank];
+  if (other.running == 0) fail("shared memory of rank %u, which has ended", rank);
+  return other.shared + (static_cast<unsigned char*>(own) - current->block->shared);
+}
+
+// All other threads that are ready run before this one does again, unless the order is random.
+void Launch::yield(Site site) {
+  if (++yields_ > kMostYields) fail("nobody gets on while this thread waits in line %u", site.line());
+  Thread& self = *current;
+  if (schedule_.depth_first) {
+    queue_[--queue_begin_ & queue_mask_] = &self;
+  } else {
+    ready(self);
+  }
+  if (finished_) return switch_fiber(self.fiber, host_, false);
+  Thread& other = next();
+  if (&other != &self) switch_fiber(self.fiber, other.fiber, false);
+}
+
 void Launch::copy_later(const Copy& copy) {
-  if (current->end_of_copies - current->first_copy == kMostCopies) fail("more than %u copies that nobody waits for", kMostCopies);
+  if (current->end_of_copies - current->first_copy == kMostCopies)
+    fail("more than %u copies that nobody waits for", kMostCopies);
   std::memset(copy.to, 0xff, copy.bytes);  // NaN in every dtype
   current->copies[current->end_of_copies++ % kMostCopies] = copy;
 }
 
 void Launch::require_waited(const char* before) {
-  if (early_ && !current->waited_for_previous) fail("no wait for the previous launch before %s", before);
+  if (options_.early && !current->waited_for_previous) fail("no wait for the previous launch before %s", before);
 }
 
 int Launch::acq_rel(const Site& site) const {
@@ -223,7 +277,7 @@ int Launch::acq_rel(const Site& site) const {
 }
 
 uint64_t Launch::meet(Meeting what, unsigned mask, uint64_t value, unsigned source, Site site) {
-  if (what == Meeting::barrier && dropped_.is(site)) return 0;
+  if (what == Meeting::barrier && dropped(site)) return 0;
   Thread& self = *current;
   Warp& warp = self.block->warps[self.warp];
   Thread* lanes = &self - self.lane;
@@ -267,6 +321,7 @@ void Launch::complete(Warp& warp, Thread* lanes, unsigned mask) {
   }
   warp.waiting &= ~mask;
   warp.meetings++;
+  yields_ = 0;
 }
 
 void Launch::start(unsigned id) {
@@ -297,26 +352,34 @@ void Launch::start(unsigned id) {
 
 void Launch::finish(Block& block) {
   block.threads.clear();
+  // A store that a sanitizer does not see: it knows of nothing that orders it behind the threads of the block.
+  for (volatile unsigned char* byte = block.shared; byte != block.shared + shared_bytes_; byte++) *byte = 0xff;
+  if (__asan_poison_memory_region) __asan_poison_memory_region(block.shared, shared_bytes_);
   free_stack_sets_.push_back(block.stack_set);
 }
 
 void Launch::run() {
   const unsigned count = grid_size.x * grid_size.y * grid_size.z;
   blocks_.resize(count);
-  std::vector<unsigned> order(count);
-  for (unsigned i = 0; i < count; i++) order[i] = i;
+  std::vector<unsigned> order(count / options_.cluster);  // of the clusters
+  std::iota(order.begin(), order.end(), 0);
   if (schedule_.seed) {
-    for (unsigned i = count; i > 1; i--) std::swap(order[i - 1], order[schedule_.random(i)]);
+    for (size_t i = order.size(); i > 1; i--) std::swap(order[i - 1], order[schedule_.random(i)]);
   }
-  for (size_t i = 0; i < kBlocksAtATime; i++) free_stack_sets_.push_back(i);
-  copies_ = std::make_unique_for_overwrite<Copy[]>(kBlocksAtATime * block_size.x * block_size.y * block_size.z * kMostCopies);
+  const size_t most_at_a_time = kClustersAtATime * options_.cluster;
+  for (size_t i = 0; i < most_at_a_time; i++) free_stack_sets_.push_back(i);
+  copies_ = std::make_unique_for_overwrite<Copy[]>(most_at_a_time * block_size.x * block_size.y * block_size.z * kMostCopies);
   adopt_host(host_);
-  const size_t at_a_time = schedule_.depth_first ? 1 : kBlocksAtATime;
+  const size_t at_a_time = schedule_.depth_first ? options_.cluster : most_at_a_time;
   queue_.resize(std::bit_ceil<size_t>(at_a_time * block_size.x * block_size.y * block_size.z));
   queue_mask_ = queue_.size() - 1;
   size_t started = 0, running = 0;
   while (running || started < count) {
-    for (; running < at_a_time && started < count; started++, running++) start(order[started]);
+    for (; running + options_.cluster <= at_a_time && started < count;
+         started += options_.cluster, running += options_.cluster) {
+      for (unsigned rank = 0; rank < options_.cluster; rank++)
+        start(order[started / options_.cluster] * options_.cluster + rank);
+    }
     if (queue_begin_ == queue_end_) {
       describe_deadlock();
     } else {
@@ -345,13 +408,17 @@ void Launch::describe_deadlock() {
       failure_.add_place(thread.indices);
       if (thread.wait == Wait::exited) failure_.add(" on: exited");
       if (thread.wait == Wait::block_barrier) failure_.add(" on: waits at the __syncthreads in line %u", thread.site.line());
+      if (thread.wait == Wait::cluster_barrier) failure_.add(" on: waits for its cluster in line %u", thread.site.line());
       if (thread.wait == Wait::warp_meeting) failure_.add(" on: waits for its warp in line %u", thread.site.line());
     }
   }
 }
 
 Launch::~Launch() {
-  for (Block& block : blocks_) std::free(block.shared);
+  for (Block& block : blocks_) {
+    if (__asan_unpoison_memory_region && block.shared) __asan_unpoison_memory_region(block.shared, shared_bytes_);
+    std::free(block.shared);
+  }
   indices = nullptr;
 }
 
@@ -372,26 +439,32 @@ void note(const void* address, size_t bytes, unsigned Counts::* counter) {
 
 }  // namespace
 
-void run(dim3 grid, dim3 block, size_t shared_bytes, bool early, void (*body)(const void*), const void* closure) {
+void run(dim3 grid, dim3 block, size_t shared_bytes, const Options& options, void (*body)(const void*), const void* closure) {
   static std::mutex one_launch_at_a_time;
   const std::lock_guard lock(one_launch_at_a_time);
   const size_t threads = size_t(block.x) * block.y * block.z;
   if (!grid.x || !grid.y || !grid.z || !threads) throw std::runtime_error("CUDA launch failed: an empty grid or block");
   if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
     throw std::runtime_error("CUDA launch failed: the grid is too large");
+  if (options.cluster < 1 || options.cluster > kLargestCluster || grid.x % options.cluster)
+    throw std::runtime_error("CUDA launch failed: the grid is no multiple of the cluster, or the cluster is too large");
   if (threads > 1024 || block.z > 64) throw std::runtime_error("CUDA launch failed: the block is too large");
   const size_t most = std::min(std::max(kSharedBytes, std::exchange(allowed_bytes, 0)), kMostSharedBytes);
   if (shared_bytes > most)
     throw std::runtime_error("CUDA launch failed: more than " + std::to_string(most >> 10) + " KB of shared memory");
   grid_size = grid;
   block_size = block;
-  Launch now(shared_bytes, early, body, closure);
+  Launch now(shared_bytes, options, body, closure);
   launch = &now;
   now.run();
 }
 
 unsigned char* shared_memory() { return launch->current->block->shared; }
-void barrier(Site site) { launch->barrier(site); }
+void barrier(Site site) { launch->block_barrier(site); }
+void cluster_barrier(Site site) { launch->cluster_barrier(site); }
+unsigned cluster_rank() { return launch->cluster_rank(); }
+void* shared_of_rank(void* own, unsigned rank) { return launch->shared_of_rank(own, rank); }
+void yield(Site site) { launch->yield(site); }
 uint64_t meet(Meeting what, unsigned mask, uint64_t value, unsigned source_lane, Site site) {
   return launch->meet(what, mask, value, source_lane, site);
 }

@@ -4,7 +4,9 @@
 // What it finds that a GPU would hide:
 //   * barriers, shuffles and votes that not all threads reach together, and deadlocks: an exception that says who waits where;
 //   * accesses through load and store that are not aligned to their size: an exception as well;
-//   * shared memory that nobody wrote: it is filled with NaN, and so is the target of a copy until the thread waits for it;
+//   * threads that wait for a counter which nobody will raise: an exception, after nobody has got on for long;
+//   * shared memory that nobody wrote: it is filled with NaN, and so is the target of a copy until the thread waits for it, and
+//     the memory of a block that has ended;
 //   * under AddressSanitizer, accesses past the end of shared or global memory: shared memory has its exact size;
 //   * under ThreadSanitizer, data races: only __syncthreads, __syncwarp, launches and atomics order memory, nothing else.
 //
@@ -12,7 +14,7 @@
 // blocks at a time, every thread one step), and GCNET_EMULATION_SEED=n (n > 0: blocks and threads in random order) choose who
 // runs next. A correct kernel gives the same bits under all of them. GCNET_EMULATION_DROP is for tests/native/mutate.py:
 // "file:line" makes the barrier or wait in that line do nothing, "file:line:acquire" and "file:line:release" take that half from the
-// atomic there.
+// atomic or the wait there.
 #pragma once
 
 #include <cmath>
@@ -48,19 +50,34 @@ struct Indices {
 extern const Indices* indices;
 extern dim3 block_size, grid_size;
 
+struct Options {
+  // A GPU may start this launch before the launch before it is over. Here it does not, but a thread breaks a rule that loads
+  // something fresh before it has waited for that launch, or that ends without having waited.
+  bool early = false;
+  unsigned cluster = 1;  // so many neighbouring blocks run together and reach the shared memory of each other
+};
+constexpr unsigned kLargestCluster = 4;
+
 // Runs body(closure) once per thread and returns when all are done. Throws std::runtime_error when a thread broke a rule.
-// early: a GPU may start this launch before the launch before it is over. Here it does not, but a thread breaks a rule that
-// loads something fresh before it has waited for that launch, or that ends without having waited.
-void run(dim3 grid, dim3 block, size_t shared_bytes, bool early, void (*body)(const void*), const void* closure);
+void run(dim3 grid, dim3 block, size_t shared_bytes, const Options& options, void (*body)(const void*), const void* closure);
 
 template <class Body>
-void run(dim3 grid, dim3 block, size_t shared_bytes, const Body& body, bool early = false) {
+void run(dim3 grid, dim3 block, size_t shared_bytes, const Body& body, const Options& options = {}) {
   const auto call = [](const void* closure) { (*static_cast<const Body*>(closure))(); };
-  run(grid, block, shared_bytes, early, call, std::addressof(body));
+  run(grid, block, shared_bytes, options, call, std::addressof(body));
 }
 
 // Lets the next launch have this much shared memory, where a launch gets 48 KB by itself.
 void allow_shared_bytes(size_t bytes);
+
+// Lets others run: what a thread does that waits for a counter.
+void yield(Site site);
+
+// The block's number in its cluster, the address in the shared memory of another block of the cluster that `own` is in that of
+// this one, and the barrier of all threads of the cluster.
+unsigned cluster_rank();
+void* shared_of_rank(void* own, unsigned rank);
+void cluster_barrier(Site site);
 
 void waited(Site site);
 void note_fresh_load();

@@ -19,6 +19,7 @@
 extern "C" {
 __attribute__((weak)) void __sanitizer_start_switch_fiber(void** fake_stack, const void* stack, size_t bytes);
 __attribute__((weak)) void __sanitizer_finish_switch_fiber(void* fake_stack, const void** old_stack, size_t* old_bytes);
+__attribute__((weak)) void __asan_poison_memory_region(const volatile void* start, size_t bytes);
 __attribute__((weak)) void __asan_unpoison_memory_region(const volatile void* start, size_t bytes);
 __attribute__((weak)) void* __tsan_get_current_fiber();
 __attribute__((weak)) void* __tsan_create_fiber(unsigned flags);

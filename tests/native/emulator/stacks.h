@@ -6,16 +6,17 @@
 #include <stdexcept>
 #include <vector>
 
+#include "cuda_emulation.h"
 #include "fiber.h"
 
 namespace gcnet_ext::cuda::emulation {
 
 constexpr size_t kStackBytes = 128 << 10, kGuardBytes = 4 << 10;
-constexpr size_t kBlocksAtATime = 3;  // in the round-robin schedule
+constexpr size_t kClustersAtATime = 3;  // in the round-robin schedule
 
 // A set has a stack and an identity for each thread of a block. Making them takes half a millisecond per thread, so a block
 // hands its set on to a later block. ThreadSanitizer takes two blocks with one set for ordered; therefore a set is handed on as
-// late as possible, and any block is unordered with the kBlocksAtATime - 1 or more that started before it.
+// late as possible, and any block is unordered with those of the kClustersAtATime - 1 or more clusters that started before it.
 class StackSets {
  public:
   // Makes the fiber of thread number i in a block that has this set.
@@ -58,7 +59,7 @@ class StackSets {
     return stack;
   }
 
-  std::vector<Member> sets_[kBlocksAtATime];
+  std::vector<Member> sets_[kClustersAtATime * kLargestCluster];
 };
 
 }  // namespace gcnet_ext::cuda::emulation

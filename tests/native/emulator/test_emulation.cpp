@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "../../../csrc/cuda/cluster.cuh"
 #include "../../../csrc/cuda/launch.h"
 #include "../../../csrc/cuda/memory_access.h"
 #include "../../../csrc/cuda/shared_memory.cuh"
@@ -127,6 +128,34 @@ __global__ void late_copy_kernel(const float* x, float* out, bool waits) {
 __global__ void endless_copies_kernel(const float* x) {
   for (int i = 0; i < 1000; i++) copy_later(reinterpret_cast<Vector<float, 4>*>(shared_floats()), x, true);
 }
+// A block waits for the one behind it, or for itself.
+__global__ void waiting_kernel(unsigned* counters, float* values, float* out, bool itself, bool releases) {
+  const unsigned next = itself ? blockIdx.x : blockIdx.x + 1;
+  if (next < gridDim.x) {
+    wait_for_count(counters + next, 1);
+    out[blockIdx.x] = load_fresh(values + next);
+  }
+  values[blockIdx.x] = static_cast<float>(blockIdx.x);
+  if (releases) {
+    add_release(counters + blockIdx.x, 1);
+  } else {
+    draw(counters + blockIdx.x);
+  }
+}
+// The blocks of a cluster read the shared memory of each other.
+__global__ void cluster_kernel(float* out, bool barrier, unsigned rank) {
+  float* const own = shared_floats();
+  *own = static_cast<float>(cluster_rank());
+  if (barrier) cluster_barrier();
+  out[blockIdx.x] = *shared_of_rank(own, rank == kAll ? cluster_rank() ^ 1 : rank);
+  cluster_barrier();
+}
+// The first block of a cluster reads the shared memory of the second one when that has ended.
+__global__ void late_kernel(unsigned* ended) {
+  if (cluster_rank() == 1) return add_release(ended, 1);
+  wait_for_count(ended, 1);
+  shared_of_rank(shared_floats(), 1);
+}
 __global__ void empty_kernel() {}
 __global__ void copy_kernel(const float* x, float* out, int count) {
   const int i = 2 * (blockIdx.x * blockDim.x + threadIdx.x);
@@ -179,6 +208,24 @@ void everything() {
   allow_shared_bytes(empty_kernel, 50000);
   launch(empty_kernel, 1, 32, 50000, nullptr);
 
+  for (const int cluster : {2, 4}) {
+    launch_clusters(cluster_kernel, cluster, dim3(8), 1, sizeof(float), nullptr, out.data(), true, kAll);
+    for (int i = 0; i < 8; i++)
+      check(out[i] == static_cast<float>(i % cluster ^ 1), "the shared memory of the neighbour in a cluster");
+  }
+  check_throws([&] { launch_clusters(cluster_kernel, 2, dim3(2), 1, 4, nullptr, out.data(), true, 2u); },
+               "shared memory of rank 2 in a cluster of 2");
+  check_throws([&] { launch_clusters(empty_kernel, 2, dim3(3), 1, 4, nullptr); }, "no multiple of the cluster");
+  unsigned ended = 0;
+  check_throws([&] { launch_clusters(late_kernel, 2, dim3(2), 1, 4, nullptr, &ended); }, "which has ended");
+  std::vector<float> values(3);
+  std::vector<unsigned> counters(3);
+  launch_clusters(waiting_kernel, 3, dim3(3), 1, 0, nullptr, counters.data(), values.data(), out.data(), false, true);
+  check(out[0] == 1 && out[1] == 2, "blocks wait for a counter");
+  counters.assign(3, 0);
+  check_throws([&] { launch(waiting_kernel, 3, 1, 0, nullptr, counters.data(), values.data(), out.data(), true, true); },
+               "nobody gets on while this thread waits");
+
   check_throws([] { launch(divergent_barrier_kernel, 1, 64, 0, nullptr); }, "thread 0,0,0 on: waits at the __syncthreads");
   check_throws([] { launch(two_barriers_kernel, 1, 64, 0, nullptr); }, "while others wait at the one in line");
   check_throws([] { launch(missing_lane_kernel, 2, 32, 0, nullptr); }, "thread 5,0,0 on: exited");
@@ -218,6 +265,17 @@ void counting() {
 const std::map<std::string, std::function<void()>> silent = {
     {"missing-syncthreads", [] { sum_of_blocks(1, false); }},
     {"missing-acquire-release", [] { sum_of_blocks(3, true, false); }},
+    {"missing-release",
+     [] {
+       std::vector<float> values(3), out(3);
+       std::vector<unsigned> counters(3);
+       launch_clusters(waiting_kernel, 3, dim3(3), 1, 0, nullptr, counters.data(), values.data(), out.data(), false, false);
+     }},
+    {"missing-cluster-barrier",
+     [] {
+       float out[2];
+       launch_clusters(cluster_kernel, 2, dim3(2), 1, sizeof(float), nullptr, out, false, 0u);
+     }},
     {"missing-syncwarp",
      [] {
        float out[32];
