@@ -54,13 +54,25 @@ def variants(row: Row, direction: str) -> list[CudaTuning]:
     second = CudaTuning(engine="v2")
     single += [second, *(dataclasses.replace(second, larger_tile=larger) for larger in (1, 2))]
     single += [dataclasses.replace(second, splits=splits) for splits in (32, 64)]
+    tickets = CudaTuning(engine="tickets")
+    unplanned = [tickets, *(dataclasses.replace(tickets, lag=lag) for lag in lags(row, direction))]
+    unplanned += [dataclasses.replace(tickets, hints=1), dataclasses.replace(tickets, cluster=1)]
     plans, found = [plan(row, DEFAULT)], [DEFAULT]
     for tuning in single:
         if (cut := plan(row, tuning)) not in plans:
             plans.append(cut)
             found.append(tuning)
-    # Two that change no plan: the transform is not in it.
-    return [*found, CudaTuning(transform=1), CudaTuning(transform=2), *([] if second in found else [second])]
+    # Those that change no plan: the transform and the tickets are not in it.
+    unplanned += [CudaTuning(transform=1), CudaTuning(transform=2), *([] if second in found else [second])]
+    return [*found, *unplanned]
+
+
+def lags(row: Row, direction: str) -> list[int]:
+    """How many items the last stage may stay behind: those of some megabytes of a map, and all."""
+    cut = plan(row, CudaTuning(engine="v2"))
+    size = 4 if row.dtype == "float32" else 2
+    item = row.channels * row.height * row.width * size / (cut["splits"] if direction == "forward" else cut["backward_splits"])
+    return [*dict.fromkeys(max(1, round(megabytes * 1e6 / item)) for megabytes in (8, 12, 16, 20, 28)), 2**31 - 1]
 
 
 def together(tunings: Sequence[CudaTuning]) -> CudaTuning:

@@ -3,8 +3,9 @@
     python bench/gpu_check.py [--out DIR] [--seconds 400] [--built] [--only STEP,STEP] [--commit NAME] [--dry-run]
 
 Builds the package for this GPU (unless it is --built and runs), measures what the GPU gives (probes), runs the tests that are
-chosen for a GPU while the peers are compiled, compares what a caller can decide in the place of the plans (ab), times the block
-and its kernels, counts the bytes of some launches, runs a small set under compute-sanitizer, and times the CPU of the machine.
+chosen for a GPU while the peers are compiled, calls the kernels whose blocks wait for each other a few thousand times (soak),
+compares what a caller can decide in the place of the plans (ab), times the block and its kernels, counts the bytes of some
+launches, runs a small set under compute-sanitizer, and times the CPU of the machine.
 Every step is killed at its limit, and one that fails does not keep the later ones from running.
 
 After every step gpu_check.json and gpu_check.txt are written to DIR (the environment variable OUT, or bench/results/gpu), and
@@ -106,7 +107,7 @@ def plan(capability: str, folder: Path, cache: Path, dry: bool, built: bool = Fa
     if dry:
         without = "dry run"
         return [
-            *(Step(name, [], 0, missing=without) for name in ("import", "build", "probes", "tests")),
+            *(Step(name, [], 0, missing=without) for name in ("import", "build", "probes", "tests", "soak")),
             Step("ab", [*ab, "--seconds", "20", "--dry-run"], 60),
             Step("timings", [*timing, *winners, "--json", str(folder / "timings.json"), "--seconds", "60", "--dry-run"], 120),
             *(Step(name, [], 0, missing=without) for name in ("kernels", "bytes", "memcheck", "racecheck", "synccheck")),
@@ -137,14 +138,15 @@ def plan(capability: str, folder: Path, cache: Path, dry: bool, built: bool = Fa
         Step("build", install, 110, build_for, missing="--built" if built else ""),
         Step("probes", probes, 25, here, no_compiler),
         Step("tests", tests, 65, one_thread, meanwhile=(*timing, "--compile-only")),
+        Step("soak", [python, str(ROOT / "bench" / "gpu_soak.py")], 20, here),
         Step("ab", [*ab, "--seconds", "55"], 60, here),
-        Step("timings", [*timing, *winners, "--json", str(folder / "timings.json"), "--seconds", "85"], 92, here),
+        Step("timings", [*timing, *winners, "--json", str(folder / "timings.json"), "--seconds", "75"], 82, here),
         Step("kernels", kernels, 24, here),
         Step("bytes", [*bytes_of, *kernels_of, *one_call, *once], 24, here, no_profiler),
         Step("memcheck", [*checked, "--tool", "memcheck", *small_set], 12, here, no_sanitizer),
         Step("racecheck", [*checked, "--tool", "racecheck", *small_set], 36, here, no_sanitizer),
         Step("synccheck", [*checked, "--tool", "synccheck", *small_set], 12, here, no_sanitizer),
-        Step("scaling", scaling, 30, here),
+        Step("scaling", scaling, 20, here),
     ]
 
 

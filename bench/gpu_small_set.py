@@ -18,7 +18,7 @@ SHAPES = ((2, 16, 9, 9), (1, 64, 28, 28), (2, 300, 5, 7), (1, 2048, 7, 7))
 def main() -> None:
     torch.manual_seed(0)
     worst = 0.0
-    for shape, dtype, engine in itertools.product(SHAPES, (torch.float32, torch.float16), ("v1", "v2")):
+    for shape, dtype, engine in itertools.product(SHAPES, (torch.float32, torch.float16), ("v1", "v2", "tickets")):
         for layout in (torch.contiguous_format, torch.channels_last):
             with cuda_tuning(CudaTuning(engine=engine)):
                 x = torch.randn(shape, device="cuda", dtype=dtype).contiguous(memory_format=layout).requires_grad_()

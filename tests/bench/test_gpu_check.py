@@ -83,6 +83,7 @@ STEPS = [
     "build",
     "probes",
     "tests",
+    "soak",
     "ab",
     "timings",
     "kernels",
@@ -226,10 +227,13 @@ def test_decisions_that_are_compared(gpu_ab):
     for row in gpu_ab.ROWS:
         for direction in ("forward", "both"):
             found = gpu_ab.variants(row, direction)
-            changing = [tuning for tuning in found if not tuning.transform and tuning != gpu_ab.CudaTuning(engine="v2")]
+            unplanned = [tuning for tuning in found if tuning.transform or tuning.engine == "tickets"]
+            changing = [tuning for tuning in found if tuning not in (*unplanned, gpu_ab.CudaTuning(engine="v2"))]
             plans = [gpu_ab.plan(row, tuning) for tuning in changing]
             assert found[0] == gpu_ab.DEFAULT
-            assert len(found) >= 4
+            assert len(changing) >= 2
+            assert {(tuning.hints, tuning.cluster) for tuning in unplanned} == {(0, 0), (1, 0), (0, 1)}
+            assert len({tuning.lag for tuning in unplanned}) >= 3
             assert all(plan not in plans[:index] for index, plan in enumerate(plans))
 
 

@@ -42,7 +42,7 @@ def assert_same_bits(got: grid.Result, want: grid.Result) -> None:
         assert (ours is None and theirs is None) or torch.equal(ours, theirs), f"gradient of input {index}"
 
 
-@pytest.fixture(params=["v1", "v2"])
+@pytest.fixture(params=["v1", "v2", "tickets"])
 def engine(request):
     """Each CUDA engine."""
     with cuda_tuning(CudaTuning(engine=request.param)):

@@ -1,0 +1,223 @@
+"""How long a ticketed launch takes (csrc/cuda/tickets.cuh), by a simulation of its blocks in steps of time.
+
+    python bench/gpu_tickets.py    prints the predictions, beside those of v2 and what was measured of v1; this takes minutes
+
+A block takes the next item, copies what that needs of the maps while it works on the item before, waits until the stage before
+is done, and works. The blocks share the rates of the memory and of the second-level cache, and those of a multiprocessor share
+its arithmetic. A map that is read again is in the cache as far as no more than the cache holds has come in since.
+
+No run has measured any of this: the constants are not fitted, and what the cache does with hints is a guess, which the probes
+of bench/gpu_check.py and the comparison of lags in bench/gpu_ab.py are for.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import gpu_model
+import numpy as np
+from gpu_items import ISSUED, L2_RATE, MULTIPROCESSOR_RATE, OF_FLOAT32, PER_ELEMENT, PIECE
+from gpu_stages import FROM_L2, LANES, RATIO
+
+if TYPE_CHECKING:
+    from gpu_model import Card, Shape
+
+STEP = 0.1  # us
+BLOCKS = 2  # on a multiprocessor
+LATENCY, FROM_CACHE = 1.0, 0.6  # us until the first byte of a copy comes
+BUBBLE = 0.5  # us of an item in which its block neither moves nor computes, a ticket and its barriers among them
+HOP = 1.0  # us until a block sees that a stage is done
+SMALL_TRIP = 0.4  # us of a load from the second-level cache that an item of the transform waits for
+TURNS = 8  # of the second layer: tiles of 32 rows that an item goes through
+CACHE = 31.0  # MB of a map that are still there when it is read again
+LAUNCH = 2.0  # us until all blocks have their first item, the memset of the counters among them
+LAGS = (8.0, 12.0, 16.0, 20.0, 28.0, math.inf)  # MB; the best of these is taken, as a comparison on a GPU would
+TILE_LIMIT = 1024  # channels; beyond that, and for rows without 16-byte accesses, a stage has a launch of its own
+
+
+class Stage(NamedTuple):
+    """What a sample has of a stage."""
+
+    items: int
+    copied: float = 0.0  # MB of maps that an item copies
+    again: bool = False  # those are read for the second time, and not needed again
+    cached: float = 0.0  # MB of weights and partial results
+    cycles: float = 0.0  # that an item's arithmetic takes a multiprocessor
+    waits: float = BUBBLE  # us of an item in which its block does neither
+    stored: float = 0.0  # MB
+
+
+def order(samples: int, stages: list[Stage], lag: int) -> list[tuple[int, int]]:
+    """(stage, sample) of each ticket, as csrc/ticket_order.h has them."""
+    first, last = stages[0].items, stages[-1].items
+    late = [0, *(stage.items for stage in stages[1:-1]), last + min(lag, samples * first) * last // first]
+
+    def before(k: int, rounds: int) -> int:
+        return min(max(rounds * stages[k].items - late[k], 0), samples * stages[k].items)
+
+    found = []
+    total = samples * sum(stage.items for stage in stages)
+    rounds = 0
+    while len(found) < total:
+        count = [before(k, rounds + 1) - before(k, rounds) for k in range(len(stages))]
+        of = [[(k, (before(k, rounds) + i) // stages[k].items) for i in range(count[k])] for k in range(len(stages))]
+        for between in of[1:-1]:
+            found += between
+        both, taken = len(of[0]) + len(of[-1]), 0
+        for place in range(both):
+            due = (place + 1) * len(of[-1]) // both
+            found.append(of[-1][taken] if due > taken else of[0][place - taken])
+            taken = due
+        rounds += 1
+    return found
+
+
+def simulate(samples: int, stages: list[Stage], lag: int, card: Card, cluster: int = 1, hints: bool = True) -> float:
+    """Microseconds from the first item to the last. Where blocks form clusters, "block" below is a cluster of them."""
+    tickets = order(samples, stages, lag)
+    homes = card.multiprocessors // cluster
+    blocks = min(homes * BLOCKS, len(tickets))
+    home = np.arange(blocks) % homes
+    kind, whose = (np.array(column) for column in zip(*tickets, strict=True))
+    done = np.zeros((len(stages), samples))
+    known = np.full((len(stages), samples), np.inf)  # when others see that the stage is done
+    begun, ended = (
+        np.full(samples, np.inf),
+        np.zeros(samples),
+    )  # MB that had come in when a sample's first stage began and ended
+    copying, ready, working = (np.full(blocks, -1) for _ in range(3))
+    memory, cache, late, cycles, waits = (np.zeros(blocks) for _ in range(5))
+    drawn = finished = 0
+    time = arrived = stores = 0.0
+    while finished < len(tickets):
+        for block in np.flatnonzero((copying < 0) & (ready < 0)):
+            if drawn == len(tickets):
+                break
+            stage, sample = stages[kind[drawn]], whose[drawn]
+            hit = 0.0
+            if stage.again:  # the part of the sample that has come in since the cache had room
+                span = max(ended[sample] - begun[sample], 1e-9)
+                hit = min(max((ended[sample] - max(arrived - CACHE, begun[sample])) / span, 0.0), 1.0)
+            memory[block], cache[block] = stage.copied * (1 - hit), stage.copied * hit
+            late[block] = 0.0 if stage.copied == 0 else FROM_CACHE if hit == 1 else LATENCY
+            if kind[drawn] == 0:
+                begun[sample] = min(begun[sample], arrived)
+            arrived += memory[block] if kind[drawn] == 0 or not hints else 0.0
+            if kind[drawn] == 0:
+                ended[sample] = arrived
+            copying[block] = drawn
+            drawn += 1
+        moving = (copying >= 0) & (late <= 0)
+        load = np.bincount(home[moving], minlength=homes)[home]
+        most = cluster * np.minimum(FROM_L2, MULTIPROCESSOR_RATE / np.maximum(load, 1))
+        wanted = np.where(moving & (memory > 0), most, 0.0)
+        storing = min(stores / STEP, card.copy)
+        share = min(1.0, card.copy / max(wanted.sum() + storing, 1e-9))
+        memory -= wanted * share * STEP
+        stores -= storing * share * STEP
+        hits = np.where(moving & (memory <= 0) & (cache > 0), most * 1.3, 0.0)
+        cache -= hits * min(1.0, L2_RATE * card.copy / max(hits.sum(), 1e-9)) * STEP
+        late -= np.where(copying >= 0, STEP, 0.0)
+        arriving = (copying >= 0) & (late <= 0) & (memory <= 1e-9) & (cache <= 1e-9)
+        ready = np.where(arriving, copying, ready)
+        copying = np.where(arriving, -1, copying)
+        for block in np.flatnonzero((working < 0) & (ready >= 0)):
+            ticket = ready[block]
+            if kind[ticket] > 0 and known[kind[ticket] - 1, whose[ticket]] > time:
+                continue
+            stage = stages[kind[ticket]]
+            working[block], ready[block] = ticket, -1
+            cycles[block] = stage.cycles / cluster / ISSUED / (card.clock * 1e3)
+            waits[block] = stage.waits + stage.cached / FROM_L2
+        computing = (working >= 0) & (waits <= 0)
+        load = np.bincount(home[computing], minlength=homes)[home]
+        cycles -= np.where(computing, STEP / np.maximum(load, 1), 0.0)
+        waits -= np.where(working >= 0, STEP, 0.0)
+        time += STEP
+        for block in np.flatnonzero((working >= 0) & (waits <= 0) & (cycles <= 0)):
+            place = kind[working[block]], whose[working[block]]
+            done[place] += 1
+            if done[place] == stages[place[0]].items:
+                known[place] = time + HOP
+            stores += stages[place[0]].stored
+            if not hints:
+                arrived += stages[place[0]].stored
+            working[block] = -1
+            finished += 1
+    return time + stores / card.copy
+
+
+def fits(shape: Shape) -> bool:
+    """Whether a direction of a map of this shape is one ticketed launch."""
+    return shape.plan(engine="tickets")["path"] == "row_items" and shape.channels <= TILE_LIMIT
+
+
+def stages(shape: Shape, direction: str, cluster: int) -> list[Stage]:
+    """What a sample of the map has to go through. Of pieces and parts, each block of a cluster has one."""
+    plan, whole = shape.plan(engine="tickets"), shape.megabytes / shape.samples
+    elements, units = whole * 1e6 / shape.element_size, 2 * shape.channels * RATIO
+    lanes = {name: (OF_FLOAT32 if shape.dtype == "float32" else 1.0) * count / LANES for name, count in PER_ELEMENT.items()}
+    pieces = math.ceil(whole * 1e6 / PIECE / cluster)
+
+    def sweep(items: int, kernel: str, maps: int, *, again: bool = False, stored: bool = False) -> Stage:
+        cycles = elements / items * lanes[kernel]
+        return Stage(items, maps * whole / items, again, cycles=cycles, stored=whole / items if stored else 0.0)
+
+    def layer(items: int, turns: int, megabytes: float) -> Stage:
+        items = math.ceil(items / turns)
+        return Stage(math.ceil(items / cluster), cached=megabytes / items, waits=BUBBLE + SMALL_TRIP * (2 + turns))
+
+    tiles = math.ceil(units / 2 / 32)  # of a branch
+    first = layer(plan["slices"] * 2 * tiles, tiles, plan["splits"] * shape.channels * 4 / 1e6)
+    second = layer(2 * math.ceil(shape.channels / 32), TURNS, shape.channels * units * shape.element_size / 1e6)
+    if direction == "forward":
+        return [sweep(plan["splits"], "pool", 1), first, second, sweep(pieces, "fuse", 1, again=True, stored=True)]
+    sums = sweep(math.ceil(plan["sums_channel_groups"] * plan["sums_splits"] / cluster), "sums", 2)
+    return [sums, first, second, sweep(plan["backward_splits"], "dx", 2, again=True, stored=True)]
+
+
+def predict(shape: Shape, direction: str, card: Card, hints: bool = True) -> tuple[float, float]:
+    """Microseconds of the launch and the lag in MB, with the best lag."""
+    cluster = 2 if shape.channels > 512 else 1
+    found = stages(shape, direction, cluster)
+    item = found[0].copied
+    times = {}
+    for lag in LAGS:
+        if math.isinf(lag) or lag < shape.megabytes:
+            items = shape.samples * found[0].items if math.isinf(lag) else round(lag / item)
+            times[lag] = LAUNCH + simulate(shape.samples, found, items, card, cluster, hints)
+    best = min(times, key=times.__getitem__)
+    return times[best], best
+
+
+def lines_of(name: str, report: dict[str, Any], record: dict[str, Any]) -> Iterator[str]:
+    """Of one report: copies of the map as measured of v1, and as predicted for v2 and for tickets with the best lag."""
+    card, timed = gpu_model.card_of(report), {row["row"]: row for row in report["timings"]["rows"]}
+    yield f"{name}: copies of the map; measured, predicted for v2, for tickets (and the lag in MB), for tickets without hints"
+    for row in gpu_model.rows_of(report):
+        if not fits(row.shape):
+            continue
+        copy = timed[row.shape.name]["copy"]["graph_cold"]
+        v2 = gpu_model.predict(row.shape, card, record["constants"], record["instructions"], engine="v2")
+        beside = {"forward": gpu_model.GRAPH, "backward": gpu_model.GRAPH + v2.kernels["parameters"]}
+        cells = ""
+        for direction in ("forward", "backward"):
+            (time, lag), (without, _) = (predict(row.shape, direction, card, hints) for hints in (True, False))
+            found = [getattr(row, direction), getattr(v2, direction), time + beside[direction], without + beside[direction]]
+            multiples = [f"{each / copy:6.2f}" for each in found]
+            cells += f"  {direction} {' '.join(multiples[:3])} ({lag:g}) {multiples[3]}"
+        yield f"{row.shape.name:36}{cells}"
+
+
+def main() -> None:
+    record = json.loads(gpu_model.RECORD.read_text())
+    for name, report in gpu_model.reports().items():
+        for line in lines_of(name, report, record):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
