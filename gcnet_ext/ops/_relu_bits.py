@@ -1,8 +1,9 @@
-"""The bits of the final ReLU as csrc/ops.cpp has them, where Python needs them: their number, and as a mask."""
+"""The bits of the final ReLU as csrc/ops.cpp has them, where Python needs them: their number, made of a mask, and as a mask."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -37,3 +38,15 @@ def unpack(positive: Tensor, x: Tensor) -> Tensor:
     if is_channels_last(x):
         return bits.reshape(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
     return bits.reshape(x.shape)
+
+
+def pack(out: Tensor, x: Tensor, final_activation: int) -> Tensor:
+    """The bits of the output out of an operator on x, with the memory format of x; none where there is no final ReLU."""
+    if not final_activation:
+        return out.new_empty((x.shape[0], 0), dtype=torch.uint8)
+    rows, length = _rows(x)
+    passes = ~(out <= 0)  # a NaN passes
+    ordered = (passes.movedim(1, -1) if is_channels_last(x) else passes).reshape(x.shape[0], rows, length)
+    places = torch.arange(8, dtype=torch.uint8, device=out.device)
+    in_bytes = F.pad(ordered.to(torch.uint8), (0, -length % 8)).reshape(x.shape[0], -1, 8)
+    return (in_bytes << places).sum(2, dtype=torch.uint8)
