@@ -2,7 +2,7 @@
 
 from ._version import __version__
 from .blocks import GlobalContextBlock, NonLocalBlock, SimplifiedNonLocalBlock, SqueezeExcitation
-from .models import Report, insert_blocks, replace_blocks, to_peer_state_dict
+from .models import Report, insert_blocks, replace_blocks, to_peer_state_dict, to_plain
 from .ops._dispatch import decompositions
 from .ops._switch import plain
 from .ops._transform import Branch
@@ -27,4 +27,5 @@ __all__ = [
     "plain",
     "replace_blocks",
     "to_peer_state_dict",
+    "to_plain",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -135,6 +135,9 @@ class NonLocalBlock(nn.Module):
         y = weighted_values(self.mode, theta, phi, g, weight, self.mode == "embedded_gaussian" and self.use_scale)
         out = self.conv_out(y.reshape(y.shape[:2] + image.shape[2:]))
         return x + out.reshape(x.shape).to(x.dtype)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        _layers.not_scriptable(self)
 
     def _check(self, x: Tensor) -> None:
         if x.dim() - 2 not in POOLS:
