@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -44,9 +43,11 @@ def pack(out: Tensor, x: Tensor, final_activation: int) -> Tensor:
     """The bits of the output out of an operator on x, with the memory format of x; none where there is no final ReLU."""
     if not final_activation:
         return out.new_empty((x.shape[0], 0), dtype=torch.uint8)
-    rows, length = _rows(x)
     passes = ~(out <= 0)  # a NaN passes
-    ordered = (passes.movedim(1, -1) if is_channels_last(x) else passes).reshape(x.shape[0], rows, length)
-    places = torch.arange(8, dtype=torch.uint8, device=out.device)
-    in_bytes = F.pad(ordered.to(torch.uint8), (0, -length % 8)).reshape(x.shape[0], -1, 8)
-    return (in_bytes << places).sum(2, dtype=torch.uint8)
+    in_rows = passes.movedim(1, -1).flatten(1, -2) if is_channels_last(x) else passes.flatten(2)  # [N, rows, length]
+    rows, length = in_rows.shape[1:]
+    element, row = torch.arange(length, device=out.device), torch.arange(rows, device=out.device)
+    values = in_rows.to(torch.uint8) << (element % 8).to(torch.uint8)
+    byte = row.unsqueeze(1) * ((length + 7) // 8) + element // 8
+    # A reshape to [N, rows, bytes of a row] would be a guard in a captured graph, even in one that throws the bits away.
+    return values.new_zeros((x.shape[0], bytes_of(x))).index_add(1, byte.flatten(), values.flatten(1))
