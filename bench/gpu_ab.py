@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from gpu_timing import DRY_ROWS, ROWS, Clock, Function, Row, make_modules
+from measure import output_file
 
 import gcnet_ext
 from gcnet_ext._tuning import CudaTuning, cuda_tuning
@@ -163,7 +164,7 @@ def measure(seconds: float, dry: bool, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True, help="where the winners go")
+    parser.add_argument("--json", type=output_file, required=True, help="where the winners go")
     parser.add_argument("--seconds", type=float, default=60, help="start no further comparison after this time")
     parser.add_argument("--dry-run", action="store_true", help="two tiny maps on the CPU, where every decision is the same")
     arguments = parser.parse_args()

@@ -13,11 +13,11 @@ import json
 import re
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from gpu_timing import ROWS, Clock, Function, Row, make_modules
+from measure import output_file
 from torch.profiler import ProfilerActivity, profile
 
 CALLS = 10
@@ -71,7 +71,7 @@ def time_row(clock: Clock, row: Row) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="where the figures go, too")
+    parser.add_argument("--json", type=output_file, help="where the figures go, too")
     parser.add_argument("--seconds", type=float, default=60, help="start no further measurement after this time")
     arguments = parser.parse_args()
     clock, end, results = Clock(dry=False), time.monotonic() + arguments.seconds, []

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from measure import output_file
 from peers import Eager, Rewrite
 from torch import Tensor, nn
 
@@ -274,7 +275,7 @@ def measure(seconds: float, dry: bool, path: Path, winners: Path | None) -> None
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="where the figures go")
+    parser.add_argument("--json", type=output_file, help="where the figures go")
     parser.add_argument("--compile-only", action="store_true", help="time nothing, compile the peers into Inductor's cache")
     parser.add_argument("--winners", type=Path, help="what gpu_ab.py wrote")
     parser.add_argument("--seconds", type=float, default=240, help="start no further measurement after this time")

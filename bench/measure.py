@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import os
 import platform
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +32,19 @@ def keep_memory() -> None:
     """Starts the script again with KEEP_MEMORY, which the C library reads when a process starts."""
     if not KEEP_MEMORY.keys() <= os.environ.keys():
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
+
+
+def output_file(text: str) -> Path:
+    """An argument that names a file to write: what keeps it from being written is told before anything is measured."""
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"must be a file that can be written, got {text} ({error.strerror})") from error
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a file that can be written, got the folder {text}")
+    return path
 
 
 def interleaved(candidates: dict[str, Call], rounds: int, label: str = "", sub_label: str = "") -> dict[str, Measurement]:

@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few shapes and rounds: two minutes")
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, separated by commas")
     parser.add_argument("--rounds", type=int, default=None)
-    parser.add_argument("--json", type=Path, default=Path("build/bench/results.json"))
+    parser.add_argument("--json", type=measure.output_file, default=Path("build/bench/results.json"))
     parser.add_argument("--plots", type=Path, default=None, help="a folder; the one of the JSON file")
     arguments = parser.parse_args()
     unknown = set(arguments.only.split(",")) - set(SECTIONS)

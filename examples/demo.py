@@ -7,6 +7,7 @@ import copy
 import importlib
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -49,6 +50,7 @@ def make_folder(path: Path) -> None:
     """The one that --output names; failing that, ends the program with a sentence."""
     try:
         path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()  # a folder that is there may be one that nobody can write to
     except OSError as error:
         raise SystemExit(f"--output must be a folder that can be made and written to, got {path} ({error.strerror})") from error
 

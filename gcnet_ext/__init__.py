@@ -2,7 +2,9 @@
 
 from ._version import __version__
 from .blocks import GlobalContextBlock, NonLocalBlock, SimplifiedNonLocalBlock, SqueezeExcitation
-from .models import Report, insert_blocks, replace_blocks, to_peer_state_dict
+from .models import Report, insert_blocks, replace_blocks, to_peer_state_dict, to_plain
+from .ops._dispatch import decompositions
+from .ops._switch import plain
 from .ops._transform import Branch
 from .ops.attention_pool import attention_map, attention_pool
 from .ops.channel_fuse import channel_fuse
@@ -19,8 +21,11 @@ __all__ = [
     "attention_map",
     "attention_pool",
     "channel_fuse",
+    "decompositions",
     "global_context",
     "insert_blocks",
+    "plain",
     "replace_blocks",
     "to_peer_state_dict",
+    "to_plain",
 ]

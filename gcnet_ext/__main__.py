@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 
 from . import _info
+from ._version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -15,8 +17,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m gcnet_ext",
         description="Says what was built, what this machine can use, and why anything is not used.",
     )
-    parser.parse_args(argv)
-    print(_info.describe())
+    parser.add_argument("--version", action="version", version=f"gcnet_ext {__version__}")
+    parser.add_argument("--json", action="store_true", help="the same for a program: paste it into an issue")
+    arguments = parser.parse_args(argv)
+    print(json.dumps(_info.facts(), indent=1) if arguments.json else _info.describe())
     return 0
 
 

@@ -1,25 +1,53 @@
-"""What was built and what this machine can use of it, in words: the text of ``python -m gcnet_ext``."""
+"""What was built and what this machine can use of it, in words: what ``python -m gcnet_ext`` prints."""
 
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
 from . import _build, _load
 from ._torch import has_kernel_for_key
 from ._version import __version__
-from .ops import _dispatch
+from .ops import _dispatch, _switch
 
 CAPABILITY_VARIABLE = "GCNET_EXT_CPU_CAPABILITY"
 _INDENT = 14
 
 
+Rows = dict[str, Callable[[], str]]
+
+
 def describe() -> str:
     """The report: one row per fact, and for everything that is not used the reason. Never raises."""
-    built: dict[str, Callable[[], str]] = {"version": _version, "torch": _torch, "library": _library_path}
+    built, machine = ({name: _told(row) for name, row in rows.items()} for rows in (_built(), _machine()))
+    return "\n".join([f"gcnet_ext {__version__}", "", *_section("Built", built), "", *_section("This machine", machine)])
+
+
+def facts() -> dict[str, Any]:
+    """What an issue report needs, for json.dumps: the rows of `describe`, and what else tells one machine from another. Never
+    raises."""
+    return {
+        "gcnet_ext": __version__,
+        "built": {name: _told(row) for name, row in _built().items()},
+        "machine": {name: _told(row) for name, row in _machine().items()},
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("GCNET_EXT_")},
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "processor": _told(_processor),
+        "GPUs": _gpus(),
+    }
+
+
+def _built() -> Rows:
+    built: Rows = {"version": _version, "torch": _torch, "library": _library_path}
     if _load.compiled is not None:
         built |= {
             "compiler": lambda: str(_build_info()["compiler"]),
@@ -28,17 +56,29 @@ def describe() -> str:
             "CPU code": lambda: ", ".join(_build_info()["capabilities"]),
             "operators": _operators,
         }
-    machine = {"CPU": _cpu, "threads": _threads, "CUDA": _cuda, "elsewhere": lambda: "plain PyTorch on every other device"}
-    return "\n".join([f"gcnet_ext {__version__}", "", *_section("Built", built), "", *_section("This machine", machine)])
+    return built
 
 
-def _section(title: str, rows: dict[str, Callable[[], str]]) -> list[str]:
+def _machine() -> Rows:
+    everywhere: Rows = {} if _switch.choice.get() is None else {"switch": _switched}
+    return everywhere | {
+        "CPU": _cpu,
+        "threads": _threads,
+        "CUDA": _cuda,
+        "elsewhere": lambda: "plain PyTorch on every other device",
+    }
+
+
+def _told(row: Callable[[], str]) -> str:
+    try:
+        return row()
+    except Exception as error:  # a report on a broken installation must not break on it
+        return f"unknown ({type(error).__name__}: {error})"
+
+
+def _section(title: str, rows: dict[str, str]) -> list[str]:
     lines = [title]
-    for name, row in rows.items():
-        try:
-            text = row()
-        except Exception as error:  # a report on a broken installation must not break on it
-            text = f"unknown ({type(error).__name__}: {error})"
+    for name, text in rows.items():
         first, *others = text.splitlines() or [""]
         lines += [f"  {name:<{_INDENT - 2}}{first}", *(" " * _INDENT + line for line in others)]
     return lines
@@ -92,6 +132,25 @@ def _operators() -> str:
 
 
 # ---- what this machine can use -----------------------------------------------------------------------------------------------
+
+
+def _switched() -> str:
+    if _switch.choice.get():
+        return "plain PyTorch everywhere: GCNET_EXT_PLAIN=1, or gcnet_ext.plain()"
+    return "compiled kernels, in TorchScript and ONNX, too: gcnet_ext.plain(False)"
+
+
+def _processor() -> str:
+    """The name of the processor, which Linux tells in a file."""
+    lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _gpus() -> list[str]:
+    if not torch.cuda.is_available():
+        return []
+    return [_told(partial(torch.cuda.get_device_name, index)) for index in range(torch.cuda.device_count())]
 
 
 def _cpu() -> str:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.utils._pytree import tree_map_only
 
 T = TypeVar("T")
@@ -85,7 +86,13 @@ def _refuses_a_function() -> bool:
 
 
 is_tracing: Callable[[], bool] = _private("_C._is_tracing", torch.jit.is_tracing)
-"""Whether torch.jit.trace records the calls."""
+"""Whether torch.jit.trace records the calls. torch.compile cannot look at it: see `is_traced`."""
+
+
+def is_traced() -> bool:
+    """Whether torch.jit.trace records the calls, where torch.compile may be capturing them."""
+    return not is_compiling() and is_tracing()
+
 
 inside_transform: Callable[[], bool] = _private("_C._are_functorch_transforms_active", _refuses_a_function)
 """Whether a transform of torch.func (grad, vmap, jvp) is running."""

@@ -25,6 +25,7 @@ from ._layers import (
     check_channels,
     is_plain,
     is_pointwise,
+    not_scriptable,
     of_no_tensor,
     settings_of,
 )
@@ -259,6 +260,9 @@ class FusedBlock(nn.Module):
             return global_context.with_lists(x, weights, residual, valid, found.options, inplace=self._overwrites())
         except RuntimeError as error:
             return self._refused(x, error)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        not_scriptable(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_seen"}

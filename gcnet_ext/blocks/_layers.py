@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, NamedTuple, TypeGuard, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -168,10 +168,23 @@ def of_no_tensor(block: nn.Module, x: Any, **others: Any) -> Any:
         _checks.is_tensor(x)
     if x.tracer.root is block:
         raise TypeError(
-            f"a {type(block).__name__} is one node to torch.fx: trace a module that holds it, such as nn.Sequential"
+            f"a {type(block).__name__} is one node to torch.fx: trace a module that holds it, such as nn.Sequential, or "
+            "gcnet_ext.to_plain(block)"
         )
     given = {name: value for name, value in others.items() if value is not None}
     return x.tracer.create_proxy("call_module", x.tracer.path_of_module(block), (x,), given)
+
+
+def not_scriptable(block: nn.Module) -> NoReturn:
+    """What a block says as its ``__prepare_scriptable__``, which torch.jit.script calls before it looks at anything else.
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise RuntimeError(
+        f"torch.jit.script cannot compile a {type(block).__name__}, which chooses its kernels in Python: script "
+        "gcnet_ext.to_plain(model) instead, a copy in plain PyTorch with the same parameters and keys"
+    )
 
 
 def _torchs_methods(kind: type[nn.Module], *names: str) -> dict[str, Any]:
@@ -305,7 +318,7 @@ def call_on_context(module: nn.Module, image: Tensor, x: Tensor) -> Tensor:
     return call(module, image, x.dtype).flatten(1).to(accumulation_dtype(x))
 
 
-def _is_for_images(mask: nn.Module) -> bool:
+def is_for_images(mask: nn.Module) -> bool:
     """Whether a mask, maybe wrapped, is a 2-D convolution: its first weight of 4 or 5 dimensions has 4."""
     return next((parameter.dim() for parameter in mask.parameters() if parameter.dim() in (4, 5)), None) == 4
 
@@ -320,7 +333,7 @@ def called_attention(mask: nn.Module, x: Tensor, valid: Tensor | None = None) ->
     """
     _checks.feature_map("attention_pool", x)
     _checks.valid("attention_pool", valid, x)
-    column = x.dim() != 4 and _is_for_images(mask)
+    column = x.dim() != 4 and is_for_images(mask)
     found = call(mask, x.flatten(2).unsqueeze(3) if column else x, x.dtype)
     samples, positions = x.shape[0], math.prod(x.shape[2:])
     if found.numel() != samples * positions:

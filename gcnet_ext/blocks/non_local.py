@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._torch import is_traced
 from ..ops import _checks
 from . import _layers, _state_dict
 
@@ -135,6 +136,9 @@ class NonLocalBlock(nn.Module):
         out = self.conv_out(y.reshape(y.shape[:2] + image.shape[2:]))
         return x + out.reshape(x.shape).to(x.dtype)
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        _layers.not_scriptable(self)
+
     def _check(self, x: Tensor) -> None:
         if x.dim() - 2 not in POOLS:
             raise RuntimeError(f"x must have 1 to 3 spatial dimensions [N, C, *spatial], got shape {list(x.shape)}")
@@ -176,11 +180,15 @@ def weighted_values(mode: str, theta: Tensor, phi: Tensor, g: Tensor, weight: Te
 
 def _softmax(theta: Tensor, phi: Tensor, g: Tensor, scaled: bool) -> Tensor:
     """y_p = sum_q softmax_q(theta_p . phi_q) g_q."""
+    scale = theta.shape[1] ** -0.5 if scaled else 1.0
+    if is_traced() and torch.onnx.is_in_onnx_export():  # opsets below 14 have no name for this attention
+        attention = (torch.matmul(theta.transpose(1, 2), phi) * scale).softmax(2)
+        return torch.matmul(g, attention.transpose(1, 2))
     # The kernels that form no matrix want [N, 1, P or Q, D] with the D next to each other, and values as wide as the keys.
     query, key, value = (tensor.transpose(1, 2).contiguous().unsqueeze(1) for tensor in (theta, phi, g))
     missing = key.shape[-1] - value.shape[-1]
     value = F.pad(value, (0, missing)) if missing > 0 else value
-    y = F.scaled_dot_product_attention(query, key, value, scale=theta.shape[1] ** -0.5 if scaled else 1.0)
+    y = F.scaled_dot_product_attention(query, key, value, scale=scale)
     return y.squeeze(1)[..., : g.shape[1]].transpose(1, 2)
 
 
@@ -197,7 +205,7 @@ def _concatenation(theta: Tensor, phi: Tensor, g: Tensor, weight: Tensor) -> Ten
     sums G of g and B of b g.
     """
     own, attended = weight.flatten().to(theta.dtype).chunk(2)
-    a, b = torch.einsum("d,ndp->np", own, theta), torch.einsum("d,ndq->nq", attended, phi)
+    a, b = torch.matmul(own, theta), torch.matmul(attended, phi)
     if torch.onnx.is_in_onnx_export():  # ONNX can sort, but not search
         return torch.matmul(g / g.shape[2], (a.unsqueeze(1) + b.unsqueeze(2)).relu())
     b, order = b.sort(dim=1, descending=True)

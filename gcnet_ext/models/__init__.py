@@ -1,8 +1,9 @@
 """Blocks in the models that people have: replaced, inserted, and their state dicts."""
 
 from .insert import insert_blocks
+from .plain import to_plain
 from .replace import replace_blocks
 from .report import Report
 from .state_dict import to_peer_state_dict
 
-__all__ = ["Report", "insert_blocks", "replace_blocks", "to_peer_state_dict"]
+__all__ = ["Report", "insert_blocks", "replace_blocks", "to_peer_state_dict", "to_plain"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -115,6 +115,19 @@ def _apply(module: Any, _arguments: tuple, output: Tensor) -> Tensor:
     if not is_compiling():
         block.__dict__["_calls"] = block.__dict__.get("_calls", 0) + 1
     return block(output)
+
+
+def _apply_plain(self, input: tuple[Tensor], output: Tensor) -> Tensor:  # TorchScript wants these names
+    return self.context_block(output)
+
+
+def plain_hooks(hooks: MutableMapping[int, Any]) -> None:
+    """Exchanges the hook that calls an inserted block for one that TorchScript can compile, and takes out the watch."""
+    for key, hook in list(hooks.items()):
+        if hook is _apply:
+            hooks[key] = _apply_plain
+        elif isinstance(hook, _Watch):
+            del hooks[key]
 
 
 class _Watch:

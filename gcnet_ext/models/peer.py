@@ -8,7 +8,7 @@ forward of the former class computes, with everything that a user may have chang
 from __future__ import annotations
 
 import types
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,9 @@ class Peer(nn.Module):
 
     def __init_subclass__(cls, **_options: Any) -> None:
         """Does nothing, so that a former class that registers its subclasses in __init_subclass__ does not register ours."""
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        _layers.not_scriptable(self)
 
     def _as_before(self, *args: Any, **kwargs: Any) -> Any:
         """What the block computed before it was replaced."""
@@ -170,6 +173,14 @@ def become(block: nn.Module, kind: type[Peer], record: Record) -> None:
         raise Left(f"it has a {taken[0]} of its own")
     block.__class__ = made
     block.__dict__.update(_record=record, _seen=None)
+
+
+def become_former(block: Peer) -> None:
+    """Takes our forward from a block, which is what it was before `become`."""
+    former: type[Any] = block._former
+    block.__class__ = former
+    for name in ("_record", "_seen"):
+        block.__dict__.pop(name, None)
 
 
 def _made_anew(former: type[nn.Module], kind: type[Peer], record: Record | None) -> nn.Module:

@@ -10,7 +10,7 @@ import importlib
 import sys
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from .skeleton import is_original
 
@@ -35,13 +35,3 @@ def class_with_context_block(residual: nn.Module) -> type[Any]:
                 return kind
     kind = type(residual)
     raise ValueError(f"its class {kind.__module__}.{kind.__qualname__} is not exactly torchvision's or timm's")
-
-
-def tail(residual: Any, out: Tensor, x: Tensor, activation: nn.Module, drop_path: nn.Module | None = None) -> Tensor:
-    """What follows on the last norm of a residual block, whose input is x: ``activation(context_block(out) + shortcut)``."""
-    out = residual.context_block(out)
-    if drop_path is not None:
-        out = drop_path(out)
-    shortcut = x if residual.downsample is None else residual.downsample(x)
-    out += shortcut
-    return activation(out)

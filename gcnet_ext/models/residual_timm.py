@@ -5,8 +5,6 @@ from __future__ import annotations
 from timm.models import resnet
 from torch import Tensor
 
-from .residual import tail
-
 
 class BasicBlock(resnet.BasicBlock):
     """With a submodule ``context_block``."""
@@ -17,7 +15,11 @@ class BasicBlock(resnet.BasicBlock):
         out = self.bn2(self.conv2(out))
         if self.se is not None:
             out = self.se(out)
-        return tail(self, out, x, self.act2, self.drop_path)
+        out = self.context_block(out)
+        if self.drop_path is not None:
+            out = self.drop_path(out)
+        out += x if self.downsample is None else self.downsample(x)
+        return self.act2(out)
 
 
 class Bottleneck(resnet.Bottleneck):
@@ -30,4 +32,8 @@ class Bottleneck(resnet.Bottleneck):
         out = self.bn3(self.conv3(out))
         if self.se is not None:
             out = self.se(out)
-        return tail(self, out, x, self.act3, self.drop_path)
+        out = self.context_block(out)
+        if self.drop_path is not None:
+            out = self.drop_path(out)
+        out += x if self.downsample is None else self.downsample(x)
+        return self.act3(out)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 from torchvision.models import resnet
 
-from .residual import tail
-
 
 class BasicBlock(resnet.BasicBlock):
     """With a submodule ``context_block``."""
@@ -14,7 +12,9 @@ class BasicBlock(resnet.BasicBlock):
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        return tail(self, out, x, self.relu)
+        out = self.context_block(out)
+        out += x if self.downsample is None else self.downsample(x)
+        return self.relu(out)
 
 
 class Bottleneck(resnet.Bottleneck):
@@ -24,4 +24,6 @@ class Bottleneck(resnet.Bottleneck):
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
-        return tail(self, out, x, self.relu)
+        out = self.context_block(out)
+        out += x if self.downsample is None else self.downsample(x)
+        return self.relu(out)

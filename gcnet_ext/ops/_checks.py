@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import _torch
 from . import _relu_bits
@@ -142,6 +143,8 @@ def in_place(op: str, x: Tensor) -> None:
 
 def _requires_gradient(args: Sequence[object]) -> bool:
     opened = [part for value in args for part in (value if isinstance(value, list | tuple) else [value])]
+    if is_compiling():  # torch.compile does not know what is below
+        return any(isinstance(value, Tensor) and value.requires_grad for value in opened)
     return _torch.any_requires_grad(*opened)
 
 

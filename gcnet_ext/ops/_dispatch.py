@@ -13,9 +13,10 @@ from torch.compiler import is_compiling
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import _load, _torch, _tuning
-from . import _checks
+from . import _checks, _switch
 
 kernels: dict[str, Callable[..., Any]] = {}
+in_plain_pytorch: dict[Any, Callable[..., Any]] = {}
 _rules: dict[str, tuple[Callable[..., Any], Callable[[str, Any], None]]] = {}
 _warned: set[str] = set()
 _implementations = torch.library.Library("gcnet_ext", "IMPL")
@@ -27,14 +28,17 @@ _implementations = torch.library.Library("gcnet_ext", "IMPL")
 def has_kernels(x: Tensor) -> bool:
     """Whether x goes to compiled kernels. Warns once per device if CPU or CUDA kernels are missing.
 
-    Inside torch.func transforms (grad, vmap, jvp) it does not: plain PyTorch is differentiable and batched in every way. Nor in
-    an export to ONNX, which has standard operators only, nor under torch.jit.trace, which knows no list of optional tensors.
+    Inside torch.func transforms (grad, vmap, jvp) it does not: plain PyTorch is differentiable and batched in every way. Nor,
+    unless a user wants it, in an export to ONNX, which has standard operators only, nor under torch.jit.trace, whose file would
+    load only where our operators are.
     """
     if not isinstance(x, Tensor):
         _checks.is_tensor(x)
-    if _torch.inside_transform():
+    compiling = is_compiling()
+    plain = _switch.captured.choice if compiling else _switch.choice.get()
+    if plain or _torch.inside_transform():
         return False
-    if torch.onnx.is_in_onnx_export() if is_compiling() else _torch.is_tracing():
+    if plain is None and (torch.onnx.is_in_onnx_export() if compiling else _torch.is_tracing()):
         return False
     device = "cpu" if x.is_cpu else x.device.type  # a torch.device and its name cost 20 us when they are not in a cache
     if device in _load.kernel_devices:
@@ -49,7 +53,7 @@ def has_kernels(x: Tensor) -> bool:
 def call(name: str, differentiable: Callable[..., Any], *args: Any) -> Any:
     """Calls the operator. A graph that is being captured gets it as one node. Otherwise this calls the function that the
     dispatcher would call, because the dispatcher converts every argument to C++ and back."""
-    if is_compiling():
+    if is_compiling() or _torch.is_tracing():
         return getattr(torch.ops.gcnet_ext, name).default(*args)
     return differentiable(*args)
 
@@ -57,6 +61,12 @@ def call(name: str, differentiable: Callable[..., Any], *args: Any) -> Any:
 def overwrite(name: str, *args: Any) -> None:
     """Calls an operator that overwrites x, as `call` calls the others."""
     call(name, partial(_without_gradient, name), *args)
+
+
+def leaves_the_process() -> bool:
+    """Whether the graph that is being captured is one of torch.export or torch.jit.trace. What is made of it later often knows
+    no operator that overwrites its argument: there a result is computed, and then copied."""
+    return torch.compiler.is_exporting() if is_compiling() else _torch.is_tracing()
 
 
 def differentiable(function: type[torch.autograd.Function], name: str, *args: Any) -> Any:
@@ -128,6 +138,7 @@ def register(
     shapes: Callable[[Any], Any],
     flops: Callable[[Any], int] = lambda _: 0,
     differentiable: Callable[..., Any] | None = None,
+    plain: Callable[[Any], Any] | None = None,
 ) -> None:
     """Tells PyTorch what it must know of one operator of csrc/ops.cpp.
 
@@ -140,6 +151,7 @@ def register(
         flops: of shapes in the place of tensors, two for each multiply-add of a product, as PyTorch counts.
         differentiable: the operator with its gradient. It does what torch.library.register_autograd does, which takes 0.2 ms a
             call for the block, because it looks up the defaults of every argument, each time.
+        plain: all results of the operator in plain PyTorch, of named arguments: for graphs without operators of ours.
     """
     _rules[name] = named, check
     if _load.compiled is None:
@@ -155,5 +167,43 @@ def register(
     register_flop_formula(overload.overloadpacket)(lambda *args, **_: flops(named(*args)))
     if differentiable is None:
         differentiable = partial(_without_gradient if name.endswith("_") else _without_second_derivative, name)
+    if plain is not None:
+        in_plain_pytorch[overload] = decomposition = _of_arguments(named, plain)
+        differentiable = _unless_plain(decomposition, differentiable)
     _implementations.impl(name, differentiable, "Autograd")
     kernels[name] = _torch.kernel_of(overload)
+
+
+# ---- graphs without our operators --------------------------------------------------------------------------------------------
+
+
+def _of_arguments(named: Callable[..., Any], plain: Callable[[Any], Any]) -> Callable[..., Any]:
+    def decomposition(*args: Any) -> Any:
+        return plain(named(*args))
+
+    return decomposition
+
+
+def _unless_plain(decomposition: Callable[..., Any], differentiable: Callable[..., Any]) -> Callable[..., Any]:
+    """What the dispatcher calls for an operator in a graph that was captured before: `run_decompositions` and torch.onnx.export
+    call every operator of an exported program again."""
+
+    def chosen(*args: Any) -> Any:
+        plain = _switch.choice.get()
+        return decomposition(*args) if plain or (plain is None and torch.onnx.is_in_onnx_export()) else differentiable(*args)
+
+    return chosen
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """The operators of the forward pass in PyTorch's own, as a table for ``ExportedProgram.run_decompositions``.
+
+    ``program.run_decompositions(gcnet_ext.decompositions())`` leaves operators of ``aten`` only, for tools that know no others.
+    It decomposes nothing else; for core ATen in one step, put it into torch's table:
+    ``table = torch.export.default_decompositions(); table.update(gcnet_ext.decompositions())``.
+
+    Returns:
+        A new dictionary from operator to function. It is empty where the compiled library is missing, because no graph has our
+        operators there.
+    """
+    return dict(in_plain_pytorch)

@@ -1,4 +1,4 @@
-"""The bits of the final ReLU as csrc/ops.cpp has them, where Python needs them: their number, and as a mask."""
+"""The bits of the final ReLU as csrc/ops.cpp has them, where Python needs them: their number, made of a mask, and as a mask."""
 
 from __future__ import annotations
 
@@ -37,3 +37,17 @@ def unpack(positive: Tensor, x: Tensor) -> Tensor:
     if is_channels_last(x):
         return bits.reshape(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
     return bits.reshape(x.shape)
+
+
+def pack(out: Tensor, x: Tensor, final_activation: int) -> Tensor:
+    """The bits of the output out of an operator on x, with the memory format of x; none where there is no final ReLU."""
+    if not final_activation:
+        return out.new_empty((x.shape[0], 0), dtype=torch.uint8)
+    passes = ~(out <= 0)  # a NaN passes
+    in_rows = passes.movedim(1, -1).flatten(1, -2) if is_channels_last(x) else passes.flatten(2)  # [N, rows, length]
+    rows, length = in_rows.shape[1:]
+    element, row = torch.arange(length, device=out.device), torch.arange(rows, device=out.device)
+    values = in_rows.to(torch.uint8) << (element % 8).to(torch.uint8)
+    byte = row.unsqueeze(1) * ((length + 7) // 8) + element // 8
+    # A reshape to [N, rows, bytes of a row] would be a guard in a captured graph, even in one that throws the bits away.
+    return values.new_zeros((x.shape[0], bytes_of(x))).index_add(1, byte.flatten(), values.flatten(1))

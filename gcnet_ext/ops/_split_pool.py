@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import _load, _torch
-from . import _dispatch
+from . import _dispatch, _switch
 from ._autograd import constant, needed, through_plain_pytorch
 from ._precision import accumulation_dtype
 from .attention_pool import flat_valid, logits, only, weighted_sum
@@ -137,6 +137,8 @@ def attention_pool(
     """
     if _torch.inside_transform():
         raise RuntimeError(f"process_group must be None inside a transform of torch.func (grad, vmap, jvp), got {group}")
+    if _switch.choice.get():
+        return _in_plain_pytorch(x, weight, bias, valid, group)
     if x.device.type not in _load.kernel_devices:
         why = _load.why_no_kernels(x.device.type)
         raise RuntimeError(f"process_group needs the compiled kernels for the device of x ({x.device.type}): {why}")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._torch import is_traced
 from . import _checks
 from ._options import ACTIVATIONS, Options
 from ._precision import product
@@ -50,19 +51,29 @@ def by_name(weights: Sequence[Any]) -> Any:
 
 def branch(context: Tensor, weights: Branch, options: Options = _DEFAULTS) -> Tensor:
     """t = w2 act(norm(w1 context + b1)) + b2 of context [N, C] -> [N, C], in the dtype of the context."""
-    w1, b1, norm_weight, norm_bias, w2, b2 = weights
-    channels = context.shape[1]
-    hidden = _linear(context, w1.to(context.dtype).reshape(-1, channels), b1)
+    return second_layer(first_layer(context, weights), weights, options)
+
+
+def first_layer(context: Tensor, weights: Branch) -> Tensor:
+    """w1 context + b1 of context [N, C] -> [N, H]: what the operators save as hidden."""
+    return _linear(context, _matrix(weights.w1, context), weights.b1)
+
+
+def second_layer(hidden: Tensor, weights: Branch, options: Options) -> Tensor:
+    """w2 act(norm(hidden)) + b2 of hidden [N, H] -> [N, C]; hidden itself without a w2."""
+    _, _, norm_weight, norm_bias, w2, b2 = weights
     if w2 is None:
         return hidden
-    units = hidden.shape[1]
     if options.norm_eps is not None:
-        hidden = F.layer_norm(hidden, (units,), _vector(norm_weight, context), _vector(norm_bias, context), options.norm_eps)
+        units = hidden.shape[1]
+        if is_traced():  # layer_norm of ONNX wants a number, and a traced shape is a tensor
+            units = len(weights.w1.unbind())
+        hidden = F.layer_norm(hidden, (units,), _vector(norm_weight, hidden), _vector(norm_bias, hidden), options.norm_eps)
     if options.activation == ACTIVATIONS["leaky_relu"]:
         hidden = F.leaky_relu(hidden, options.slope)
     else:
         hidden = _ACTIVATED[options.activation](hidden)
-    return _linear(hidden, w2.to(context.dtype).reshape(channels, units), b2)
+    return _linear(hidden, _matrix(w2, hidden), b2)
 
 
 _ACTIVATED: dict[int, Callable[[Tensor], Tensor]] = {
@@ -79,15 +90,27 @@ def apply_gate(t: Tensor, hard_gate: Sequence[float] | None = None) -> Tensor:
     """sigmoid(t), or with [alpha, beta] clip(alpha t + beta, 0, 1), which passes the gradient at its corners."""
     if hard_gate is None:
         return t.sigmoid()
-    alpha, beta = hard_gate
-    line = alpha * t + beta
+    line = gate_values(t, hard_gate)
     # The gradient of torch.clamp at its corners depends on the version of torch: it passes up to 2.13 and stops in 2.14.
     return line.where((line >= 0) & (line <= 1), line.detach().clamp(0, 1))
 
 
+def gate_values(t: Tensor, hard_gate: Sequence[float] | None) -> Tensor:
+    """What the operators save of the gate: sigmoid(t), or alpha t + beta before it is clipped."""
+    if hard_gate is None:
+        return t.sigmoid()
+    alpha, beta = hard_gate
+    return alpha * t + beta
+
+
+def _matrix(weight: Tensor, like: Tensor) -> Tensor:
+    """The weight of a 1x1 convolution without its trailing dimensions."""
+    return weight.to(like.dtype).flatten(1)
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [N, K] -> x w^T + b [N, M], of w [M, K], in the dtype of x."""
-    y = product(x, weight.mT)
+    y = product(x, weight.transpose(0, 1))  # ONNX knows no mT
     bias = _vector(bias, x)
     return y if bias is None else y + bias
 

@@ -83,10 +83,24 @@ def reference_map(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, vali
 
 def pool(positions: Tensor, weight: Tensor | None, bias: Tensor | None, valid: Tensor | None) -> Tensor:
     """The context [N, C] of positions [N, C, P], of those that count, [N or 1, P]."""
+    return attend(positions, weight, bias, valid)[0]
+
+
+def attend(positions: Tensor, weight: Tensor | None, bias: Tensor | None, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The context [N, C] of positions [N, C, P], and the attention [N, P] that it is gathered with; the average has none."""
     positions = only(positions, valid)
     if weight is not None:
-        return weighted_sum(positions, softmax(logits(positions, weight, bias), valid))
-    return positions.mean(2) if valid is None else positions.sum(2) / valid.sum(1, keepdim=True).clamp(min=1)
+        attention = softmax(logits(positions, weight, bias), valid)
+        return weighted_sum(positions, attention), attention
+    return positions.mean(2) if valid is None else positions.sum(2) / valid.sum(1, keepdim=True).clamp(min=1), None
+
+
+def results(call: Arguments) -> tuple[Tensor, Tensor]:
+    """The results of the operator in plain PyTorch: context and attention."""
+    x = call.x
+    _check("attention_pool", call)
+    context, attention = attend(x.flatten(2).to(accumulation_dtype(x)), call.weight, call.bias, flat_valid(call.valid))
+    return context, context[:, :0] if attention is None else attention
 
 
 def logits(positions: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -227,6 +241,7 @@ _dispatch.register(
     shapes=_result_shapes,
     flops=lambda call: flops(call.x, call.weight),
     differentiable=_differentiable,
+    plain=results,
 )
 _dispatch.register(
     "attention_pool_backward",

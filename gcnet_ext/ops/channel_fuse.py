@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _tuning
-from . import _checks, _dispatch, _shapes
+from . import _checks, _dispatch, _relu_bits, _shapes
 from ._autograd import before_relu, needed, through_plain_pytorch
 from ._options import FINAL_ACTIVATIONS, check_final, final_number
 from ._precision import accumulation_dtype
@@ -47,14 +47,14 @@ def channel_fuse(
         TypeError: x is no tensor.
     """
     final = final_number("channel_fuse", final_activation)
-    if _dispatch.has_kernels(x):
-        if not inplace:
-            return _dispatch.call("channel_fuse", _differentiable, x, scale, shift, residual, final)[0]
-        _dispatch.overwrite("channel_fuse_", x, scale, shift, residual, final)
-        return x
+    args = x, scale, shift, residual, final
+    kernels = _dispatch.has_kernels(x)
     if inplace:
-        _checks.no_gradient("channel_fuse_", (x, scale, shift, residual))
-    out = reference(x, scale, shift, residual=residual, final_activation=final_activation)
+        if kernels and not _dispatch.leaves_the_process():
+            _dispatch.overwrite("channel_fuse_", *args)
+            return x
+        _checks.no_gradient("channel_fuse_", args)
+    out = _dispatch.call("channel_fuse", _differentiable, *args)[0] if kernels else _output(Arguments(*args))
     return x.copy_(out) if inplace else out
 
 
@@ -70,11 +70,14 @@ def reference(
     final_activation: str = "none",
 ) -> Tensor:
     """`channel_fuse` in plain PyTorch."""
-    final = final_number("channel_fuse", final_activation)
-    _check("channel_fuse", Arguments(x, scale, shift, residual, final))
-    if scale is None and shift is None and residual is None and not final:
-        return x.clone()
-    return fuse(x, scale, shift, residual, final)
+    return _output(Arguments(x, scale, shift, residual, final_number("channel_fuse", final_activation)))
+
+
+def _output(call: Arguments) -> Tensor:
+    _check("channel_fuse", call)
+    if call.scale is None and call.shift is None and call.residual is None and not call.final_activation:
+        return call.x.clone()
+    return fuse(*call)
 
 
 def fuse(x: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, final_activation: int) -> Tensor:
@@ -89,6 +92,12 @@ def fuse(x: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor
     if residual is not None:
         out = out + residual.to(acc)
     return (out.relu() if final_activation == FINAL_ACTIVATIONS["relu"] else out).to(x.dtype)
+
+
+def results(call: Arguments) -> tuple[Tensor, Tensor]:
+    """The results of the operator in plain PyTorch: the output and the bits of its ReLU."""
+    out = _output(call)
+    return out, _relu_bits.pack(out, call.x, call.final_activation)
 
 
 # ---- arguments ---------------------------------------------------------------------------------------------------------------
@@ -184,6 +193,8 @@ class _ChannelFuse(torch.autograd.Function):
 
 
 _differentiable = partial(_dispatch.differentiable, _ChannelFuse, "channel_fuse")
-_dispatch.register("channel_fuse", Arguments, check=_check, shapes=_result_shapes, differentiable=_differentiable)
+_dispatch.register(
+    "channel_fuse", Arguments, check=_check, shapes=_result_shapes, differentiable=_differentiable, plain=results
+)
 _dispatch.register("channel_fuse_", Arguments, check=_check_in_place, shapes=lambda _: None)
 _dispatch.register("channel_fuse_backward", BackwardArguments, check=_check_backward, shapes=_gradient_shapes)

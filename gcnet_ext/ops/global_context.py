@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
 from .. import _torch, _tuning
-from . import _checks, _dispatch, _shapes, _transform, attention_pool, channel_fuse
+from . import _checks, _dispatch, _relu_bits, _shapes, _traced, _transform, attention_pool, channel_fuse
 from ._autograd import before_relu, constant, needed, through_plain_pytorch
 from ._global_context_arguments import Arguments, BackwardArguments, Gradients, Needs, Saved, flat, in_lists
 from ._options import FINAL_ACTIVATIONS, Choices, Options
@@ -106,10 +106,15 @@ def with_lists(
         out = block(Arguments(*args))
         return x.copy_(out) if inplace else out
     if inplace:
+        if _dispatch.leaves_the_process():
+            _checks.no_gradient("global_context_", args)
+            return x.copy_(with_lists(x, weights, residual, valid, options, inplace=False))
         _dispatch.overwrite("global_context_", *args)
         return x
     if is_compiling():
         return torch.ops.gcnet_ext.global_context.default(*args)[0]
+    if _torch.is_tracing():
+        return _traced.global_context(*args)
     if torch.is_grad_enabled() and _torch.any_requires_grad(*(by_themselves := flat(*args))):
         return _torch.apply(_GlobalContextOutput, *by_themselves)
     return _dispatch.below_autograd("global_context_inference", args)
@@ -135,15 +140,48 @@ def reference(
 
 def block(call: Arguments) -> Tensor:
     """act(x * gate(t_scale) + t_shift + residual), the output of the operator alone."""
+    return _steps(call).out
+
+
+def results(call: Arguments) -> tuple[Tensor, ...]:
+    """The results of the operator in plain PyTorch: the output, and what backward reads."""
+    steps = _steps(call)
+    context, hard_gate = steps.context, call.hard_gate
+    nothing = context[:, :0]
+    return (
+        steps.out,
+        context,
+        nothing if steps.attention is None else steps.attention,
+        torch.cat(steps.hidden, 1),
+        nothing if steps.t_scale is None else _transform.gate_values(steps.t_scale, hard_gate),
+        _relu_bits.pack(steps.out, call.x, call.final_activation),
+    )
+
+
+class _Steps(NamedTuple):
+    """What the block computes on its way, in plain PyTorch."""
+
+    context: Tensor
+    attention: Tensor | None
+    hidden: list[Tensor]  # of the scale and of the shift, of those that are there
+    t_scale: Tensor | None
+    out: Tensor
+
+
+def _steps(call: Arguments) -> _Steps:
     _check("global_context", call)
     x, options = call.x, call.options()
     mask_weight, mask_bias = call.mask
     scale, shift = call.branches()
-    out = x.to(accumulation_dtype(x))
-    context = attention_pool.pool(out.flatten(2), mask_weight, mask_bias, attention_pool.flat_valid(call.valid))
-    gate = None if scale is None else _transform.apply_gate(_transform.branch(context, scale, options), options.hard_gate)
-    t_shift = None if shift is None else _transform.branch(context, shift, options)
-    return channel_fuse.fuse(out, gate, t_shift, call.residual, options.final_activation).to(x.dtype)
+    wide = x.to(accumulation_dtype(x))
+    valid = attention_pool.flat_valid(call.valid)
+    context, attention = attention_pool.attend(wide.flatten(2), mask_weight, mask_bias, valid)
+    of_scale, of_shift = (None if weights is None else _transform.first_layer(context, weights) for weights in (scale, shift))
+    t_scale = None if scale is None or of_scale is None else _transform.second_layer(of_scale, scale, options)
+    t_shift = None if shift is None or of_shift is None else _transform.second_layer(of_shift, shift, options)
+    gate = None if t_scale is None else _transform.apply_gate(t_scale, options.hard_gate)
+    out = channel_fuse.fuse(wide, gate, t_shift, call.residual, options.final_activation).to(x.dtype)
+    return _Steps(context, attention, [hidden for hidden in (of_scale, of_shift) if hidden is not None], t_scale, out)
 
 
 # ---- checks ------------------------------------------------------------------------------------------------------------------
@@ -299,7 +337,13 @@ def _differentiable_output(*args: Any) -> Tensor:
 
 
 _dispatch.register(
-    "global_context", Arguments, check=_check, shapes=_result_shapes, flops=_flops, differentiable=_differentiable
+    "global_context",
+    Arguments,
+    check=_check,
+    shapes=_result_shapes,
+    flops=_flops,
+    differentiable=_differentiable,
+    plain=results,
 )
 _dispatch.register(
     "global_context_inference",
@@ -308,6 +352,7 @@ _dispatch.register(
     shapes=lambda call: _result_shapes(call)[0],
     flops=_flops,
     differentiable=_differentiable_output,
+    plain=block,
 )
 _dispatch.register("global_context_", Arguments, check=_check_in_place, shapes=lambda _: None, flops=_flops)
 _dispatch.register(

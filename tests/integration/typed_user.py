@@ -16,10 +16,13 @@ from gcnet_ext import (
     attention_map,
     attention_pool,
     channel_fuse,
+    decompositions,
     global_context,
     insert_blocks,
+    plain,
     replace_blocks,
     to_peer_state_dict,
+    to_plain,
 )
 
 
@@ -63,6 +66,14 @@ def other_models(model: nn.Module) -> dict[str, Tensor]:
     return to_peer_state_dict(changed, "mmcv", spatial_dims=2)
 
 
+def elsewhere(model: nn.Module, x: Tensor) -> Tensor:
+    with plain(), plain(False), plain(enabled=True):
+        program = torch.export.export(model, (x,)).run_decompositions(decompositions())
+    copied: nn.Module = to_plain(model)
+    out: Tensor = program.module()(x) - copied(x)
+    return out
+
+
 def main() -> None:
     version: str = gcnet_ext.__version__
     x = torch.randn(2, 8, 3, 5)
@@ -70,7 +81,7 @@ def main() -> None:
     out = net.forward(x)
     maps = net.where(x)
     state = other_models(nn.Sequential(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)))
-    print(version, out.shape, functions(x).shape, maps[0].shape, maps[1].shape, len(state))
+    print(version, out.shape, functions(x).shape, elsewhere(net, x).shape, maps[0].shape, maps[1].shape, len(state))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,10 @@ import hashlib
 import inspect
 import itertools
 import pickle
+import runpy
+import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import imitations
@@ -17,7 +20,7 @@ from networks import KINDS, OwnNet, ResNet, X, library_of, randomise
 from torch import nn
 
 from gcnet_ext import insert_blocks
-from gcnet_ext.models.residual import tail
+from gcnet_ext.models import residual
 
 pytestmark = pytest.mark.usefixtures("libraries")
 LIBRARIES = ("torchvision", "timm")
@@ -130,25 +133,42 @@ def test_every_part_of_a_residual_block_of_timm():
 class Named(nn.Module):
     """Writes down that it was called."""
 
-    def __init__(self, name: str, calls: list[str]) -> None:
+    def __init__(self, name: str, calls: list[str], function=lambda x: x) -> None:
         super().__init__()
-        self.name, self.calls = name, calls
+        self.name, self.calls, self.function = name, calls, function
 
     def forward(self, x):
         self.calls.append(self.name)
-        return x
+        return self.function(x)
+
+
+def forward_of(library: str, kind: str, monkeypatch: pytest.MonkeyPatch):
+    """The forward of a residual block with a context block, beside a library of which only the names are there."""
+    resnet = SimpleNamespace(BasicBlock=nn.Module, Bottleneck=nn.Module)
+    monkeypatch.setitem(sys.modules, library, SimpleNamespace())
+    monkeypatch.setitem(sys.modules, f"{library}.models", SimpleNamespace(resnet=resnet))
+    path = Path(residual.__file__).with_name(f"residual_{library}.py")
+    return runpy.run_path(str(path))[kind].forward
 
 
 @pytest.mark.parametrize("drop_path", [False, True])
 @pytest.mark.parametrize("downsample", [False, True])
-def test_the_order_of_a_tail(downsample, drop_path):
+@pytest.mark.parametrize("kind", ["BasicBlock", "Bottleneck"])
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_the_order_of_a_tail(library, kind, downsample, drop_path, monkeypatch):
     """The block, what stochastic depth leaves of it, the shortcut, the activation of their sum."""
     calls: list[str] = []
-    names = ["context_block", *["drop_path"] * drop_path, *["downsample"] * downsample, "activation"]
-    parts = {name: Named(name, calls) for name in names}
-    residual = SimpleNamespace(context_block=parts["context_block"], downsample=parts.get("downsample"))
-    out = tail(residual, X.clone(), 2 * X, parts["activation"], parts.get("drop_path"))
-    assert calls == names
+    activation = {"torchvision": "relu", "timm": "act2" if kind == "BasicBlock" else "act3"}[library]
+    drop_path = drop_path and library == "timm"
+    layers = [f"{layer}{index}" for layer in ("conv", "bn", "act") for index in (1, 2, 3)]
+    parts = {name: Named(name, calls) for name in (*layers, "relu", "drop_block", "aa", "downsample", "drop_path")}
+    parts |= {} if downsample else {"downsample": None}
+    parts |= {} if drop_path else {"drop_path": None}
+    block = SimpleNamespace(**parts, se=None, context_block=Named("context_block", calls, lambda x: 2 * x))
+    out = forward_of(library, kind, monkeypatch)(block, X.clone())
+    tail = ["context_block", *["drop_path"] * drop_path, *["downsample"] * downsample, activation]
+    assert calls[-len(tail) :] == tail
+    assert calls.count("context_block") == 1
     assert torch.equal(out, 3 * X)
 
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from entry import Op
 from grid import Case, Random
+from recorder import Recorder
 from registry import OPS
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import gcnet_ext
 from gcnet_ext import GlobalContextBlock, _load
@@ -38,19 +38,6 @@ COMPUTES = {
     "attention_map": "attention_pool",
     "GlobalContextBlock": "global_context",
 }
-
-
-class Recorder(TorchDispatchMode):
-    """Notes the operators of gcnet_ext that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "gcnet_ext":
-            self.names.append(func._opname)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
