@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _torch
 from . import _checks
 from ._options import ACTIVATIONS, Options
 from ._precision import product
@@ -57,12 +58,23 @@ def branch(context: Tensor, weights: Branch, options: Options = _DEFAULTS) -> Te
         return hidden
     units = hidden.shape[1]
     if options.norm_eps is not None:
-        hidden = F.layer_norm(hidden, (units,), _vector(norm_weight, context), _vector(norm_bias, context), options.norm_eps)
+        hidden = _layer_norm(hidden, _vector(norm_weight, context), _vector(norm_bias, context), options.norm_eps)
     if options.activation == ACTIVATIONS["leaky_relu"]:
         hidden = F.leaky_relu(hidden, options.slope)
     else:
         hidden = _ACTIVATED[options.activation](hidden)
     return _linear(hidden, w2.to(context.dtype).reshape(channels, units), b2)
+
+
+def _layer_norm(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """The LayerNorm over hidden units [N, H]. In forward mode it is written out: the derivatives of the tangent that torch's
+    own gives are wrong without an error (torch 2.13)."""
+    if _torch.forward_level() < 0:
+        return F.layer_norm(hidden, hidden.shape[1:], weight, bias, eps)
+    centred = hidden - hidden.mean(1, keepdim=True)
+    normalised = centred * (centred.square().mean(1, keepdim=True) + eps).rsqrt()
+    scaled = normalised if weight is None else normalised * weight
+    return scaled if bias is None else scaled + bias
 
 
 _ACTIVATED: dict[int, Callable[[Tensor], Tensor]] = {

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _tuning
+from .. import _torch, _tuning
 from . import _checks, _dispatch, _shapes
-from ._autograd import before_relu, needed, through_plain_pytorch
+from ._autograd import before_relu, in_plain_pytorch, needed, through_plain_pytorch
 from ._options import FINAL_ACTIVATIONS, check_final, final_number
-from ._precision import accumulation_dtype
+from ._precision import accumulation_dtype, beside
 
 
 def channel_fuse(
@@ -47,7 +47,9 @@ def channel_fuse(
         TypeError: x is no tensor.
     """
     final = final_number("channel_fuse", final_activation)
-    if _dispatch.has_kernels(x):
+    if _torch.any_autocast():
+        scale, shift = beside(x, scale, shift)
+    if _dispatch.has_kernels(x, scale, shift, residual):
         if not inplace:
             return _dispatch.call("channel_fuse", _differentiable, x, scale, shift, residual, final)[0]
         _dispatch.overwrite("channel_fuse_", x, scale, shift, residual, final)
@@ -70,11 +72,14 @@ def reference(
     final_activation: str = "none",
 ) -> Tensor:
     """`channel_fuse` in plain PyTorch."""
-    final = final_number("channel_fuse", final_activation)
-    _check("channel_fuse", Arguments(x, scale, shift, residual, final))
-    if scale is None and shift is None and residual is None and not final:
+    return _plain(x, scale, shift, residual, final_number("channel_fuse", final_activation))
+
+
+def _plain(x: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, final_activation: int) -> Tensor:
+    _check("channel_fuse", Arguments(x, scale, shift, residual, final_activation))
+    if scale is None and shift is None and residual is None and not final_activation:
         return x.clone()
-    return fuse(x, scale, shift, residual, final)
+    return fuse(x, scale, shift, residual, final_activation)
 
 
 def fuse(x: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, final_activation: int) -> Tensor:
@@ -174,7 +179,7 @@ class _ChannelFuse(torch.autograd.Function):
             return (None,) * 5
         x, scale, shift, positive = ctx.saved_tensors
         final = ctx.final_activation
-        if torch.is_grad_enabled():
+        if in_plain_pytorch(grad):
             grad = before_relu(grad, positive, x, final)
             gradients = through_plain_pytorch(reference, (x, scale, shift), needs[:3], grad)
             return *gradients, needed(needs[3], grad), None
@@ -183,7 +188,7 @@ class _ChannelFuse(torch.autograd.Function):
         return *map(needed, needs, (*gradients, grad_residual if final else grad)), None
 
 
-_differentiable = partial(_dispatch.differentiable, _ChannelFuse, "channel_fuse")
+_differentiable = partial(_dispatch.differentiable, _ChannelFuse, "channel_fuse", _plain)
 _dispatch.register("channel_fuse", Arguments, check=_check, shapes=_result_shapes, differentiable=_differentiable)
 _dispatch.register("channel_fuse_", Arguments, check=_check_in_place, shapes=lambda _: None)
 _dispatch.register("channel_fuse_backward", BackwardArguments, check=_check_backward, shapes=_gradient_shapes)
