@@ -66,6 +66,11 @@ def branch(context: Tensor, weights: Branch, options: Options = _DEFAULTS) -> Te
     return _linear(hidden, w2.to(context.dtype).reshape(channels, units), b2)
 
 
+def _silu(z: Tensor) -> Tensor:
+    """In forward mode written out: the backward pass of torch's own has no tangent."""
+    return F.silu(z) if _torch.forward_level() < 0 else z * z.sigmoid()
+
+
 def _layer_norm(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """The LayerNorm over hidden units [N, H]. In forward mode it is written out: the derivatives of the tangent that torch's
     own gives are wrong without an error (torch 2.13)."""
@@ -80,7 +85,7 @@ def _layer_norm(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, eps:
 _ACTIVATED: dict[int, Callable[[Tensor], Tensor]] = {
     ACTIVATIONS["none"]: lambda z: z,
     ACTIVATIONS["relu"]: F.relu,
-    ACTIVATIONS["silu"]: F.silu,
+    ACTIVATIONS["silu"]: _silu,
     ACTIVATIONS["gelu"]: F.gelu,
     ACTIVATIONS["gelu_tanh"]: partial(F.gelu, approximate="tanh"),
     ACTIVATIONS["hardswish"]: F.hardswish,
