@@ -55,9 +55,13 @@ inline bool holds_just(PyObject* dictionary, PyObject* items) {
   return true;
 }
 
-// The list of dictionary[name] for each pair of a flat tuple. It is null if one of them is missing, with or without an
-// exception.
-inline PyObject* values_of(PyObject* flat) {
+inline bool is_one_of(PyTypeObject* type, PyObject* classes) {
+  return !all_of<1>(classes, [&](PyObject* one) { return one != reinterpret_cast<PyObject*>(type); });
+}
+
+// The list of dictionary[name] for each pair of a flat tuple. It is null if one of them is missing or of none of the classes,
+// with or without an exception.
+inline PyObject* values_of(PyObject* flat, PyObject* classes) {
   if (!PyTuple_Check(flat)) {
     PyErr_SetString(PyExc_TypeError, "unchanged takes a tuple of tuples as wanted");
     return nullptr;
@@ -65,28 +69,29 @@ inline PyObject* values_of(PyObject* flat) {
   PyObject* values = PyList_New(0);
   const bool all = values && all_of<2>(flat, [&](PyObject* dictionary, PyObject* name) {
                      PyObject* value = PyDict_GetItemWithError(dictionary, name);
-                     return value && PyList_Append(values, value) == 0;
+                     return value && is_one_of(Py_TYPE(value), classes) && PyList_Append(values, value) == 0;
                    });
   if (all) return values;
   Py_XDECREF(values);
   return nullptr;
 }
 
-// unchanged(kinds, fields, sizes, children, wanted). The first four are flat tuples, and wanted is a tuple of flat tuples:
+// unchanged(kinds, fields, sizes, children, wanted, classes). All are flat tuples but wanted, which is a tuple of flat tuples:
 //   kinds      object, class, version:    type(object) is class, and class_version(class) == version
 //   fields     dictionary, name, value:   dictionary[name] is value, or there is none and value is None
 //   sizes      dictionary, length:        len(dictionary) == length
 //   children   dictionary, items:         the dictionary has these names and values, in this order, and no others
 //   wanted     dictionary, name:          the result has dictionary[name]
+//   classes    class:                     the type of each dictionary[name] is one of them, and no subclass
 //
 // It returns a list of values for each tuple in wanted, or None if one of these conditions no longer holds.
 inline PyObject* unchanged(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 5 || !std::all_of(arguments, arguments + 5, [](PyObject* tuple) { return PyTuple_Check(tuple); })) {
-    PyErr_SetString(PyExc_TypeError, "unchanged takes five tuples: kinds, fields, sizes, children, wanted");
+  if (count != 6 || !std::all_of(arguments, arguments + 6, [](PyObject* tuple) { return PyTuple_Check(tuple); })) {
+    PyErr_SetString(PyExc_TypeError, "unchanged takes six tuples: kinds, fields, sizes, children, wanted, classes");
     return nullptr;
   }
   PyObject *kinds = arguments[0], *fields = arguments[1], *sizes = arguments[2], *children = arguments[3];
-  PyObject* wanted = arguments[4];
+  PyObject *wanted = arguments[4], *classes = arguments[5];
   PyObject* lists = PyList_New(0);
   const bool same = lists &&
                     all_of<3>(kinds,
@@ -103,7 +108,7 @@ inline PyObject* unchanged(PyObject*, PyObject* const* arguments, Py_ssize_t cou
                     all_of<2>(sizes, [](PyObject* dictionary,
                                         PyObject* length) { return PyDict_Size(dictionary) == PyLong_AsSsize_t(length); }) &&
                     all_of<2>(children, holds_just) && all_of<1>(wanted, [&](PyObject* flat) {
-                      PyObject* values = values_of(flat);
+                      PyObject* values = values_of(flat, classes);
                       const bool kept = values && PyList_Append(lists, values) == 0;
                       Py_XDECREF(values);
                       return kept;

@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from operator import attrgetter
 from types import NoneType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.utils._pytree import tree_map_only
 
@@ -97,6 +99,33 @@ def is_traced() -> bool:
 inside_transform: Callable[[], bool] = _private("_C._are_functorch_transforms_active", _refuses_a_function)
 """Whether a transform of torch.func (grad, vmap, jvp) is running."""
 
+forward_level: Callable[[], int] = (lambda: 0) if _ONLY_PUBLIC else partial(getattr, forward_ad, "_current_level", 0)
+"""The level of forward-mode AD that is open, also by torch.func.jvp: -1 where no tensor can have a tangent."""
+
+_transforms = _private("_functorch.eager_transforms", None)
+
+
+def forward_mode_is_nested() -> bool:
+    """Whether one torch.func.jvp may run inside another. There the derivatives of a torch.autograd.Function are wrong without
+    an error (torch 2.13)."""
+    return forward_level() >= 0 and inside_transform() and getattr(_transforms, "JVP_NESTING", 2) > 1
+
+
+def has_tangent(*values: object) -> bool:
+    """Whether one of the values, or of those in a list among them, is a tensor with a tangent at the open level."""
+    if forward_level() < 0:
+        return False
+    return any(
+        forward_ad.unpack_dual(part).tangent is not None
+        for value in values
+        for part in (value if isinstance(value, list | tuple) else (value,))
+        if isinstance(part, Tensor)
+    )
+
+
+any_autocast: Callable[[], bool] = _private("_C._is_any_autocast_enabled", lambda: True)
+"""Whether autocast may be on for some device."""
+
 _may_be_wrapper: Callable[[Tensor], bool] = _private("_C._functorch.is_functorch_wrapped_tensor", lambda _tensor: True)
 _PARAMETER = {nn.Parameter, NoneType}
 
@@ -106,7 +135,41 @@ def apply(function: type[torch.autograd.Function], options: Any, x: Tensor, *wei
     are parameters or None, which are no wrappers, and x is no wrapper. The search takes 2 us."""
     if _may_be_wrapper(x) or not _PARAMETER.issuperset(map(type, weights)):
         return function.apply(options, x, *weights)
-    return super(torch.autograd.Function, function).apply(options, x, *weights)  # type: ignore[misc]
+    return apply_to_results(function, options, x, *weights)
+
+
+def apply_to_results(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply`` outside of transforms, for tensors that are known to be no wrappers: results of operators are none."""
+    if _ONLY_PUBLIC:
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+PLAIN_TENSORS: frozenset[type] = frozenset(
+    {
+        *(Tensor, nn.Parameter, NoneType),
+        _private("_subclasses.fake_tensor.FakeTensor", Tensor),
+        _private("_subclasses.functional_tensor.FunctionalTensor", Tensor),
+    }
+)
+"""The classes of what the kernels take: torch's own, of which the last two stand for tensors where a graph is captured."""
+_WAYS = (Tensor.__torch_function__.__func__, Tensor.__torch_dispatch__)  # type: ignore[attr-defined]
+
+
+def has_own_ways(*values: object) -> bool:
+    """Whether one of the values is a tensor of a subclass that decides itself what a function or an operator does with it, as
+    one with data of its own must. The kernels would read past that data."""
+    if PLAIN_TENSORS.issuperset(map(type, values)):
+        return False
+    return any(
+        isinstance(value, Tensor)
+        and type(value) not in PLAIN_TENSORS
+        and (
+            getattr(type(value).__torch_function__, "__func__", _WAYS[0]) is not _WAYS[0]
+            or type(value).__torch_dispatch__ is not _WAYS[1]
+        )
+        for value in values
+    )
 
 
 # ---- modules -----------------------------------------------------------------------------------------------------------------

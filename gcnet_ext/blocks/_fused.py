@@ -9,13 +9,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from functools import partial
+from types import NoneType
 from typing import Any, NamedTuple, NoReturn
 
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from .._load import compiled
-from .._torch import GLOBAL_HOOKS, HOOKS
+from .._torch import GLOBAL_HOOKS, HOOKS, PLAIN_TENSORS, has_own_ways
 from ..ops import global_context
 from ..ops._options import ACTIVATIONS, FINAL_ACTIVATIONS, Options
 from ..ops._transform import Branch
@@ -183,7 +184,9 @@ class _Seen:
             tuple(part for owner, name in sources for part in ({name: None} if owner is None else owner._parameters, name))
             for sources in found.weights
         )
-        self.arguments: tuple[Any, ...] = tuple(kinds), tuple(fields), tuple(sizes), tuple(children), wanted
+        weights = (parameter(*source) for sources in found.weights for source in sources)
+        classes = tuple({Tensor, nn.Parameter, NoneType, *map(type, weights)})
+        self.arguments: tuple[Any, ...] = tuple(kinds), tuple(fields), tuple(sizes), tuple(children), wanted, classes
 
     def weights(self, block: FusedBlock) -> list[list[Tensor | None]] | None:
         """The parameters of the layers; None if a layer has changed."""
@@ -240,14 +243,19 @@ class FusedBlock(nn.Module):
         if not isinstance(x, Tensor):
             return of_no_tensor(self, x, residual=residual, valid=valid)
         seen = None if is_compiling() else self._seen
-        weights = None if seen is None else seen.weights(self)
+        own_ways = (
+            type(x) is not Tensor or type(residual) not in PLAIN_TENSORS or type(valid) not in PLAIN_TENSORS
+        ) and has_own_ways(x, residual, valid)
+        weights = None if seen is None or own_ways else seen.weights(self)
         if seen is not None and weights is not None:
             try:
                 return global_context.with_lists(x, weights, residual, valid, seen.options, inplace=seen.inplace)
             except RuntimeError as error:
                 return self._refused(x, error)
-        found = self._plain_layers()
-        if not is_compiling():  # a graph that is being captured looks at everything, once, and at nothing that it would guard
+        found = None if own_ways else self._plain_layers()
+        if (
+            not is_compiling() and not own_ways
+        ):  # a graph that is being captured looks at everything, once, and at nothing that it would guard
             lasting = found is not None and unchanged is not None and not found.computed() and self._may_be_seen()
             self._seen = _Seen(self, found) if found is not None and lasting else None
         if found is None:

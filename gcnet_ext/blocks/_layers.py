@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from .._torch import GLOBAL_HOOKS, HOOKS, modules_can_be_read
+from .._torch import GLOBAL_HOOKS, HOOKS, has_own_ways, modules_can_be_read, parameters
 from ..ops import _checks, _transform
 from ..ops._options import ACTIVATIONS, Options
 from ..ops._precision import accumulation_dtype
@@ -233,7 +233,8 @@ def settings_of(module: nn.Module) -> tuple[str, ...]:
 
 
 def is_plain(module: nn.Module, kind: type[Module]) -> TypeGuard[Module]:
-    """Whether calling the module does what torch's layer of this kind does, and nothing else: no override, no hook.
+    """Whether calling the module does what torch's layer of this kind does, and nothing else: no override, no hook, no weight
+    of a class with ways of its own.
 
     The methods are also looked up as a call would do it, so that torch.compile, which traces this, notices a later change where
     it would have noticed it in the call: it watches what is read, and not whether a name is in a dictionary.
@@ -246,6 +247,8 @@ def is_plain(module: nn.Module, kind: type[Module]) -> TypeGuard[Module]:
             return False
         if getattr(getattr(module, name), "__code__", None) is not method.__code__:
             return False
+    if has_own_ways(*parameters(module).values()):
+        return False
     return not any(hasattr(cls, name) for name in SETTINGS.get(kind, ()))
 
 
@@ -291,6 +294,12 @@ def is_pointwise(module: nn.Module, dims: int = 2) -> bool:
     )
 
 
+def is_pooled_with(mask: nn.Module, x: Tensor) -> bool:
+    """Whether the operator takes the weights of the mask. Otherwise the mask is called: it is not plain, or x is of a class
+    with ways of its own, which is to see what the mask does."""
+    return is_pointwise(mask) and not has_own_ways(x)
+
+
 def input_dtype(module: nn.Module, dtype: torch.dtype) -> torch.dtype:
     """The dtype to which a tensor of this dtype is cast for a module: this one, or a wider one of its parameters.
 
@@ -323,18 +332,44 @@ def is_for_images(mask: nn.Module) -> bool:
     return next((parameter.dim() for parameter in mask.parameters() if parameter.dim() in (4, 5)), None) == 4
 
 
+def _column(x: Tensor) -> Tensor:
+    return x.flatten(2).unsqueeze(3)
+
+
+@contextlib.contextmanager
+def _of_any_rank(mask: nn.Module) -> Iterator[None]:
+    """While this lasts, a convolution for images takes [N, C, *spatial] and gives [N, 1, *spatial]. It is still the object that
+    its hooks know, and they see these shapes."""
+    of_images = mask.forward
+
+    def forward(x: Tensor) -> Tensor:
+        return of_images(_column(x)).reshape(x.shape[0], -1, *x.shape[2:])
+
+    mask.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        mask.__dict__.pop("forward", None)
+
+
 def called_attention(mask: nn.Module, x: Tensor, valid: Tensor | None = None) -> Tensor:
     """The softmax over the positions that count [N, P] of what the mask, called as the module it is, makes of x.
 
-    A mask for images gets the positions of any other x in a column, [N, C, P, 1].
+    A mask for images gets the positions of any other x in a column, [N, C, P, 1]. The hooks of one that is a bare convolution
+    see x as it is, and logits [N, 1, *spatial].
 
     Raises:
         RuntimeError: the mask gives anything but one logit per position.
     """
     _checks.feature_map("attention_pool", x)
     _checks.valid("attention_pool", valid, x)
-    column = x.dim() != 4 and is_for_images(mask)
-    found = call(mask, x.flatten(2).unsqueeze(3) if column else x, x.dtype)
+    if x.dim() == 4 or not is_for_images(mask):
+        found = call(mask, x, x.dtype)
+    elif type(mask) is nn.Conv2d and "forward" not in mask.__dict__ and not is_compiling():
+        with _of_any_rank(mask):
+            found = call(mask, x, x.dtype)
+    else:
+        found = call(mask, _column(x), x.dtype)
     samples, positions = x.shape[0], math.prod(x.shape[2:])
     if found.numel() != samples * positions:
         raise RuntimeError(

@@ -153,7 +153,7 @@ class GlobalContextBlock(FusedBlock):
         """Where the block looks: the softmax over positions, ``[N, *spatial]``, for pictures. Not differentiable."""
         if self.conv_mask is None:
             raise RuntimeError("pooling_type must be 'att' for an attention map, got 'avg'")
-        if _layers.is_pointwise(self.conv_mask):
+        if _layers.is_pooled_with(self.conv_mask, x):
             return attention_map(x, self.conv_mask.weight, self.conv_mask.bias, valid=valid)
         return _layers.called_attention(self.conv_mask, x, valid).detach().reshape(x.shape[:1] + x.shape[2:])
 
@@ -183,13 +183,13 @@ class GlobalContextBlock(FusedBlock):
     def _context(self, x: Tensor, valid: Tensor | None) -> Tensor:
         if self.process_group is not None:
             mask = self.conv_mask
-            if mask is not None and not _layers.is_pointwise(mask):
+            if mask is not None and not _layers.is_pooled_with(mask, x):
                 raise RuntimeError("with process_group, conv_mask must be a plain 1x1 convolution without hooks, got another")
             weight, bias = (None, None) if mask is None else (mask.weight, mask.bias)
             return _split_pool.attention_pool(x, weight, bias, valid, self.process_group)
         if self.conv_mask is None:
             return attention_pool(x, valid=valid)
-        if _layers.is_pointwise(self.conv_mask):
+        if _layers.is_pooled_with(self.conv_mask, x):
             return attention_pool(x, self.conv_mask.weight, self.conv_mask.bias, valid=valid)
         return _layers.called_context(self.conv_mask, x, valid)
 

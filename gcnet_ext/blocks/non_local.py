@@ -8,14 +8,19 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
-from .._torch import is_traced
+from .. import _torch
+from .._torch import children
 from ..ops import _checks
+from ..ops._autograd import in_plain_pytorch, through_plain_pytorch
+from ..ops._precision import accumulation_dtype, product
 from . import _layers, _state_dict
 
 MODES = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
@@ -125,14 +130,26 @@ class NonLocalBlock(nn.Module):
             return _layers.of_no_tensor(self, x)
         _layers.check_channels(x, self.inplanes)
         self._check(x)
+        try:
+            return self._computed(x)
+        except RuntimeError as error:
+            self._explain(x, error)
+
+    def _computed(self, x: Tensor) -> Tensor:
         image = (x if x.dim() == 4 else x.flatten(2).unsqueeze(3)).to(self._dtype(x))
-        g = self._attended(self.g(image), x)  # [N, D, Q]
+        g = self._attended(self.g(image), x)
         if self.mode == "gaussian":
-            theta, phi = image.flatten(2), self._attended(image, x)
+            theta, phi = image, self._attended(image, x)
         else:
-            theta, phi = self.theta(image).flatten(2), self._attended(self.phi(image), x)
+            theta, phi = self.theta(image), self._attended(self.phi(image), x)
+        if self.mode == "concatenation" and not _is_one_pointwise(self.concat_project):
+            y = _called_concatenation(theta.flatten(2), phi.flatten(2), g.flatten(2), self.concat_project)
+            return self._added(x, y, image)
         weight = self.concat_project.conv.weight if self.mode == "concatenation" else None
         y = weighted_values(self.mode, theta, phi, g, weight, self.mode == "embedded_gaussian" and self.use_scale)
+        return self._added(x, y, image)
+
+    def _added(self, x: Tensor, y: Tensor, image: Tensor) -> Tensor:
         out = self.conv_out(y.reshape(y.shape[:2] + image.shape[2:]))
         return x + out.reshape(x.shape).to(x.dtype)
 
@@ -143,15 +160,19 @@ class NonLocalBlock(nn.Module):
         if x.dim() - 2 not in POOLS:
             raise RuntimeError(f"x must have 1 to 3 spatial dimensions [N, C, *spatial], got shape {list(x.shape)}")
         _checks.feature_map("non_local", x)
-        own = next(self.g.parameters(), x).device.type
-        if x.device.type != own:
-            raise RuntimeError(f"x must be on the device of the parameters ({own}), got {x.device.type}")
         if self.sub_sample and any(size < 2 for size in x.shape[2 if x.dim() < 5 else 3 :]):
             raise RuntimeError(f"x must have at least 2 positions wherever sub_sample pools them, got shape {list(x.shape)}")
 
+    def _explain(self, x: Tensor, error: RuntimeError) -> NoReturn:
+        """Raises the error, or one that says more than a layer can."""
+        own = next(self.g.parameters(), x).device.type
+        if x.device.type != own:
+            raise RuntimeError(f"x must be on the device of the parameters ({own}), got {x.device.type}") from None
+        raise error
+
     def _dtype(self, x: Tensor) -> torch.dtype:
         """The dtype g computes in: its weight's for torch's Conv2d; otherwise x's, or a wider one of the parameters of g."""
-        conv = next(self.g.children(), None)
+        conv = next(iter(children(self.g).values()), None)
         if isinstance(conv, nn.Conv2d) and type(conv).forward is nn.Conv2d.forward:
             return conv.weight.dtype
         return _layers.input_dtype(self.g, x.dtype)
@@ -161,41 +182,117 @@ class NonLocalBlock(nn.Module):
         return ", ".join([str(self.inplanes), *(f"{name}={getattr(self, name)!r}" for name in names)])
 
     def _attended(self, image: Tensor, x: Tensor) -> Tensor:
-        """The positions that are attended to, [N, D, Q], of an image of x's positions."""
+        """The positions that are attended to, [N, D, *], of an image of x's positions."""
         if not self.sub_sample:
-            return image.flatten(2)
+            return image
         pool, window = POOLS[x.dim() - 2]
-        return pool(image.reshape(image.shape[:2] + x.shape[2:]), window).flatten(2)
+        return pool(image.reshape(image.shape[:2] + x.shape[2:]), window)
 
 
 def weighted_values(mode: str, theta: Tensor, phi: Tensor, g: Tensor, weight: Tensor | None, scaled: bool) -> Tensor:
-    """y_p = sum_q f(x_p, x_q) g(x_q), [N, D of g, P], in one of the modes; the weight is that of "concatenation"."""
+    """y_p = sum_q f(x_p, x_q) g(x_q), [N, D of g, P], in one of the modes, of theta [N, D, *], phi and g; the weight is that of
+    "concatenation"."""
+    if mode in ("gaussian", "embedded_gaussian"):
+        return _softmax(theta, phi, g, scaled)
+    theta, phi, g = theta.flatten(2), phi.flatten(2), g.flatten(2)
     if mode == "dot_product":
         return _dot_product(theta, phi, g)
-    if mode == "concatenation":
-        assert weight is not None
-        return _concatenation(theta, phi, g, weight)
-    return _softmax(theta, phi, g, scaled)
+    assert weight is not None
+    return _concatenation(theta, phi, g, weight)
 
 
 def _softmax(theta: Tensor, phi: Tensor, g: Tensor, scaled: bool) -> Tensor:
     """y_p = sum_q softmax_q(theta_p . phi_q) g_q."""
     scale = theta.shape[1] ** -0.5 if scaled else 1.0
-    if is_traced() and torch.onnx.is_in_onnx_export():  # opsets below 14 have no name for this attention
+    if _torch.is_traced() and torch.onnx.is_in_onnx_export():  # opsets below 14 have no name for this attention
         attention = (torch.matmul(theta.transpose(1, 2), phi) * scale).softmax(2)
         return torch.matmul(g, attention.transpose(1, 2))
     # The kernels that form no matrix want [N, 1, P or Q, D] with the D next to each other, and values as wide as the keys.
-    query, key, value = (tensor.transpose(1, 2).contiguous().unsqueeze(1) for tensor in (theta, phi, g))
-    missing = key.shape[-1] - value.shape[-1]
+    query, key, value = _rows(theta), _rows(phi), _rows(g)
+    captured = is_compiling() or _torch.is_tracing()
+    if not captured and _are_in_every_way(query, key, value):
+        return _with_all_weights(query, key, value, scale).squeeze(1).mT
+    width = value.shape[-1]
+    missing = key.shape[-1] - width
     value = F.pad(value, (0, missing)) if missing > 0 else value
     y = F.scaled_dot_product_attention(query, key, value, scale=scale)
-    return y.squeeze(1)[..., : g.shape[1]].transpose(1, 2)
+    y = y[..., :width] if missing > 0 else y
+    if not captured and y.requires_grad:
+        return _torch.apply_to_results(_WithSecondDerivatives, scale, y, query, key, value)
+    return y.squeeze(1).mT
+
+
+def _rows(image: Tensor) -> Tensor:
+    """[N, D, *positions] -> [N, 1, P, D], with the D next to each other."""
+    rows = image.movedim(1, -1)
+    return rows.reshape(rows.shape[0], 1, prod(rows.shape[1:-1]), rows.shape[-1]).contiguous()
+
+
+def _are_in_every_way(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the attention must be of operations that can be differentiated and batched in every way, and that a tensor of a
+    class with ways of its own can know: scaled_dot_product_attention has no tangent, and its gradient no gradient."""
+    if _torch.inside_transform() or (_torch.forward_level() >= 0 and _torch.has_tangent(query, key, value)):
+        return True
+    plain = type(query) is Tensor and type(key) is Tensor and type(value) is Tensor
+    return not plain and _torch.has_own_ways(query, key, value)
+
+
+def _with_all_weights(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """What scaled_dot_product_attention computes, by way of the weights of all pairs of positions."""
+    of_sums = accumulation_dtype(query)
+    weights = (product(query.to(of_sums), key.to(of_sums).mT) * scale).softmax(-1)
+    return product(weights, value.to(of_sums)).to(query.dtype)
+
+
+def _of_width(query: Tensor, key: Tensor, value: Tensor, *, width: int, scale: float) -> Tensor:
+    """The attention without what the values were padded with."""
+    return _with_all_weights(query, key, value[..., :width], scale)
+
+
+class _WithSecondDerivatives(torch.autograd.Function):
+    """(y [N, 1, P, D], query, key, value) -> [N, D, P], for the attention y of the other three.
+
+    Without create_graph the gradient goes into y, and so through torch's kernels, whose backward has no derivative. With
+    create_graph it goes past y, through plain PyTorch.
+    """
+
+    @staticmethod
+    def forward(ctx, scale: float, y: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.scale = scale
+        ctx.save_for_backward(*inputs)
+        return y.squeeze(1).mT
+
+    @staticmethod
+    def backward(ctx, grad: Tensor | None):
+        if grad is None:
+            return (None,) * 5
+        grad = grad.mT.unsqueeze(1)
+        if not in_plain_pytorch(grad):
+            return None, grad, None, None, None
+        function = partial(_of_width, width=grad.shape[-1], scale=ctx.scale)
+        return None, None, *through_plain_pytorch(function, ctx.saved_tensors, ctx.needs_input_grad[2:], grad)
 
 
 def _dot_product(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
     """y_p = theta_p . (sum_q phi_q g_q / Q): the sum first, so that no weight of a pair is ever formed."""
     summed = torch.matmul(g / phi.shape[2], phi.transpose(1, 2))  # [N, D of g, D of phi]
     return torch.matmul(summed, theta)
+
+
+def _is_one_pointwise(layer: nn.Module) -> bool:
+    """Whether the layer is one 1x1 convolution in a Sequential, and nothing else happens where it is called."""
+    return _layers.is_plain(layer, nn.Sequential) and len(layer) == 1 and _layers.is_pointwise(layer[0])
+
+
+def _called_concatenation(theta: Tensor, phi: Tensor, g: Tensor, project: nn.Module) -> Tensor:
+    """What `_concatenation` computes, with the projection called as the module it is, on all pairs of positions."""
+    pairs = theta.shape[2], phi.shape[2]
+    of_pairs = torch.cat(
+        [theta.unsqueeze(3).expand(-1, -1, *pairs), phi.unsqueeze(2).expand(-1, -1, *pairs)], 1
+    )  # [N, 2 D, P, Q]
+    weights = project(of_pairs).flatten(1, 2).relu()
+    return torch.matmul(g / phi.shape[2], weights.mT)
 
 
 def _concatenation(theta: Tensor, phi: Tensor, g: Tensor, weight: Tensor) -> Tensor:

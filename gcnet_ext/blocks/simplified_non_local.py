@@ -74,7 +74,7 @@ class SimplifiedNonLocalBlock(FusedBlock):
 
     def attention_map(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """Where the block looks: the softmax over positions, ``[N, *spatial]``, for pictures. Not differentiable."""
-        if _layers.is_pointwise(self.conv_mask):
+        if _layers.is_pooled_with(self.conv_mask, x):
             return attention_map(x, self.conv_mask.weight, self.conv_mask.bias, valid=valid)
         return _layers.called_attention(self.conv_mask, x, valid).detach().reshape(x.shape[:1] + x.shape[2:])
 
@@ -89,7 +89,7 @@ class SimplifiedNonLocalBlock(FusedBlock):
 
     def _with_called_layers(self, x: Tensor, residual: Tensor | None, valid: Tensor | None) -> Tensor:
         mask = self.conv_mask
-        if _layers.is_pointwise(mask):
+        if _layers.is_pooled_with(mask, x):
             context = attention_pool(x, mask.weight, mask.bias, valid=valid)
         else:
             context = _layers.called_context(mask, x, valid)

@@ -11,7 +11,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .. import _torch
 from . import _relu_bits
+
+
+def in_plain_pytorch(grad: Tensor) -> bool:
+    """Whether a backward pass must be in plain PyTorch: its results will be differentiated again, or its gradient has a tangent
+    of forward mode."""
+    return torch.is_grad_enabled() or _torch.has_tangent(grad)
 
 
 def needed(need: bool, gradient: Tensor | None) -> Tensor | None:
@@ -22,18 +29,19 @@ def needed(need: bool, gradient: Tensor | None) -> Tensor | None:
 def through_plain_pytorch(
     function: Callable[..., Tensor], inputs: tuple, needs: tuple[bool, ...], grad: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """The gradients by way of plain PyTorch, which can be differentiated again; for create_graph=True.
+    """The gradients by way of plain PyTorch, which can be differentiated again; for create_graph=True, and for forward mode.
 
     They are taken with respect to aliases. In the caller's graph one input may depend on another or be given twice. Here
     backward must stop at each input; the path from one input to another belongs to the caller's graph.
     """
+    again = torch.is_grad_enabled()
     with torch.enable_grad():
         aliases = [tensor.view_as(tensor) if need else tensor for tensor, need in zip(inputs, needs, strict=True)]
         wanted = [alias for alias, need in zip(aliases, needs, strict=True) if need]
         out = function(*aliases)
         # What the output does not depend on, as the parameters of a norm that is off, has a gradient of zeros.
         grads = (
-            torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True, materialize_grads=True)
+            torch.autograd.grad(out, wanted, grad, create_graph=again, allow_unused=True, materialize_grads=True)
             if out.requires_grad
             else [torch.zeros_like(alias) for alias in wanted]
         )

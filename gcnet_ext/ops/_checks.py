@@ -158,6 +158,16 @@ def no_gradient(op: str, args: Sequence[object]) -> None:
         )
 
 
+def no_tangent(op: str, args: Sequence[object]) -> None:
+    """Refuses arguments of forward-mode AD in an operator that cannot pass their tangents on: the result would have none."""
+    if _torch.has_tangent(*args):
+        fail(
+            op,
+            "its arguments must not have a tangent of forward-mode AD, got one that does; the functions of gcnet_ext compute "
+            "the derivative in plain PyTorch",
+        )
+
+
 def not_differentiated(op: str, args: Sequence[object]) -> None:
     """Refuses arguments that require a gradient, because an operator of the backward pass cannot be differentiated."""
     if torch.is_grad_enabled() and _requires_gradient(args):

@@ -25,12 +25,14 @@ _implementations = torch.library.Library("gcnet_ext", "IMPL")
 # ---- the way of a call -------------------------------------------------------------------------------------------------------
 
 
-def has_kernels(x: Tensor) -> bool:
-    """Whether x goes to compiled kernels. Warns once per device if CPU or CUDA kernels are missing.
+def has_kernels(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether x goes to compiled kernels, with the other tensors of the call. Warns once per device if CPU or CUDA kernels are
+    missing.
 
-    Inside torch.func transforms (grad, vmap, jvp) it does not: plain PyTorch is differentiable and batched in every way. Nor,
-    unless a user wants it, in an export to ONNX, which has standard operators only, nor under torch.jit.trace, whose file would
-    load only where our operators are.
+    Inside torch.func transforms (grad, vmap, jvp) and in forward mode it does not: plain PyTorch is differentiable and batched
+    in every way. Nor does a tensor of a subclass with ways of its own, which the kernels would read past. Nor, unless a user
+    wants it, in an export to ONNX, which has standard operators only, nor under torch.jit.trace, whose file would load only
+    where our operators are.
     """
     if not isinstance(x, Tensor):
         _checks.is_tensor(x)
@@ -39,6 +41,10 @@ def has_kernels(x: Tensor) -> bool:
     if plain or _torch.inside_transform():
         return False
     if plain is None and (torch.onnx.is_in_onnx_export() if compiling else _torch.is_tracing()):
+        return False
+    if not compiling and (
+        _torch.forward_level() >= 0 or ((others or type(x) is not Tensor) and _torch.has_own_ways(x, *others))
+    ):
         return False
     device = "cpu" if x.is_cpu else x.device.type  # a torch.device and its name cost 20 us when they are not in a cache
     if device in _load.kernel_devices:
@@ -69,8 +75,11 @@ def leaves_the_process() -> bool:
     return torch.compiler.is_exporting() if is_compiling() else _torch.is_tracing()
 
 
-def differentiable(function: type[torch.autograd.Function], name: str, *args: Any) -> Any:
-    """The results of the operator, with the gradients of the function where one is asked for."""
+def differentiable(function: type[torch.autograd.Function], name: str, output: Callable[..., Tensor], *args: Any) -> Any:
+    """The results of the operator, with the gradients of the function where one is asked for. Where an argument has a tangent,
+    plain PyTorch computes the output, which is the only result that has a derivative."""
+    if _torch.has_tangent(*args):
+        return output(*args), *below_autograd(name, args)[1:]
     if torch.is_grad_enabled() and _torch.any_requires_grad(*args):
         return function.apply(*args)
     return below_autograd(name, args)
@@ -79,6 +88,7 @@ def differentiable(function: type[torch.autograd.Function], name: str, *args: An
 def _without_gradient(name: str, x: Tensor, *args: Any) -> None:
     """An operator that overwrites x: autograd would need what was there."""
     _checks.no_gradient(name, (x, *args))
+    _checks.no_tangent(name, (x, *args))
     if isinstance(x, Tensor) and x.is_neg():  # a lazy minus sign, as the imaginary part of a conjugate has
         positive = x.resolve_neg()
         below_autograd(name, (positive, *args))
@@ -92,6 +102,7 @@ def _without_gradient(name: str, x: Tensor, *args: Any) -> None:
 def _without_second_derivative(name: str, *args: Any) -> Any:
     """An operator of the backward pass. Autograd calls it where nobody asked for a graph of the gradients."""
     _checks.not_differentiated(name, args)
+    _checks.no_tangent(name, args)
     return below_autograd(name, args)
 
 

@@ -8,12 +8,23 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .._torch import is_tracing
+from .. import _torch
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which sums over x are taken: float64 for float64, float32 for everything else."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def beside(x: Tensor, *weights: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The weights as the operators take them beside x. Under autocast those in 16 bits are cast to a float32 x, as eager
+    casts both; x never is."""
+    if x.dtype != torch.float32 or not torch.is_autocast_enabled(x.device.type):
+        return weights
+    return tuple(
+        weight.float() if weight is not None and weight.dtype in (torch.float16, torch.bfloat16) else weight
+        for weight in weights
+    )
 
 
 def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
@@ -53,7 +64,8 @@ class _Product(torch.autograd.Function):
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a [..., n, k] times b [..., k, m], of the same leading dimensions, in their dtype even under autocast."""
-    if is_compiling() or is_tracing():  # a graph that is being captured has no place for a function of autograd
+    # A graph that is being captured has no place for a function of autograd.
+    if is_compiling() or _torch.is_tracing() or _torch.forward_mode_is_nested():
         with _without_autocast(a):
             return a @ b
     return _Product.apply(a, b)

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from .. import _load, _torch
 from . import _dispatch, _switch
-from ._autograd import constant, needed, through_plain_pytorch
-from ._precision import accumulation_dtype
+from ._autograd import constant, in_plain_pytorch, needed, through_plain_pytorch
+from ._precision import accumulation_dtype, beside
 from .attention_pool import flat_valid, logits, only, weighted_sum
 
 
@@ -113,7 +113,7 @@ class SplitAttentionPool(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight, bias, valid, context, attention = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if in_plain_pytorch(grad):
             function = partial(_in_plain_pytorch, valid=valid, group=ctx.group)
             return *through_plain_pytorch(function, (x, weight, bias), ctx.needs_input_grad[:3], grad), None, None
         grad = grad.contiguous().clone()
@@ -133,13 +133,17 @@ def attention_pool(
 
     Raises:
         RuntimeError: there are no compiled kernels for the device of x, or its dtype or shape is wrong; or the call is made
-            inside a transform of torch.func, which the collectives do not take part in.
+            inside a transform of torch.func or in forward mode, which the collectives do not take part in.
     """
     if _torch.inside_transform():
         raise RuntimeError(f"process_group must be None inside a transform of torch.func (grad, vmap, jvp), got {group}")
+    if _torch.has_tangent(x, weight, bias):
+        raise RuntimeError(f"process_group must be None in forward-mode AD, got {group}")
     if _switch.choice.get():
         return _in_plain_pytorch(x, weight, bias, valid, group)
     if x.device.type not in _load.kernel_devices:
         why = _load.why_no_kernels(x.device.type)
         raise RuntimeError(f"process_group needs the compiled kernels for the device of x ({x.device.type}): {why}")
+    if _torch.any_autocast():
+        weight, bias = beside(x, weight, bias)
     return SplitAttentionPool.apply(x, weight, bias, valid, group)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._torch import is_traced
+from .. import _torch
 from . import _checks
 from ._options import ACTIVATIONS, Options
 from ._precision import product
@@ -61,14 +61,11 @@ def first_layer(context: Tensor, weights: Branch) -> Tensor:
 
 def second_layer(hidden: Tensor, weights: Branch, options: Options) -> Tensor:
     """w2 act(norm(hidden)) + b2 of hidden [N, H] -> [N, C]; hidden itself without a w2."""
-    _, _, norm_weight, norm_bias, w2, b2 = weights
+    w2, b2 = weights.w2, weights.b2
     if w2 is None:
         return hidden
     if options.norm_eps is not None:
-        units = hidden.shape[1]
-        if is_traced():  # layer_norm of ONNX wants a number, and a traced shape is a tensor
-            units = len(weights.w1.unbind())
-        hidden = F.layer_norm(hidden, (units,), _vector(norm_weight, hidden), _vector(norm_bias, hidden), options.norm_eps)
+        hidden = _layer_norm(hidden, weights, options.norm_eps)
     if options.activation == ACTIVATIONS["leaky_relu"]:
         hidden = F.leaky_relu(hidden, options.slope)
     else:
@@ -76,10 +73,29 @@ def second_layer(hidden: Tensor, weights: Branch, options: Options) -> Tensor:
     return _linear(hidden, _matrix(w2, hidden), b2)
 
 
+def _silu(z: Tensor) -> Tensor:
+    """In forward mode written out: the backward pass of torch's own has no tangent."""
+    return F.silu(z) if _torch.forward_level() < 0 else z * z.sigmoid()
+
+
+def _layer_norm(hidden: Tensor, weights: Branch, eps: float) -> Tensor:
+    """The LayerNorm over hidden units [N, H]. In forward mode it is written out: the derivatives of the tangent that torch's
+    own gives are wrong without an error (torch 2.13)."""
+    weight, bias = (_vector(vector, hidden) for vector in (weights.norm_weight, weights.norm_bias))
+    if _torch.forward_level() < 0:
+        # layer_norm of ONNX wants a number, and a traced shape is a tensor.
+        units = len(weights.w1.unbind()) if _torch.is_traced() else hidden.shape[1]
+        return F.layer_norm(hidden, (units,), weight, bias, eps)
+    centred = hidden - hidden.mean(1, keepdim=True)
+    normalised = centred * (centred.square().mean(1, keepdim=True) + eps).rsqrt()
+    scaled = normalised if weight is None else normalised * weight
+    return scaled if bias is None else scaled + bias
+
+
 _ACTIVATED: dict[int, Callable[[Tensor], Tensor]] = {
     ACTIVATIONS["none"]: lambda z: z,
     ACTIVATIONS["relu"]: F.relu,
-    ACTIVATIONS["silu"]: F.silu,
+    ACTIVATIONS["silu"]: _silu,
     ACTIVATIONS["gelu"]: F.gelu,
     ACTIVATIONS["gelu_tanh"]: partial(F.gelu, approximate="tanh"),
     ACTIVATIONS["hardswish"]: F.hardswish,

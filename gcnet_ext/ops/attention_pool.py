@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _tuning
+from .. import _torch, _tuning
 from . import _checks, _dispatch, _shapes
-from ._autograd import constant, needed, through_plain_pytorch
-from ._precision import accumulation_dtype, product
+from ._autograd import constant, in_plain_pytorch, needed, through_plain_pytorch
+from ._precision import accumulation_dtype, beside, product
 
 
 def attention_pool(
@@ -39,7 +39,9 @@ def attention_pool(
         RuntimeError: an argument has a wrong shape, dtype or device. The message names it.
         TypeError: x is no tensor.
     """
-    if _dispatch.has_kernels(x):
+    if _torch.any_autocast():
+        weight, bias = beside(x, weight, bias)
+    if _dispatch.has_kernels(x, weight, bias, valid):
         return _dispatch.call("attention_pool", _differentiable, x, weight, bias, valid)[0].to(x.dtype)
     return reference(x, weight, bias, valid=valid)
 
@@ -58,10 +60,11 @@ def attention_map(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, vali
         RuntimeError, TypeError: as `attention_pool`.
     """
     _checks.attended("attention_pool", weight)
-    if _dispatch.has_kernels(x):
-        attention = _dispatch.call("attention_pool", _differentiable, x, weight, bias, valid)[1]
+    given: tuple[Any, ...] = beside(x, weight, bias) if _torch.any_autocast() else (weight, bias)
+    if _dispatch.has_kernels(x, *given, valid):
+        attention = _dispatch.call("attention_pool", _differentiable, x, *given, valid)[1]
         return attention.detach().reshape(x.shape[:1] + x.shape[2:])
-    return reference_map(x, weight, bias, valid=valid).detach()
+    return reference_map(x, *given, valid=valid).detach()
 
 
 # ---- plain PyTorch -----------------------------------------------------------------------------------------------------------
@@ -221,7 +224,7 @@ class _AttentionPool(torch.autograd.Function):
             return None, None, None, None
         x, weight, bias, valid, context, attention = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
+        if in_plain_pytorch(grad_context):
             function = partial(_reference_context, valid=valid)
             return *through_plain_pytorch(function, (x, weight, bias), needs, grad_context), None
         args = grad_context, x, weight, bias, valid, context, attention, needs
@@ -233,7 +236,12 @@ def _reference_context(x: Tensor, weight: Tensor | None, bias: Tensor | None, *,
     return pool(x.flatten(2).to(accumulation_dtype(x)), weight, constant(bias), flat_valid(valid))
 
 
-_differentiable = partial(_dispatch.differentiable, _AttentionPool, "attention_pool")
+def _plain_context(x: Tensor, weight: Tensor | None, bias: Tensor | None, valid: Tensor | None) -> Tensor:
+    _check("attention_pool", Arguments(x, weight, bias, valid))
+    return _reference_context(x, weight, bias, valid=valid)
+
+
+_differentiable = partial(_dispatch.differentiable, _AttentionPool, "attention_pool", _plain_context)
 _dispatch.register(
     "attention_pool",
     Arguments,

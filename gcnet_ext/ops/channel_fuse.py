@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _tuning
+from .. import _torch, _tuning
 from . import _checks, _dispatch, _relu_bits, _shapes
-from ._autograd import before_relu, needed, through_plain_pytorch
+from ._autograd import before_relu, in_plain_pytorch, needed, through_plain_pytorch
 from ._options import FINAL_ACTIVATIONS, check_final, final_number
-from ._precision import accumulation_dtype
+from ._precision import accumulation_dtype, beside
 
 
 def channel_fuse(
@@ -47,14 +47,16 @@ def channel_fuse(
         TypeError: x is no tensor.
     """
     final = final_number("channel_fuse", final_activation)
+    if _torch.any_autocast():
+        scale, shift = beside(x, scale, shift)
     args = x, scale, shift, residual, final
-    kernels = _dispatch.has_kernels(x)
+    kernels = _dispatch.has_kernels(x, scale, shift, residual)
     if inplace:
         if kernels and not _dispatch.leaves_the_process():
             _dispatch.overwrite("channel_fuse_", *args)
             return x
         _checks.no_gradient("channel_fuse_", args)
-    out = _dispatch.call("channel_fuse", _differentiable, *args)[0] if kernels else _output(Arguments(*args))
+    out = _dispatch.call("channel_fuse", _differentiable, *args)[0] if kernels else _output(*args)
     return x.copy_(out) if inplace else out
 
 
@@ -70,14 +72,14 @@ def reference(
     final_activation: str = "none",
 ) -> Tensor:
     """`channel_fuse` in plain PyTorch."""
-    return _output(Arguments(x, scale, shift, residual, final_number("channel_fuse", final_activation)))
+    return _output(x, scale, shift, residual, final_number("channel_fuse", final_activation))
 
 
-def _output(call: Arguments) -> Tensor:
-    _check("channel_fuse", call)
-    if call.scale is None and call.shift is None and call.residual is None and not call.final_activation:
-        return call.x.clone()
-    return fuse(*call)
+def _output(x: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, final_activation: int) -> Tensor:
+    _check("channel_fuse", Arguments(x, scale, shift, residual, final_activation))
+    if scale is None and shift is None and residual is None and not final_activation:
+        return x.clone()
+    return fuse(x, scale, shift, residual, final_activation)
 
 
 def fuse(x: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, final_activation: int) -> Tensor:
@@ -96,7 +98,7 @@ def fuse(x: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor
 
 def results(call: Arguments) -> tuple[Tensor, Tensor]:
     """The results of the operator in plain PyTorch: the output and the bits of its ReLU."""
-    out = _output(call)
+    out = _output(*call)
     return out, _relu_bits.pack(out, call.x, call.final_activation)
 
 
@@ -183,7 +185,7 @@ class _ChannelFuse(torch.autograd.Function):
             return (None,) * 5
         x, scale, shift, positive = ctx.saved_tensors
         final = ctx.final_activation
-        if torch.is_grad_enabled():
+        if in_plain_pytorch(grad):
             grad = before_relu(grad, positive, x, final)
             gradients = through_plain_pytorch(reference, (x, scale, shift), needs[:3], grad)
             return *gradients, needed(needs[3], grad), None
@@ -192,7 +194,7 @@ class _ChannelFuse(torch.autograd.Function):
         return *map(needed, needs, (*gradients, grad_residual if final else grad)), None
 
 
-_differentiable = partial(_dispatch.differentiable, _ChannelFuse, "channel_fuse")
+_differentiable = partial(_dispatch.differentiable, _ChannelFuse, "channel_fuse", _output)
 _dispatch.register(
     "channel_fuse", Arguments, check=_check, shapes=_result_shapes, differentiable=_differentiable, plain=results
 )

@@ -12,10 +12,10 @@ from torch.compiler import is_compiling
 
 from .. import _torch, _tuning
 from . import _checks, _dispatch, _relu_bits, _shapes, _traced, _transform, attention_pool, channel_fuse
-from ._autograd import before_relu, constant, needed, through_plain_pytorch
+from ._autograd import before_relu, constant, in_plain_pytorch, needed, through_plain_pytorch
 from ._global_context_arguments import Arguments, BackwardArguments, Gradients, Needs, Saved, flat, in_lists
 from ._options import FINAL_ACTIVATIONS, Choices, Options
-from ._precision import accumulation_dtype
+from ._precision import accumulation_dtype, beside
 from ._transform import Branch, Tensors
 
 
@@ -73,6 +73,8 @@ def global_context(
     """
     choices = Choices(norm, eps, activation, slope, gate, gate_alpha, gate_beta, final_activation)
     call = _call(x, [mask_weight, mask_bias], scale, shift, residual, valid, choices)
+    if _torch.has_own_ways(*call.mask, *call.scale, *call.shift, residual, valid):
+        return _in_plain_pytorch(call, inplace)
     return with_lists(x, (call.mask, call.scale, call.shift), residual, valid, call.options(), inplace=inplace)
 
 
@@ -97,14 +99,14 @@ def with_lists(
 ) -> Tensor:
     """`global_context` with the lists of the operator, each complete: of the mask, of the scale and of the shift.
 
-    If nothing requires a gradient, nothing is saved for backward, except in a captured graph.
+    Only x may be of a class with ways of its own. If nothing requires a gradient, nothing is saved for backward, except in a
+    captured graph.
     """
+    if _torch.any_autocast():
+        weights = [beside(x, *tensors) for tensors in weights]
     args: tuple[Any, ...] = (x, *weights, residual, valid, *options)
     if not _dispatch.has_kernels(x):
-        if inplace:
-            _checks.no_gradient("global_context_", args)
-        out = block(Arguments(*args))
-        return x.copy_(out) if inplace else out
+        return _in_plain_pytorch(Arguments(*args), inplace)
     if inplace:
         if _dispatch.leaves_the_process():
             _checks.no_gradient("global_context_", args)
@@ -118,6 +120,13 @@ def with_lists(
     if torch.is_grad_enabled() and _torch.any_requires_grad(*(by_themselves := flat(*args))):
         return _torch.apply(_GlobalContextOutput, *by_themselves)
     return _dispatch.below_autograd("global_context_inference", args)
+
+
+def _in_plain_pytorch(call: Arguments, inplace: bool) -> Tensor:
+    if inplace:
+        _checks.no_gradient("global_context_", call)
+    out = block(call)
+    return call.x.copy_(out) if inplace else out
 
 
 # ---- plain PyTorch -----------------------------------------------------------------------------------------------------------
@@ -304,7 +313,7 @@ class _GlobalContext(torch.autograd.Function):
         tensors, kept = saved[: len(needs)], saved[len(needs) :]
         x, mask, scale, shift, _, valid = in_lists(tensors)
         need_x, need_mask, need_scale, need_shift, need_residual, _ = in_lists(needs)
-        if torch.is_grad_enabled():
+        if in_plain_pytorch(grad):
             grad = before_relu(grad, Saved(*kept).positive, x, options.final_activation)
             function = partial(_block_to_differentiate, options._replace(final_activation=FINAL_ACTIVATIONS["none"]))
             gradients = through_plain_pytorch(function, tensors, (*needs[:-2], False, False), grad)
@@ -325,12 +334,16 @@ class _GlobalContextOutput(_GlobalContext):
 
 
 def _differentiable(*args: Any) -> tuple[Tensor, ...]:
+    if _torch.has_tangent(*args):
+        return block(Arguments(*args)), *_dispatch.below_autograd("global_context", args)[1:]
     if torch.is_grad_enabled() and _torch.any_requires_grad(*(by_themselves := flat(*args))):
         return _GlobalContext.apply(*by_themselves)
     return _dispatch.below_autograd("global_context", args)
 
 
 def _differentiable_output(*args: Any) -> Tensor:
+    if _torch.has_tangent(*args):
+        return block(Arguments(*args))
     if torch.is_grad_enabled() and _torch.any_requires_grad(*(by_themselves := flat(*args))):
         return _torch.apply(_GlobalContextOutput, *by_themselves)
     return _dispatch.below_autograd("global_context_inference", args)

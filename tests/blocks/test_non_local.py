@@ -158,3 +158,28 @@ def test_wrong_input():
     for sizes in ((2, 8), (2, 8, 1, 1, 1, 1)):
         with pytest.raises(RuntimeError, match="x must have 1 to 3 spatial dimensions"):
             NonLocalBlock(8)(torch.ones(sizes))
+
+
+@pytest.mark.parametrize("when", ["its own", "of all modules"])
+def test_a_hooked_projection_is_called(when):
+    """Where somebody looks at concat_project, it is called on all pairs of positions, as in eager; without hooks it is not."""
+    block = eager.randomise(NonLocalBlock(6, mode="concatenation", dtype=torch.float64))
+    x, seen = torch.randn(2, 6, 3, 4, dtype=torch.float64), []
+    want = block(x)
+
+    def look(module, given, out):
+        if module is block.concat_project.conv:
+            seen.append((given[0].shape, out.shape))
+
+    if when == "its own":
+        handle = block.concat_project.conv.register_forward_hook(look)
+    else:
+        handle = torch.nn.modules.module.register_module_forward_hook(look)
+    try:
+        out = block(x)
+    finally:
+        handle.remove()
+    assert seen == [((2, 6, 12, 12), (2, 1, 12, 12))]
+    assert torch.allclose(out, want, rtol=1e-12, atol=1e-12)
+    assert torch.equal(block(x), want)
+    assert len(seen) == 1

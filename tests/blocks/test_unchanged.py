@@ -36,6 +36,7 @@ def seen():
         (hooks, 0),
         (children, tuple(part for item in children.items() for part in item)),
         ((fields, "weight"), (), (fields, "weight", fields, "children")),
+        (object, type(None), dict),
     )
     return thing, fields, hooks, arguments
 
@@ -106,7 +107,16 @@ def one_child_less(thing, fields, hooks):
     del fields["children"]["second"]
 
 
+def of_another_class(thing, fields, hooks):
+    fields["weight"] = Thing()
+
+
+def of_a_subclass(thing, fields, hooks):
+    fields["weight"] = OrderedDict()
+
+
 CHANGES = (
+    *(of_another_class, of_a_subclass),
     *(other_kind, another_method, another_method_of_a_base),
     *(equal_but_another, gone, new, longer, not_there_any_more),
     *(in_another_order, with_swapped_names, another_child, one_child_more, one_child_less),
@@ -131,20 +141,20 @@ def test_nothing_is_kept(seen):
 def test_an_ordered_dictionary_of_children_is_never_unchanged(seen):
     """Its order is not the one in which CPython goes through it."""
     *_, arguments = seen
-    assert unchanged((*arguments[:3], (OrderedDict(), ()), arguments[4])) is None
+    assert unchanged((*arguments[:3], (OrderedDict(), ()), *arguments[4:])) is None
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
-        ((object(), object, "version"), (), (), (), ()),
-        ((), (1, "a", None), (), (), ()),
-        ((), (), (1, 0), (), ()),
-        ((), (), (), (), ((None, "weight"),)),
-        ((), (), (), (), ({}, "weight")),
-        ((), ({}, [], None), (), (), ()),
-        ((), (), (), ()),
-        ((), [], (), (), ()),
+        ((object(), object, "version"), (), (), (), (), ()),
+        ((), (1, "a", None), (), (), (), ()),
+        ((), (), (1, 0), (), (), ()),
+        ((), (), (), (), ((None, "weight"),), ()),
+        ((), (), (), (), ({}, "weight"), ()),
+        ((), ({}, [], None), (), (), (), ()),
+        ((), (), (), (), ()),
+        ((), [], (), (), (), ()),
     ],
     ids=[
         "version that is no number",

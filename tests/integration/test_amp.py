@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from gcnet_ext import GlobalContextBlock, attention_pool
+from gcnet_ext import (
+    GlobalContextBlock,
+    NonLocalBlock,
+    SimplifiedNonLocalBlock,
+    SqueezeExcitation,
+    attention_map,
+    attention_pool,
+    channel_fuse,
+)
 
 HALF = (torch.bfloat16, torch.float16)
 LARGEST = torch.finfo(torch.float16).max  # bfloat16 reaches as far as the float32 of the sums, and so has no head room
@@ -102,3 +110,83 @@ def test_the_block_near_the_largest_number(dtype):
     assert out.isfinite().all()
     out.sum(dtype=torch.float32).backward()
     assert x.grad.isfinite().all()
+
+
+# ---- 16-bit weights and a float32 x, and the other way round -----------------------------------------------------------------
+
+BOTH = ("channel_add", "channel_mul")
+PAIRS = {
+    "global context": (
+        lambda: GlobalContextBlock(16, 1 / 4, fusion_types=BOTH),
+        lambda: eager.ContextBlock(16, 1 / 4, "att", BOTH),
+    ),
+    "average": (lambda: GlobalContextBlock(16, 1 / 4, "avg", BOTH), lambda: eager.ContextBlock(16, 1 / 4, "avg", BOTH)),
+    "squeeze-excitation": (lambda: SqueezeExcitation(16, planes=4), lambda: eager.SqueezeExcitation(16, 4)),
+    "simplified non-local": (lambda: SimplifiedNonLocalBlock(16), lambda: eager.SimplifiedNonLocal(16)),
+}
+MIXTURES = [(half, torch.float32, half) for half in HALF] + [(torch.float32, half, half) for half in HALF]
+
+
+def mixed(name: str, weights: torch.dtype) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Ours, the one in eager, and that in float64, with the same weights, which are rounded to this dtype."""
+    ours, theirs = PAIRS[name][0](), eager.randomise(PAIRS[name][1]()).to(weights)
+    ours.to(weights).load_state_dict(theirs.state_dict())
+    return ours, theirs, copy.deepcopy(theirs).double()
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["fused", "called"])
+@pytest.mark.parametrize(("weights", "of_x", "autocast"), MIXTURES, ids=str)
+@pytest.mark.parametrize("name", PAIRS)
+def test_weights_and_x_of_different_dtypes(name, weights, of_x, autocast, hooked):
+    """Output and gradients have eager's dtypes, and are as close to float64 at least; called layers round as eager's do."""
+    x = torch.randn(4, 16, 9, 10, generator=torch.Generator().manual_seed(1)).to(of_x)
+    ours, theirs, truth = mixed(name, weights)
+    if hooked:
+        for module in list(ours.modules())[1:]:
+            module.register_forward_hook(lambda *_: None)
+    exact = x.double().requires_grad_()
+    want = truth(exact)
+    grad = torch.randn(want.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    want.backward(grad)
+    results = []
+    for block in (ours, theirs):
+        given = x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=autocast):
+            out = block(given)
+        out.backward(grad.to(out.dtype))
+        assert all(p.grad.dtype == weights for p in block.parameters())
+        results.append((out, given.grad))
+    for (got, of_eager), exactly in zip(zip(*results, strict=True), (want, exact.grad), strict=True):
+        assert got.dtype == of_eager.dtype == of_x
+        assert error(got, exactly) <= error(of_eager, exactly) * (1.1 if hooked else 1)
+
+
+@pytest.mark.parametrize("mode", ["embedded_gaussian", "gaussian", "dot_product", "concatenation"])
+@pytest.mark.parametrize(("weights", "of_x", "autocast"), MIXTURES, ids=str)
+def test_weights_and_x_of_different_dtypes_in_a_non_local_block(mode, weights, of_x, autocast):
+    x = torch.randn(2, 16, 5, 6, generator=torch.Generator().manual_seed(1)).to(of_x)
+    block = eager.randomise(NonLocalBlock(16, mode=mode).to(weights))
+    want = copy.deepcopy(block).double()(x.double())
+    with torch.autocast("cpu", dtype=autocast):
+        out = block(x)
+    assert out.dtype == of_x
+    assert error(out, want) < (0.02 if autocast == torch.bfloat16 else 0.002)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_functions_with_weights_of_another_dtype(dtype, kernels):
+    """A float32 x with 16-bit weights: as with the same weights in float32, and outside of autocast still an error."""
+    x, weight = torch.randn(2, 8, 5, 6), torch.randn(8).to(dtype).requires_grad_()
+    scale, shift = torch.randn(2, 8).to(dtype), torch.randn(2, 8).to(dtype)
+    calls = (
+        lambda cast: attention_pool(x, cast(weight)),
+        lambda cast: attention_map(x, cast(weight)),
+        lambda cast: channel_fuse(x, cast(scale), cast(shift)),
+    )
+    for call in calls:
+        with pytest.raises(RuntimeError, match="must be float32 or x's dtype"):
+            call(lambda tensor: tensor)
+        with torch.autocast("cpu", dtype=dtype):
+            out = call(lambda tensor: tensor)
+        assert out.dtype == torch.float32
+        assert torch.equal(out, call(torch.Tensor.float))
