@@ -1,7 +1,13 @@
 """Compiled kernels for the Global Context block of GCNet: forward and backward, on CPU and GPU."""
 
 from ._version import __version__
-from .blocks import GlobalContextBlock, NonLocalBlock, SimplifiedNonLocalBlock, SqueezeExcitation
+from .blocks import (
+    EfficientChannelAttention,
+    GlobalContextBlock,
+    NonLocalBlock,
+    SimplifiedNonLocalBlock,
+    SqueezeExcitation,
+)
 from .models import Report, insert_blocks, replace_blocks, to_peer_state_dict
 from .ops._transform import Branch
 from .ops.attention_pool import attention_map, attention_pool
@@ -10,6 +16,7 @@ from .ops.global_context import global_context
 
 __all__ = [
     "Branch",
+    "EfficientChannelAttention",
     "GlobalContextBlock",
     "NonLocalBlock",
     "Report",
