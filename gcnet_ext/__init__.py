@@ -1,7 +1,13 @@
 """Compiled kernels for the Global Context block of GCNet: forward and backward, on CPU and GPU."""
 
 from ._version import __version__
-from .blocks import GlobalContextBlock, NonLocalBlock, SimplifiedNonLocalBlock, SqueezeExcitation
+from .blocks import (
+    EfficientChannelAttention,
+    GlobalContextBlock,
+    NonLocalBlock,
+    SimplifiedNonLocalBlock,
+    SqueezeExcitation,
+)
 from .models import Report, insert_blocks, replace_blocks, to_peer_state_dict, to_plain
 from .ops._dispatch import decompositions
 from .ops._switch import plain
@@ -12,6 +18,7 @@ from .ops.global_context import global_context
 
 __all__ = [
     "Branch",
+    "EfficientChannelAttention",
     "GlobalContextBlock",
     "NonLocalBlock",
     "Report",

@@ -1,8 +1,15 @@
 """The blocks as nn.Modules: one file each, and `_layers` for what they share."""
 
+from .efficient_channel_attention import EfficientChannelAttention
 from .global_context import GlobalContextBlock
 from .non_local import NonLocalBlock
 from .simplified_non_local import SimplifiedNonLocalBlock
 from .squeeze_excitation import SqueezeExcitation
 
-__all__ = ["GlobalContextBlock", "NonLocalBlock", "SimplifiedNonLocalBlock", "SqueezeExcitation"]
+__all__ = [
+    "EfficientChannelAttention",
+    "GlobalContextBlock",
+    "NonLocalBlock",
+    "SimplifiedNonLocalBlock",
+    "SqueezeExcitation",
+]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from . import _layers
 from ._fused import FusedBlock
+from .efficient_channel_attention import EfficientChannelAttention
 from .global_context import GlobalContextBlock
 from .non_local import NonLocalBlock
 from .simplified_non_local import SimplifiedNonLocalBlock
@@ -123,6 +124,14 @@ class PlainSqueezeExcitation(Plain):
         return fused(x, gated(t, self.hard, self.alpha, self.beta), None, residual, self.relu)
 
 
+class PlainEfficientChannelAttention(Plain):
+    """`EfficientChannelAttention`."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
+        t = self.conv(averaged(x, valid).flatten(1).unsqueeze(1)).transpose(1, 2).unsqueeze(3)
+        return fused(x, t.sigmoid(), None, residual, self.relu)
+
+
 class PlainSimplifiedNonLocal(Plain):
     """`SimplifiedNonLocalBlock`."""
 
@@ -150,6 +159,7 @@ class PlainNonLocal(Plain):
 
 
 TWINS: dict[type[nn.Module], type[nn.Module]] = {
+    EfficientChannelAttention: PlainEfficientChannelAttention,
     GlobalContextBlock: PlainGlobalContext,
     NonLocalBlock: PlainNonLocal,
     SimplifiedNonLocalBlock: PlainSimplifiedNonLocal,
@@ -172,6 +182,8 @@ def become_plain(block: nn.Module) -> None:
         fields = {"relu": block.final_activation == "relu", "hard": gate.kind == "hard_sigmoid"}
         fields |= {"alpha": float(gate.alpha), "beta": float(gate.beta)}
         fields["column"] = mask is not None and _layers.is_for_images(mask)
+    elif isinstance(block, EfficientChannelAttention):
+        fields["relu"] = block.final_activation == "relu"
     elif isinstance(block, NonLocalBlock):
         fields["factor"] = block.planes**-0.5 if block.mode == "embedded_gaussian" and block.use_scale else 1.0
     block.__class__ = twin

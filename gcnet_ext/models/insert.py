@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from .._torch import HOOKS, children, modules_can_be_read
-from ..blocks import GlobalContextBlock, NonLocalBlock, SimplifiedNonLocalBlock, SqueezeExcitation
+from ..blocks import (
+    EfficientChannelAttention,
+    GlobalContextBlock,
+    NonLocalBlock,
+    SimplifiedNonLocalBlock,
+    SqueezeExcitation,
+)
 from .residual import NAME, class_with_context_block
 
 KINDS: dict[str, Callable[..., nn.Module]] = {
@@ -20,6 +26,7 @@ KINDS: dict[str, Callable[..., nn.Module]] = {
         channels, ratio, **{"fusion_types": ("channel_add",), **options}
     ),
     "se": SqueezeExcitation,
+    "eca": lambda channels, _ratio, **options: EfficientChannelAttention(channels, **options),
     "snl": lambda channels, _ratio, **options: SimplifiedNonLocalBlock(channels, **options),
     "nl": lambda channels, _ratio, **options: NonLocalBlock(channels, **options),
 }
@@ -57,7 +64,7 @@ def insert_blocks(
         position: ``"after_conv3"`` (before the addition; in torchvision's and timm's BasicBlock and Bottleneck) or
             ``"after_add"`` (after the residual block: addition and activation).
         kind: ``"gc"`` (with ``fusion_types=("channel_add",)`` unless given, which starts as the identity), ``"se"`` (which
-            multiplies its input by about 1/2 at first), ``"snl"`` or ``"nl"``.
+            multiplies its input by about 1/2 at first), ``"eca"`` (likewise), ``"snl"`` or ``"nl"``.
         modules: name or names of modules to insert a block behind, instead of stages and position. A mapping also gives the
             channels of their outputs, which are otherwise read from the module's weights. They must not be norms.
         options: for the constructor of the block. Device and dtype are those of the module in front of it.

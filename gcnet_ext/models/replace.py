@@ -6,21 +6,28 @@ from functools import partial
 
 from torch import nn
 
-from ..blocks import GlobalContextBlock, NonLocalBlock, SimplifiedNonLocalBlock, SqueezeExcitation
+from ..blocks import (
+    EfficientChannelAttention,
+    GlobalContextBlock,
+    NonLocalBlock,
+    SimplifiedNonLocalBlock,
+    SqueezeExcitation,
+)
 from ..blocks._layers import ignoring_global_hooks
 from . import same, watch
+from .efficient_channel_attention import replace_eca
 from .peer import FusedPeer, NonLocalPeer, Peer, Record, become, way_to, why_called, why_left
 from .report import Report
-from .skeleton import NON_LOCAL, READERS, Left, is_original, looks_like_attention, non_local_of, reader_of, settings
+from .skeleton import NON_LOCAL, READERS, Left, eca_of, is_original, looks_like_attention, non_local_of, reader_of, settings
 
-OURS = (GlobalContextBlock, NonLocalBlock, SimplifiedNonLocalBlock, SqueezeExcitation, Peer)
+OURS = (EfficientChannelAttention, GlobalContextBlock, NonLocalBlock, SimplifiedNonLocalBlock, SqueezeExcitation, Peer)
 
 
 def replace_blocks(model: nn.Module) -> Report:
     """Give every block of the GC family in the model a forward of this package, in place.
 
-    It takes mmcv's ``ContextBlock`` and ``NonLocal1d``, ``2d`` and ``3d``, timm's ``GlobalContext`` and ``SEModule``,
-    torchvision's ``SqueezeExcitation``, and any class with the submodules of the GC block (``conv_mask``,
+    It takes mmcv's ``ContextBlock`` and ``NonLocal1d``, ``2d`` and ``3d``, timm's ``GlobalContext``, ``SEModule`` and
+    ``EcaModule``, torchvision's ``SqueezeExcitation``, and any class with the submodules of the GC block (``conv_mask``,
     ``channel_add_conv``, ``channel_mul_conv``) or derived from one of those, if a copy of it computes on random numbers what
     ours computes.
 
@@ -77,8 +84,8 @@ def _replaced(block: nn.Module, *, listed: bool) -> str | None:
     Raises:
         Left: it is one, or looks like one and is to be listed, and stays as it is.
     """
-    non_local, found = non_local_of(block), reader_of(block)
-    if non_local is None and found is None:
+    non_local, eca, found = non_local_of(block), eca_of(block), reader_of(block)
+    if non_local is None and eca is None and found is None:
         if listed and looks_like_attention(block):
             raise Left("its class is none of those that are known")
         return None
@@ -86,6 +93,9 @@ def _replaced(block: nn.Module, *, listed: bool) -> str | None:
         raise Left(f"it has a {method} of its own")
     if getattr(type(block).forward, "__wrapped__", None) is not None:
         raise Left("its forward is decorated")
+    if eca is not None:
+        replace_eca(block)
+        return ""
     code = watch.fingerprint(type(block))
     if non_local is not None:
         if type(block) is not non_local or not is_original(non_local):

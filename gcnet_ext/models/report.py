@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 KNOWN = (
-    "mmcv's ContextBlock and NonLocal1d to 3d, timm's GlobalContext and SEModule, torchvision's SqueezeExcitation, and classes "
-    "with the submodules of the GC block (conv_mask, channel_add_conv, channel_mul_conv)"
+    "mmcv's ContextBlock and NonLocal1d to 3d, timm's GlobalContext, SEModule and EcaModule, torchvision's SqueezeExcitation, "
+    "and classes with the submodules of the GC block (conv_mask, channel_add_conv, channel_mul_conv)"
 )
 NAMES_IN_A_LINE = 4
 

@@ -272,6 +272,12 @@ def non_local_of(module: nn.Module) -> type[nn.Module] | None:
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(type(module), kind)), None)
 
 
+def eca_of(module: nn.Module) -> type[nn.Module] | None:
+    """timm's EcaModule, if the module is an instance of it or of a class derived from it."""
+    kind = getattr(sys.modules.get("timm.layers"), "EcaModule", None)
+    return kind if isinstance(kind, type) and issubclass(type(module), kind) else None
+
+
 # ---- what looks like one -----------------------------------------------------------------------------------------------------
 
 WORDS = frozenset(
@@ -297,7 +303,7 @@ def looks_like_attention(module: nn.Module) -> bool:
     below = [part for part in module.modules() if part is not module]
     if len(below) > MOST_MODULES or (not below and not any(True for _ in module.parameters())):
         return False
-    if any(reader_of(part) or non_local_of(part) for part in below):
+    if any(reader_of(part) or non_local_of(part) or eca_of(part) for part in below):
         return False
     words = _words(module)
     if words & CONTAINERS and any(_is_named_so(part) for part in below):

@@ -39,11 +39,18 @@ def attention_pool(
         RuntimeError: an argument has a wrong shape, dtype or device. The message names it.
         TypeError: x is no tensor.
     """
+    return unrounded(x, weight, bias, valid=valid).to(x.dtype)
+
+
+def unrounded(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, valid: Tensor | None = None) -> Tensor:
+    """The result of `attention_pool` in the accumulation dtype."""
     if _torch.any_autocast():
         weight, bias = beside(x, weight, bias)
     if _dispatch.has_kernels(x, weight, bias, valid):
-        return _dispatch.call("attention_pool", _differentiable, x, weight, bias, valid)[0].to(x.dtype)
-    return reference(x, weight, bias, valid=valid)
+        context: Tensor = _dispatch.call("attention_pool", _differentiable, x, weight, bias, valid)[0]
+        return context
+    _check("attention_pool", Arguments(x, weight, bias, valid))
+    return pool(x.flatten(2).to(accumulation_dtype(x)), weight, bias, flat_valid(valid))
 
 
 def attention_map(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, valid: Tensor | None = None) -> Tensor:

@@ -16,7 +16,14 @@ import torch
 from torch import nn
 
 import gcnet_ext
-from gcnet_ext import GlobalContextBlock, NonLocalBlock, SqueezeExcitation, replace_blocks, to_peer_state_dict
+from gcnet_ext import (
+    EfficientChannelAttention,
+    GlobalContextBlock,
+    NonLocalBlock,
+    SqueezeExcitation,
+    replace_blocks,
+    to_peer_state_dict,
+)
 from gcnet_ext.models.peer import Peer
 
 pytestmark = pytest.mark.usefixtures("libraries")
@@ -36,6 +43,10 @@ def timm_context(**options):
 
 def timm_se(**options):
     return imitations.library("timm.layers").SEModule(16, rd_ratio=1 / 4, rd_divisor=1, **options)
+
+
+def timm_eca(**options):
+    return imitations.library("timm.layers").EcaModule(16, **options)
 
 
 def torchvision_se(**options):
@@ -77,6 +88,7 @@ BLOCKS = {
         lambda: timm_se(act_layer=nn.Hardswish), "timm", 2, lambda: SE(16, 1 / 4, activation="hardswish"),
     ),
     "timm se tanh": (lambda: timm_se(act_layer=nn.Tanh), "timm", 2, None),
+    "timm eca": (timm_eca, "timm", 2, lambda: EfficientChannelAttention(16)),
     "torchvision se": (torchvision_se, "torchvision", 2, lambda: SE(16, 1 / 4)),
     "torchvision se hard": (
         lambda: torchvision_se(scale_activation=nn.Hardsigmoid), "torchvision", 2, lambda: SE(16, 1 / 4, gate="hard_sigmoid"),
@@ -156,7 +168,7 @@ def test_the_operator_computes_it(name, monkeypatch):
 
     monkeypatch.setattr(Peer, "_as_before", unwanted)
     assert model(feature_map(2)).isfinite().all()
-    if "tanh" not in name:
+    if "tanh" not in name and "eca" not in name:
         assert model[1]._plain_layers() is not None
 
 

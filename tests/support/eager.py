@@ -89,6 +89,21 @@ class SqueezeExcitation(nn.Module):
         return x * self.gate(self.fc2(self.activation(self.fc1(context)))).reshape(*x.shape[:2], *(1 for _ in x.shape[2:]))
 
 
+class EfficientChannelAttention(nn.Module):
+    """Equations 5 and 9 of the ECA paper: a convolution over neighbouring channels, with zeros beside them."""
+
+    def __init__(self, kernel_size: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        context = x.flatten(2).mean(2)
+        near = self.conv.weight.shape[2] // 2
+        padded = torch.nn.functional.pad(context, (near, near))
+        t = sum(weight * padded[:, k : k + x.shape[1]] for k, weight in enumerate(self.conv.weight.flatten()))
+        return x * t.sigmoid().reshape(*x.shape[:2], *(1 for _ in x.shape[2:]))
+
+
 class SimplifiedNonLocal(nn.Module):
     """Equation 3 of the GCNet paper, with W after the pooling."""
 

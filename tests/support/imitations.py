@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -103,6 +104,28 @@ class SEModule(nn.Module):
         if self.add_maxpool:
             context = (context + x.amax((2, 3), keepdim=True)) / 2
         return x * self.gate(self.fc2(self.act(self.bn(self.fc1(context)))))
+
+
+@of_module("timm.layers.eca")
+class EcaModule(nn.Module):
+    def __init__(self, channels=None, kernel_size=3, gate_layer: Any = "sigmoid", use_mlp=False) -> None:
+        super().__init__()
+        if channels is not None:
+            size = int(abs(math.log(channels, 2) + 1) / 2)
+            kernel_size = max(size if size % 2 else size + 1, 3)
+        padding = (kernel_size - 1) // 2
+        if use_mlp:
+            self.conv, self.act = nn.Conv1d(1, 8, 1), nn.ReLU()
+            self.conv2 = nn.Conv1d(8, 1, kernel_size, padding=padding)
+        else:
+            self.conv, self.act, self.conv2 = nn.Conv1d(1, 1, kernel_size, padding=padding, bias=False), None, None
+        self.gate = TIMM_LAYERS[gate_layer]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x.mean((2, 3)).view(x.shape[0], 1, -1))
+        if self.conv2 is not None:
+            y = self.conv2(self.act(y))
+        return x * self.gate(y).view(x.shape[0], -1, 1, 1).expand_as(x)
 
 
 # ---- torchvision -------------------------------------------------------------------------------------------------------------
@@ -271,7 +294,9 @@ def _non_local(dims: int) -> type:
 
 
 IMITATIONS = {
-    "timm.layers": SimpleNamespace(GlobalContext=GlobalContext, SEModule=SEModule, LayerNorm2d=LayerNorm2d, ConvMlp=ConvMlp),
+    "timm.layers": SimpleNamespace(
+        GlobalContext=GlobalContext, SEModule=SEModule, EcaModule=EcaModule, LayerNorm2d=LayerNorm2d, ConvMlp=ConvMlp
+    ),
     "torchvision.ops": SimpleNamespace(SqueezeExcitation=SqueezeExcitation),
     "torchvision.models.resnet": SimpleNamespace(BasicBlock=BasicBlock, Bottleneck=Bottleneck),
     "mmcv.cnn": SimpleNamespace(ContextBlock=ContextBlock, **{f"NonLocal{dims}d": _non_local(dims) for dims in (1, 2, 3)}),
