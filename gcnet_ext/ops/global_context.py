@@ -100,17 +100,15 @@ def with_lists(
     If nothing requires a gradient, nothing is saved for backward, except in a captured graph.
     """
     args: tuple[Any, ...] = (x, *weights, residual, valid, *options)
-    if not _dispatch.has_kernels(x):
-        if inplace:
-            _checks.no_gradient("global_context_", args)
-        out = block(Arguments(*args))
-        return x.copy_(out) if inplace else out
+    kernels = _dispatch.has_kernels(x)
     if inplace:
-        if _dispatch.leaves_the_process():
-            _checks.no_gradient("global_context_", args)
-            return x.copy_(with_lists(x, weights, residual, valid, options, inplace=False))
-        _dispatch.overwrite("global_context_", *args)
-        return x
+        if kernels and not _dispatch.leaves_the_process():
+            _dispatch.overwrite("global_context_", *args)
+            return x
+        _checks.no_gradient("global_context_", args)
+        return x.copy_(with_lists(x, weights, residual, valid, options, inplace=False))
+    if not kernels:
+        return block(Arguments(*args))
     if is_compiling():
         return torch.ops.gcnet_ext.global_context.default(*args)[0]
     if _torch.is_tracing():
