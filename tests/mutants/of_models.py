@@ -133,7 +133,8 @@ MUTANTS = (
         "inserted-before-drop-path",
         "gcnet_ext/models/residual_timm.py",
         "        «out = self.context_block(out)\n        if self.drop_path is not None:\n"
-        "            out = self.drop_path(out)»\n        out += x if self.downsample is None else self.downsample(x)\n        return self.act2(out)",
+        "            out = self.drop_path(out)»\n"
+        "        out += x if self.downsample is None else self.downsample(x)\n        return self.act2(out)",
         "if self.drop_path is not None:\n            out = self.drop_path(out)\n        out = self.context_block(out)",
         "The context block sees what stochastic depth has left of the branch.",
         (INSERT,),
