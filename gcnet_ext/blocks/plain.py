@@ -34,7 +34,7 @@ def averaged(x: Tensor, valid: Tensor | None) -> Tensor:
         return positions.mean(2)[:, :, None, None]
     counting = valid.flatten(1)
     total = positions.masked_fill(~counting.unsqueeze(1), 0.0).sum(2)
-    return (total / counting.sum(1, keepdim=True).clamp(min=1).to(x.dtype))[:, :, None, None]
+    return (total / counting.sum(1, keepdim=True).to(x.dtype).clamp(min=1))[:, :, None, None]
 
 
 def attended(x: Tensor, logits: Tensor, valid: Tensor | None) -> Tensor:

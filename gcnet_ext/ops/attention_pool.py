@@ -102,7 +102,9 @@ def attend(positions: Tensor, weight: Tensor | None, bias: Tensor | None, valid:
     if weight is not None:
         attention = softmax(logits(positions, weight, bias), valid)
         return weighted_sum(positions, attention), attention
-    return positions.mean(2) if valid is None else positions.sum(2) / valid.sum(1, keepdim=True).clamp(min=1), None
+    return positions.mean(2) if valid is None else positions.sum(2) / valid.sum(1, keepdim=True).to(positions.dtype).clamp(
+        min=1
+    ), None
 
 
 def results(call: Arguments) -> tuple[Tensor, Tensor]:

@@ -105,14 +105,20 @@ def with_lists(
     if _torch.any_autocast():
         weights = [beside(x, *tensors) for tensors in weights]
     args: tuple[Any, ...] = (x, *weights, residual, valid, *options)
+<<<<<<< HEAD
     if not _dispatch.has_kernels(x):
         return _in_plain_pytorch(Arguments(*args), inplace)
+=======
+    kernels = _dispatch.has_kernels(x)
+>>>>>>> toolchains
     if inplace:
-        if _dispatch.leaves_the_process():
-            _checks.no_gradient("global_context_", args)
-            return x.copy_(with_lists(x, weights, residual, valid, options, inplace=False))
-        _dispatch.overwrite("global_context_", *args)
-        return x
+        if kernels and not _dispatch.leaves_the_process():
+            _dispatch.overwrite("global_context_", *args)
+            return x
+        _checks.no_gradient("global_context_", args)
+        return x.copy_(with_lists(x, weights, residual, valid, options, inplace=False))
+    if not kernels:
+        return block(Arguments(*args))
     if is_compiling():
         return torch.ops.gcnet_ext.global_context.default(*args)[0]
     if _torch.is_tracing():

@@ -24,6 +24,7 @@ import pytest
 import torch
 from checkout import ROOT
 from networks import ResNet
+from recorder import operators_in
 from torch import nn
 
 from gcnet_ext import GlobalContextBlock, SqueezeExcitation, _load
@@ -147,6 +148,16 @@ def after_inserting(names: dict[str, Any]) -> None:
         assert changed(torch.ones(2, 16, 5, 6)).shape == (2, 16, 5, 6)
 
 
+def after_taking_operators_out(names: dict[str, Any]) -> None:
+    x = names["x"]
+    want = names["model"](x)
+    assert operators_in(names["program"].graph)
+    for name in ("portable", "core"):
+        assert not operators_in(names[name].graph)
+    for function in (names["portable"].module(), names["core"].module(), names["scripted"], names["fast"]):
+        assert torch.allclose(function(x), want, rtol=1e-4, atol=1e-4)
+
+
 # Document and heading: what the reader brings along, and what must hold behind the blocks of that heading.
 GIVEN: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {
     ("docs/usage.md", "The blocks"): lambda: {
@@ -155,6 +166,10 @@ GIVEN: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {
         "residual": torch.randn(2, 16, 9),
         "lengths": torch.tensor([9, 4]),
     },
+    ("docs/usage.md", "Without our operators"): lambda: {
+        "model": nn.Sequential(Model().features, Model().context).eval(),
+        "x": torch.randn(2, 16, 5, 6),
+    },
     ("docs/usage.md", "Inserting blocks"): lambda: {"resnet": Model().eval(), "model": Model().eval()},
 }
 AFTER = {
@@ -162,6 +177,7 @@ AFTER = {
     ("README.md", "The block"): after_the_block,
     ("docs/usage.md", "The blocks"): after_the_arguments,
     ("docs/usage.md", "Inserting blocks"): after_inserting,
+    ("docs/usage.md", "Without our operators"): after_taking_operators_out,
 }
 
 

@@ -28,6 +28,7 @@ import of_derivatives
 import of_kernels
 import of_models
 import of_ops
+import of_tools
 from mutant import ROOT, Mutant, applied, path_of
 
 MUTANTS = (
@@ -37,6 +38,7 @@ MUTANTS = (
     *of_blocks.MUTANTS,
     *of_models.MUTANTS,
     *of_derivatives.MUTANTS,
+    *of_tools.MUTANTS,
 )
 NUMBERS = {mutant: number for number, mutant in enumerate(MUTANTS, 1)}
 BUILD = ROOT / "build" / "mutants"

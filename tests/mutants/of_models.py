@@ -131,9 +131,11 @@ MUTANTS = (
     ),
     Mutant(
         "inserted-before-drop-path",
-        "gcnet_ext/models/residual.py",
-        "    «out = residual.context_block(out)\n    if drop_path is not None:\n        out = drop_path(out)»\n",
-        "if drop_path is not None:\n        out = drop_path(out)\n    out = residual.context_block(out)",
+        "gcnet_ext/models/residual_timm.py",
+        "        «out = self.context_block(out)\n        if self.drop_path is not None:\n"
+        "            out = self.drop_path(out)»\n"
+        "        out += x if self.downsample is None else self.downsample(x)\n        return self.act2(out)",
+        "if self.drop_path is not None:\n            out = self.drop_path(out)\n        out = self.context_block(out)",
         "The context block sees what stochastic depth has left of the branch.",
         (INSERT,),
     ),

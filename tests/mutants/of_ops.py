@@ -29,7 +29,7 @@ MUTANTS = (
     Mutant(
         "kernels-inside-vmap",
         "gcnet_ext/ops/_dispatch.py",
-        "if «_torch.inside_transform()»:",
+        "if plain or «_torch.inside_transform()»:",
         "False",
         "torch.func's transforms get the kernels, which know nothing of them.",
         (DERIVATIVES,),

@@ -1,0 +1,84 @@
+"""Mistakes in what tools without our operators get."""
+
+from __future__ import annotations
+
+from mutant import Mutant
+
+PLAIN = "test_plain.py"
+TORCHSCRIPT = "test_torchscript.py"
+TO_PLAIN = "test_to_plain.py"
+
+MUTANTS = (
+    Mutant(
+        "plain-not-looked-at",
+        "gcnet_ext/ops/_dispatch.py",
+        "if «plain or »_torch.inside_transform():",
+        "",
+        "Kernels run in gcnet_ext.plain().",
+        (PLAIN,),
+    ),
+    Mutant(
+        "operator-always-kept",
+        "gcnet_ext/ops/_dispatch.py",
+        "if «plain is None» and (torch.onnx.is_in_onnx_export() if compiling",
+        "False",
+        "A trace holds our operator although nobody asked for it.",
+        (TORCHSCRIPT,),
+    ),
+    Mutant(
+        "switch-of-captures-left-on",
+        "gcnet_ext/ops/_switch.py",
+        "        captured.choice = «choice.get()»",
+        "enabled",
+        "What is compiled or exported after gcnet_ext.plain() has no kernels.",
+        (PLAIN,),
+    ),
+    Mutant(
+        "program-keeps-the-operator",
+        "gcnet_ext/ops/_dispatch.py",
+        "return decomposition(*args) if plain or («plain is None and torch.onnx.is_in_onnx_export()») else",
+        "False",
+        "An exported program cannot become ONNX.",
+        (TORCHSCRIPT,),
+    ),
+    Mutant(
+        "bit-of-a-nan",
+        "gcnet_ext/ops/_relu_bits.py",
+        "passes = «~(out <= 0)»",
+        "out > 0",
+        "In plain PyTorch the final ReLU stops the gradient at a NaN.",
+        (PLAIN,),
+    ),
+    Mutant(
+        "units-of-the-trace",
+        "gcnet_ext/ops/_transform.py",
+        "units = «len(weights.w1.unbind())»",
+        "hidden.shape[1]",
+        "The LayerNorm of a trace has a size that ONNX does not take.",
+        (TORCHSCRIPT,),
+    ),
+    Mutant(
+        "plain-copy-of-the-parameters",
+        "gcnet_ext/models/plain.py",
+        "copy.deepcopy(model«, shared»)",
+        "",
+        "to_plain gives the copy parameters of its own.",
+        (TO_PLAIN,),
+    ),
+    Mutant(
+        "plain-twin-without-a-position",
+        "gcnet_ext/blocks/plain.py",
+        "logits.masked_fill(«others & somewhere», float",
+        "others",
+        "In plain modules a sample in which no position counts has a NaN.",
+        (TO_PLAIN,),
+    ),
+    Mutant(
+        "plain-twin-of-a-hard-gate",
+        "gcnet_ext/blocks/plain.py",
+        "return (alpha * t + beta)«.clamp(0.0, 1.0)» if hard",
+        ".clamp(0.0)",
+        "The hard sigmoid of plain modules is not clipped at 1.",
+        (TO_PLAIN,),
+    ),
+)
