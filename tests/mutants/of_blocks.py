@@ -136,7 +136,7 @@ MUTANTS = (
     Mutant(
         "non-local-scale",
         "gcnet_ext/blocks/non_local.py",
-        "scale=«theta.shape[1]» ** -0.5",
+        "scale = «theta.shape[1]» ** -0.5",
         "theta.shape[2]",
         "The logits are divided by the root of the positions, not of the channels.",
         (NON_LOCAL, REPLACE),
