@@ -99,7 +99,20 @@ def is_traced() -> bool:
 inside_transform: Callable[[], bool] = _private("_C._are_functorch_transforms_active", _refuses_a_function)
 """Whether a transform of torch.func (grad, vmap, jvp) is running."""
 
-forward_level: Callable[[], int] = (lambda: 0) if _ONLY_PUBLIC else partial(getattr, forward_ad, "_current_level", 0)
+_NUMBER = torch.zeros(())
+
+
+def _forward_level() -> int:
+    """torch refuses to make a dual tensor where no level is open."""
+    try:
+        forward_ad.make_dual(_NUMBER, _NUMBER)
+    except RuntimeError:
+        return -1
+    return 0
+
+
+_has_level = not _ONLY_PUBLIC and hasattr(forward_ad, "_current_level")
+forward_level: Callable[[], int] = partial(getattr, forward_ad, "_current_level") if _has_level else _forward_level
 """The level of forward-mode AD that is open, also by torch.func.jvp: -1 where no tensor can have a tangent."""
 
 _transforms = _private("_functorch.eager_transforms", None)

@@ -35,7 +35,8 @@ class NonLocalBlock(nn.Module):
     Source: X. Wang et al., "Non-local Neural Networks", 2018, https://arxiv.org/abs/1711.07971, equations 1 to 6.
     Signature, parameter names, scaling and initialisation are those of mmcv's ``NonLocal1d``, ``2d`` and ``3d``.
 
-    None of the modes forms a matrix of P x P weights:
+    None of the modes forms a matrix of P x P weights, but for second derivatives, in forward mode and in transforms of
+    torch.func, and where ``concat_project`` is hooked:
 
     * ``"embedded_gaussian"``: ``f = softmax_q(theta(x_p) . phi(x_q) / sqrt(D))``, by ``scaled_dot_product_attention``.
     * ``"gaussian"``: ``f = softmax_q(x_p . x_q)``, also by ``scaled_dot_product_attention``.

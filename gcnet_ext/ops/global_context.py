@@ -105,12 +105,7 @@ def with_lists(
     if _torch.any_autocast():
         weights = [beside(x, *tensors) for tensors in weights]
     args: tuple[Any, ...] = (x, *weights, residual, valid, *options)
-<<<<<<< HEAD
-    if not _dispatch.has_kernels(x):
-        return _in_plain_pytorch(Arguments(*args), inplace)
-=======
     kernels = _dispatch.has_kernels(x)
->>>>>>> toolchains
     if inplace:
         if kernels and not _dispatch.leaves_the_process():
             _dispatch.overwrite("global_context_", *args)

@@ -138,7 +138,7 @@ def mixed(name: str, weights: torch.dtype) -> tuple[nn.Module, nn.Module, nn.Mod
 @pytest.mark.parametrize(("weights", "of_x", "autocast"), MIXTURES, ids=str)
 @pytest.mark.parametrize("name", PAIRS)
 def test_weights_and_x_of_different_dtypes(name, weights, of_x, autocast, hooked):
-    """Output and gradients have eager's dtypes, and are as close to float64 at least; called layers round as eager's do."""
+    """Output and gradients have eager's dtypes, and are at least as close to float64; called layers round as eager's."""
     x = torch.randn(4, 16, 9, 10, generator=torch.Generator().manual_seed(1)).to(of_x)
     ours, theirs, truth = mixed(name, weights)
     if hooked:

@@ -35,6 +35,7 @@ import torch
 from gcnet_ext import _torch
 assert _torch.below_autograd is not getattr(torch._C, "_AutoDispatchBelowAutograd")
 assert _torch.any_requires_grad is not torch._C._any_requires_grad
+assert _torch.forward_level is _torch._forward_level
 assert _torch.inside_transform is not torch._C._are_functorch_transforms_active
 assert _torch.is_tracing is torch.jit.is_tracing
 assert not _torch.modules_can_be_read
@@ -51,6 +52,7 @@ def test_the_public_names_are_used(python, kernels):
         ("ops/test_global_context.py", ""),
         ("ops/test_in_place.py", " and not compiled"),  # it compares bits of layers that are called
         ("properties/test_derivatives.py", ""),
+        ("properties/test_forward_mode.py", " and not all_pairs"),
         ("properties/test_create_graph.py", " and not autocast"),  # it casts the layers that are called
         ("blocks/test_called_layers.py", " and not two_outputs"),  # a called layer has words of its own
     ],

@@ -410,4 +410,12 @@ MUTANTS = (
         "Two children that change their names are not noticed.",
         ("test_unchanged.py", "test_plain_layers.py"),
     ),
+    Mutant(
+        "classes-of-any-weights",
+        "csrc/plain_layers.h",
+        "return value && «is_one_of(Py_TYPE(value), classes)» &&",
+        "true",
+        "A weight of another class is not noticed when it is set after the first call.",
+        ("test_unchanged.py", "test_tensor_subclasses.py"),
+    ),
 )

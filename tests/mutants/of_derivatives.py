@@ -6,6 +6,7 @@ from mutant import Mutant
 
 CREATE_GRAPH, SPLIT = "test_create_graph.py", "test_split.py"
 LAYERS, PLAIN = "test_called_layers.py", "test_plain_layers.py"
+FORWARD, SUBCLASSES, SHAPES = "test_forward_mode.py", "test_tensor_subclasses.py", "test_mask_shapes.py"
 
 MUTANTS = (
     # ---- derivatives ---------------------------------------------------------------------------------------------------------
@@ -153,5 +154,94 @@ MUTANTS = (
         "is not None",
         "A mask that sees the neighbours in a volume gets its positions in a column.",
         (LAYERS,),
+    ),
+    # ---- forward mode, classes of tensors, hooks of masks --------------------------------------------------------------------
+    Mutant(
+        "kernels-in-forward-mode",
+        "gcnet_ext/ops/_dispatch.py",
+        "or «_torch.forward_level() >= 0»\n",
+        "False",
+        "The kernels drop the tangents.",
+        (FORWARD,),
+    ),
+    Mutant(
+        "tangent-of-a-raw-operator",
+        "gcnet_ext/ops/_dispatch.py",
+        "    if «_torch.has_tangent(*args)»:\n        return plain",
+        "False",
+        "An operator that is called by its name drops the tangents.",
+        (FORWARD,),
+    ),
+    Mutant(
+        "tangent-of-a-gradient",
+        "gcnet_ext/ops/_autograd.py",
+        "return torch.is_grad_enabled() or «_torch.has_tangent(grad)»",
+        "False",
+        "A backward pass drops the tangent of its gradient.",
+        (FORWARD,),
+    ),
+    Mutant(
+        "layer-norm-of-torch-in-forward-mode",
+        "gcnet_ext/ops/_transform.py",
+        "    if «_torch.forward_level() < 0»:\n        return F.layer_norm",
+        "True",
+        "Derivatives of the tangent of torch's LayerNorm are wrong.",
+        (FORWARD,),
+    ),
+    Mutant(
+        "product-in-nested-forward-mode",
+        "gcnet_ext/ops/_precision.py",
+        "_torch.is_tracing() or «_torch.forward_mode_is_nested()»",
+        "False",
+        "The second tangent of a function of autograd is wrong.",
+        (FORWARD,),
+    ),
+    Mutant(
+        "first-gradient-of-attention-alone",
+        "gcnet_ext/blocks/non_local.py",
+        "        if «not in_plain_pytorch(grad)»:\n",
+        "True",
+        "A gradient penalty on a softmax mode meets a backward pass without a derivative.",
+        (FORWARD,),
+    ),
+    Mutant(
+        "input-of-a-class-with-ways",
+        "gcnet_ext/blocks/_fused.py",
+        ") and «has_own_ways(x, residual, valid)»\n",
+        "False",
+        "The layers are not called for an x that looks at what is called.",
+        (SUBCLASSES,),
+    ),
+    Mutant(
+        "weight-of-a-class-with-ways",
+        "gcnet_ext/blocks/_layers.py",
+        "    if «has_own_ways(*parameters(module).values())»:\n",
+        "False",
+        "A kernel gets a weight that only its layer understands.",
+        (SUBCLASSES,),
+    ),
+    Mutant(
+        "hooks-of-a-mask-see-a-column",
+        "gcnet_ext/blocks/_layers.py",
+        "    elif «type(mask) is nn.Conv2d» and",
+        "False",
+        "The hooks of a mask see a column in place of a sequence or a volume.",
+        (SHAPES,),
+    ),
+    Mutant(
+        "bfloat16-weights-not-cast",
+        "gcnet_ext/ops/_precision.py",
+        "weight.dtype in «(torch.float16, torch.bfloat16)» else",
+        "(torch.float16,)",
+        "bfloat16 weights beside a float32 x are an error under autocast.",
+        ("test_amp.py",),
+    ),
+    Mutant(
+        "projection-never-called",
+        "gcnet_ext/blocks/non_local.py",
+        'self.mode == "concatenation" and «not _is_one_pointwise(self.concat_project)»:',
+        "False",
+        "The hooks of concat_project are not called.",
+        ("test_non_local.py",),
     ),
 )

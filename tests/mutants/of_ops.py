@@ -157,7 +157,7 @@ MUTANTS = (
     Mutant(
         "fallback-map-with-a-graph",
         "gcnet_ext/ops/attention_pool.py",
-        "return reference_map(x, weight, bias, valid=valid)«.detach()»",
+        "return reference_map(x, *given, valid=valid)«.detach()»",
         "",
         "In plain PyTorch a map of the attention drags its graph along.",
         (DISPATCH,),
@@ -165,8 +165,8 @@ MUTANTS = (
     Mutant(
         "fallback-overwrites-for-training",
         "gcnet_ext/ops/global_context.py",
-        '_checks.no_gradient("global_context_", «args»)',
-        "args[:1]",
+        '_checks.no_gradient("global_context_", «call»)',
+        "call[:1]",
         "In plain PyTorch x is overwritten although a weight needs its gradient.",
         (IN_PLACE,),
     ),
