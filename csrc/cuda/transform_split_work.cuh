@@ -56,6 +56,8 @@ struct SplitWork {
   int tiles[kBranches] = {};
   int slices = 1, turns = 1, together = 1;
 
+  // One sample and one turn for each block.
+  SplitWork(int slices, int tiles_of_scale, int tiles_of_shift) : tiles{tiles_of_scale, tiles_of_shift}, slices(slices) {}
   SplitWork(int64_t samples, int slices, int tiles_of_scale, int tiles_of_shift, bool in_turns) : slices(slices) {
     const int64_t slots = static_cast<int64_t>(multiprocessors()) * kSplitBlocks;
     together = plan_cuda_samples_together(samples, slices * (tiles_of_scale + tiles_of_shift), slots);
@@ -66,6 +68,7 @@ struct SplitWork {
     tiles[kShift] = split_tiles(tiles_of_shift, turns);
   }
   __host__ __device__ int tiles_of_both() const { return tiles[kScale] + tiles[kShift]; }
+  __host__ __device__ int places() const { return slices * tiles_of_both(); }  // of the samples of a block
   dim3 grid(int64_t samples) const {
     return dim3(static_cast<unsigned>(static_cast<int64_t>(split_tiles(samples, together)) * slices * tiles_of_both()));
   }
@@ -147,7 +150,8 @@ struct WeightRows {
     });
   }
   // Adds the products with `width` values of each sample to sum[row][sample].
-  __device__ void multiply(const float* staged, int stride, int width, float (&sum)[kSplitRows * kSplitSamples]) const {
+  template <int kSamples>
+  __device__ void multiply(const float* staged, int stride, int width, float (&sum)[kSplitRows * kSamples]) const {
     const int k = threadIdx.x % kWarp * kSplitColumns;
     if (k >= width) return;
     float weights[kSplitRows][kSplitColumns];
@@ -157,12 +161,12 @@ struct WeightRows {
       widen_rows<T>(weights);
     }
 #pragma unroll
-    for (int s = 0; s < kSplitSamples; s++) {
+    for (int s = 0; s < kSamples; s++) {
       const auto input = *reinterpret_cast<const Vector<float, kSplitColumns>*>(staged + s * stride + k);
 #pragma unroll
       for (int r = 0; r < kSplitRows; r++) {
 #pragma unroll
-        for (int j = 0; j < kSplitColumns; j++) sum[r * kSplitSamples + s] += weights[r][j] * input.data[j];
+        for (int j = 0; j < kSplitColumns; j++) sum[r * kSamples + s] += weights[r][j] * input.data[j];
       }
     }
   }
@@ -195,22 +199,22 @@ struct WeightRows {
   }
 };
 
-// A warp multiplies kSplitRows rows in each turn with the staged values of each sample, and calls put(row, sample, value). The
-// weights of its first turn and step have been fetched.
-template <typename T, typename Put>
+// A warp multiplies kSplitRows rows in each turn with the staged values of each of up to kSamples samples, and calls put(row,
+// sample, value). The weights of its first turn and step have been fetched.
+template <int kSamples, typename T, typename Put>
 __device__ __forceinline__ void multiply_rows(const WeightSlice<T>& from, WeightRows<T>& weights, const SplitPlace& place,
                                               const SplitWork& work, const float* staged, int stride, const Put& put) {
 #pragma unroll 1
   for (int turn = 0; turn < work.turns; turn++) {
-    float sum[kSplitRows * kSplitSamples] = {};
+    float sum[kSplitRows * kSamples] = {};
 #pragma unroll 1
     for (int step = 0; step * kSplitStep < from.width; step++) {
       if (turn + step > 0) weights.fetch(from, place.first_row(work, turn), step);
-      weights.multiply(staged + step * kSplitStep, stride, from.width - step * kSplitStep, sum);
+      weights.template multiply<kSamples>(staged + step * kSplitStep, stride, from.width - step * kSplitStep, sum);
     }
-    const Share share = transposed_sum<kSplitRows * kSplitSamples, 1, kWarp / 2>(sum, threadIdx.x % kWarp);
-    const int row = place.first_row(work, turn) + share.first / kSplitSamples, sample = share.first % kSplitSamples;
-    if (row < from.rows && sample < place.samples) put(row, place.first_sample + sample, sum[0]);
+    const Share share = transposed_sum<kSplitRows * kSamples, 1, kWarp / 2>(sum, threadIdx.x % kWarp);
+    const int row = place.first_row(work, turn) + share.first / kSamples, sample = share.first % kSamples;
+    if (share.owner && row < from.rows && sample < place.samples) put(row, place.first_sample + sample, sum[0]);
   }
 }
 
