@@ -30,13 +30,17 @@ class FuseAccesses {
  public:
   using Factors = typename FuseParams<T>::Factors;
 
-  __device__ FuseAccesses(const Fusion<T>& fusion, const FuseStage<T>& stage) : fusion_(fusion), stage_(stage) {}
+  __device__ FuseAccesses(const Fusion<T>& fusion, const FuseStage<T>& stage) : fusion_(fusion), stage_(stage) {
+    hide_from_optimizer(thread_);
+  }
+
+  __device__ int thread() const { return thread_; }  // of the block
 
   // Starts to copy access u of the next piece, which begins at these offsets from the starts of the maps. The caches may be told
   // what to do with it: an Eviction.
   template <typename... Hint>
   __device__ void copy(int u, int64_t in_x, int64_t in_residual, bool wanted, const Hint&... hint) const {
-    const int place = u * kCudaSweepThreads + threadIdx.x;
+    const int place = u * kCudaSweepThreads + thread_;
     if (fusion_.x.data) copy_later(stage_.x + place, fusion_.x.data + in_x, wanted, hint...);
     if (fusion_.residual.data) copy_later(stage_.residual + place, fusion_.residual.data + in_residual, wanted, hint...);
   }
@@ -45,7 +49,7 @@ class FuseAccesses {
     wait_for_copies();
 #pragma unroll
     for (int u = 0; u < kCudaSweepUnroll; u++) {
-      const int place = u * kCudaSweepThreads + threadIdx.x;
+      const int place = u * kCudaSweepThreads + thread_;
       x_[u] = residual_[u] = {};
       if (fusion_.x.data) x_[u] = stage_.x[place];
       if (fusion_.residual.data) residual_[u] = stage_.residual[place];
@@ -98,13 +102,16 @@ class FuseAccesses {
     for (int j = 0; j < V; j++) bits |= (widen(result.data[j]) <= A(0) ? 0u : 1u) << j;
     if constexpr (V == 4) {
       bits |= __shfl_xor_sync(kAllLanes, bits, 1) << 4;
-      if (threadIdx.x % 2) return;
+      if (thread_ % 2) return;
     }
     if (inside) store(fusion_.positive + (out - fusion_.out.data) / 8, static_cast<uint8_t>(bits));
   }
 
   const Fusion<T>& fusion_;
   const FuseStage<T> stage_;
+  // Hidden, because the compiler would keep in registers what depends on it alone, in a ticketed launch (tickets.cuh) throughout
+  // all stages.
+  int thread_ = static_cast<int>(threadIdx.x);
   Vector<T, V> x_[kCudaSweepUnroll], residual_[kCudaSweepUnroll];
 };
 
@@ -190,7 +197,7 @@ class FuseRows {
   };
 
   __device__ int64_t elements() const { return segments_.rows * fusion_.extent.positions; }  // of a segment
-  __device__ static int in_piece(int u) { return (u * kCudaSweepThreads + static_cast<int>(threadIdx.x)) * V; }
+  __device__ int in_piece(int u) const { return (u * kCudaSweepThreads + accesses_.thread()) * V; }
   __device__ unsigned sample_of(int64_t row) const {
     return static_cast<unsigned>(row) / static_cast<unsigned>(fusion_.extent.channels);
   }

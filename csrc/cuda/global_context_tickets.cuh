@@ -10,6 +10,8 @@
 // own.
 #pragma once
 
+#include <new>
+
 #include "attention_pool_row_items.cuh"
 #include "channel_fuse_items.cuh"
 #include "tickets.cuh"
@@ -48,6 +50,9 @@ struct ForwardTicketsShared {
     alignas(16) float hidden[kCudaMostSplitUnits];
   };
   Ticket ticket;
+  // Read here instead of where the launch has left it, this is loaded when it is needed. Otherwise the compiler would load it
+  // once and keep it in registers, for all stages together, while the pool needs them for its tile.
+  ForwardTicketsParams<T, Shape> params;
 };
 
 template <typename T, typename Shape>
@@ -55,8 +60,7 @@ class ForwardTickets {
   using Split = PoolRowSplit<T, Shape, kTicketCluster<Shape>>;
 
  public:
-  __device__ ForwardTickets(const ForwardTicketsParams<T, Shape>& params, ForwardTicketsShared<T, Shape>& shared)
-      : params_(params), shared_(shared) {}
+  __device__ explicit ForwardTickets(ForwardTicketsShared<T, Shape>& shared) : params_(shared.params), shared_(shared) {}
 
   __device__ void copy(const Ticket& ticket) const {
     if (ticket.stage == forward_stage::pool) Split::copy(params_.pool, shared_.stage, tiles_of(ticket));
@@ -153,13 +157,14 @@ class ForwardTickets {
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(kTicketThreads, kTicketBlocks)
     global_context_tickets(const ForwardTicketsParams<T, Shape> params) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-  auto& shared = shared_memory<ForwardTicketsShared<T, Shape>>();
-  for (int c = threadIdx.x; c < Shape::channels; c += kTicketThreads)
-    shared.weight[c] = c < params.pool.extent.channels ? params.pool.weight.at(c) : acc_t<T>(0);
-  const ForwardTickets<T, Shape> work(params, shared);
-  params.tickets.work_on(shared.ticket, work);
-#endif
+  if constexpr (architecture_has_tickets<kTicketCluster<Shape>>()) {
+    auto& shared = shared_memory<ForwardTicketsShared<T, Shape>>();
+    for (int c = threadIdx.x; c < Shape::channels; c += kTicketThreads)
+      shared.weight[c] = c < params.pool.extent.channels ? params.pool.weight.at(c) : acc_t<T>(0);
+    if (threadIdx.x == 0) new (&shared.params) ForwardTicketsParams<T, Shape>(params);
+    const ForwardTickets<T, Shape> work(shared);
+    shared.params.tickets.work_on(shared.ticket, work);
+  }
 }
 
 // Launches the forward pass, if the maps and the current device allow it, and returns whether they do. The transform is split; of

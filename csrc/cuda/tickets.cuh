@@ -83,6 +83,17 @@ class Tickets {
   unsigned *const drawn_, *const done_;  // [1], [stages - 1, N]
 };
 
+// Whether device code is compiled for an architecture that has what a ticketed kernel needs. For the others it is empty, and
+// tickets_fit() keeps them from being launched.
+template <int kCluster>
+__device__ constexpr bool architecture_has_tickets() {
+#if defined(__CUDA_ARCH__)
+  return __CUDA_ARCH__ >= (kCluster > 1 ? 900 : 800);
+#else
+  return true;
+#endif
+}
+
 // Whether the current device can run such a kernel, and has a second-level cache from which it gains.
 template <class... Parameters>
 bool tickets_fit(void (*kernel)(Parameters...), int cluster, size_t shared_bytes) {

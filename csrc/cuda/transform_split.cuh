@@ -24,7 +24,7 @@ __device__ __forceinline__ void find_hidden_parts(const PoolParams<T>& params, c
   const int channels = static_cast<int>(transform.channels), first_channel = place.slice * parts.slice_channels;
   const int left = channels - first_channel, width = left < parts.slice_channels ? left : parts.slice_channels;
   const WeightSlice<T> slice{branch.w1, static_cast<int>(branch.units), channels, first_channel, width};
-  WeightRows<T> weights;
+  WeightRows<T> weights(place);
   weights.fetch(slice, place.first_row(work, 0), 0);
   slice.prefetch_later(place, work);
   wait();
@@ -91,7 +91,7 @@ __device__ __forceinline__ void find_outputs(const TransformParams<T>& params, c
   }
   const int units = static_cast<int>(branch.units), stride = whole_vectors(units), vectors = stride / kSplitColumns;
   const WeightSlice<T> all{branch.w2, static_cast<int>(params.channels), units, /*begin=*/0, units};
-  WeightRows<T> weights;
+  WeightRows<T> weights(place);
   weights.fetch(all, place.first_row(work, 0), 0);
   all.prefetch_later(place, work);
   wait();

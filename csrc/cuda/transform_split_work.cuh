@@ -78,8 +78,12 @@ struct SplitPlace {
   int64_t first_sample;
   int samples, branch, slice, tile;
   int share;  // the number of this place among those of its samples
+  // Of the block. It is hidden, because the compiler would keep in registers what depends on it alone, in a ticketed launch
+  // (tickets.cuh) throughout all stages.
+  int thread = static_cast<int>(threadIdx.x);
 
   __device__ SplitPlace(const SplitWork& work, int64_t all_samples, unsigned number) {
+    hide_from_optimizer(thread);
     const unsigned tiles = work.tiles_of_both(), places = work.slices * tiles;
     first_sample = static_cast<int64_t>(number / places) * work.together;
     share = static_cast<int>(number % places);
@@ -90,9 +94,10 @@ struct SplitPlace {
     const int64_t left = all_samples - first_sample;
     samples = left < work.together ? static_cast<int>(left) : work.together;
   }
+  __device__ int lane() const { return thread % kWarp; }
   // The first row of this warp.
   __device__ int first_row(const SplitWork& work, int turn) const {
-    return ((tile * work.turns + turn) * kSplitWarps + static_cast<int>(threadIdx.x) / kWarp) * kSplitRows;
+    return ((tile * work.turns + turn) * kSplitWarps + thread / kWarp) * kSplitRows;
   }
 };
 
@@ -109,7 +114,7 @@ struct WeightSlice {
       for (int turn = 0; turn < work.turns; turn++) {
         const int first_row = place.first_row(work, turn);
 #pragma unroll 1
-        for (int k = threadIdx.x % kWarp * kSplitColumns + (turn == 0 ? kSplitStep : 0); k < width; k += kSplitStep) {
+        for (int k = place.lane() * kSplitColumns + (turn == 0 ? kSplitStep : 0); k < width; k += kSplitStep) {
 #pragma unroll 1
           for (int r = 0; r < kSplitRows && first_row + r < rows; r++) prefetch(values + (first_row + r) * columns + begin + k);
         }
@@ -122,7 +127,10 @@ struct WeightSlice {
 template <typename T>
 struct WeightRows {
   Vector<unsigned, kSplitColumns> bits[kSplitRows];
+  int lane;
   bool is_float32 = false;
+
+  __device__ explicit WeightRows(const SplitPlace& place) : lane(place.lane()) {}
 
   // Past the last row and the last column there are zeros.
   __device__ void fetch(const WeightSlice<T>& from, int first_row, int step) {
@@ -130,7 +138,7 @@ struct WeightRows {
     with_values(from.matrix, [&](const auto* values) {
       using W = std::remove_cv_t<std::remove_pointer_t<decltype(values)>>;
       const bool vectors = vector_rows(values, from.columns);  // slices begin at whole vectors
-      const int k = step * kSplitStep + static_cast<int>(threadIdx.x) % kWarp * kSplitColumns;
+      const int k = step * kSplitStep + lane * kSplitColumns;
       const W* const start = values + first_row * from.columns + from.begin + k;
 #pragma unroll
       for (int r = 0; r < kSplitRows; r++) {
@@ -152,7 +160,7 @@ struct WeightRows {
   // Adds the products with `width` values of each sample to sum[row][sample].
   template <int kSamples>
   __device__ void multiply(const float* staged, int stride, int width, float (&sum)[kSplitRows * kSamples]) const {
-    const int k = threadIdx.x % kWarp * kSplitColumns;
+    const int k = lane * kSplitColumns;
     if (k >= width) return;
     float weights[kSplitRows][kSplitColumns];
     if (sizeof(T) == sizeof(float) || is_float32) {
@@ -212,7 +220,7 @@ __device__ __forceinline__ void multiply_rows(const WeightSlice<T>& from, Weight
       if (turn + step > 0) weights.fetch(from, place.first_row(work, turn), step);
       weights.template multiply<kSamples>(staged + step * kSplitStep, stride, from.width - step * kSplitStep, sum);
     }
-    const Share share = transposed_sum<kSplitRows * kSamples, 1, kWarp / 2>(sum, threadIdx.x % kWarp);
+    const Share share = transposed_sum<kSplitRows * kSamples, 1, kWarp / 2>(sum, place.lane());
     const int row = place.first_row(work, turn) + share.first / kSamples, sample = share.first % kSamples;
     if (share.owner && row < from.rows && sample < place.samples) put(row, place.first_sample + sample, sum[0]);
   }
