@@ -61,7 +61,9 @@ py::dict plan_cuda(const gcnet_ext::CudaShape& shape, const gcnet_ext::CudaTunin
                   "backward_splits"_a = backward.splits, "sums_lanes"_a = sums.lanes, "sums_rows"_a = sums.rows,
                   "sums_channel_groups"_a = sums.channel_groups, "sums_split"_a = sums.split_positions,
                   "sums_splits"_a = sums.splits, "flat_rows"_a = flat.rows, "flat_pieces"_a = flat.pieces,
-                  "flat_unit_rows"_a = flat.unit_rows, "flat_row_vector"_a = flat.row_vector, "flat_lanes"_a = flat.lanes);
+                  "flat_unit_rows"_a = flat.unit_rows, "flat_row_vector"_a = flat.row_vector, "flat_lanes"_a = flat.lanes,
+                  "cluster"_a = gcnet_ext::plan_cuda_cluster(pool, tuning),
+                  "backward_cluster"_a = gcnet_ext::plan_cuda_cluster(backward, tuning));
 }
 
 using Decisions = std::array<int64_t, sizeof(gcnet_ext::CudaTuning) / sizeof(int64_t)>;  // in the order of CudaTuning
@@ -75,6 +77,13 @@ py::dict plan(const std::string& device, int64_t channels, int64_t positions, in
   if (device == "cuda")
     return plan_cuda({channels, positions, element_size, channels_last, aligned}, std::bit_cast<gcnet_ext::CudaTuning>(tuning));
   throw py::value_error("device must be 'cpu' or 'cuda', got '" + device + "'");
+}
+
+int64_t plan_cuda_lag(int64_t sample_bytes, int64_t samples, int64_t item_bytes, const Decisions& tuning) {
+  if (sample_bytes < 0 || samples < 0 || item_bytes < 1) {
+    throw py::value_error("sample_bytes and samples must be at least 0, and item_bytes at least 1");
+  }
+  return gcnet_ext::plan_cuda_lag(sample_bytes, samples, item_bytes, std::bit_cast<gcnet_ext::CudaTuning>(tuning));
 }
 
 }  // namespace
@@ -98,4 +107,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan", &plan, "How the kernels of a device cut the attention pool of a sample of [C, P] elements.", "device"_a,
         "channels"_a, "positions"_a, "element_size"_a = 4, "channels_last"_a = false, "aligned"_a = true,
         "tuning"_a = Decisions{});
+  m.def("plan_cuda_lag", &plan_cuda_lag,
+        "How many items of its first stage the last stage of a sample stays behind in a ticketed launch.", "sample_bytes"_a,
+        "samples"_a, "item_bytes"_a, "tuning"_a = Decisions{});
 }

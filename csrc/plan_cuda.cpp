@@ -108,6 +108,21 @@ CudaPoolPlan plan_cuda_pool_backward(const CudaShape& shape, const CudaTuning& t
   return plan;
 }
 
+int plan_cuda_cluster(const CudaPoolPlan& plan, const CudaTuning& tuning) {
+  constexpr int kThreads = 256;  // of a block in a ticketed launch
+  if (!tuning.by_tickets() || plan.path != CudaPoolPath::row_items) return 0;
+  const int cluster = plan.threads / kThreads;
+  return cluster == 1 || tuning.cluster != 1 ? cluster : 0;
+}
+
+int64_t plan_cuda_lag(int64_t sample_bytes, int64_t samples, int64_t item_bytes, const CudaTuning& tuning) {
+  constexpr int64_t kMega = 1'000'000, kWhole = 25 * kMega, kLarge = 17 * kMega;
+  if (tuning.lag) return std::max<int64_t>(tuning.lag, 0);
+  const int64_t items = samples * ceil_div(sample_bytes, item_bytes);
+  if (sample_bytes * samples <= kWhole) return items;
+  return std::min(items, ceil_div((sample_bytes < kLarge ? 20 : 8) * kMega, item_bytes));
+}
+
 CudaFlatCut plan_cuda_flat_cut(int64_t channels, int64_t positions, int64_t element_size) {
   constexpr int64_t kLeastBytes = 16 << 10, kMostBytes = 32 << 10, kPieces = 16;
   const int64_t row_bytes = positions * element_size, vector = std::max<int64_t>(1, 16 / element_size);

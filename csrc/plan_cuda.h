@@ -84,6 +84,15 @@ CudaPoolPlan plan_cuda_pool(const CudaShape& shape, const CudaTuning& tuning = {
 // Of the backward pass, which has items of its own in the second engine (kCudaRowBackwardItemTiles).
 CudaPoolPlan plan_cuda_pool_backward(const CudaShape& shape, const CudaTuning& tuning = {});
 
+// The blocks that share a tile in a ticketed launch (csrc/cuda/tickets.cuh): a cluster of two plays the threads of the larger
+// tiles. 0 if a direction with this plan takes no tickets.
+int plan_cuda_cluster(const CudaPoolPlan& plan, const CudaTuning& tuning);
+
+// How many items of its first stage the last stage of a sample stays behind in a ticketed launch, in addition to a sample: few
+// enough for the second-level cache to have what both of them read. These are the bytes of a sample, and of an item of the first
+// stage, of all maps that both read.
+int64_t plan_cuda_lag(int64_t sample_bytes, int64_t samples, int64_t item_bytes, const CudaTuning& tuning);
+
 // How an NCHW sample whose rows lie one behind the other is cut into pieces of whole rows for the stages of
 // csrc/cuda/flat_rows.cuh. Every piece begins at a multiple of 16 bytes from the start of the sample.
 struct CudaFlatCut {

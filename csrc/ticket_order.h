@@ -54,6 +54,7 @@ class TicketOrder {
   // The items of a stage and a sample.
   GCNET_EXT_HOST_DEVICE unsigned items(int stage) const { return items_[stage]; }
 
+  GCNET_EXT_HOST_DEVICE unsigned tickets() const { return end_; }
   // The work of a ticket.
   GCNET_EXT_HOST_DEVICE Ticket at(unsigned ticket) const {
     if (ticket >= end_) return {-1, 0, 0};

@@ -26,7 +26,7 @@ struct ActivationFunction {
   Activation kind = Activation::relu;
   A slope = 0;  // of a LeakyReLU
 
-  bool is_relu_or_silu() const { return kind == Activation::relu || kind == Activation::silu; }
+  __host__ __device__ bool is_relu_or_silu() const { return kind == Activation::relu || kind == Activation::silu; }
 
   // act(z). A NaN is passed on.
   template <bool kReluOrSilu>

@@ -9,7 +9,7 @@ namespace gcnet_ext::cuda {
 template <typename T>
 __global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
     attention_pool_merge(PoolParams<T> params, int slice_channels, SplitWork work) {
-  auto& shared = shared_memory<ContextSlice>();
+  auto& shared = shared_memory<ContextSlice<kSplitSamples>>();
   const SplitPlace place(work, params.extent.samples, blockIdx.x);
   const int first_channel = place.slice * slice_channels, left = static_cast<int>(params.extent.channels) - first_channel;
   wait_for_previous_launch();
@@ -26,8 +26,8 @@ void launch_attention_pool_merge(const PoolParams<T>& params, cudaStream_t strea
     if (samples == 0) return;
     const CudaTransformSlices cut = plan_cuda_transform_slices(params.extent.channels);
     const SplitWork work(samples, static_cast<int>(cut.slices), /*tiles_of_scale=*/1, /*tiles_of_shift=*/0, /*in_turns=*/false);
-    launch_early(attention_pool_merge<T>, work.grid(samples), dim3(kSplitThreads), shared_bytes<ContextSlice>(), stream, params,
-                 static_cast<int>(cut.channels), work);
+    launch_early(attention_pool_merge<T>, work.grid(samples), dim3(kSplitThreads), shared_bytes<ContextSlice<kSplitSamples>>(),
+                 stream, params, static_cast<int>(cut.channels), work);
   }
 }
 

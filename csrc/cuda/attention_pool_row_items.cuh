@@ -8,13 +8,109 @@
 
 namespace gcnet_ext::cuda {
 
+// What the threads tell each other about a tile.
+template <typename T, typename Shape>
+struct PoolRowSums {
+  using A = acc_t<T>;
+  A of_warps[Shape::warps * Shape::positions];  // over the channels of a warp
+  A logits[Shape::positions];
+};
+
+// The sums of a split on its way through its tiles. kCluster: so many blocks share each tile (RowTile).
+template <typename T, typename Shape, int kCluster = 1>
+class PoolRowSplit {
+  using A = acc_t<T>;
+  using Tile = RowTile<T, Shape, kCluster>;
+  static constexpr int V = Shape::vector;
+
+ public:
+  // weight [Shape::channels] is in shared memory.
+  __device__ PoolRowSplit(const PoolParams<T>& params, const A* weight, PoolRowSums<T, Shape>& shared)
+      : params_(params), weight_(weight), shared_(shared), bias_(params.bias.at_or(0, A(0))) {}
+
+  // Starts to copy a tile.
+  __device__ static void copy(const PoolParams<T>& params, Vector<T, V>* stage, const ItemTiles& at) {
+    const Tile tile;
+    tile.copy_rows(stage, params.x.at(at.sample(), 0, at.first), params.x.channel_stride,
+                   static_cast<int>(params.extent.channels), at.first + tile.position() < at.end);
+  }
+  // Waits for it. Afterwards the next one may be copied.
+  __device__ void take(const Vector<T, V>* stage, const ItemTiles& at) {
+    tile_.take_rows(stage);
+    const int64_t position = at.first + tile_.position();
+    if (params_.valid.data && position < at.end) tile_.keep_valid(params_.valid.row(at.sample()) + position);
+  }
+  // Adds the tile to the sums.
+  __device__ void add(const ItemTiles& at) {
+    const int64_t sample = at.sample(), first = at.first;
+    tile_.sum_over_channels(weight_, shared_.of_warps);
+    if constexpr (kCluster > 1) {
+      cluster_barrier();
+    } else {
+      __syncthreads();
+    }
+    if (const int p = threadIdx.x; p < Shape::positions) {
+      A logit = bias_;
+#pragma unroll
+      for (int w = 0; w < Shape::warps; w++) logit += shared_.of_warps[w * Shape::positions + p];
+      const bool within = first + p < at.end, counts = within && params_.valid.counts(sample, first + p);
+      shared_.logits[p] = counts ? logit : lowest<A>();
+      if (within && params_.attention && first_block()) params_.attention[sample * at.end + first + p] = logit;
+    }
+    if constexpr (kCluster > 1) {
+      cluster_barrier();  // the other block may overwrite the sums of the warps now
+    } else {
+      __syncthreads();
+    }
+
+    const int lane = threadIdx.x % kWarp;
+    A maximum = lowest<A>(), sum = A(0);
+    for (int p = lane; p < Shape::positions; p += kWarp) maximum = larger(maximum, shared_.logits[p]);
+    const A rescale = softmax_.raise_maximum(warp_max(maximum)), reference = softmax_.reference();
+    for (int p = lane; p < Shape::positions; p += kWarp) sum += exponential(shared_.logits[p] - reference);
+    softmax_.sum += warp_sum(sum);
+
+    tile_.hide();
+    A exponentials[V];
+#pragma unroll
+    for (int j = 0; j < V; j++) exponentials[j] = exponential(shared_.logits[tile_.position() + j] - reference);
+#pragma unroll
+    for (int g = 0; g < Shape::groups; g++) weighted_[g] = weighted_[g] * rescale + tile_.sum_over_positions(exponentials, g);
+  }
+  // Leaves the sums behind the last tile, and begins with the next split.
+  __device__ void put(const ItemTiles& at) {
+    const int channels = static_cast<int>(params_.extent.channels);
+    A* const partial = params_.partial + static_cast<int64_t>(at.item) * (channels + 2);
+#pragma unroll
+    for (int g = 0; g < Shape::groups; g++) {
+      const int c = tile_.owned_channel(g);
+      if (c >= 0 && c < channels) partial[c] = weighted_[g];
+      weighted_[g] = A(0);
+    }
+    if (threadIdx.x == 0 && first_block()) {
+      partial[channels] = softmax_.maximum;
+      partial[channels + 1] = softmax_.sum;
+    }
+    softmax_ = {};
+  }
+
+ private:
+  __device__ static bool first_block() { return kCluster == 1 || cluster_rank() == 0; }
+
+  const PoolParams<T>& params_;
+  const A* const weight_;
+  PoolRowSums<T, Shape>& shared_;
+  const A bias_;
+  Tile tile_;
+  OnlineSoftmax<A> softmax_;
+  A weighted_[Shape::groups] = {};
+};
+
 template <typename T, typename Shape>
 struct PoolRowItemsShared {
-  using A = acc_t<T>;
   Vector<T, Shape::vector> stage[Shape::rows * Shape::threads];  // the next tile
-  A weight[Shape::channels];
-  A sums[Shape::warps * Shape::positions];  // over the channels of a warp
-  A logits[Shape::positions];
+  acc_t<T> weight[Shape::channels];
+  PoolRowSums<T, Shape> sums;
 };
 
 template <typename T, typename Shape>
@@ -22,69 +118,20 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks)
     attention_pool_row_items(PoolParams<T> params, ItemTiles tiles) {
   let_next_launch_start();
   using A = acc_t<T>;
-  constexpr int V = Shape::vector;
+  using Split = PoolRowSplit<T, Shape>;
   auto& shared = shared_memory<PoolRowItemsShared<T, Shape>>();
-  const int channels = static_cast<int>(params.extent.channels), lane = threadIdx.x % kWarp;
-  RowTile<T, Shape> tile;
-  const auto inside = [&](const ItemTiles& at) { return at.first + tile.position() < at.end; };
-  const auto copy = [&](const ItemTiles& at) {
-    if (!at.there()) return;
-    tile.copy_rows(shared.stage, params.x.at(at.sample(), 0, at.first), params.x.channel_stride, channels, inside(at));
-  };
   tiles.begin(blockIdx.x);
-  copy(tiles);
+  if (tiles.there()) Split::copy(params, shared.stage, tiles);
   for (int c = threadIdx.x; c < Shape::channels; c += Shape::threads)
-    shared.weight[c] = c < channels ? params.weight.at(c) : A(0);
-  const A bias = params.bias.at_or(0, A(0));
+    shared.weight[c] = c < params.extent.channels ? params.weight.at(c) : A(0);
+  Split split(params, shared.weight, shared.sums);
   __syncthreads();
-
-  OnlineSoftmax<A> softmax;
-  A weighted[Shape::groups] = {};
   while (tiles.there()) {
-    const int64_t sample = tiles.sample(), first = tiles.first;
-    tile.take_rows(shared.stage);
-    if (params.valid.data && inside(tiles)) tile.keep_valid(params.valid.row(sample) + first + tile.position());
+    split.take(shared.stage, tiles);
     const ItemTiles next = tiles.next();
-    copy(next);
-    tile.sum_over_channels(shared.weight, shared.sums);
-    __syncthreads();
-    if (const int p = threadIdx.x; p < Shape::positions) {
-      A logit = bias;
-#pragma unroll
-      for (int w = 0; w < Shape::warps; w++) logit += shared.sums[w * Shape::positions + p];
-      const bool within = first + p < tiles.end, counts = within && params.valid.counts(sample, first + p);
-      shared.logits[p] = counts ? logit : lowest<A>();
-      if (within && params.attention) params.attention[sample * tiles.end + first + p] = logit;
-    }
-    __syncthreads();
-
-    A maximum = lowest<A>(), sum = A(0);
-    for (int p = lane; p < Shape::positions; p += kWarp) maximum = larger(maximum, shared.logits[p]);
-    const A rescale = softmax.raise_maximum(warp_max(maximum)), reference = softmax.reference();
-    for (int p = lane; p < Shape::positions; p += kWarp) sum += exponential(shared.logits[p] - reference);
-    softmax.sum += warp_sum(sum);
-
-    tile.hide();
-    A exponentials[V];
-#pragma unroll
-    for (int j = 0; j < V; j++) exponentials[j] = exponential(shared.logits[tile.position() + j] - reference);
-#pragma unroll
-    for (int g = 0; g < Shape::groups; g++) weighted[g] = weighted[g] * rescale + tile.sum_over_positions(exponentials, g);
-
-    if (tiles.last_of_item()) {
-      A* const partial = params.partial + static_cast<int64_t>(tiles.item) * (channels + 2);
-#pragma unroll
-      for (int g = 0; g < Shape::groups; g++) {
-        const int c = tile.owned_channel(g);
-        if (c >= 0 && c < channels) partial[c] = weighted[g];
-        weighted[g] = A(0);
-      }
-      if (threadIdx.x == 0) {
-        partial[channels] = softmax.maximum;
-        partial[channels + 1] = softmax.sum;
-      }
-      softmax = {};
-    }
+    if (next.there()) Split::copy(params, shared.stage, next);
+    split.add(tiles);
+    if (tiles.last_of_item()) split.put(tiles);
     tiles = next;
   }
 }

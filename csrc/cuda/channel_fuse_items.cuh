@@ -30,21 +30,26 @@ class FuseAccesses {
  public:
   using Factors = typename FuseParams<T>::Factors;
 
-  __device__ explicit FuseAccesses(const Fusion<T>& fusion)
-      : fusion_(fusion), stage_(shared_memory<FuseStage<T>>(fusion.x.data != nullptr, fusion.residual.data != nullptr)) {}
+  __device__ FuseAccesses(const Fusion<T>& fusion, const FuseStage<T>& stage) : fusion_(fusion), stage_(stage) {
+    hide_from_optimizer(thread_);
+  }
 
-  // Starts to copy access u of the next piece, which begins at these offsets from the starts of the maps.
-  __device__ void copy(int u, int64_t in_x, int64_t in_residual, bool wanted) const {
-    const int place = u * kCudaSweepThreads + threadIdx.x;
-    if (fusion_.x.data) copy_later(stage_.x + place, fusion_.x.data + in_x, wanted);
-    if (fusion_.residual.data) copy_later(stage_.residual + place, fusion_.residual.data + in_residual, wanted);
+  __device__ int thread() const { return thread_; }  // of the block
+
+  // Starts to copy access u of the next piece, which begins at these offsets from the starts of the maps. The caches may be told
+  // what to do with it: an Eviction.
+  template <typename... Hint>
+  __device__ void copy(int u, int64_t in_x, int64_t in_residual, bool wanted, const Hint&... hint) const {
+    const int place = u * kCudaSweepThreads + thread_;
+    if (fusion_.x.data) copy_later(stage_.x + place, fusion_.x.data + in_x, wanted, hint...);
+    if (fusion_.residual.data) copy_later(stage_.residual + place, fusion_.residual.data + in_residual, wanted, hint...);
   }
   // Waits for the copies. Afterwards the next ones may be started.
   __device__ void take() {
     wait_for_copies();
 #pragma unroll
     for (int u = 0; u < kCudaSweepUnroll; u++) {
-      const int place = u * kCudaSweepThreads + threadIdx.x;
+      const int place = u * kCudaSweepThreads + thread_;
       x_[u] = residual_[u] = {};
       if (fusion_.x.data) x_[u] = stage_.x[place];
       if (fusion_.residual.data) residual_[u] = stage_.residual[place];
@@ -81,9 +86,11 @@ class FuseAccesses {
     return fuse(x_[u], residual_[u], factors_of);
   }
 
-  // Stores the results of an access at `out`, and their bits. All lanes of a warp call this together.
+  // Stores the results of an access at `out`, and their bits. All lanes of a warp call this together. kOnce: see store_once().
+  template <bool kOnce = false>
   __device__ void put(const Vector<T, V>& result, T* out, bool inside) const {
-    if (inside) store_vector(out, result);
+    if (inside && kOnce) store_once(out, result);
+    if (inside && !kOnce) store_vector(out, result);
     if (fusion_.positive) put_bits(result, out, inside);
   }
 
@@ -95,13 +102,16 @@ class FuseAccesses {
     for (int j = 0; j < V; j++) bits |= (widen(result.data[j]) <= A(0) ? 0u : 1u) << j;
     if constexpr (V == 4) {
       bits |= __shfl_xor_sync(kAllLanes, bits, 1) << 4;
-      if (threadIdx.x % 2) return;
+      if (thread_ % 2) return;
     }
     if (inside) store(fusion_.positive + (out - fusion_.out.data) / 8, static_cast<uint8_t>(bits));
   }
 
   const Fusion<T>& fusion_;
   const FuseStage<T> stage_;
+  // Hidden, because the compiler would keep in registers what depends on it alone, in a ticketed launch (tickets.cuh) throughout
+  // all stages.
+  int thread_ = static_cast<int>(threadIdx.x);
   Vector<T, V> x_[kCudaSweepUnroll], residual_[kCudaSweepUnroll];
 };
 
@@ -110,104 +120,131 @@ class FuseAccesses {
 template <typename T>
 constexpr int kFusePiece = kCudaSweepThreads * kWidest<T> * kCudaSweepUnroll;  // elements
 
+struct FusePiece {
+  int64_t segment, first;  // element of the segment
+  int left;                // elements of the segment from there on, if they are fewer than a piece
+};
+
 template <typename T>
-__global__ void __launch_bounds__(kCudaSweepThreads, kFuseItemBlocks) fuse_row_items(Fusion<T> fusion, RowSegments segments) {
+class FuseRows {
   using A = acc_t<T>;
   using Factors = typename FuseParams<T>::Factors;
-  constexpr int V = kWidest<T>, kPiece = kFusePiece<T>;
-  const int64_t P = fusion.extent.positions, count = segments.rows * P;
-  const auto pieces = static_cast<unsigned>((count + kPiece - 1) / kPiece),
-             items = static_cast<unsigned>(segments.count) * pieces;
-  FuseAccesses<T> accesses(fusion);
+  static constexpr int V = kWidest<T>, kPiece = kFusePiece<T>;
 
-  struct Piece {
-    int64_t segment, first;  // element of the segment
-    int left;                // elements of the segment from there on, if they are fewer than a piece
-  };
-  const auto piece_of = [&](unsigned item) -> Piece {
-    const unsigned piece = items - 1 - item;
-    const int64_t first = static_cast<int64_t>(piece % pieces) * kPiece;
-    return {piece / pieces, first, static_cast<int>(count - first < kPiece ? count - first : kPiece)};
-  };
-  const auto in_piece = [](int u) { return (u * kCudaSweepThreads + static_cast<int>(threadIdx.x)) * V; };
-  const auto copy = [&](unsigned item) {
-    if (item >= items) return;
-    const auto [segment, first, left] = piece_of(item);
-    const int64_t x = segment * fusion.x.sample_stride + first, residual = segment * fusion.residual.sample_stride + first;
+ public:
+  __device__ FuseRows(const Fusion<T>& fusion, const RowSegments& segments, const FuseStage<T>& stage)
+      : fusion_(fusion), segments_(segments), accesses_(fusion, stage) {}
+
+  __device__ unsigned pieces_of_segment() const { return static_cast<unsigned>((elements() + kPiece - 1) / kPiece); }
+  __device__ FusePiece piece(int64_t segment, unsigned number) const {
+    const int64_t first = static_cast<int64_t>(number) * kPiece, left = elements() - first;
+    return {segment, first, static_cast<int>(left < kPiece ? left : kPiece)};
+  }
+  // Starts to copy a piece.
+  template <typename... Hint>
+  __device__ void copy(const FusePiece& piece, const Hint&... hint) const {
+    const int64_t x = piece.segment * fusion_.x.sample_stride + piece.first;
+    const int64_t residual = piece.segment * fusion_.residual.sample_stride + piece.first;
 #pragma unroll
     for (int u = 0; u < kCudaSweepUnroll; u++)
-      accesses.copy(u, x + in_piece(u), residual + in_piece(u), in_piece(u) + V <= left);
-  };
-  const auto sample_of = [&](int64_t row) {
-    return static_cast<unsigned>(row) / static_cast<unsigned>(fusion.extent.channels);
-  };
-  const auto factors_of_row = [&](int64_t row) -> Factors {
-    A shift = fusion.shift.present() ? fusion.shift.fresh(row) * fusion.shift_factor : -A(0);
-    if (fusion.valid.data) shift *= load_fresh(fusion.valid.shares + sample_of(row));
-    return {fusion.scale.present() ? fusion.scale.fresh(row) : A(1), shift};
-  };
+      accesses_.copy(u, x + in_piece(u), residual + in_piece(u), in_piece(u) + V <= piece.left, hint...);
+  }
+  // Waits for it. Afterwards the next one may be copied.
+  __device__ void take() { accesses_.take(); }
 
-  copy(blockIdx.x);
-  wait_for_previous_launch();
-  for (unsigned item = blockIdx.x; item < items; item += gridDim.x) {
-    accesses.take();
-    copy(item + gridDim.x);
-    const auto [segment, first, left] = piece_of(item);
-    RowPiece<kPiece> rows(first, P);
-    rows.row += segment * segments.rows;
-    // The factors of an access, in which one row may end and the next one begin.
-    struct AccessFactors {
-      Factors here, next;
-      int of_here;      // elements
-      unsigned counts;  // bit j: whether element j gets a shift
-
-      __device__ Factors of(int j) const {
-        const bool within = j < of_here;
-        const A shift = within ? here.shift : next.shift;
-        return {within ? here.scale : next.scale, counts >> j & 1 ? shift : -A(0)};
-      }
-      __device__ bool alike() const { return of_here == V && counts == ~0u; }
-    };
-    const auto factors_at = [&](int element) -> AccessFactors {
-      AccessFactors factors{{}, {}, V, ~0u};
-      if (element >= left) return factors;
-      const auto [row, position] = rows.at(element);
-      factors.here = factors_of_row(row);
-      if (position + V > P && element + V <= left) {
-        factors.of_here = static_cast<int>(P - position);
-        factors.next = factors_of_row(row + 1);
-      }
-      if (fusion.valid.data) {
-        factors.counts = 0;
-#pragma unroll 1
-        for (int j = 0; j < V && element + j < left; j++) {
-          const auto [row_of_j, position_of_j] = rows.at(element + j);
-          if (fusion.valid.at(sample_of(row_of_j), position_of_j)) factors.counts |= 1u << j;
-        }
-      }
-      return factors;
-    };
-    T* const out = fusion.out.data + segment * fusion.out.sample_stride + first;
+  // Computes the piece that was taken. kOnce: see store_once().
+  template <bool kOnce = false>
+  __device__ void put(const FusePiece& piece) const {
+    const auto [segment, first, left] = piece;
+    RowPiece<kPiece> rows(first, fusion_.extent.positions);
+    rows.row += segment * segments_.rows;
+    T* const out = fusion_.out.data + segment * fusion_.out.sample_stride + first;
 #pragma unroll
     for (int u = 0; u < kCudaSweepUnroll; u++) {
       const int element = in_piece(u);
-      const AccessFactors factors = factors_at(element);
-      const Vector<T, V> result = factors.alike() ? accesses.fuse(u, [&](int) { return factors.here; })
-                                                  : accesses.fuse(u, [&](int j) { return factors.of(j); });
-      accesses.put(result, out + element, element + V <= left);
+      const AccessFactors factors = factors_at(rows, element, left);
+      const Vector<T, V> result = factors.alike() ? accesses_.fuse(u, [&](int) { return factors.here; })
+                                                  : accesses_.fuse(u, [&](int j) { return factors.of(j); });
+      accesses_.template put<kOnce>(result, out + element, element + V <= left);
     }
     // The last row may end within an access.
     if (const int element = left / V * V; element < left && in_piece(0) == element % (kCudaSweepThreads * V)) {
-      const AccessFactors factors = factors_at(element);
-      const T* const x = fusion.x.data + segment * fusion.x.sample_stride + first;
-      const T* const residual = fusion.residual.data + segment * fusion.residual.sample_stride + first;
+      const AccessFactors factors = factors_at(rows, element, left);
+      const T* const x = fusion_.x.data + segment * fusion_.x.sample_stride + first;
+      const T* const residual = fusion_.residual.data + segment * fusion_.residual.sample_stride + first;
       for (int e = element; e < left; e++) {
         Vector<T, 1> of_x{}, added{};
-        if (fusion.x.data) of_x.data[0] = load(x + e);
-        if (fusion.residual.data) added.data[0] = load(residual + e);
-        store(out + e, accesses.fuse(of_x, added, [&](int) { return factors.of(e - element); }).data[0]);
+        if (fusion_.x.data) of_x.data[0] = load(x + e);
+        if (fusion_.residual.data) added.data[0] = load(residual + e);
+        store(out + e, accesses_.fuse(of_x, added, [&](int) { return factors.of(e - element); }).data[0]);
       }
     }
+  }
+
+ private:
+  // The factors of an access, in which one row may end and the next one begin.
+  struct AccessFactors {
+    Factors here, next;
+    int of_here;      // elements
+    unsigned counts;  // bit j: whether element j gets a shift
+
+    __device__ Factors of(int j) const {
+      const bool within = j < of_here;
+      const A shift = within ? here.shift : next.shift;
+      return {within ? here.scale : next.scale, counts >> j & 1 ? shift : -A(0)};
+    }
+    __device__ bool alike() const { return of_here == V && counts == ~0u; }
+  };
+
+  __device__ int64_t elements() const { return segments_.rows * fusion_.extent.positions; }  // of a segment
+  __device__ int in_piece(int u) const { return (u * kCudaSweepThreads + accesses_.thread()) * V; }
+  __device__ unsigned sample_of(int64_t row) const {
+    return static_cast<unsigned>(row) / static_cast<unsigned>(fusion_.extent.channels);
+  }
+  __device__ Factors factors_of_row(int64_t row) const {
+    A shift = fusion_.shift.present() ? fusion_.shift.fresh(row) * fusion_.shift_factor : -A(0);
+    if (fusion_.valid.data) shift *= load_fresh(fusion_.valid.shares + sample_of(row));
+    return {fusion_.scale.present() ? fusion_.scale.fresh(row) : A(1), shift};
+  }
+  __device__ AccessFactors factors_at(const RowPiece<kPiece>& rows, int element, int left) const {
+    AccessFactors factors{{}, {}, V, ~0u};
+    if (element >= left) return factors;
+    const auto [row, position] = rows.at(element);
+    factors.here = factors_of_row(row);
+    if (position + V > fusion_.extent.positions && element + V <= left) {
+      factors.of_here = static_cast<int>(fusion_.extent.positions - position);
+      factors.next = factors_of_row(row + 1);
+    }
+    if (fusion_.valid.data) {
+      factors.counts = 0;
+#pragma unroll 1
+      for (int j = 0; j < V && element + j < left; j++) {
+        const auto [row_of_j, position_of_j] = rows.at(element + j);
+        if (fusion_.valid.at(sample_of(row_of_j), position_of_j)) factors.counts |= 1u << j;
+      }
+    }
+    return factors;
+  }
+
+  const Fusion<T>& fusion_;
+  const RowSegments& segments_;
+  FuseAccesses<T> accesses_;
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kCudaSweepThreads, kFuseItemBlocks) fuse_row_items(Fusion<T> fusion, RowSegments segments) {
+  FuseRows<T> rows(fusion, segments, shared_memory<FuseStage<T>>(fusion.x.data != nullptr, fusion.residual.data != nullptr));
+  const unsigned pieces = rows.pieces_of_segment(), items = static_cast<unsigned>(segments.count) * pieces;
+  const auto piece_of = [&](unsigned item) {
+    const unsigned piece = items - 1 - item;
+    return rows.piece(piece / pieces, piece % pieces);
+  };
+  if (blockIdx.x < items) rows.copy(piece_of(blockIdx.x));
+  wait_for_previous_launch();
+  for (unsigned item = blockIdx.x; item < items; item += gridDim.x) {
+    rows.take();
+    if (item + gridDim.x < items) rows.copy(piece_of(item + gridDim.x));
+    rows.put(piece_of(item));
   }
 }
 
@@ -237,7 +274,7 @@ __global__ void __launch_bounds__(kCudaSweepThreads, kFuseItemBlocks)
   constexpr int V = kWidest<T>;
   const int64_t C = fusion.extent.channels;
   const unsigned lane = threadIdx.x % lanes.lanes, row = threadIdx.x / lanes.lanes;
-  FuseAccesses<T> accesses(fusion);
+  FuseAccesses<T> accesses(fusion, shared_memory<FuseStage<T>>(fusion.x.data != nullptr, fusion.residual.data != nullptr));
 
   struct Tile {
     int64_t sample, channel, position;  // of this thread's first access

@@ -225,7 +225,7 @@ bool sums_by_items(const SumsParams<T>& params) {
     return false;
   } else {
     const CudaShape shape = common_shape<T>(params.extent, params.a, params.b, params.fused);
-    if (tuning().engine != 2 || params.after != AfterSums::nothing || cuda_vector(shape) != kWidest<T>) return false;
+    if (!tuning().by_items() || params.after != AfterSums::nothing || cuda_vector(shape) != kWidest<T>) return false;
     if (plan_cuda_flat(shape, tuning())) return false;
     if (params.fused.data && params.scale.data) return false;
     const CudaSumsItems cut = plan_cuda_sums_items(shape, tuning());

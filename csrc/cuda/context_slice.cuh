@@ -7,16 +7,17 @@
 
 namespace gcnet_ext::cuda {
 
+template <int kSamples>  // of a block, at most
 struct ContextSlice {
-  alignas(16) float context[kSplitSamples * kSliceChannels];
-  float factor[kSplitSamples * kCudaMaxItemSplits];  // what the partial sums of each split are multiplied with
-  MergedSoftmax<float> softmax[kSplitSamples];
+  alignas(16) float context[kSamples * kSliceChannels];
+  float factor[kSamples * kCudaMaxItemSplits];  // what the partial sums of each split are multiplied with
+  MergedSoftmax<float> softmax[kSamples];
 };
 
 // shared.context = a slice of the context of every sample, and zeros behind it up to a whole vector.
-template <typename T>
+template <int kSamples, typename T>
 __device__ void load_context(const PoolParams<T>& params, const SplitPlace& place, int first_channel, int width,
-                             ContextSlice& shared) {
+                             ContextSlice<kSamples>& shared) {
   const int whole = whole_vectors(width);
   for (int i = threadIdx.x; i < place.samples * whole; i += kSplitThreads) {
     const int s = i / whole, c = i % whole;
@@ -26,8 +27,8 @@ __device__ void load_context(const PoolParams<T>& params, const SplitPlace& plac
 }
 
 // shared.factor and shared.softmax of every sample, each by one warp.
-template <typename T>
-__device__ void find_factors(const PoolParams<T>& params, const SplitPlace& place, ContextSlice& shared) {
+template <int kSamples, typename T>
+__device__ void find_factors(const PoolParams<T>& params, const SplitPlace& place, ContextSlice<kSamples>& shared) {
   const int64_t row = params.extent.channels + 2;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   if (warp >= place.samples) return;
@@ -46,9 +47,9 @@ __device__ void find_factors(const PoolParams<T>& params, const SplitPlace& plac
 
 // Merges the splits of a slice of the context; `stores`: this block writes it. The splits of a channel are shared by four
 // lanes, and their sums are added up in pairs. A warp has 8 channels of kGroups groups and kSplits splits of them under way.
-template <int kGroups, int kSplits, typename T>
+template <int kGroups, int kSplits, int kSamples, typename T>
 __device__ __forceinline__ void merge_context(const PoolParams<T>& params, const SplitPlace& place, int first_channel,
-                                              int width, bool stores, ContextSlice& shared) {
+                                              int width, bool stores, ContextSlice<kSamples>& shared) {
   constexpr int kShares = 4, kChannels = kWarp / kShares;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, share = lane / kChannels;
   const int splits = static_cast<int>(params.splits), stride = static_cast<int>(params.extent.channels) + 2;
@@ -90,17 +91,19 @@ __device__ __forceinline__ void merge_context(const PoolParams<T>& params, const
 }
 
 // Merges the splits with as many loads under way as the work of the block gives each warp.
-template <typename T>
+template <int kSamples, typename T>
 __device__ __forceinline__ void merge_slice(const PoolParams<T>& params, const SplitPlace& place, int first_channel, int width,
-                                            bool stores, ContextSlice& shared) {
-  if (place.samples * width > kSliceChannels) return merge_context<8, 2>(params, place, first_channel, width, stores, shared);
+                                            bool stores, ContextSlice<kSamples>& shared) {
+  if constexpr (kSamples > 1) {
+    if (place.samples * width > kSliceChannels) return merge_context<8, 2>(params, place, first_channel, width, stores, shared);
+  }
   merge_context<2, 8>(params, place, first_channel, width, stores, shared);
 }
 
 // Turns this block's share of the logits into the attention.
-template <typename T>
+template <int kSamples, typename T>
 __device__ void write_attention(const PoolParams<T>& params, const SplitPlace& place, int64_t shares,
-                                const ContextSlice& shared) {
+                                const ContextSlice<kSamples>& shared) {
   const int64_t positions = params.extent.positions, each = (positions + shares - 1) / shares, begin = place.share * each;
   const int64_t end = begin + each < positions ? begin + each : positions;
   for (int s = 0; s < place.samples; s++) {

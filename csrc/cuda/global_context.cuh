@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "attention_pool_backward.cuh"
+#include "global_context_tickets.cuh"
 #include "transform_batched.cuh"
 #include "transform_split_backward.cuh"
 
@@ -38,6 +39,12 @@ void global_context(PoolParams<T> pool, Fusion<T> fuse, Workspace& workspace, cu
   const bool has_scale = transform.branch[kScale].units > 0, has_shift = transform.branch[kShift].units > 0;
   if (has_shift) transform.shift = workspace.take<A>(samples * channels);
   if (has_scale && transform.hard_sigmoid) transform.scale = workspace.take<A>(samples * channels);
+  fuse.x = pool.x;
+  fuse.extent = pool.extent;
+  if (has_scale) fuse.scale = Parameter<T>(transform.scale_values());
+  if (has_shift) fuse.shift = Parameter<T>(transform.shift);
+  if (split && tuning().by_tickets() && launch_global_context_tickets(pool, fuse, workspace, stream)) return;
+
   attention_pool(pool, workspace, stream);
   if (split) {
     launch_transform_split(pool, workspace, stream);
@@ -45,10 +52,6 @@ void global_context(PoolParams<T> pool, Fusion<T> fuse, Workspace& workspace, cu
     launch_transform(transform, stream);
   }
 
-  fuse.x = pool.x;
-  fuse.extent = pool.extent;
-  if (has_scale) fuse.scale = Parameter<T>(transform.scale_values());
-  if (has_shift) fuse.shift = Parameter<T>(transform.shift);
   fuse.early = split;
   channel_fuse(fuse, stream);
 }

@@ -30,15 +30,18 @@ struct ItemTiles {
   __device__ unsigned split() const { return item % splits; }
   __device__ bool first_of_item() const { return first < static_cast<int64_t>(splits) * positions; }
   __device__ bool last_of_item() const { return first + static_cast<int64_t>(splits) * positions >= end; }
-  __device__ ItemTiles next() const {
+  // The next tile of the item, or else the first one of item `following`, which may not be there.
+  __device__ ItemTiles next(unsigned following) const {
     ItemTiles tiles = *this;
     if (last_of_item()) {
-      tiles.begin(item + gridDim.x);
+      tiles.begin(following);
     } else {
       tiles.first += static_cast<int64_t>(splits) * positions;
     }
     return tiles;
   }
+  // Where the blocks of the launch share the items.
+  __device__ ItemTiles next() const { return next(item + gridDim.x); }
 };
 
 // Whether a kernel can have this much shared memory on the current device, and whether an unsigned counts the items.
@@ -52,10 +55,7 @@ template <class... Parameters, class... Arguments>
 void launch_items(void (*kernel)(Parameters...), int64_t items, int blocks, int threads, size_t shared_bytes, bool early,
                   cudaStream_t stream, const Arguments&... arguments) {
   if (items == 0) return;
-  constexpr size_t kReserved = 1 << 10;  // what the system takes of every block's shared memory
-  const int64_t fit = static_cast<int64_t>(shared_bytes_of_multiprocessor() / (shared_bytes + kReserved));
-  const int64_t slots = multiprocessors() * std::max<int64_t>(1, std::min<int64_t>(blocks, fit));
-  const dim3 grid(static_cast<unsigned>(std::min(items, slots)));
+  const dim3 grid(static_cast<unsigned>(std::min(items, blocks_at_a_time(blocks, shared_bytes))));
   allow_shared_bytes(kernel, shared_bytes);
   if (early) return launch_early(kernel, grid, dim3(threads), shared_bytes, stream, arguments...);
   launch(kernel, grid, dim3(threads), shared_bytes, stream, arguments...);

@@ -53,20 +53,22 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
   if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) launch_failed(error);
 }
 
-// Whether the kernels that run on the current device have code for griddepcontrol.wait, which all of this library have or none
-// has. (Code for an older architecture, compiled by the driver for a newer one, has no such instruction.)
-inline bool kernels_wait(const void* any_kernel) {
-  static std::atomic<signed char> known[64];  // of each device: 0 if nobody has asked yet, 1 or -1
+// The __CUDA_ARCH__ / 10 of the code that runs on the current device, the same for all kernels of this library; 0 if nobody can
+// tell. (The driver may compile code for an older architecture for a newer one, and that has no newer instructions.)
+inline int code_architecture(const void* any_kernel) {
+  static std::atomic<int> known[64];  // of each device: 0 if nobody has asked yet
   int device = 0;
-  if (cudaGetDevice(&device) || device >= 64) return false;
+  if (cudaGetDevice(&device) || device >= 64) return 0;
   if (!known[device]) {
-    int major = 0;
     cudaFuncAttributes code{};
-    const bool found =
-        !cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) && !cudaFuncGetAttributes(&code, any_kernel);
-    known[device] = found && major >= 9 && code.ptxVersion >= 90 ? 1 : -1;
+    if (cudaFuncGetAttributes(&code, any_kernel)) return 0;
+    known[device] = code.ptxVersion;
   }
-  return known[device] == 1;
+  return known[device];
+}
+template <class... Parameters>
+int code_architecture(void (*kernel)(Parameters...)) {
+  return code_architecture(reinterpret_cast<const void*>(kernel));
 }
 
 // A launch whose blocks may start before the launch before it is over, from sm_90 on; see wait_for_previous_launch().
@@ -82,7 +84,7 @@ void launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t s
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &early;
-  config.numAttrs = kernels_wait(reinterpret_cast<const void*>(kernel)) ? 1 : 0;
+  config.numAttrs = code_architecture(kernel) >= 90 ? 1 : 0;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
   if (error != cudaSuccess) launch_failed(error);
 }
@@ -119,6 +121,7 @@ inline int multiprocessors() { return attribute_of_device(cudaDevAttrMultiProces
 // The shared memory of a block, and of a multiprocessor, for launches that ask for more than every kernel gets.
 inline size_t most_shared_bytes() { return attribute_of_device(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 inline size_t shared_bytes_of_multiprocessor() { return attribute_of_device(cudaDevAttrMaxSharedMemoryPerMultiprocessor); }
+inline size_t second_level_cache_bytes() { return attribute_of_device(cudaDevAttrL2CacheSize); }
 
 // Lets a kernel have this much shared memory on the current device.
 template <class... Parameters>
@@ -153,6 +156,11 @@ void launch_clusters(void (*kernel)(Parameters...), int cluster, dim3 grid, dim3
   emulation::run(grid, block, shared_bytes, [&] { kernel(arguments...); }, {.cluster = static_cast<unsigned>(cluster)});
 }
 
+template <class... Parameters>
+int code_architecture(void (*)(Parameters...)) {
+  return 90;
+}
+
 inline int multiprocessors() { return emulation::multiprocessors(); }
 template <class... Parameters>
 void allow_shared_bytes(void (*)(Parameters...), size_t bytes) {
@@ -160,10 +168,18 @@ void allow_shared_bytes(void (*)(Parameters...), size_t bytes) {
 }
 inline size_t most_shared_bytes() { return emulation::kMostSharedBytes; }
 inline size_t shared_bytes_of_multiprocessor() { return emulation::kMostSharedBytes; }
+inline size_t second_level_cache_bytes() { return 50 << 20; }
 
 inline void zero_async(void* start, size_t bytes, cudaStream_t) { std::memset(start, 0, bytes); }
 
 #endif
+
+// The blocks that run at a time, up to so many on each multiprocessor if their shared memory allows it.
+inline int64_t blocks_at_a_time(int of_multiprocessor, size_t shared_bytes) {
+  constexpr size_t kReserved = 1 << 10;  // what the system takes of every block's shared memory
+  const auto fit = static_cast<int64_t>(shared_bytes_of_multiprocessor() / (shared_bytes + kReserved));
+  return multiprocessors() * std::max<int64_t>(1, std::min<int64_t>(of_multiprocessor, fit));
+}
 
 // Calls launch_range once for as many samples as a grid can hold, until all samples are done.
 template <typename Params, typename Launch>

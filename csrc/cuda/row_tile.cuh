@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "../plan_cuda.h"
+#include "cluster.cuh"
 #include "memory_access.h"
 #include "reduce.cuh"
 
@@ -27,14 +28,25 @@ struct RowShape {
   static_assert(kWarp % kLanes == 0 && kRows % group == 0);
 };
 
-template <typename T, typename Shape>
+// kCluster: a cluster of so many blocks (cluster.cuh) shares the tile. The threads of the shape are theirs then, one block after
+// the other, and the sums over the channels of a warp go to the shared memory of all of them.
+template <typename T, typename Shape, int kCluster = 1>
 class RowTile {
   using A = acc_t<T>;
-  static constexpr int V = Shape::vector;
+  static constexpr int V = Shape::vector, kThreads = Shape::threads / kCluster;
 
  public:
   __device__ RowTile()
-      : lane_(threadIdx.x % kWarp), segment_(threadIdx.x % Shape::lanes), channel_(threadIdx.x / Shape::lanes) {}
+      : warp_(threadIdx.x / kWarp),
+        lane_(threadIdx.x % kWarp),
+        segment_(threadIdx.x % Shape::lanes),
+        channel_(threadIdx.x / Shape::lanes) {
+    if constexpr (kCluster > 1) {
+      const int rank = static_cast<int>(cluster_rank());
+      warp_ += rank * (kThreads / kWarp);
+      channel_ += rank * (kThreads / Shape::lanes);
+    }
+  }
 
   __device__ int position() const { return segment_ * V; }  // this thread's first position within the tile
   __device__ int channel(int row) const { return channel_ + row * Shape::step; }
@@ -52,19 +64,24 @@ class RowTile {
     }
   }
 
-  // Starts to copy a tile to `stage` [rows][threads] in shared memory, in which a thread has places of its own, so that
-  // take_rows() needs no barrier.
-  __device__ void copy_rows(Vector<T, V>* stage, const T* tile_start, int64_t channel_stride, int channels, bool inside) const {
+  // Where a row of this thread waits in `stage` [rows][threads of the block] in shared memory.
+  __device__ static Vector<T, V>* place(Vector<T, V>* stage, int row) { return stage + row * kThreads + threadIdx.x; }
+
+  // Starts to copy a tile to `stage`, in which a thread has places of its own, so that take_rows() needs no barrier. The caches
+  // may be told what to do with it: an Eviction.
+  template <typename... Hint>
+  __device__ void copy_rows(Vector<T, V>* stage, const T* tile_start, int64_t channel_stride, int channels, bool inside,
+                            const Hint&... hint) const {
     const T* from = tile_start + channel_ * channel_stride + position();
 #pragma unroll
     for (int i = 0; i < Shape::rows; i++, from += Shape::step * channel_stride)
-      copy_later(stage + i * Shape::threads + threadIdx.x, from, inside & (channel(i) < channels));
+      copy_later(place(stage, i), from, inside & (channel(i) < channels), hint...);
   }
   // Waits for the copies. Afterwards the next ones may be started.
   __device__ void take_rows(const Vector<T, V>* stage) {
     wait_for_copies();
 #pragma unroll
-    for (int i = 0; i < Shape::rows; i++) rows_[i] = stage[i * Shape::threads + threadIdx.x];
+    for (int i = 0; i < Shape::rows; i++) rows_[i] = stage[i * kThreads + threadIdx.x];
     hide();  // the values have arrived
   }
 
@@ -113,7 +130,15 @@ class RowTile {
     constexpr int kRowsOfLanes = kWarp / Shape::lanes, kKept = V > kRowsOfLanes ? V / kRowsOfLanes : 1;
     if (share.owner) {
 #pragma unroll
-      for (int j = 0; j < kKept; j++) sums[threadIdx.x / kWarp * Shape::positions + position() + share.first + j] = sum[j];
+      for (int j = 0; j < kKept; j++) {
+        A* const own = sums + warp_ * Shape::positions + position() + share.first + j;
+        if constexpr (kCluster == 1) {
+          *own = sum[j];
+        } else {
+#pragma unroll
+          for (int r = 0; r < kCluster; r++) *shared_of_rank(own, r) = sum[j];
+        }
+      }
     }
   }
 
@@ -137,7 +162,7 @@ class RowTile {
   }
 
  private:
-  int lane_, segment_, channel_;
+  int warp_, lane_, segment_, channel_;
   Vector<T, V> rows_[Shape::rows];
 };
 

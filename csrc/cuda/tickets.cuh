@@ -15,6 +15,8 @@
 
 namespace gcnet_ext::cuda {
 
+constexpr int kTicketThreads = 256, kTicketBlocks = 2;  // of a block; of a multiprocessor
+
 template <int kCluster>
 class Tickets {
  public:
@@ -43,20 +45,20 @@ class Tickets {
   }
 
   // Works on tickets until there are none. work.copy(ticket) starts the copies that an item needs, and work(ticket, next) works
-  // on an item and calls copy(next) as soon as it has taken its own copies. `place` is in shared memory.
+  // on an item and calls copy(next) as soon as it has taken its own copies. `place` is in shared memory, and so is `next`, which
+  // needs no registers there.
   template <typename Work>
   __device__ void work_on(Ticket& place, Work& work) const {
     draw_into(place);
     barrier();
-    Ticket ticket = place;
-    work.copy(ticket);
-    while (ticket.stage >= 0) {
+    work.copy(place);
+    for (;;) {
+      const Ticket ticket = place;
+      if (ticket.stage < 0) break;
       barrier();         // everyone has read the ticket, and has done with the shared memory of the item before
       draw_into(place);  // this takes its time while the copies arrive
       barrier();
-      const Ticket next = place;
-      work(ticket, next);
-      ticket = next;
+      work(ticket, place);
     }
     if constexpr (kCluster > 1) cluster_barrier();  // a block must not end while another one reads its shared memory
   }
@@ -80,5 +82,34 @@ class Tickets {
   const TicketOrder order_;
   unsigned *const drawn_, *const done_;  // [1], [stages - 1, N]
 };
+
+// Whether device code is compiled for an architecture that has what a ticketed kernel needs. For the others it is empty, and
+// tickets_fit() keeps them from being launched.
+template <int kCluster>
+__device__ constexpr bool architecture_has_tickets() {
+#if defined(__CUDA_ARCH__)
+  return __CUDA_ARCH__ >= (kCluster > 1 ? 900 : 800);
+#else
+  return true;
+#endif
+}
+
+// Whether the current device can run such a kernel, and has a second-level cache from which it gains.
+template <class... Parameters>
+bool tickets_fit(void (*kernel)(Parameters...), int cluster, size_t shared_bytes) {
+  constexpr size_t kLeastCache = 24'000'000;  // a smaller one has lost a map when the last stage comes to it (plan_cuda_lag)
+  return code_architecture(kernel) >= (cluster > 1 ? 90 : 80) && shared_bytes <= most_shared_bytes() &&
+         second_level_cache_bytes() >= kLeastCache;
+}
+
+// Launches as many clusters as run at a time, or one per ticket.
+template <class... Parameters, class... Arguments>
+void launch_tickets(void (*kernel)(Parameters...), int cluster, const TicketOrder& order, size_t shared_bytes,
+                    cudaStream_t stream, const Arguments&... arguments) {
+  const int64_t clusters = std::max<int64_t>(1, blocks_at_a_time(kTicketBlocks, shared_bytes) / cluster);
+  const dim3 grid(static_cast<unsigned>(std::min<int64_t>(order.tickets(), clusters) * cluster));
+  allow_shared_bytes(kernel, shared_bytes);
+  launch_clusters(kernel, cluster, grid, dim3(kTicketThreads), shared_bytes, stream, arguments...);
+}
 
 }  // namespace gcnet_ext::cuda

@@ -15,21 +15,19 @@ namespace gcnet_ext::cuda {
 
 // ---- the context, the attention and the first layer --------------------------------------------------------------------------
 
-template <typename T>
-__global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
-    transform_hidden_parts(PoolParams<T> params, SliceParts parts, SplitWork work) {
-  let_next_launch_start();
+// The work of one place: a tile of the hidden units of a branch. wait() waits for the pool.
+template <int kSamples, typename T, typename Wait>
+__device__ __forceinline__ void find_hidden_parts(const PoolParams<T>& params, const SliceParts& parts, const SplitWork& work,
+                                                  const SplitPlace& place, ContextSlice<kSamples>& shared, const Wait& wait) {
   const TransformParams<T>& transform = params.transform;
-  auto& shared = shared_memory<ContextSlice>();
-  const SplitPlace place(work, transform.samples, blockIdx.x);
   const BranchParams<T>& branch = transform.branch[place.branch];
   const int channels = static_cast<int>(transform.channels), first_channel = place.slice * parts.slice_channels;
   const int left = channels - first_channel, width = left < parts.slice_channels ? left : parts.slice_channels;
   const WeightSlice<T> slice{branch.w1, static_cast<int>(branch.units), channels, first_channel, width};
-  WeightRows<T> weights;
+  WeightRows<T> weights(place);
   weights.fetch(slice, place.first_row(work, 0), 0);
   slice.prefetch_later(place, work);
-  wait_for_previous_launch();
+  wait();
   if (params.partial) {
     find_factors(params, place, shared);
     __syncthreads();
@@ -40,9 +38,18 @@ __global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
     load_context(params, place, first_channel, width, shared);
   }
   __syncthreads();
-  multiply_rows(slice, weights, place, work, shared.context, kSliceChannels,
-                [&](int row, int64_t sample, float value) { parts.of(sample, place.slice, place.branch)[row] = value; });
-  if (params.partial && params.attention) write_attention(params, place, work.slices * work.tiles_of_both(), shared);
+  multiply_rows<kSamples>(
+      slice, weights, place, work, shared.context, kSliceChannels,
+      [&](int row, int64_t sample, float value) { parts.of(sample, place.slice, place.branch)[row] = value; });
+  if (params.partial && params.attention) write_attention(params, place, work.places(), shared);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
+    transform_hidden_parts(PoolParams<T> params, SliceParts parts, SplitWork work) {
+  let_next_launch_start();
+  find_hidden_parts(params, parts, work, SplitPlace(work, params.transform.samples, blockIdx.x),
+                    shared_memory<ContextSlice<kSplitSamples>>(), [] { wait_for_previous_launch(); });
 }
 
 // ---- the second layer --------------------------------------------------------------------------------------------------------
@@ -71,24 +78,23 @@ __device__ void put_hidden(const TransformParams<T>& params, const SliceParts& p
   }
 }
 
-template <typename T, bool kReluOrSilu>
-__global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
-    transform_outputs(TransformParams<T> params, SliceParts parts, SplitWork work, int64_t most_units) {
-  let_next_launch_start();
-  const SplitPlace place(work, params.samples, blockIdx.x);
+// The work of one place: a tile of the outputs of a branch. shared_hidden [kSamples, units], units in whole vectors. wait()
+// waits for the hidden parts.
+template <int kSamples, bool kReluOrSilu, typename T, typename Wait>
+__device__ __forceinline__ void find_outputs(const TransformParams<T>& params, const SliceParts& parts, const SplitWork& work,
+                                             const SplitPlace& place, float* shared_hidden, const Wait& wait) {
   const BranchParams<T>& branch = params.branch[place.branch];
   prefetch_vectors(branch, params.channels);
   if (!branch.w2.present()) {
-    wait_for_previous_launch();
+    wait();
     return put_hidden(params, parts, place, work);
   }
-  const auto shared = shared_memory<TransformOutputsShared>(most_units);
   const int units = static_cast<int>(branch.units), stride = whole_vectors(units), vectors = stride / kSplitColumns;
   const WeightSlice<T> all{branch.w2, static_cast<int>(params.channels), units, /*begin=*/0, units};
-  WeightRows<T> weights;
+  WeightRows<T> weights(place);
   weights.fetch(all, place.first_row(work, 0), 0);
   all.prefetch_later(place, work);
-  wait_for_previous_launch();
+  wait();
   for (int i = threadIdx.x; i < place.samples * vectors; i += kSplitThreads) {
     const int s = i / vectors, first = i % vectors * kSplitColumns;
     const int64_t sample = place.first_sample + s;
@@ -97,19 +103,28 @@ __global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
     for (int j = 0; j < kSplitColumns; j++) {
       const int unit = first + j;
       const float value = unit < units ? sum.data[j] + branch.b1.at_or(unit, 0.f) : 0.f;
-      shared.hidden[s * stride + unit] = value;
+      shared_hidden[s * stride + unit] = value;
       if (place.tile == 0 && unit < units) params.hidden[sample * params.units + branch.first_unit + unit] = value;
     }
   }
   __syncthreads();
   if (const int warp = threadIdx.x / kWarp; warp < place.samples) {
-    float* const hidden = shared.hidden + warp * stride;
+    float* const hidden = shared_hidden + warp * stride;
     activate_by_warp<kReluOrSilu>(params, branch, [&](int64_t j) { return hidden[j]; }, hidden);
   }
   __syncthreads();
-  multiply_rows(all, weights, place, work, shared.hidden, stride, [&](int row, int64_t sample, float value) {
+  multiply_rows<kSamples>(all, weights, place, work, shared_hidden, stride, [&](int row, int64_t sample, float value) {
     params.put(place.branch, sample, row, value + branch.b2.at_or(row, 0.f));
   });
+}
+
+template <typename T, bool kReluOrSilu>
+__global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
+    transform_outputs(TransformParams<T> params, SliceParts parts, SplitWork work, int64_t most_units) {
+  let_next_launch_start();
+  find_outputs<kSplitSamples, kReluOrSilu>(params, parts, work, SplitPlace(work, params.samples, blockIdx.x),
+                                           shared_memory<TransformOutputsShared>(most_units).hidden,
+                                           [] { wait_for_previous_launch(); });
 }
 
 // ---- the launches ------------------------------------------------------------------------------------------------------------
@@ -140,8 +155,8 @@ void launch_transform_split(const PoolParams<T>& params, Workspace& workspace, c
     parts.values = workspace.take<float>(samples * parts.slices * parts.width);
     const SplitWork first(samples, parts.slices, split_tiles(scale.units, kSplitRowTile),
                           split_tiles(shift.units, kSplitRowTile), /*in_turns=*/true);
-    launch_early(transform_hidden_parts<T>, first.grid(samples), dim3(kSplitThreads), shared_bytes<ContextSlice>(), stream,
-                 params, parts, first);
+    launch_early(transform_hidden_parts<T>, first.grid(samples), dim3(kSplitThreads),
+                 shared_bytes<ContextSlice<kSplitSamples>>(), stream, params, parts, first);
     const int rows = split_tiles(transform.channels, kSplitRowTile);
     const SplitWork second(samples, /*slices=*/1, scale.units > 0 ? rows : 0, shift.units > 0 ? rows : 0, /*in_turns=*/true);
     const int64_t most_units = std::max(scale.w2.data ? scale.units : 0, shift.w2.data ? shift.units : 0);

@@ -56,6 +56,8 @@ struct SplitWork {
   int tiles[kBranches] = {};
   int slices = 1, turns = 1, together = 1;
 
+  // One sample and one turn for each block.
+  SplitWork(int slices, int tiles_of_scale, int tiles_of_shift) : tiles{tiles_of_scale, tiles_of_shift}, slices(slices) {}
   SplitWork(int64_t samples, int slices, int tiles_of_scale, int tiles_of_shift, bool in_turns) : slices(slices) {
     const int64_t slots = static_cast<int64_t>(multiprocessors()) * kSplitBlocks;
     together = plan_cuda_samples_together(samples, slices * (tiles_of_scale + tiles_of_shift), slots);
@@ -66,6 +68,7 @@ struct SplitWork {
     tiles[kShift] = split_tiles(tiles_of_shift, turns);
   }
   __host__ __device__ int tiles_of_both() const { return tiles[kScale] + tiles[kShift]; }
+  __host__ __device__ int places() const { return slices * tiles_of_both(); }  // of the samples of a block
   dim3 grid(int64_t samples) const {
     return dim3(static_cast<unsigned>(static_cast<int64_t>(split_tiles(samples, together)) * slices * tiles_of_both()));
   }
@@ -75,8 +78,12 @@ struct SplitPlace {
   int64_t first_sample;
   int samples, branch, slice, tile;
   int share;  // the number of this place among those of its samples
+  // Of the block. It is hidden, because the compiler would keep in registers what depends on it alone, in a ticketed launch
+  // (tickets.cuh) throughout all stages.
+  int thread = static_cast<int>(threadIdx.x);
 
   __device__ SplitPlace(const SplitWork& work, int64_t all_samples, unsigned number) {
+    hide_from_optimizer(thread);
     const unsigned tiles = work.tiles_of_both(), places = work.slices * tiles;
     first_sample = static_cast<int64_t>(number / places) * work.together;
     share = static_cast<int>(number % places);
@@ -87,9 +94,10 @@ struct SplitPlace {
     const int64_t left = all_samples - first_sample;
     samples = left < work.together ? static_cast<int>(left) : work.together;
   }
+  __device__ int lane() const { return thread % kWarp; }
   // The first row of this warp.
   __device__ int first_row(const SplitWork& work, int turn) const {
-    return ((tile * work.turns + turn) * kSplitWarps + static_cast<int>(threadIdx.x) / kWarp) * kSplitRows;
+    return ((tile * work.turns + turn) * kSplitWarps + thread / kWarp) * kSplitRows;
   }
 };
 
@@ -106,7 +114,7 @@ struct WeightSlice {
       for (int turn = 0; turn < work.turns; turn++) {
         const int first_row = place.first_row(work, turn);
 #pragma unroll 1
-        for (int k = threadIdx.x % kWarp * kSplitColumns + (turn == 0 ? kSplitStep : 0); k < width; k += kSplitStep) {
+        for (int k = place.lane() * kSplitColumns + (turn == 0 ? kSplitStep : 0); k < width; k += kSplitStep) {
 #pragma unroll 1
           for (int r = 0; r < kSplitRows && first_row + r < rows; r++) prefetch(values + (first_row + r) * columns + begin + k);
         }
@@ -119,7 +127,10 @@ struct WeightSlice {
 template <typename T>
 struct WeightRows {
   Vector<unsigned, kSplitColumns> bits[kSplitRows];
+  int lane;
   bool is_float32 = false;
+
+  __device__ explicit WeightRows(const SplitPlace& place) : lane(place.lane()) {}
 
   // Past the last row and the last column there are zeros.
   __device__ void fetch(const WeightSlice<T>& from, int first_row, int step) {
@@ -127,7 +138,7 @@ struct WeightRows {
     with_values(from.matrix, [&](const auto* values) {
       using W = std::remove_cv_t<std::remove_pointer_t<decltype(values)>>;
       const bool vectors = vector_rows(values, from.columns);  // slices begin at whole vectors
-      const int k = step * kSplitStep + static_cast<int>(threadIdx.x) % kWarp * kSplitColumns;
+      const int k = step * kSplitStep + lane * kSplitColumns;
       const W* const start = values + first_row * from.columns + from.begin + k;
 #pragma unroll
       for (int r = 0; r < kSplitRows; r++) {
@@ -147,8 +158,9 @@ struct WeightRows {
     });
   }
   // Adds the products with `width` values of each sample to sum[row][sample].
-  __device__ void multiply(const float* staged, int stride, int width, float (&sum)[kSplitRows * kSplitSamples]) const {
-    const int k = threadIdx.x % kWarp * kSplitColumns;
+  template <int kSamples>
+  __device__ void multiply(const float* staged, int stride, int width, float (&sum)[kSplitRows * kSamples]) const {
+    const int k = lane * kSplitColumns;
     if (k >= width) return;
     float weights[kSplitRows][kSplitColumns];
     if (sizeof(T) == sizeof(float) || is_float32) {
@@ -157,12 +169,12 @@ struct WeightRows {
       widen_rows<T>(weights);
     }
 #pragma unroll
-    for (int s = 0; s < kSplitSamples; s++) {
+    for (int s = 0; s < kSamples; s++) {
       const auto input = *reinterpret_cast<const Vector<float, kSplitColumns>*>(staged + s * stride + k);
 #pragma unroll
       for (int r = 0; r < kSplitRows; r++) {
 #pragma unroll
-        for (int j = 0; j < kSplitColumns; j++) sum[r * kSplitSamples + s] += weights[r][j] * input.data[j];
+        for (int j = 0; j < kSplitColumns; j++) sum[r * kSamples + s] += weights[r][j] * input.data[j];
       }
     }
   }
@@ -195,22 +207,22 @@ struct WeightRows {
   }
 };
 
-// A warp multiplies kSplitRows rows in each turn with the staged values of each sample, and calls put(row, sample, value). The
-// weights of its first turn and step have been fetched.
-template <typename T, typename Put>
+// A warp multiplies kSplitRows rows in each turn with the staged values of each of up to kSamples samples, and calls put(row,
+// sample, value). The weights of its first turn and step have been fetched.
+template <int kSamples, typename T, typename Put>
 __device__ __forceinline__ void multiply_rows(const WeightSlice<T>& from, WeightRows<T>& weights, const SplitPlace& place,
                                               const SplitWork& work, const float* staged, int stride, const Put& put) {
 #pragma unroll 1
   for (int turn = 0; turn < work.turns; turn++) {
-    float sum[kSplitRows * kSplitSamples] = {};
+    float sum[kSplitRows * kSamples] = {};
 #pragma unroll 1
     for (int step = 0; step * kSplitStep < from.width; step++) {
       if (turn + step > 0) weights.fetch(from, place.first_row(work, turn), step);
-      weights.multiply(staged + step * kSplitStep, stride, from.width - step * kSplitStep, sum);
+      weights.template multiply<kSamples>(staged + step * kSplitStep, stride, from.width - step * kSplitStep, sum);
     }
-    const Share share = transposed_sum<kSplitRows * kSplitSamples, 1, kWarp / 2>(sum, threadIdx.x % kWarp);
-    const int row = place.first_row(work, turn) + share.first / kSplitSamples, sample = share.first % kSplitSamples;
-    if (row < from.rows && sample < place.samples) put(row, place.first_sample + sample, sum[0]);
+    const Share share = transposed_sum<kSplitRows * kSamples, 1, kWarp / 2>(sum, place.lane());
+    const int row = place.first_row(work, turn) + share.first / kSamples, sample = share.first % kSamples;
+    if (share.owner && row < from.rows && sample < place.samples) put(row, place.first_sample + sample, sum[0]);
   }
 }
 

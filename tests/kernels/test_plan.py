@@ -134,6 +134,56 @@ def test_sums_by_items(arguments, expected):
     assert tuple(found[f"sums_{name}"] for name in ("lanes", "rows", "channel_groups", "splits")) == expected
 
 
+# C, P, bytes per element, channels_last -> blocks that share a tile in one ticketed launch, forward and backward
+CLUSTERS = [
+    ((256, 3136, 2, False), (1, 1)),
+    ((512, 784, 2, False), (1, 1)),
+    ((520, 784, 4, False), (2, 2)),
+    ((1024, 4200, 2, False), (2, 2)),
+    ((2048, 784, 2, False), (2, 0)),  # the backward pass has no items
+    ((2048, 49, 2, False), (0, 0)),  # flat
+    ((256, 3136, 2, True), (0, 0)),
+    ((256, 3136, 8, False), (0, 0)),
+    ((4096, 3136, 2, False), (0, 0)),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), CLUSTERS, ids=str)
+def test_clusters_of_a_ticketed_launch(arguments, expected):
+    def clusters(**decisions):
+        found = plan("cuda", *arguments, tuning=CudaTuning(**decisions).numbers())
+        return found["cluster"], found["backward_cluster"]
+
+    assert clusters(engine="tickets") == clusters(engine="tickets", cluster=2) == expected
+    assert clusters(engine="tickets", cluster=1) == tuple(blocks if blocks == 1 else 0 for blocks in expected)
+    assert clusters(engine="v2") == clusters() == (0, 0)
+
+
+MB = 10**6
+# Bytes of a sample, samples, bytes of an item -> items by which the last stage is late
+LAGS = [
+    ((1_605_632, 8, 32_768), 8 * 49),  # all
+    ((1_605_632, 64, 32_768), 611),  # 20 MB
+    ((8_601_600, 8, 65_536), 306),
+    ((17_203_200, 8, 65_536), 123),  # 8 MB
+    ((51_380_224, 8, 65_536), 123),
+    ((25 * MB, 1, MB), 25),
+    ((25 * MB + 1, 1, MB), 8),
+    ((16 * MB, 2, MB), 20),
+    ((26 * MB, 1, 6 * MB), 2),
+    ((16 * MB, 100, 3 * MB), 7),
+    ((4096, 0, 4096), 0),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), LAGS, ids=str)
+def test_the_lag_of_a_ticketed_launch(arguments, expected):
+    lag = _load.compiled.plan_cuda_lag
+    assert lag(*arguments) == expected
+    assert lag(*arguments, CudaTuning(engine="tickets", lag=9).numbers()) == 9
+    assert lag(*arguments, CudaTuning(engine="tickets", lag=-1).numbers()) == 0
+
+
 # C, P, bytes per element -> rows and pieces, rows of a unit, elements that a lane reads together, lanes of a row
 FLAT = [
     ((2048, 49, 2), (160, 13, 8, 1, 2)),

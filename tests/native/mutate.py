@@ -46,7 +46,10 @@ def groups(mutant: str | None) -> list[str]:
     """The groups of kernel tests; first the one that is likely to notice the mutant, because the rest is left out then."""
     every = re.findall(r'\{"(\w+)", test_', (Path(__file__).resolve().parent / "cuda" / "main.cpp").read_text())
     name = mutant or ""
-    likely = "flat_stages" if "flat" in name else next((group for group in every if name.startswith(group)), "global_context")
+    if name.startswith("global_context_tickets"):
+        likely = "forward_tickets"
+    else:
+        likely = "flat_stages" if "flat" in name else next((group for group in every if name.startswith(group)), "global_context")
     return sorted(every, key=lambda group: group != likely)
 
 

@@ -174,6 +174,7 @@ void test_attention_pool(bool small);
 void test_channel_fuse(bool small);
 void test_channel_sums(bool small);
 void test_flat_stages(bool small);
+void test_forward_tickets(bool small);
 void test_global_context(bool small);
 void test_tickets(bool small);
 

@@ -11,6 +11,7 @@ int main(int count, char** arguments) {
                                                   {"channel_fuse", test_channel_fuse},
                                                   {"channel_sums", test_channel_sums},
                                                   {"flat_stages", test_flat_stages},
+                                                  {"forward_tickets", test_forward_tickets},
                                                   {"global_context", test_global_context},
                                                   {"tickets", test_tickets}};
   bool small = false, selected = false;

@@ -169,11 +169,30 @@ void check_toy(int64_t samples, int64_t items, int64_t lag, int clusters) {
   }
 }
 
+// A wait for work that no block has been given ends in an error, and not in a launch that never ends.
+void check_lost_ticket() {
+  constexpr int64_t kElements = 3 * 128;
+  const std::vector<float> x = random_values<float>(kElements);
+  std::vector<float> squares = unwritten<float>(3 * 32), sums = unwritten<float>(1), out = unwritten<float>(kElements);
+  const TicketOrder order(1, {3, 1, 3}, 0);
+  std::vector<unsigned> counters(Tickets<1>::counters(order));
+  counters[0] = 1;  // the first ticket, as if someone had drawn it
+  const Toy<1> toy{x.data(), squares.data(), sums.data(), out.data(), {order, counters.data()}, 3};
+  std::string error;
+  try {
+    launch_clusters(toy_kernel<1>, 1, dim3(2), dim3(32), shared_bytes<ToyShared>(), nullptr, toy);
+  } catch (const std::runtime_error& thrown) {
+    error = thrown.what();
+  }
+  check(error.find("nobody gets on") != std::string::npos, "a wait for nobody is noticed");
+}
+
 }  // namespace
 
 void test_tickets(bool small) {
   for (int i = 0; i < (small ? 1000 : 10000); i++) check_order(Sizes::random());
   for (const int64_t lag : {0, 3, 8, 24}) check_lag(lag);
+  check_lost_ticket();
   for (const int clusters : {1, 3, 7}) {
     for (const int64_t lag : {0, 2, 100}) {
       check_toy<1>(5, 3, lag, clusters);

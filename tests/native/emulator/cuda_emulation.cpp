@@ -427,6 +427,7 @@ struct Counts {
   unsigned loads = 0, stores = 0;
 };
 size_t allowed_bytes = 0;  // to the next launch
+int64_t all_launches = 0;
 bool counting = false;
 std::unordered_map<uintptr_t, Counts> counts;
 
@@ -439,9 +440,12 @@ void note(const void* address, size_t bytes, unsigned Counts::* counter) {
 
 }  // namespace
 
+int64_t launches() { return all_launches; }
+
 void run(dim3 grid, dim3 block, size_t shared_bytes, const Options& options, void (*body)(const void*), const void* closure) {
   static std::mutex one_launch_at_a_time;
   const std::lock_guard lock(one_launch_at_a_time);
+  all_launches++;
   const size_t threads = size_t(block.x) * block.y * block.z;
   if (!grid.x || !grid.y || !grid.z || !threads) throw std::runtime_error("CUDA launch failed: an empty grid or block");
   if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)

@@ -67,6 +67,9 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const Body& body, const Opt
   run(grid, block, shared_bytes, options, call, std::addressof(body));
 }
 
+// The launches so far.
+int64_t launches();
+
 // Lets the next launch have this much shared memory, where a launch gets 48 KB by itself.
 void allow_shared_bytes(size_t bytes);
 

@@ -25,6 +25,7 @@ namespace emulation = gcnet_ext::cuda::emulation;
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The CUDA kernels on the CPU; the operators are in torch.ops.gcnet_ext_emulated.";
   m.def("count_accesses", &emulation::count_accesses, "Counts the accesses of kernels from now on; or no longer.", "count"_a);
+  m.def("launches", &emulation::launches, "The launches of kernels so far.");
   m.def(
       "traffic",
       [](uintptr_t address, size_t bytes) {
