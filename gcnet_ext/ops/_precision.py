@@ -19,7 +19,8 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
 def beside(x: Tensor, *weights: Tensor | None) -> tuple[Tensor | None, ...]:
     """The weights as the operators take them beside x. Under autocast those in 16 bits are cast to a float32 x, as eager
     casts both; x never is."""
-    if x.dtype != torch.float32 or not torch.is_autocast_enabled(x.device.type):
+    device = x.device.type
+    if x.dtype != torch.float32 or not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return weights
     return tuple(
         weight.float() if weight is not None and weight.dtype in (torch.float16, torch.bfloat16) else weight

@@ -173,6 +173,14 @@ def test_weights_and_x_of_different_dtypes_in_a_non_local_block(mode, weights, o
     assert error(out, want) < (0.02 if autocast == torch.bfloat16 else 0.002)
 
 
+def test_a_device_without_autocast():
+    """Shapes alone have none, and torch raises when it is asked whether it is on."""
+    x, weight = torch.empty(2, 8, 5, 6, device="meta"), torch.empty(8, device="meta")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert attention_pool(x, weight).shape == (2, 8)
+        assert channel_fuse(x, torch.empty(2, 8, device="meta")).shape == x.shape
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_functions_with_weights_of_another_dtype(dtype, kernels):
     """A float32 x with 16-bit weights: as with the same weights in float32, and outside of autocast still an error."""
