@@ -23,6 +23,7 @@ ALL_ARCHITECTURES = {"sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_
 HOT = re.compile(r"attention_pool|fuse_|sums_")
 STAGE = re.compile(r"transform_(hidden_parts|outputs|grad_parts|grad_context)<")
 ITEMS = re.compile(r"\w+_(items|flat\w*)<")
+TICKETS = re.compile(r"\w+_tickets<.*, (\d+)>+$")  # the threads of the tile: 512 are two blocks of a cluster
 BYTES = {"double": 8, "float": 4, "Half": 2, "BFloat16": 2}
 # Elements per access are the first or second number of the template arguments.
 ACCESS = re.compile(r"<(?P<dtype>\w+), (?:RowShape<)?(?P<vector>\d+)")
@@ -128,6 +129,25 @@ def test_the_kernels_that_walk_items(resources, instructions):
             assert resources[kernel][arch].stack == 0, f"{kernel} on {arch}"
             copies = sum(count for name, count in kernels[kernel].items() if name.startswith("LDGSTS.E.BYPASS.128"))
             assert (copies > 0) == (int(arch.removeprefix("sm_")) >= 80), f"{kernel} on {arch}: {copies} copies"
+
+
+def test_the_kernels_with_tickets(resources, instructions):
+    """csrc/cuda/tickets.cuh: what walks items, too. Clusters need sm_90, the others sm_80; below that, the kernels are empty.
+
+    What other blocks have left is read past the first-level cache, and so are the counters for which a block waits.
+    """
+    tickets = [kernel for kernel in resources if TICKETS.match(kernel)]
+    assert len(tickets) >= 15
+    for arch, kernels in instructions.items():
+        for kernel in tickets:
+            least = 90 if TICKETS.match(kernel).group(1) == "512" else 80
+            works = int(arch.removeprefix("sm_")) >= least
+            assert resources[kernel][arch].registers <= 128, f"{kernel} on {arch}"
+            assert resources[kernel][arch].stack == 0, f"{kernel} on {arch}"
+            for start in ("LDGSTS.E.BYPASS", "LDG.E.STRONG.GPU", "STG"):
+                assert any(name.startswith(start) for name in kernels[kernel]) == works, f"{kernel} on {arch}: {start}"
+            clusters = any(name.startswith("UCGABAR") for name in kernels[kernel])
+            assert clusters == (works and least == 90), f"{kernel} on {arch}"
 
 
 def test_accesses_are_as_wide_as_planned(instructions):

@@ -49,7 +49,9 @@ def groups(mutant: str | None) -> list[str]:
     if name.startswith("global_context_tickets"):
         likely = "forward_tickets"
     else:
-        likely = "flat_stages" if "flat" in name else next((group for group in every if name.startswith(group)), "global_context")
+        likely = (
+            "flat_stages" if "flat" in name else next((group for group in every if name.startswith(group)), "global_context")
+        )
     return sorted(every, key=lambda group: group != likely)
 
 
