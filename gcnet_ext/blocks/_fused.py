@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from .._load import compiled
-from .._torch import GLOBAL_HOOKS, HOOKS, PLAIN_TENSORS, has_own_ways
+from .._torch import GLOBAL_HOOKS, HOOKS, has_own_ways
 from ..ops import global_context
 from ..ops._options import ACTIVATIONS, FINAL_ACTIVATIONS, Options
 from ..ops._transform import Branch
@@ -243,9 +243,8 @@ class FusedBlock(nn.Module):
         if not isinstance(x, Tensor):
             return of_no_tensor(self, x, residual=residual, valid=valid)
         seen = None if is_compiling() else self._seen
-        own_ways = (
-            type(x) is not Tensor or type(residual) not in PLAIN_TENSORS or type(valid) not in PLAIN_TENSORS
-        ) and has_own_ways(x, residual, valid)
+        usual = type(x) is Tensor and residual is None and valid is None
+        own_ways = not usual and has_own_ways(x, residual, valid)
         weights = None if seen is None or own_ways else seen.weights(self)
         if seen is not None and weights is not None:
             try:
@@ -253,9 +252,8 @@ class FusedBlock(nn.Module):
             except RuntimeError as error:
                 return self._refused(x, error)
         found = None if own_ways else self._plain_layers()
-        if (
-            not is_compiling() and not own_ways
-        ):  # a graph that is being captured looks at everything, once, and at nothing that it would guard
+        # A graph that is being captured looks at everything, once, and at nothing that it would guard.
+        if not is_compiling() and not own_ways:
             lasting = found is not None and unchanged is not None and not found.computed() and self._may_be_seen()
             self._seen = _Seen(self, found) if found is not None and lasting else None
         if found is None:

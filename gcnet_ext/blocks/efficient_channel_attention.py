@@ -81,7 +81,7 @@ class EfficientChannelAttention(nn.Module):
         if not isinstance(x, Tensor):
             return _layers.of_no_tensor(self, x, residual=residual, valid=valid)
         _layers.check_channels(x, self.inplanes)
-        scale = gate(self.conv, attention_pool.unrounded(x, valid=valid), x)
+        scale = gate(self.conv, attention_pool.unrounded(x, None, None, valid), x)
         return channel_fuse(x, scale, residual=residual, final_activation=self.final_activation, inplace=self.inplace)
 
     def __prepare_scriptable__(self) -> NoReturn:

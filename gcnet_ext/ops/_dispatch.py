@@ -42,10 +42,12 @@ def has_kernels(x: Tensor, *others: Tensor | None) -> bool:
         return False
     if plain is None and (torch.onnx.is_in_onnx_export() if compiling else _torch.is_tracing()):
         return False
-    if not compiling and (
-        _torch.forward_level() >= 0 or ((others or type(x) is not Tensor) and _torch.has_own_ways(x, *others))
-    ):
-        return False
+    if not compiling:
+        if _torch.forward_level() >= 0:
+            return False
+        plain_classes = type(x) is Tensor and (not others or _torch.PLAIN_TENSORS.issuperset(map(type, others)))
+        if not plain_classes and _torch.has_own_ways(x, *others):
+            return False
     device = "cpu" if x.is_cpu else x.device.type  # a torch.device and its name cost 20 us when they are not in a cache
     if device in _load.kernel_devices:
         return True
@@ -75,11 +77,8 @@ def leaves_the_process() -> bool:
     return torch.compiler.is_exporting() if is_compiling() else _torch.is_tracing()
 
 
-def differentiable(function: type[torch.autograd.Function], name: str, output: Callable[..., Tensor], *args: Any) -> Any:
-    """The results of the operator, with the gradients of the function where one is asked for. Where an argument has a tangent,
-    plain PyTorch computes the output, which is the only result that has a derivative."""
-    if _torch.has_tangent(*args):
-        return output(*args), *below_autograd(name, args)[1:]
+def differentiable(function: type[torch.autograd.Function], name: str, *args: Any) -> Any:
+    """The results of the operator, with the gradients of the function where one is asked for."""
     if torch.is_grad_enabled() and _torch.any_requires_grad(*args):
         return function.apply(*args)
     return below_autograd(name, args)
@@ -162,7 +161,8 @@ def register(
         flops: of shapes in the place of tensors, two for each multiply-add of a product, as PyTorch counts.
         differentiable: the operator with its gradient. It does what torch.library.register_autograd does, which takes 0.2 ms a
             call for the block, because it looks up the defaults of every argument, each time.
-        plain: all results of the operator in plain PyTorch, of named arguments: for graphs without operators of ours.
+        plain: all results of the operator in plain PyTorch, of named arguments: for graphs without operators of ours, and for
+            arguments with a tangent.
     """
     _rules[name] = named, check
     if _load.compiled is None:
@@ -180,12 +180,12 @@ def register(
         differentiable = partial(_without_gradient if name.endswith("_") else _without_second_derivative, name)
     if plain is not None:
         in_plain_pytorch[overload] = decomposition = _of_arguments(named, plain)
-        differentiable = _unless_plain(decomposition, differentiable)
+        differentiable = _unless_plain(name, decomposition, differentiable)
     _implementations.impl(name, differentiable, "Autograd")
     kernels[name] = _torch.kernel_of(overload)
 
 
-# ---- graphs without our operators --------------------------------------------------------------------------------------------
+# ---- operators in plain PyTorch ----------------------------------------------------------------------------------------------
 
 
 def _of_arguments(named: Callable[..., Any], plain: Callable[[Any], Any]) -> Callable[..., Any]:
@@ -195,13 +195,21 @@ def _of_arguments(named: Callable[..., Any], plain: Callable[[Any], Any]) -> Cal
     return decomposition
 
 
-def _unless_plain(decomposition: Callable[..., Any], differentiable: Callable[..., Any]) -> Callable[..., Any]:
-    """What the dispatcher calls for an operator in a graph that was captured before: `run_decompositions` and torch.onnx.export
-    call every operator of an exported program again."""
+def _unless_plain(name: str, decomposition: Callable[..., Any], differentiable: Callable[..., Any]) -> Callable[..., Any]:
+    """What the dispatcher calls for an operator of a graph that was captured before, or that a user has called by its name.
+
+    `run_decompositions` and torch.onnx.export call every operator of an exported program again. Of arguments with a tangent,
+    the first result gets one; it is the only one that has a derivative.
+    """
 
     def chosen(*args: Any) -> Any:
         plain = _switch.choice.get()
-        return decomposition(*args) if plain or (plain is None and torch.onnx.is_in_onnx_export()) else differentiable(*args)
+        if plain or (plain is None and torch.onnx.is_in_onnx_export()):
+            return decomposition(*args)
+        if not _torch.has_tangent(*args):
+            return differentiable(*args)
+        found = decomposition(*args)
+        return found if isinstance(found, Tensor) else (found[0], *below_autograd(name, args)[1:])
 
     return chosen
 

@@ -39,10 +39,10 @@ def attention_pool(
         RuntimeError: an argument has a wrong shape, dtype or device. The message names it.
         TypeError: x is no tensor.
     """
-    return unrounded(x, weight, bias, valid=valid).to(x.dtype)
+    return unrounded(x, weight, bias, valid).to(x.dtype)
 
 
-def unrounded(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, valid: Tensor | None = None) -> Tensor:
+def unrounded(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
     """The result of `attention_pool` in the accumulation dtype."""
     if _torch.any_autocast():
         weight, bias = beside(x, weight, bias)
@@ -245,12 +245,7 @@ def _reference_context(x: Tensor, weight: Tensor | None, bias: Tensor | None, *,
     return pool(x.flatten(2).to(accumulation_dtype(x)), weight, constant(bias), flat_valid(valid))
 
 
-def _plain_context(x: Tensor, weight: Tensor | None, bias: Tensor | None, valid: Tensor | None) -> Tensor:
-    _check("attention_pool", Arguments(x, weight, bias, valid))
-    return _reference_context(x, weight, bias, valid=valid)
-
-
-_differentiable = partial(_dispatch.differentiable, _AttentionPool, "attention_pool", _plain_context)
+_differentiable = partial(_dispatch.differentiable, _AttentionPool, "attention_pool")
 _dispatch.register(
     "attention_pool",
     Arguments,

@@ -194,7 +194,7 @@ class _ChannelFuse(torch.autograd.Function):
         return *map(needed, needs, (*gradients, grad_residual if final else grad)), None
 
 
-_differentiable = partial(_dispatch.differentiable, _ChannelFuse, "channel_fuse", _output)
+_differentiable = partial(_dispatch.differentiable, _ChannelFuse, "channel_fuse")
 _dispatch.register(
     "channel_fuse", Arguments, check=_check, shapes=_result_shapes, differentiable=_differentiable, plain=results
 )

@@ -335,16 +335,12 @@ class _GlobalContextOutput(_GlobalContext):
 
 
 def _differentiable(*args: Any) -> tuple[Tensor, ...]:
-    if _torch.has_tangent(*args):
-        return block(Arguments(*args)), *_dispatch.below_autograd("global_context", args)[1:]
     if torch.is_grad_enabled() and _torch.any_requires_grad(*(by_themselves := flat(*args))):
         return _GlobalContext.apply(*by_themselves)
     return _dispatch.below_autograd("global_context", args)
 
 
 def _differentiable_output(*args: Any) -> Tensor:
-    if _torch.has_tangent(*args):
-        return block(Arguments(*args))
     if torch.is_grad_enabled() and _torch.any_requires_grad(*(by_themselves := flat(*args))):
         return _torch.apply(_GlobalContextOutput, *by_themselves)
     return _dispatch.below_autograd("global_context_inference", args)
