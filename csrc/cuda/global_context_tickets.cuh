@@ -88,22 +88,26 @@ class ForwardTickets {
     return tiles;
   }
   __device__ void sum_split(const Ticket& ticket, const Ticket& next) const {
-    ItemTiles tiles = tiles_of(ticket);
     Split split(params_.pool, shared_.weight, shared_.sums);
-    for (;;) {
-      split.take(shared_.stage, tiles);
-      const bool last = tiles.last_of_item();
-      const ItemTiles following = tiles.next(tiles.items);
+    int64_t first = tiles_of(ticket).first;
+    // The tile is put together wherever it is needed, because its numbers would take registers that the sums need.
+    const auto tile = [&] {
+      ItemTiles tiles = tiles_of(ticket);
+      tiles.first = first;
+      return tiles;
+    };
+    for (bool last = false; !last;) {
+      split.take(shared_.stage, tile());
+      last = tile().last_of_item();
       if (last) {
         copy(next);
       } else {
-        Split::copy(params_.pool, shared_.stage, following);
+        Split::copy(params_.pool, shared_.stage, tile().next(/*following=*/0));
       }
-      split.add(tiles);
-      if (last) break;
-      tiles = following;
+      split.add(tile());
+      if (!last) first = tile().next(/*following=*/0).first;
     }
-    split.put(tiles);
+    split.put(tile());
     params_.tickets.done(ticket);
   }
 
