@@ -43,7 +43,7 @@ template <typename T, typename Shape>
 struct ForwardTicketsShared {
   // The next tile, or the next pieces of x and the residual.
   Vector<T, Shape::vector> stage[std::max(Shape::rows, 2 * kCudaSweepUnroll) * kTicketThreads];
-  acc_t<T> weight[Shape::channels];  // of the mask
+  acc_t<T> weight[Shape::channels + 1];  // of the mask, and its bias
   union {
     PoolRowSums<T, Shape> sums;
     ContextSlice<1> slice;
@@ -163,8 +163,7 @@ __global__ void __launch_bounds__(kTicketThreads, kTicketBlocks)
     global_context_tickets(const ForwardTicketsParams<T, Shape> params) {
   if constexpr (architecture_has_tickets<kTicketCluster<Shape>>()) {
     auto& shared = shared_memory<ForwardTicketsShared<T, Shape>>();
-    for (int c = threadIdx.x; c < Shape::channels; c += kTicketThreads)
-      shared.weight[c] = c < params.pool.extent.channels ? params.pool.weight.at(c) : acc_t<T>(0);
+    PoolRowSplit<T, Shape, kTicketCluster<Shape>>::load_weight(params.pool, shared.weight);
     if (threadIdx.x == 0) new (&shared.params) ForwardTicketsParams<T, Shape>(params);
     const ForwardTickets<T, Shape> work(shared);
     shared.params.tickets.work_on(shared.ticket, work);
