@@ -24,9 +24,15 @@ class PoolRowSplit {
   static constexpr int V = Shape::vector;
 
  public:
-  // weight [Shape::channels] is in shared memory.
+  // weight [Shape::channels], and the bias behind it, are in shared memory.
   __device__ PoolRowSplit(const PoolParams<T>& params, const A* weight, PoolRowSums<T, Shape>& shared)
-      : params_(params), weight_(weight), shared_(shared), bias_(params.bias.at_or(0, A(0))) {}
+      : params_(params), weight_(weight), shared_(shared) {}
+  // The threads of a block load them; all of them must have done so before the first add().
+  __device__ static void load_weight(const PoolParams<T>& params, A* weight) {
+    for (int c = threadIdx.x; c < Shape::channels; c += (Shape::threads / kCluster))
+      weight[c] = c < params.extent.channels ? params.weight.at(c) : A(0);
+    if (threadIdx.x == 0) weight[Shape::channels] = params.bias.at_or(0, A(0));
+  }
 
   // Starts to copy a tile.
   __device__ static void copy(const PoolParams<T>& params, Vector<T, V>* stage, const ItemTiles& at) {
@@ -50,7 +56,7 @@ class PoolRowSplit {
       __syncthreads();
     }
     if (const int p = threadIdx.x; p < Shape::positions) {
-      A logit = bias_;
+      A logit = weight_[Shape::channels];
 #pragma unroll
       for (int w = 0; w < Shape::warps; w++) logit += shared_.of_warps[w * Shape::positions + p];
       const bool within = first + p < at.end, counts = within && params_.valid.counts(sample, first + p);
@@ -100,7 +106,6 @@ class PoolRowSplit {
   const PoolParams<T>& params_;
   const A* const weight_;
   PoolRowSums<T, Shape>& shared_;
-  const A bias_;
   Tile tile_;
   OnlineSoftmax<A> softmax_;
   A weighted_[Shape::groups] = {};
@@ -109,7 +114,7 @@ class PoolRowSplit {
 template <typename T, typename Shape>
 struct PoolRowItemsShared {
   Vector<T, Shape::vector> stage[Shape::rows * Shape::threads];  // the next tile
-  acc_t<T> weight[Shape::channels];
+  acc_t<T> weight[Shape::channels + 1];
   PoolRowSums<T, Shape> sums;
 };
 
@@ -117,13 +122,11 @@ template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::threads, Shape::blocks)
     attention_pool_row_items(PoolParams<T> params, ItemTiles tiles) {
   let_next_launch_start();
-  using A = acc_t<T>;
   using Split = PoolRowSplit<T, Shape>;
   auto& shared = shared_memory<PoolRowItemsShared<T, Shape>>();
   tiles.begin(blockIdx.x);
   if (tiles.there()) Split::copy(params, shared.stage, tiles);
-  for (int c = threadIdx.x; c < Shape::channels; c += Shape::threads)
-    shared.weight[c] = c < params.extent.channels ? params.weight.at(c) : A(0);
+  Split::load_weight(params, shared.weight);
   Split split(params, shared.weight, shared.sums);
   __syncthreads();
   while (tiles.there()) {

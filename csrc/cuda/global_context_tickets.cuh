@@ -43,7 +43,7 @@ template <typename T, typename Shape>
 struct ForwardTicketsShared {
   // The next tile, or the next pieces of x and the residual.
   Vector<T, Shape::vector> stage[std::max(Shape::rows, 2 * kCudaSweepUnroll) * kTicketThreads];
-  acc_t<T> weight[Shape::channels];  // of the mask
+  acc_t<T> weight[Shape::channels + 1];  // of the mask, and its bias
   union {
     PoolRowSums<T, Shape> sums;
     ContextSlice<1> slice;
@@ -88,22 +88,26 @@ class ForwardTickets {
     return tiles;
   }
   __device__ void sum_split(const Ticket& ticket, const Ticket& next) const {
-    ItemTiles tiles = tiles_of(ticket);
     Split split(params_.pool, shared_.weight, shared_.sums);
-    for (;;) {
-      split.take(shared_.stage, tiles);
-      const bool last = tiles.last_of_item();
-      const ItemTiles following = tiles.next(tiles.items);
+    int64_t first = tiles_of(ticket).first;
+    // The tile is put together wherever it is needed, because its numbers would take registers that the sums need.
+    const auto tile = [&] {
+      ItemTiles tiles = tiles_of(ticket);
+      tiles.first = first;
+      return tiles;
+    };
+    for (bool last = false; !last;) {
+      split.take(shared_.stage, tile());
+      last = tile().last_of_item();
       if (last) {
         copy(next);
       } else {
-        Split::copy(params_.pool, shared_.stage, following);
+        Split::copy(params_.pool, shared_.stage, tile().next(/*following=*/0));
       }
-      split.add(tiles);
-      if (last) break;
-      tiles = following;
+      split.add(tile());
+      if (!last) first = tile().next(/*following=*/0).first;
     }
-    split.put(tiles);
+    split.put(tile());
     params_.tickets.done(ticket);
   }
 
@@ -159,8 +163,7 @@ __global__ void __launch_bounds__(kTicketThreads, kTicketBlocks)
     global_context_tickets(const ForwardTicketsParams<T, Shape> params) {
   if constexpr (architecture_has_tickets<kTicketCluster<Shape>>()) {
     auto& shared = shared_memory<ForwardTicketsShared<T, Shape>>();
-    for (int c = threadIdx.x; c < Shape::channels; c += kTicketThreads)
-      shared.weight[c] = c < params.pool.extent.channels ? params.pool.weight.at(c) : acc_t<T>(0);
+    PoolRowSplit<T, Shape, kTicketCluster<Shape>>::load_weight(params.pool, shared.weight);
     if (threadIdx.x == 0) new (&shared.params) ForwardTicketsParams<T, Shape>(params);
     const ForwardTickets<T, Shape> work(shared);
     shared.params.tickets.work_on(shared.ticket, work);

@@ -18,10 +18,10 @@ struct Block {
   bool w2 = true, gelu = false, residual = false, relu = false, valid = false, in_place = false;
 };
 
-// Of how many multiprocessors a GPU is emulated, and the lag.
+// Of how many multiprocessors a GPU is emulated, the lag, and the most splits of a sample's pool (0: the plan decides).
 struct Run {
   int multiprocessors;
-  int64_t lag;
+  int64_t lag, splits = 0;
 };
 
 template <class T>
@@ -72,6 +72,7 @@ void test(const Block& block, const Run& run) {
   const int64_t samples = shape.samples, channels = shape.channels, positions = shape.positions;
   tuning().engine = 3;
   tuning().lag = run.lag;
+  tuning().splits = run.splits;
   setenv("GCNET_EMULATION_MULTIPROCESSORS", std::to_string(run.multiprocessors).c_str(), /*overwrite=*/1);
   auto x = FeatureMap<T>::random(shape);
   const auto residual = FeatureMap<T>::random(shape);
@@ -149,6 +150,7 @@ void test_forward_tickets(bool small) {
   test<float>({{2, 40, 320}, {5, 0}, true, true, false, false, true, true}, {1, -1});
   test<float>({{2, 64, 256}, {0, 64}, false}, {2, 0});
   test<float>({{1, 520, 256}, {5, 33}, true, false, true}, {2, -1});
+  test<float>({{2, 8, 700}, {5, 6}}, {2, 1, 3});  // several tiles in a split
   if (small) return;
   for (const Run& run : {Run{1, 0}, Run{2, 9}, Run{4, 1000}, Run{3, -1}}) {
     test<float>({{5, 24, 260, false, 4, 8}, {5, 6}, true, false, true, true}, run);
