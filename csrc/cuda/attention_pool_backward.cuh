@@ -56,6 +56,16 @@ void launch_attention_pool_backward(PoolBackwardParams<T> params, const CudaPool
 }
 GCNET_EXT_COMPILED_ELSEWHERE(launch_attention_pool_backward)
 
+// Leaves the gradient of the weight, unless it is absent, for a later launch of all `gradients`: a sum of the parts of all splits.
+template <typename T>
+void keep_weight_gradient(PoolBackwardParams<T>& params, const CudaPoolPlan& plan, const MutableParameter<T>& grad_weight,
+                          GradientParams<T>& gradients, Workspace& workspace) {
+  if (!grad_weight.data) return;
+  const int64_t splits = params.extent.samples * plan.splits, channels = params.extent.channels;
+  params.partial = workspace.take<acc_t<T>>(splits * channels);
+  gradients.add({{params.partial, channels, channels}, {}, splits, grad_weight});
+}
+
 // Computes the gradient of x, unless params.grad_x is absent, and leaves the gradient of the weight, unless it is absent, for a
 // later launch of all `gradients`. Of the params, this sets partial and the shares of valid. A mask of grad, params.positive,
 // is for plans by items alone.
@@ -72,10 +82,7 @@ void attention_pool_backward(PoolBackwardParams<T> params, const MutableParamete
     return channel_fuse<T>({fuse, /*residual=*/{}, /*relu=*/false, params.valid}, stream);
   }
   const CudaPoolPlan plan = pool_backward_plan(params);
-  if (grad_weight.data) {
-    params.partial = workspace.take<A>(extent.samples * plan.splits * extent.channels);
-    gradients.add({{params.partial, extent.channels, extent.channels}, {}, extent.samples * plan.splits, grad_weight});
-  }
+  keep_weight_gradient(params, plan, grad_weight, gradients, workspace);
   A* const position_sums = plan.path == CudaPoolPath::flat ? workspace.take<A>(pool_partials<T>(plan, extent)) : nullptr;
   launch_attention_pool_backward(params, plan, position_sums, stream);
 }

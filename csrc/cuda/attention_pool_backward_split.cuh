@@ -26,6 +26,7 @@ struct PoolBackwardParams {
   const uint8_t* positive = nullptr;
   // Whether launch_early() may start this launch, and whether grad is written by the same call. Of those two paths as well.
   bool early = false, grad_is_new = false;
+  bool hints = false;  // whether a ticketed launch tells the caches to forget x and grad first
 };
 
 // A block's part of the backward pass: its tiles, and the vectors of its sample.

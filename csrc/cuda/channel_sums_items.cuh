@@ -28,160 +28,225 @@ struct SumsPlace {
   int64_t first, end;  // end: of the split
 };
 
-// A thread has kCudaSweepUnroll accesses of a piece: of one row, or in channels_last of V channels.
+// The work on a piece. A thread has kCudaSweepUnroll accesses of it: of one row, or in channels_last of V channels.
 template <typename T, bool kChannelsLast>
-__global__ void __launch_bounds__(kCudaSweepThreads, kSumsItemBlocks<kChannelsLast>)
-    sums_items(SumsParams<T> params, CudaSumsItems cut, unsigned items) {
+class SumsItems {
   using A = acc_t<T>;
-  if (params.next_is_early) let_next_launch_start();
-  constexpr int V = kWidest<T>, kAccesses = kCudaSweepUnroll;
-  auto& shared = shared_memory<SumsItemsShared<T, kChannelsLast>>();
-  const int64_t C = params.extent.channels, P = params.extent.positions;
-  const unsigned splits = static_cast<unsigned>(cut.splits), groups = static_cast<unsigned>(cut.channel_groups);
-  const int part = threadIdx.x % cut.lanes, row = threadIdx.x / cut.lanes;
-  const int own = kChannelsLast ? row : part * V;              // the first position of this thread in a piece
-  const int hop = kChannelsLast ? cut.rows : cut.lanes * V;    // positions from one of its accesses to the next
-  const int width = kChannelsLast ? cut.lanes * V : cut.rows;  // channels of a group
-  const int in_group = kChannelsLast ? part * V : row;         // the first channel of this thread in its group
-  const bool products = params.b.data, masked = params.positive || params.valid.data;
+  static constexpr int V = kWidest<T>, kAccesses = kCudaSweepUnroll;
+  static constexpr int kSums = kChannelsLast ? V : 4;  // of a thread: each of its channels, or so many that few additions wait
 
-  const auto sample_of = [&](const SumsPlace& at) { return static_cast<int64_t>(at.item / (splits * groups)); };
-  const auto channel_of = [&](const SumsPlace& at) { return static_cast<int64_t>(at.item % groups) * width + in_group; };
-  const auto has_channel = [&](const SumsPlace& at) { return row < cut.rows && channel_of(at) < C; };
-  const auto begin = [&](unsigned item) {
-    const int64_t first = static_cast<int64_t>(item / groups % splits) * cut.split_positions;
-    const int64_t end = first + cut.split_positions;
-    return SumsPlace{item, first, end < P ? end : P};
-  };
-  const auto copy = [&](const SumsPlace& at) {
-    if (at.item >= items) return;
-    const int64_t sample = sample_of(at), channel = channel_of(at);
-    const bool inside = has_channel(at);
-    const auto copy_map = [&](Vector<T, V>* stage, const Map<const T>& map) {
-      const T* from = map.at(sample, channel, at.first + own);
-      const int64_t step = hop * (kChannelsLast ? map.position_stride : 1);
-#pragma unroll
-      for (int u = 0; u < kAccesses; u++)
-        copy_later(stage + u * kCudaSweepThreads + threadIdx.x, from + u * step, inside && at.first + own + u * hop < at.end);
-    };
-    copy_map(shared.a, params.a);
-    if (products) copy_map(shared.b, params.b);
-  };
-  // A bit for every element of this thread's accesses: whether it counts.
-  const auto mask = [&](const SumsPlace& at) {
-    unsigned bits = 0;
-    if (!has_channel(at)) return bits;
-    const int64_t sample = sample_of(at), channel = channel_of(at);
-    for (int u = 0; u < kAccesses; u++) {
-      const int64_t p = at.first + own + u * hop;
-      if (p >= at.end) break;
-      unsigned of_access = (1u << V) - 1;
-      if (params.positive) {
-        const int64_t bit_row = kChannelsLast ? sample * P + p : sample * C + channel, column = kChannelsLast ? channel : p;
-        of_access &= load(params.positive + bit_row * (((kChannelsLast ? C : P) + 7) / 8) + column / 8) >> column % 8;
-      }
-      for (int j = 0; params.valid.data && j < V; j++) {
-        if (!params.valid.at(sample, kChannelsLast ? p : p + j)) of_access &= ~(1u << j);
-      }
-      bits |= of_access << (u * V);
-    }
-    return bits;
-  };
-  const auto put = [&](const SumsPlace& at, int64_t channel, A total_a, A total_ab) {
-    const int64_t sample = sample_of(at);
-    if (splits > 1) {
-      A* const partial = params.partial + static_cast<int64_t>(at.item / groups) * 2 * C + channel;
-      partial[0] = total_a;
-      partial[C] = total_ab;
-      return;
-    }
-    params.put(sample, channel, params.valid.data ? total_a * params.valid.shares[sample] : total_a, total_ab);
-  };
+ public:
+  using Stage = Vector<T, V>;
 
-  constexpr int kSums = kChannelsLast ? V : 4;  // of a thread: each of its channels, or so many that few additions wait
-  A sum_a[kSums] = {}, sum_ab[kSums] = {};
-  SumsPlace at = begin(blockIdx.x);
-  copy(at);
-  while (at.item < items) {
+  // `items`: of the launch. In shared memory: the stages of a and b [accesses][threads], in which a thread has places of its own,
+  // and what SumsItemsShared has of sums.
+  __device__ SumsItems(const SumsParams<T>& params, const CudaSumsItems& cut, unsigned items, Stage* a_stage, Stage* b_stage,
+                       A* shared_a, A* shared_ab)
+      : params_(params),
+        cut_(cut),
+        items_(items),
+        splits_(static_cast<unsigned>(cut.splits)),
+        groups_(static_cast<unsigned>(cut.channel_groups)),
+        a_stage_(a_stage),
+        b_stage_(b_stage),
+        shared_a_(shared_a),
+        shared_ab_(shared_ab),
+        part_(threadIdx.x % cut.lanes),
+        row_(threadIdx.x / cut.lanes),
+        own_(kChannelsLast ? row_ : part_ * V),
+        hop_(kChannelsLast ? cut.rows : cut.lanes * V),
+        width_(kChannelsLast ? cut.lanes * V : cut.rows),
+        in_group_(kChannelsLast ? part_ * V : row_) {}
+
+  __device__ bool there(const SumsPlace& at) const { return at.item < items_; }
+  __device__ SumsPlace begin(unsigned item) const {
+    const int64_t first = static_cast<int64_t>(item / groups_ % splits_) * cut_.split_positions;
+    const int64_t end = first + cut_.split_positions, positions = params_.extent.positions;
+    return {item, first, end < positions ? end : positions};
+  }
+  // The piece behind this one, if this one is not the last of its item.
+  __device__ SumsPlace next(const SumsPlace& at) const {
+    return {at.item, at.first + kAccesses * static_cast<int64_t>(hop_), at.end};
+  }
+  __device__ bool last_of_item(const SumsPlace& at) const { return next(at).first >= at.end; }
+
+  __device__ void copy_a(const SumsPlace& at) const {
+    if (there(at)) copy_map(a_stage_, params_.a, at);
+  }
+  __device__ void copy_b(const SumsPlace& at) const {
+    if (there(at) && params_.b.data) copy_map(b_stage_, params_.b, at);
+  }
+
+  // Takes the piece from the stages and calls copy_next(), for which they are free then.
+  template <typename CopyNext>
+  __device__ void work_on(const SumsPlace& at, const CopyNext& copy_next) {
+    const bool products = params_.b.data, masked = params_.positive || params_.valid.data;
     const unsigned bits = masked ? mask(at) : 0;  // these loads, too, are waited for while the copies are on their way
     wait_for_copies();
     Vector<T, V> a[kAccesses], b[kAccesses] = {};
 #pragma unroll
     for (int u = 0; u < kAccesses; u++) {
-      a[u] = shared.a[u * kCudaSweepThreads + threadIdx.x];
-      if (products) b[u] = shared.b[u * kCudaSweepThreads + threadIdx.x];
+      a[u] = a_stage_[u * kCudaSweepThreads + threadIdx.x];
+      if (products) b[u] = b_stage_[u * kCudaSweepThreads + threadIdx.x];
     }
 #pragma unroll
     for (int u = 0; u < kAccesses; u++) {
       hide_from_optimizer(a[u]);  // the values have arrived
       hide_from_optimizer(b[u]);
     }
-    SumsPlace next = at;
-    next.first += kAccesses * static_cast<int64_t>(hop);
-    const bool last = next.first >= at.end;
-    if (last) next = begin(at.item + gridDim.x);
-    copy(next);
+    copy_next();
 #pragma unroll
     for (int u = 0; u < kAccesses; u++) {
 #pragma unroll
       for (int j = 0; masked && j < V; j++) a[u].data[j] = bits >> (u * V + j) & 1 ? a[u].data[j] : T(0.0f);
-      const int64_t p = at.first + own + u * hop;
-      if (params.fused.data && has_channel(at) && p < at.end)
-        store_vector(params.fused.at(sample_of(at), channel_of(at), p), a[u]);
+      const int64_t p = at.first + own_ + u * hop_;
+      if (params_.fused.data && has_channel(at) && p < at.end)
+        store_vector(params_.fused.at(sample_of(at), channel_of(at), p), a[u]);
 #pragma unroll
       for (int j = 0; j < V; j++) {
-        sum_a[j % kSums] += widen(a[u].data[j]);
-        sum_ab[j % kSums] += widen(a[u].data[j]) * widen(b[u].data[j]);
+        sum_a_[j % kSums] += widen(a[u].data[j]);
+        sum_ab_[j % kSums] += widen(a[u].data[j]) * widen(b[u].data[j]);
       }
     }
-    if (last) {
-      if constexpr (kChannelsLast) {
-        __syncthreads();  // no thread needs the sums of the item before any more
-        if (row < cut.rows) {
-#pragma unroll
-          for (int j = 0; j < V; j++) {
-            shared.sum_a[row * width + in_group + j] = sum_a[j];
-            shared.sum_ab[row * width + in_group + j] = sum_ab[j];
-          }
-        }
-        __syncthreads();
-        const int64_t channel = channel_of(at) - in_group + threadIdx.x;
-        if (static_cast<int>(threadIdx.x) < width && channel < C) {
-          A total_a = A(0), total_ab = A(0);
-          for (int r = 0; r < cut.rows; r++) {
-            total_a += shared.sum_a[r * width + threadIdx.x];
-            total_ab += shared.sum_ab[r * width + threadIdx.x];
-          }
-          put(at, channel, total_a, total_ab);
-        }
-      } else {
-        A total_a = A(0), total_ab = A(0);
-#pragma unroll
-        for (int j = 0; j < kSums; j++) {
-          total_a += sum_a[j];
-          total_ab += sum_ab[j];
-        }
-        total_a = sum_over_lanes(total_a, 1, (cut.lanes < kWarp ? cut.lanes : kWarp) / 2);
-        total_ab = sum_over_lanes(total_ab, 1, (cut.lanes < kWarp ? cut.lanes : kWarp) / 2);
-        if (cut.lanes > kWarp) {
-          const int warp = threadIdx.x / kWarp, warps = cut.lanes / kWarp;
-          __syncthreads();  // no thread needs the sums of the item before any more
-          if (threadIdx.x % kWarp == 0) {
-            shared.sum_a[warp] = total_a;
-            shared.sum_ab[warp] = total_ab;
-          }
-          __syncthreads();
-          total_a = total_ab = A(0);
-          for (int w = row * warps; w < (row + 1) * warps; w++) {
-            total_a += shared.sum_a[w];
-            total_ab += shared.sum_ab[w];
-          }
-        }
-        if (part == 0 && has_channel(at)) put(at, channel_of(at), total_a, total_ab);
-      }
-#pragma unroll
-      for (int j = 0; j < kSums; j++) sum_a[j] = sum_ab[j] = A(0);
+  }
+
+  // Behind the last piece of an item: its sums.
+  __device__ void end_item(const SumsPlace& at) {
+    if constexpr (kChannelsLast) {
+      add_up_rows(at);
+    } else {
+      add_up_lanes(at);
     }
+#pragma unroll
+    for (int j = 0; j < kSums; j++) sum_a_[j] = sum_ab_[j] = A(0);
+  }
+
+ private:
+  __device__ int64_t sample_of(const SumsPlace& at) const { return at.item / (splits_ * groups_); }
+  __device__ int64_t channel_of(const SumsPlace& at) const {
+    return static_cast<int64_t>(at.item % groups_) * width_ + in_group_;
+  }
+  __device__ bool has_channel(const SumsPlace& at) const {
+    return row_ < cut_.rows && channel_of(at) < params_.extent.channels;
+  }
+
+  __device__ void copy_map(Stage* stage, const Map<const T>& map, const SumsPlace& at) const {
+    const bool inside = has_channel(at);
+    const T* from = map.at(sample_of(at), channel_of(at), at.first + own_);
+    const int64_t step = hop_ * (kChannelsLast ? map.position_stride : 1);
+#pragma unroll
+    for (int u = 0; u < kAccesses; u++)
+      copy_later(stage + u * kCudaSweepThreads + threadIdx.x, from + u * step, inside && at.first + own_ + u * hop_ < at.end);
+  }
+
+  // A bit for every element of this thread's accesses: whether it counts.
+  __device__ unsigned mask(const SumsPlace& at) const {
+    unsigned bits = 0;
+    if (!has_channel(at)) return bits;
+    const int64_t C = params_.extent.channels, P = params_.extent.positions, sample = sample_of(at), channel = channel_of(at);
+    for (int u = 0; u < kAccesses; u++) {
+      const int64_t p = at.first + own_ + u * hop_;
+      if (p >= at.end) break;
+      unsigned of_access = (1u << V) - 1;
+      if (params_.positive) {
+        const int64_t bit_row = kChannelsLast ? sample * P + p : sample * C + channel, column = kChannelsLast ? channel : p;
+        of_access &= load(params_.positive + bit_row * (((kChannelsLast ? C : P) + 7) / 8) + column / 8) >> column % 8;
+      }
+      for (int j = 0; params_.valid.data && j < V; j++) {
+        if (!params_.valid.at(sample, kChannelsLast ? p : p + j)) of_access &= ~(1u << j);
+      }
+      bits |= of_access << (u * V);
+    }
+    return bits;
+  }
+
+  __device__ void put(const SumsPlace& at, int64_t channel, A total_a, A total_ab) const {
+    const int64_t sample = sample_of(at), C = params_.extent.channels;
+    if (splits_ > 1) {
+      A* const partial = params_.partial + static_cast<int64_t>(at.item / groups_) * 2 * C + channel;
+      partial[0] = total_a;
+      partial[C] = total_ab;
+      return;
+    }
+    params_.put(sample, channel, params_.valid.data ? total_a * params_.valid.shares[sample] : total_a, total_ab);
+  }
+
+  __device__ void add_up_rows(const SumsPlace& at) const {
+    __syncthreads();  // no thread needs the sums of the item before any more
+    if (row_ < cut_.rows) {
+#pragma unroll
+      for (int j = 0; j < V; j++) {
+        shared_a_[row_ * width_ + in_group_ + j] = sum_a_[j];
+        shared_ab_[row_ * width_ + in_group_ + j] = sum_ab_[j];
+      }
+    }
+    __syncthreads();
+    const int64_t channel = channel_of(at) - in_group_ + threadIdx.x;
+    if (static_cast<int>(threadIdx.x) >= width_ || channel >= params_.extent.channels) return;
+    A total_a = A(0), total_ab = A(0);
+    for (int r = 0; r < cut_.rows; r++) {
+      total_a += shared_a_[r * width_ + threadIdx.x];
+      total_ab += shared_ab_[r * width_ + threadIdx.x];
+    }
+    put(at, channel, total_a, total_ab);
+  }
+
+  __device__ void add_up_lanes(const SumsPlace& at) const {
+    A total_a = A(0), total_ab = A(0);
+#pragma unroll
+    for (int j = 0; j < kSums; j++) {
+      total_a += sum_a_[j];
+      total_ab += sum_ab_[j];
+    }
+    total_a = sum_over_lanes(total_a, 1, (cut_.lanes < kWarp ? cut_.lanes : kWarp) / 2);
+    total_ab = sum_over_lanes(total_ab, 1, (cut_.lanes < kWarp ? cut_.lanes : kWarp) / 2);
+    if (cut_.lanes > kWarp) {
+      const int warp = threadIdx.x / kWarp, warps = cut_.lanes / kWarp;
+      __syncthreads();  // no thread needs the sums of the item before any more
+      if (threadIdx.x % kWarp == 0) {
+        shared_a_[warp] = total_a;
+        shared_ab_[warp] = total_ab;
+      }
+      __syncthreads();
+      total_a = total_ab = A(0);
+      for (int w = row_ * warps; w < (row_ + 1) * warps; w++) {
+        total_a += shared_a_[w];
+        total_ab += shared_ab_[w];
+      }
+    }
+    if (part_ == 0 && has_channel(at)) put(at, channel_of(at), total_a, total_ab);
+  }
+
+  const SumsParams<T>& params_;
+  const CudaSumsItems& cut_;
+  const unsigned items_, splits_, groups_;
+  Stage *const a_stage_, *const b_stage_;
+  A *const shared_a_, *const shared_ab_;
+  const int part_, row_;
+  const int own_;       // the first position of this thread in a piece
+  const int hop_;       // positions from one of its accesses to the next
+  const int width_;     // channels of a group
+  const int in_group_;  // the first channel of this thread in its group
+  A sum_a_[kSums] = {}, sum_ab_[kSums] = {};
+};
+
+template <typename T, bool kChannelsLast>
+__global__ void __launch_bounds__(kCudaSweepThreads, kSumsItemBlocks<kChannelsLast>)
+    sums_items(SumsParams<T> params, CudaSumsItems cut, unsigned items) {
+  if (params.next_is_early) let_next_launch_start();
+  auto& shared = shared_memory<SumsItemsShared<T, kChannelsLast>>();
+  SumsItems<T, kChannelsLast> work(params, cut, items, shared.a, shared.b, shared.sum_a, shared.sum_ab);
+  SumsPlace at = work.begin(blockIdx.x);
+  const auto copy = [&](const SumsPlace& place) {
+    work.copy_a(place);
+    work.copy_b(place);
+  };
+  copy(at);
+  while (work.there(at)) {
+    const bool last = work.last_of_item(at);
+    const SumsPlace next = last ? work.begin(at.item + gridDim.x) : work.next(at);
+    work.work_on(at, [&] { copy(next); });
+    if (last) work.end_item(at);
     at = next;
   }
 }

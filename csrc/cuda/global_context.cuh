@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "attention_pool_backward.cuh"
+#include "global_context_backward_tickets.cuh"
 #include "global_context_tickets.cuh"
 #include "transform_batched.cuh"
 #include "transform_split_backward.cuh"
@@ -164,6 +165,19 @@ void global_context_backward(PoolBackwardParams<T> pool, const TransformParams<T
   sums.transform_grad = transform;
   sums.next_is_early = split;
   const bool with_dx = pool.grad_x.data || gradients.mask_weight.data;
+
+  GradientParams<T> all;
+  // The launch of dx lies between those of the transform and that of the gradients.
+  for (int b = 0; b < kBranches; b++) add_branch_gradients(transform, gradients.branch[b], b, !with_dx, all);
+  all.add_zero(gradients.mask_bias);
+  if (has_scale) pool.scale = transform.forward.scale_values();
+  pool.grad_context = transform.grad_context;
+  pool.next_is_early = split && (all.count > 0 || gradients.mask_weight.data);
+  if (tuning().by_tickets() &&
+      launch_backward_tickets(sums, pool, positive, grad_residual, gradients.mask_weight, all, workspace, stream)) {
+    all.wait_for_all();
+    return launch_parameter_gradients(all, /*early=*/true, stream);
+  }
   if (positive) mask_gradient(positive, grad_residual, with_dx, sums, pool, workspace, stream);
   launch_channel_sums(sums, workspace, stream);
   if (split) {
@@ -172,14 +186,7 @@ void global_context_backward(PoolBackwardParams<T> pool, const TransformParams<T
     launch_transform_backward(transform, stream);
   }
 
-  GradientParams<T> all;
-  if (has_scale) pool.scale = transform.forward.scale_values();
-  pool.grad_context = transform.grad_context;
-  // The launch of dx lies between those of the transform and that of the gradients.
-  for (int b = 0; b < kBranches; b++) add_branch_gradients(transform, gradients.branch[b], b, !with_dx, all);
-  all.add_zero(gradients.mask_bias);
   pool.early = split;
-  pool.next_is_early = split && (all.count > 0 || gradients.mask_weight.data);
   attention_pool_backward(pool, gradients.mask_weight, all, workspace, stream);
   launch_parameter_gradients(all, /*early=*/split, stream);
 }

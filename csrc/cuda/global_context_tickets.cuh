@@ -23,9 +23,6 @@ namespace forward_stage {
 enum : int { pool, hidden, outputs, fusion };
 }
 
-template <typename Shape>
-constexpr int kTicketCluster = Shape::threads / kTicketThreads;
-
 template <typename T, typename Shape>
 struct ForwardTicketsParams {
   PoolParams<T> pool;

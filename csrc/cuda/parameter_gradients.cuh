@@ -64,6 +64,10 @@ struct GradientParams {
     if (of_bias.data) add({.left = {.count = 1}, .right = {}, .gradient = of_bias});
   }
   int64_t blocks() const { return count ? gradients[count - 1].end_block : 0; }
+  // The launch before this one writes all terms.
+  void wait_for_all() {
+    for (ParameterGradient<T>& gradient : gradients) gradient.of_previous_launch = true;
+  }
 };
 
 // Loads a stage of terms, kWidth entries of each from number `first` on: thread t gets the entries t, t + kGradientThreads, ...

@@ -16,6 +16,8 @@
 namespace gcnet_ext::cuda {
 
 constexpr int kTicketThreads = 256, kTicketBlocks = 2;  // of a block; of a multiprocessor
+template <typename Shape>
+constexpr int kTicketCluster = Shape::threads / kTicketThreads;  // the blocks that share a tile of this RowShape
 
 template <int kCluster>
 class Tickets {

@@ -6,7 +6,12 @@
 //   grad_context = sum over branches of w1^T grad_hidden or, without a w2, of sum_q parts_q              transform_grad_context
 //
 // The rows of w2 are cut into the slices of the channels. A lane has two columns of a matrix, and the warps share its rows.
+//
+// What a block does in a launch is a function of its own, for as many samples as it has room for (kSamples), because an item of a
+// ticketed launch (global_context_backward_tickets.cuh) is the same for one sample.
 #pragma once
+
+#include <algorithm>
 
 #include "transform_backward.cuh"
 #include "transform_split.cuh"
@@ -40,17 +45,18 @@ struct WeightColumns {
     });
   }
   // Adds the products with input [row, sample], whose first row is that of this warp; `rows` of them are there.
-  __device__ void multiply(const float* input, int rows, float (&sum)[kSplitSamples][kSplitPair]) const {
+  template <int kSamples>
+  __device__ void multiply(const float* input, int rows, float (&sum)[kSamples][kSplitPair]) const {
 #pragma unroll
     for (int u = 0; u < kSplitTogether; u++) {
       if (u * kSplitWarps >= rows) break;
       float weights[kSplitPair];
 #pragma unroll
       for (int i = 0; i < kSplitPair; i++) weights[i] = weight_of(bits[u][i]);
-      constexpr int V = 4;
+      constexpr int V = std::min(kSamples, 4);
 #pragma unroll
-      for (int s = 0; s < kSplitSamples; s += V) {
-        const auto of_samples = *reinterpret_cast<const Vector<float, V>*>(input + u * kSplitWarps * kSplitSamples + s);
+      for (int s = 0; s < kSamples; s += V) {
+        const auto of_samples = *reinterpret_cast<const Vector<float, V>*>(input + u * kSplitWarps * kSamples + s);
 #pragma unroll
         for (int j = 0; j < V; j++) {
 #pragma unroll
@@ -75,59 +81,61 @@ struct WeightColumns {
 };
 
 // The sums of the warps of a block, [warps, samples, columns].
-constexpr int kSumsOfWarps = kSplitWarps * kSplitSamples * kSplitColumnTile;
+template <int kSamples>
+constexpr int kSumsOfWarps = kSplitWarps * kSamples * kSplitColumnTile;
 
-__device__ __forceinline__ void keep_sum_of_warp(const float (&sum)[kSplitSamples][kSplitPair], float* of_warps) {
+template <int kSamples>
+__device__ __forceinline__ void keep_sum_of_warp(const float (&sum)[kSamples][kSplitPair], float* of_warps) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
 #pragma unroll
-  for (int s = 0; s < kSplitSamples; s++) {
+  for (int s = 0; s < kSamples; s++) {
 #pragma unroll
-    for (int i = 0; i < kSplitPair; i++) of_warps[(warp * kSplitSamples + s) * kSplitColumnTile + lane + i * kWarp] = sum[s][i];
+    for (int i = 0; i < kSplitPair; i++) of_warps[(warp * kSamples + s) * kSplitColumnTile + lane + i * kWarp] = sum[s][i];
   }
 }
 // The sum of all warps, number i = sample * kSplitColumnTile + column.
+template <int kSamples>
 __device__ __forceinline__ float sum_of_warps(const float* of_warps, int i) {
   float total = 0.f;
 #pragma unroll
-  for (int w = 0; w < kSplitWarps; w++) total += of_warps[w * kSplitSamples * kSplitColumnTile + i];
+  for (int w = 0; w < kSplitWarps; w++) total += of_warps[w * kSamples * kSplitColumnTile + i];
   return total;
 }
 
 // ---- the second layer, or the only one -----------------------------------------------------------------------------------------
 
+template <int kSamples>
 union GradPartsShared {
-  alignas(16) float grad_t[kSliceChannels * kSplitSamples];  // [channels of the slice, samples]
-  float of_warps[kSumsOfWarps];
+  alignas(16) float grad_t[kSliceChannels * kSamples];  // [channels of the slice, samples]
+  float of_warps[kSumsOfWarps<kSamples>];
 };
 
-template <typename T>
-__global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
-    transform_grad_parts(TransformGradParams<T> params, SliceParts parts, SplitWork work) {
-  let_next_launch_start();
-  const TransformParams<T>& forward = params.forward;
-  auto& shared = shared_memory<GradPartsShared>();
-  const SplitPlace place(work, forward.samples, blockIdx.x);
-  const BranchParams<T>& branch = forward.branch[place.branch];
+// wait() returns when grad_t is there, with which everything before it in the call has been written.
+template <int kSamples, typename T, typename Wait>
+__device__ __forceinline__ void find_grad_parts(const TransformGradParams<T>& params, const SliceParts& parts,
+                                                const SplitPlace& place, GradPartsShared<kSamples>& shared, const Wait& wait) {
+  const BranchParams<T>& branch = params.forward.branch[place.branch];
   const bool two_layers = branch.w2.present();
   const Parameter<T>& matrix = two_layers ? branch.w2 : branch.w1;
-  const int channels = static_cast<int>(forward.channels), columns = two_layers ? static_cast<int>(branch.units) : channels;
+  const int channels = static_cast<int>(params.forward.channels);
+  const int columns = two_layers ? static_cast<int>(branch.units) : channels;
   const int first_row = place.slice * parts.slice_channels, left = channels - first_row;
   const int rows = left < parts.slice_channels ? left : parts.slice_channels;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, column = place.tile * kSplitColumnTile + lane;
   WeightColumns<T> weights;
   weights.fetch(matrix, first_row + warp, first_row + rows, column, columns);
-  wait_for_previous_launch();
+  wait();
   for (int i = threadIdx.x; i < place.samples * rows; i += kSplitThreads) {
     const int s = i / rows, row = i % rows;
     const float* const grad_t = params.grad_t[place.branch] + (place.first_sample + s) * channels + first_row;
-    shared.grad_t[row * kSplitSamples + s] = load_fresh(grad_t + row);
+    shared.grad_t[row * kSamples + s] = load_fresh(grad_t + row);
   }
   __syncthreads();
-  float sum[kSplitSamples][kSplitPair] = {};
+  float sum[kSamples][kSplitPair] = {};
 #pragma unroll 1
   for (int first = warp; first < rows; first += kSplitRowStage) {
     if (first >= kSplitRowStage) weights.fetch(matrix, first_row + first, first_row + rows, column, columns);
-    weights.multiply(shared.grad_t + first * kSplitSamples, rows - first, sum);
+    weights.multiply(shared.grad_t + first * kSamples, rows - first, sum);
   }
   __syncthreads();
   keep_sum_of_warp(sum, shared.of_warps);
@@ -135,43 +143,62 @@ __global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
   for (int i = threadIdx.x; i < place.samples * kSplitColumnTile; i += kSplitThreads) {
     const int at = place.tile * kSplitColumnTile + i % kSplitColumnTile;
     if (at >= columns) continue;
-    parts.of(place.first_sample + i / kSplitColumnTile, place.slice, place.branch)[at] = sum_of_warps(shared.of_warps, i);
+    parts.of(place.first_sample + i / kSplitColumnTile, place.slice, place.branch)[at] =
+        sum_of_warps<kSamples>(shared.of_warps, i);
   }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
+    transform_grad_parts(TransformGradParams<T> params, SliceParts parts, SplitWork work) {
+  let_next_launch_start();
+  auto& shared = shared_memory<GradPartsShared<kSplitSamples>>();
+  const SplitPlace place(work, params.forward.samples, blockIdx.x);
+  find_grad_parts<kSplitSamples>(params, parts, place, shared, [] { wait_for_previous_launch(); });
 }
 
 // ---- the activation, the norm and the first layer ------------------------------------------------------------------------------
 
 // `units` are those in front of a w2, of both branches, in whole vectors.
+template <int kSamples>
 struct GradContextShared {
   float* hidden;          // [samples, units]
   float* grad_activated;  // [samples, units]; then grad_z; then of_warps
   float* grad_hidden;     // [units, samples]
 
   __host__ __device__ GradContextShared(auto& memory, int64_t units) {
-    memory.take(hidden, kSplitSamples * units);
-    memory.take(grad_activated, kSplitSamples * units > kSumsOfWarps ? kSplitSamples * units : kSumsOfWarps);
-    memory.take(grad_hidden, kSplitSamples * units);
+    memory.take(hidden, kSamples * units);
+    memory.take(grad_activated, kSamples * units > kSumsOfWarps<kSamples> ? kSamples * units : kSumsOfWarps<kSamples>);
+    memory.take(grad_hidden, kSamples * units);
   }
 };
 
-template <typename T, bool kReluOrSilu>
-__global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
-    transform_grad_context(TransformGradParams<T> params, SliceParts parts, SplitWork work) {
-  let_next_launch_start();
-  const TransformParams<T>& forward = params.forward;
-  const SplitPlace place(work, forward.samples, blockIdx.x);
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, column = place.tile * kSplitColumnTile + lane;
-  const int channels = static_cast<int>(forward.channels);
-  const auto units_of = [&](int b) { return static_cast<int>(forward.branch[b].units); };
-  // Where the units of a branch begin in shared memory.
-  const bool scale_is_there = forward.branch[kScale].w2.present();
-  const int of_scale = scale_is_there ? whole_vectors(units_of(kScale)) : 0;
-  const int all = of_scale + (forward.branch[kShift].w2.present() ? whole_vectors(units_of(kShift)) : 0);
-  const auto begin = [&](int b) { return b == kShift ? of_scale : 0; };
-  const auto shared = shared_memory<GradContextShared>(all);
+// Where the units of a branch begin in that shared memory, and how many there are.
+struct GradContextUnits {
+  int of_scale = 0, all = 0;
 
-  WeightColumns<T> weights;
-  const int first_branch = scale_is_there ? kScale : kShift;
+  template <typename T>
+  __device__ explicit GradContextUnits(const TransformParams<T>& forward) {
+    const BranchParams<T>&scale = forward.branch[kScale], &shift = forward.branch[kShift];
+    of_scale = scale.w2.present() ? whole_vectors(scale.units) : 0;
+    all = of_scale + (shift.w2.present() ? whole_vectors(shift.units) : 0);
+  }
+  __device__ int begin(int branch) const { return branch == kShift ? of_scale : 0; }
+};
+
+// wait() returns when the parts are there.
+template <int kSamples, bool kReluOrSilu, typename T, typename Wait>
+__device__ __forceinline__ void find_grad_context(const TransformGradParams<T>& params, const SliceParts& parts,
+                                                  const SplitPlace& place, const GradContextUnits& units,
+                                                  const GradContextShared<kSamples>& shared, const Wait& wait) {
+  const TransformParams<T>& forward = params.forward;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, column = place.tile * kSplitColumnTile + lane;
+  const int channels = static_cast<int>(forward.channels), all = units.all;
+  const auto units_of = [&](int b) { return static_cast<int>(forward.branch[b].units); };
+
+  WeightColumns<T> weights =
+      {};  // without a value, its registers would not be free for the stages before, in a ticketed launch
+  const int first_branch = forward.branch[kScale].w2.present() ? kScale : kShift;
   const bool any = all > 0;
   if (any) weights.fetch(forward.branch[first_branch].w1, warp, units_of(first_branch), column, channels);
   for (int b = 0; b < kBranches; b++) {
@@ -180,17 +207,18 @@ __global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
     prefetch_vectors(branch, channels);
     for (int i = threadIdx.x; i < place.samples * units_of(b); i += kSplitThreads) {
       const int s = i / units_of(b), j = i % units_of(b);
-      shared.hidden[s * all + begin(b) + j] = forward.hidden[(place.first_sample + s) * forward.units + branch.first_unit + j];
+      shared.hidden[s * all + units.begin(b) + j] =
+          forward.hidden[(place.first_sample + s) * forward.units + branch.first_unit + j];
     }
   }
-  wait_for_previous_launch();
+  wait();
   for (int b = 0; b < kBranches; b++) {
     const BranchParams<T>& branch = forward.branch[b];
     if (!branch.w2.present()) continue;
     const int vectors = whole_vectors(branch.units) / kSplitColumns;
     for (int i = threadIdx.x; i < place.samples * vectors; i += kSplitThreads) {
       const int s = i / vectors, first = i % vectors * kSplitColumns;
-      *reinterpret_cast<Vector<float, kSplitColumns>*>(shared.grad_activated + s * all + begin(b) + first) =
+      *reinterpret_cast<Vector<float, kSplitColumns>*>(shared.grad_activated + s * all + units.begin(b) + first) =
           parts.sum<kSplitColumns>(place.first_sample + s, b, first);
     }
   }
@@ -199,22 +227,22 @@ __global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
     const int s = i / kBranches, b = i % kBranches;
     const BranchParams<T>& branch = forward.branch[b];
     if (!branch.w2.present()) continue;
-    const float* hidden = shared.hidden + s * all + begin(b);
-    float* const grad_activated = shared.grad_activated + s * all + begin(b);
+    const float* hidden = shared.hidden + s * all + units.begin(b);
+    float* const grad_activated = shared.grad_activated + s * all + units.begin(b);
     activate_backward_by_warp<kReluOrSilu>(
         params, place.first_sample + s, branch, [&](int64_t j) { return hidden[j]; },
         [&](int64_t j) { return grad_activated[j]; }, grad_activated, /*keeps=*/place.tile == 0,
-        [&](int64_t j, float grad) { shared.grad_hidden[(begin(b) + j) * kSplitSamples + s] = grad; });
+        [&](int64_t j, float grad) { shared.grad_hidden[(units.begin(b) + j) * kSamples + s] = grad; });
   }
   __syncthreads();
-  float sum[kSplitSamples][kSplitPair] = {};
+  float sum[kSamples][kSplitPair] = {};
   for (int b = first_branch; any && b < kBranches; b++) {
     const BranchParams<T>& branch = forward.branch[b];
     if (!branch.w2.present()) continue;
 #pragma unroll 1
     for (int first = warp; first < units_of(b); first += kSplitRowStage) {
       if (b != first_branch || first >= kSplitRowStage) weights.fetch(branch.w1, first, units_of(b), column, channels);
-      weights.multiply(shared.grad_hidden + (begin(b) + first) * kSplitSamples, units_of(b) - first, sum);
+      weights.multiply(shared.grad_hidden + (units.begin(b) + first) * kSamples, units_of(b) - first, sum);
     }
   }
   keep_sum_of_warp(sum, shared.grad_activated);
@@ -222,7 +250,7 @@ __global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
   for (int i = threadIdx.x; i < place.samples * kSplitColumnTile; i += kSplitThreads) {
     const int64_t sample = place.first_sample + i / kSplitColumnTile, at = place.tile * kSplitColumnTile + i % kSplitColumnTile;
     if (at >= channels) continue;
-    float total = sum_of_warps(shared.grad_activated, i);
+    float total = sum_of_warps<kSamples>(shared.grad_activated, i);
     for (int b = 0; b < kBranches; b++) {
       const BranchParams<T>& branch = forward.branch[b];
       if (branch.units > 0 && !branch.w2.present()) total += parts.sum<1>(sample, b, at).data[0];
@@ -231,30 +259,58 @@ __global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
   }
 }
 
+template <typename T, bool kReluOrSilu>
+__global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
+    transform_grad_context(TransformGradParams<T> params, SliceParts parts, SplitWork work) {
+  let_next_launch_start();
+  const SplitPlace place(work, params.forward.samples, blockIdx.x);
+  const GradContextUnits units(params.forward);
+  const auto shared = shared_memory<GradContextShared<kSplitSamples>>(units.all);
+  find_grad_context<kSplitSamples, kReluOrSilu>(params, parts, place, units, shared, [] { wait_for_previous_launch(); });
+}
+
 // ---- the launches ------------------------------------------------------------------------------------------------------------
+
+// How these stages cut their work. The caller sets parts.values.
+template <typename T>
+struct TransformBackwardCut {
+  SliceParts parts;
+  SplitWork first, second;
+
+  explicit TransformBackwardCut(const TransformParams<T>& forward)
+      : parts(forward.channels, columns(forward, kScale), columns(forward, kShift)),
+        first(forward.samples, parts.slices, tiles(columns(forward, kScale)), tiles(columns(forward, kShift)), false),
+        second(forward.samples, /*slices=*/1, tiles(forward.channels), 0, /*in_turns=*/false) {}
+  int64_t parts_of(int64_t samples) const { return samples * parts.slices * parts.width; }
+  // Of one sample for each block.
+  TransformBackwardCut of_samples() const {
+    TransformBackwardCut cut = *this;
+    cut.first.together = cut.second.together = 1;
+    return cut;
+  }
+
+ private:
+  static int64_t columns(const TransformParams<T>& forward, int b) {
+    const BranchParams<T>& branch = forward.branch[b];
+    return branch.w2.data ? branch.units : branch.units > 0 ? forward.channels : 0;
+  }
+  static int tiles(int64_t columns) { return split_tiles(columns, kSplitColumnTile); }
+};
 
 // Of the params, grad_activated and arrived are not needed.
 template <typename T>
 void launch_transform_backward_split(const TransformGradParams<T>& params, Workspace& workspace, cudaStream_t stream) {
   if constexpr (!std::is_same_v<T, double>) {
     const TransformParams<T>& forward = params.forward;
-    const int64_t samples = forward.samples, channels = forward.channels;
+    const int64_t samples = forward.samples;
     if (samples == 0) return;
-    int64_t columns[kBranches];
-    for (int b = 0; b < kBranches; b++) {
-      const BranchParams<T>& branch = forward.branch[b];
-      columns[b] = branch.w2.data ? branch.units : branch.units > 0 ? channels : 0;
-    }
-    SliceParts parts(channels, columns[kScale], columns[kShift]);
-    parts.values = workspace.take<float>(samples * parts.slices * parts.width);
-    const SplitWork first(samples, parts.slices, split_tiles(columns[kScale], kSplitColumnTile),
-                          split_tiles(columns[kShift], kSplitColumnTile), /*in_turns=*/false);
-    launch_early(transform_grad_parts<T>, first.grid(samples), dim3(kSplitThreads), shared_bytes<GradPartsShared>(), stream,
-                 params, parts, first);
-    const SplitWork second(samples, /*slices=*/1, split_tiles(channels, kSplitColumnTile), 0, /*in_turns=*/false);
+    TransformBackwardCut<T> cut(forward);
+    cut.parts.values = workspace.take<float>(cut.parts_of(samples));
+    launch_early(transform_grad_parts<T>, cut.first.grid(samples), dim3(kSplitThreads),
+                 shared_bytes<GradPartsShared<kSplitSamples>>(), stream, params, cut.parts, cut.first);
     launch_early(forward.activation.is_relu_or_silu() ? transform_grad_context<T, true> : transform_grad_context<T, false>,
-                 second.grid(samples), dim3(kSplitThreads), shared_bytes<GradContextShared>(hidden_units(forward)), stream,
-                 params, parts, second);
+                 cut.second.grid(samples), dim3(kSplitThreads),
+                 shared_bytes<GradContextShared<kSplitSamples>>(hidden_units(forward)), stream, params, cut.parts, cut.second);
   }
 }
 GCNET_EXT_COMPILED_ELSEWHERE(launch_transform_backward_split)

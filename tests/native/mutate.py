@@ -26,6 +26,11 @@ ORDERS = {
     "acquire": re.compile(r"\b(fetch_add_acq_rel|wait_for_count)\("),
     "release": re.compile(r"\b(fetch_add_acq_rel|add_release)\("),
 }
+LIKELY = {  # which group of tests notices a mutant in a file that begins like this; others are named as their group
+    "global_context_tickets": "forward_tickets",
+    "global_context_backward_tickets": "backward_tickets",
+    "attention_pool_backward_row_items": "backward_tickets",  # which has its clusters
+}
 TIME_LIMIT = 120  # seconds; a mutant that hangs is a mutant that was noticed
 
 
@@ -46,12 +51,10 @@ def groups(mutant: str | None) -> list[str]:
     """The groups of kernel tests; first the one that is likely to notice the mutant, because the rest is left out then."""
     every = re.findall(r'\{"(\w+)", test_', (Path(__file__).resolve().parent / "cuda" / "main.cpp").read_text())
     name = mutant or ""
-    if name.startswith("global_context_tickets"):
-        likely = "forward_tickets"
-    else:
-        likely = (
-            "flat_stages" if "flat" in name else next((group for group in every if name.startswith(group)), "global_context")
-        )
+    named = next((group for group in every if name.startswith(group)), "global_context")
+    likely = next(
+        (group for start, group in LIKELY.items() if name.startswith(start)), "flat_stages" if "flat" in name else named
+    )
     return sorted(every, key=lambda group: group != likely)
 
 

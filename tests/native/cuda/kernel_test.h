@@ -171,6 +171,7 @@ class Comparison {
 
 // The tests of each group of kernels, a file for each. `small`: only what ThreadSanitizer and the mutation check can afford.
 void test_attention_pool(bool small);
+void test_backward_tickets(bool small);
 void test_channel_fuse(bool small);
 void test_channel_sums(bool small);
 void test_flat_stages(bool small);

@@ -8,6 +8,7 @@
 int main(int count, char** arguments) {
   using namespace kernel_test;
   std::map<std::string, void (*)(bool)> groups = {{"attention_pool", test_attention_pool},
+                                                  {"backward_tickets", test_backward_tickets},
                                                   {"channel_fuse", test_channel_fuse},
                                                   {"channel_sums", test_channel_sums},
                                                   {"flat_stages", test_flat_stages},
