@@ -37,7 +37,7 @@ class CudaTuning:
             of a sample finds the map in the second-level cache. The default, "", is "v1" until a run on a GPU has shown the
             others right and faster.
         lag: with tickets, how many items of its first stage the last stage of a sample stays behind; -1 for none.
-        cluster: with tickets, the most blocks that share a tile, 1 or 2; 2 needs sm_90.
+        cluster: with tickets, the most blocks that share a tile, 1 or 2; 2 needs sm_90 or sm_100.
         hints: with tickets, 1: the caches keep what is not needed again like everything else.
 
     Raises:

@@ -85,12 +85,16 @@ class Tickets {
   unsigned *const drawn_, *const done_;  // [1], [stages - 1, N]
 };
 
-// Whether device code is compiled for an architecture that has what a ticketed kernel needs. For the others it is empty, and
-// tickets_fit() keeps them from being launched.
+// Whether code for an architecture has a ticketed kernel: copies to shared memory begin with sm_80, and clusters with sm_90. On
+// sm_120 the tiles that clusters share do not fit into the registers. A kernel that is not there is empty, and tickets_fit()
+// keeps it from being launched.
+__host__ __device__ constexpr bool has_tickets(int architecture, int cluster) {
+  return cluster == 1 ? architecture >= 80 : architecture >= 90 && architecture < 120;
+}
 template <int kCluster>
 __device__ constexpr bool architecture_has_tickets() {
 #if defined(__CUDA_ARCH__)
-  return __CUDA_ARCH__ >= (kCluster > 1 ? 900 : 800);
+  return has_tickets(__CUDA_ARCH__ / 10, kCluster);
 #else
   return true;
 #endif
@@ -100,7 +104,7 @@ __device__ constexpr bool architecture_has_tickets() {
 template <class... Parameters>
 bool tickets_fit(void (*kernel)(Parameters...), int cluster, size_t shared_bytes) {
   constexpr size_t kLeastCache = 24'000'000;  // a smaller one has lost a map when the last stage comes to it (plan_cuda_lag)
-  return code_architecture(kernel) >= (cluster > 1 ? 90 : 80) && shared_bytes <= most_shared_bytes() &&
+  return has_tickets(code_architecture(kernel), cluster) && shared_bytes <= most_shared_bytes() &&
          second_level_cache_bytes() >= kLeastCache;
 }
 
