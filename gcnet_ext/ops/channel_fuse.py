@@ -49,14 +49,16 @@ def channel_fuse(
     final = final_number("channel_fuse", final_activation)
     if _torch.any_autocast():
         scale, shift = beside(x, scale, shift)
-    args = x, scale, shift, residual, final
     kernels = _dispatch.has_kernels(x, scale, shift, residual)
     if inplace:
         if kernels and not _dispatch.leaves_the_process():
-            _dispatch.overwrite("channel_fuse_", *args)
+            _dispatch.overwrite("channel_fuse_", x, scale, shift, residual, final)
             return x
-        _checks.no_gradient("channel_fuse_", args)
-    out = _dispatch.call("channel_fuse", _differentiable, *args)[0] if kernels else _output(*args)
+        _checks.no_gradient("channel_fuse_", (x, scale, shift, residual))
+    if kernels:
+        out = _dispatch.call("channel_fuse", _differentiable, x, scale, shift, residual, final)[0]
+    else:
+        out = _output(x, scale, shift, residual, final)
     return x.copy_(out) if inplace else out
 
 
