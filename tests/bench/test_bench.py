@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib
 import json
@@ -47,6 +48,19 @@ def test_rounds_are_interleaved():
         assert len(timed[name].times) == 4
         assert timed[name].median >= 3e-3
         assert timed[name].iqr >= 0
+
+
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path):
+    (tmp_path / "file").touch()
+    measure = module("measure")
+    assert measure.output_file(str(tmp_path / "new" / "figures.json")) == tmp_path / "new" / "figures.json"
+    assert not list((tmp_path / "new").iterdir())
+    for place, got in (("file/figures.json", r"/.*/file/figures.json \(File exists\)"), ("", "the folder /")):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"^must be a file that can be written, got {got}"):
+            measure.output_file(f"{tmp_path}/{place}")
+    done = run("bench/scaling.py", "--json", str(tmp_path))
+    assert done.returncode == 2
+    assert "argument --json: must be a file that can be written, got the folder" in done.stderr
 
 
 def test_machine():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import compare_blocks
 import demo
@@ -179,6 +180,15 @@ def test_an_output_folder_that_cannot_be_made_is_told_in_a_sentence(command, mon
         SystemExit, match=r"^--output must be a folder that can be made and written to, got .*/file \(File exists\)$"
     ):
         command.main(["--output", str(tmp_path / "file")])
+
+
+@pytest.mark.parametrize("command", [demo, compare_blocks])
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="there is no folder in which nobody can make a file")
+def test_an_output_folder_that_takes_no_file_is_told_in_a_sentence(command, monkeypatch):
+    """It is there, and so it need not be made."""
+    monkeypatch.setattr(command, "require", lambda name: None)
+    with pytest.raises(SystemExit, match=r"^--output must be a folder that can be made and written to, got /proc/self \("):
+        command.main(["--output", "/proc/self"])
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "x", "1.5"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -209,3 +210,61 @@ def test_command(capsys):
     with pytest.raises(SystemExit, match="0"):
         command_line.main(["--help"])
     assert "what was built" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        command_line.main(["--version"])
+    assert capsys.readouterr().out == f"gcnet_ext {gcnet_ext.__version__}\n"
+
+
+# ---- what an issue report needs ----------------------------------------------------------------------------------------------
+
+
+def facts(*arguments: str, **environment: str) -> dict:
+    done = run(*(arguments or ("-m", "gcnet_ext", "--json")), **environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_json_has_the_rows_of_the_report():
+    """And what tells one machine from another."""
+    found, told = facts(OMP_NUM_THREADS="1"), report(OMP_NUM_THREADS="1")
+    assert {**found["built"], **found["machine"]} == told
+    assert found["gcnet_ext"] == gcnet_ext.__version__
+    assert found["torch"] == torch.__version__
+    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert found["system"].startswith("Linux")
+    assert found["processor"]
+    assert len(found["GPUs"]) == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
+
+
+def test_json_names_what_the_environment_decides():
+    found = facts(GCNET_EXT_PLAIN="1", GCNET_EXT_NO_SUCH_THING="2", OTHER="3")
+    assert found["environment"].items() >= {"GCNET_EXT_PLAIN": "1", "GCNET_EXT_NO_SUCH_THING": "2"}.items()
+    assert "OTHER" not in found["environment"]
+    assert found["machine"]["switch"].startswith("plain PyTorch everywhere")
+
+
+def test_json_of_a_broken_installation():
+    found = facts("-c", "import sys; sys.argv.append('--json')" + WITHOUT_LIBRARY, GCNET_EXT_JIT="0")
+    assert "undefined symbol: of_another_torch" in found["built"]["library"]
+    assert found["machine"]["CPU"] == "plain PyTorch: no compiled library, see above"
+
+
+def test_json_of_a_machine_with_gpus(monkeypatch, capsys):
+    """One of which does not answer."""
+    library(monkeypatch, cuda_architectures="9.0")
+
+    def name_of(index: int) -> str:
+        if index == 1:
+            raise RuntimeError("the GPU has fallen off the bus")
+        return "H100"
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", name_of)
+    assert command_line.main(["--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["GPUs"] == ["H100", "unknown (RuntimeError: the GPU has fallen off the bus)"]
+    assert found["built"]["compiler"] == "GCC 13.3.0"
