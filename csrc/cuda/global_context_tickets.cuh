@@ -182,9 +182,13 @@ bool launch_global_context_tickets(PoolParams<T> pool, Fusion<T> fusion, Workspa
     if (plan_cuda_cluster(plan, tuning()) == 0 || !wide) return false;
     if (extent.samples * extent.channels > kCudaMaxBlocks) return false;  // rows are counted in 32 bits
     const SliceParts slices(extent.channels, scale.units, shift.units);
-    const SplitWork hidden(slices.slices, split_tiles(scale.units, kSplitRowTile), split_tiles(shift.units, kSplitRowTile));
+    const auto work = [&](int slices, int tiles_of_scale, int tiles_of_shift) {
+      return SplitWork(extent.samples, slices, tiles_of_scale, tiles_of_shift, /*in_turns=*/true, /*most_together=*/1);
+    };
+    const SplitWork hidden =
+        work(slices.slices, split_tiles(scale.units, kSplitRowTile), split_tiles(shift.units, kSplitRowTile));
     const int rows = split_tiles(extent.channels, kSplitRowTile);
-    const SplitWork outputs(/*slices=*/1, scale.units > 0 ? rows : 0, shift.units > 0 ? rows : 0);
+    const SplitWork outputs = work(/*slices=*/1, scale.units > 0 ? rows : 0, shift.units > 0 ? rows : 0);
     const int64_t sample_elements = extent.channels * extent.positions;
     const int64_t pieces = (sample_elements + kFusePiece<T> - 1) / kFusePiece<T>;
     if (!TicketOrder::fits(extent.samples, plan.splits + hidden.places() + outputs.places() + pieces)) return false;

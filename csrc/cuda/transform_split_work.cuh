@@ -56,11 +56,11 @@ struct SplitWork {
   int tiles[kBranches] = {};
   int slices = 1, turns = 1, together = 1;
 
-  // One sample and one turn for each block.
-  SplitWork(int slices, int tiles_of_scale, int tiles_of_shift) : tiles{tiles_of_scale, tiles_of_shift}, slices(slices) {}
-  SplitWork(int64_t samples, int slices, int tiles_of_scale, int tiles_of_shift, bool in_turns) : slices(slices) {
+  SplitWork(int64_t samples, int slices, int tiles_of_scale, int tiles_of_shift, bool in_turns,
+            int most_together = kSplitSamples)
+      : slices(slices) {
     const int64_t slots = static_cast<int64_t>(multiprocessors()) * kSplitBlocks;
-    together = plan_cuda_samples_together(samples, slices * (tiles_of_scale + tiles_of_shift), slots);
+    together = std::min(most_together, plan_cuda_samples_together(samples, slices * (tiles_of_scale + tiles_of_shift), slots));
     const int branches = (tiles_of_scale > 0) + (tiles_of_shift > 0), most = std::max(tiles_of_scale, tiles_of_shift);
     const int64_t pieces = static_cast<int64_t>(split_tiles(samples, together)) * slices * branches;
     if (in_turns) turns = static_cast<int>(plan_cuda_pieces(pieces, most, slots));
