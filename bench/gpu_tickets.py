@@ -31,11 +31,9 @@ LATENCY, FROM_CACHE = 1.0, 0.6  # us until the first byte of a copy comes
 BUBBLE = 0.5  # us of an item in which its block neither moves nor computes, a ticket and its barriers among them
 HOP = 1.0  # us until a block sees that a stage is done
 SMALL_TRIP = 0.4  # us of a load from the second-level cache that an item of the transform waits for
-TURNS = 8  # of the second layer: tiles of 32 rows that an item goes through
 CACHE = 31.0  # MB of a map that are still there when it is read again
 LAUNCH = 2.0  # us until all blocks have their first item, the memset of the counters among them
 LAGS = (8.0, 12.0, 16.0, 20.0, 28.0, math.inf)  # MB; the best of these is taken, as a comparison on a GPU would
-TILE_LIMIT = 1024  # channels; beyond that, and for rows without 16-byte accesses, a stage has a launch of its own
 
 
 class Stage(NamedTuple):
@@ -151,11 +149,12 @@ def simulate(samples: int, stages: list[Stage], lag: int, card: Card, cluster: i
 
 
 def fits(shape: Shape) -> bool:
-    """Whether a direction of a map of this shape is one ticketed launch."""
-    return shape.plan(engine="tickets")["path"] == "row_items" and shape.channels <= TILE_LIMIT
+    """Whether each direction of a map of this shape is a ticketed launch."""
+    plan = shape.plan(engine="tickets")
+    return plan["cluster"] > 0 and plan["backward_cluster"] > 0 and plan["sums_splits"] == 1
 
 
-def stages(shape: Shape, direction: str, cluster: int) -> list[Stage]:
+def stages(shape: Shape, direction: str, cluster: int, multiprocessors: int) -> list[Stage]:
     """What a sample of the map has to go through. Of pieces and parts, each block of a cluster has one."""
     plan, whole = shape.plan(engine="tickets"), shape.megabytes / shape.samples
     elements, units = whole * 1e6 / shape.element_size, 2 * shape.channels * RATIO
@@ -166,23 +165,29 @@ def stages(shape: Shape, direction: str, cluster: int) -> list[Stage]:
         cycles = elements / items * lanes[kernel]
         return Stage(items, maps * whole / items, again, cycles=cycles, stored=whole / items if stored else 0.0)
 
-    def layer(items: int, turns: int, megabytes: float) -> Stage:
-        items = math.ceil(items / turns)
+    def layer(slices: int, tiles: int, megabytes: float, *, in_turns: bool) -> Stage:
+        """Of tiles of both branches; an item goes through as many of them as there are more items than blocks."""
+        turns = min(tiles, max(1, math.ceil(shape.samples * slices * tiles / (multiprocessors * BLOCKS)))) if in_turns else 1
+        items = slices * math.ceil(tiles / turns)
         return Stage(math.ceil(items / cluster), cached=megabytes / items, waits=BUBBLE + SMALL_TRIP * (2 + turns))
 
-    tiles = math.ceil(units / 2 / 32)  # of a branch
-    first = layer(plan["slices"] * 2 * tiles, tiles, plan["splits"] * shape.channels * 4 / 1e6)
-    second = layer(2 * math.ceil(shape.channels / 32), TURNS, shape.channels * units * shape.element_size / 1e6)
+    weights, merged = shape.channels * units * shape.element_size / 1e6, plan["splits"] * shape.channels * 4 / 1e6
+    slices, of_branch = plan["slices"], units / 2
     if direction == "forward":
+        first = layer(slices, 2 * math.ceil(of_branch / 32), weights + merged, in_turns=True)
+        second = layer(1, 2 * math.ceil(shape.channels / 32), weights, in_turns=True)
         return [sweep(plan["splits"], "pool", 1), first, second, sweep(pieces, "fuse", 1, again=True, stored=True)]
-    sums = sweep(math.ceil(plan["sums_channel_groups"] * plan["sums_splits"] / cluster), "sums", 2)
+    sums = sweep(math.ceil(plan["sums_channel_groups"] / cluster), "sums", 2)
+    first = layer(slices, 2 * math.ceil(of_branch / 64), weights, in_turns=False)
+    second = layer(1, math.ceil(shape.channels / 64), weights, in_turns=False)
     return [sums, first, second, sweep(plan["backward_splits"], "dx", 2, again=True, stored=True)]
 
 
 def predict(shape: Shape, direction: str, card: Card, hints: bool = True) -> tuple[float, float]:
     """Microseconds of the launch and the lag in MB, with the best lag."""
-    cluster = 2 if shape.channels > 512 else 1
-    found = stages(shape, direction, cluster)
+    plan = shape.plan(engine="tickets")
+    cluster = plan["cluster" if direction == "forward" else "backward_cluster"]
+    found = stages(shape, direction, cluster, card.multiprocessors)
     item = found[0].copied
     times = {}
     for lag in LAGS:

@@ -39,7 +39,7 @@ def test_a_second_reading_within_the_cache_is_cheaper(tickets, card):
     """A lag beyond the cache costs a third reading from memory, and so do stores that take its room. One that is shorter than
     what the blocks have in their hands makes them wait."""
     shape = tickets.gpu_model.shape_of("64x256x56x56 float32 NCHW")
-    stages = tickets.stages(shape, "forward", 1)
+    stages = tickets.stages(shape, "forward", 1, card.multiprocessors)
     short, near, far = (tickets.simulate(32, stages, lag, card) for lag in (50, 700, 32 * stages[0].items))
     assert far > 1.1 * near
     assert short > 1.1 * near
@@ -48,7 +48,7 @@ def test_a_second_reading_within_the_cache_is_cheaper(tickets, card):
 
 def test_memory_is_never_faster_than_a_copy(tickets, card):
     shape = tickets.gpu_model.shape_of("8x512x100x168 float16 NCHW")
-    stages = tickets.stages(shape, "forward", 1)
+    stages = tickets.stages(shape, "forward", 1, card.multiprocessors)
     assert tickets.simulate(2, stages, 0, card) > 2 * (2 * shape.megabytes / 8) / card.copy
 
 
