@@ -85,11 +85,11 @@ class Tickets {
   unsigned *const drawn_, *const done_;  // [1], [stages - 1, N]
 };
 
-// Whether code for an architecture has a ticketed kernel: copies to shared memory begin with sm_80, and clusters with sm_90. On
-// sm_120 the tiles that clusters share do not fit into the registers. A kernel that is not there is empty, and tickets_fit()
-// keeps it from being launched.
+// Whether code for an architecture has the ticketed kernels: copies to shared memory begin with sm_80, and clusters with sm_90. On
+// sm_120 most of them do not find enough registers. A kernel that is not there is empty, and tickets_fit() keeps it from being
+// launched.
 __host__ __device__ constexpr bool has_tickets(int architecture, int cluster) {
-  return cluster == 1 ? architecture >= 80 : architecture >= 90 && architecture < 120;
+  return architecture >= (cluster > 1 ? 90 : 80) && architecture < 120;
 }
 template <int kCluster>
 __device__ constexpr bool architecture_has_tickets() {

@@ -141,7 +141,7 @@ def test_the_kernels_with_tickets(resources, instructions):
     for arch, kernels in instructions.items():
         for kernel in tickets:
             cluster, number = TICKETS.match(kernel).group(1) == "512", int(arch.removeprefix("sm_"))
-            works = 90 <= number < 120 if cluster else number >= 80
+            works = (90 if cluster else 80) <= number < 120
             assert resources[kernel][arch].registers <= 128, f"{kernel} on {arch}"
             assert resources[kernel][arch].stack == 0, f"{kernel} on {arch}"
             for start in ("LDGSTS.E.BYPASS", "LDG.E.STRONG.GPU", "STG"):
