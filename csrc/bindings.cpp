@@ -62,8 +62,8 @@ py::dict plan_cuda(const gcnet_ext::CudaShape& shape, const gcnet_ext::CudaTunin
                   "sums_channel_groups"_a = sums.channel_groups, "sums_split"_a = sums.split_positions,
                   "sums_splits"_a = sums.splits, "flat_rows"_a = flat.rows, "flat_pieces"_a = flat.pieces,
                   "flat_unit_rows"_a = flat.unit_rows, "flat_row_vector"_a = flat.row_vector, "flat_lanes"_a = flat.lanes,
-                  "cluster"_a = gcnet_ext::plan_cuda_cluster(pool, tuning),
-                  "backward_cluster"_a = gcnet_ext::plan_cuda_cluster(backward, tuning));
+                  "cluster"_a = gcnet_ext::plan_cuda_cluster(shape.channels, pool, tuning),
+                  "backward_cluster"_a = gcnet_ext::plan_cuda_cluster(shape.channels, backward, tuning));
 }
 
 using Decisions = std::array<int64_t, sizeof(gcnet_ext::CudaTuning) / sizeof(int64_t)>;  // in the order of CudaTuning

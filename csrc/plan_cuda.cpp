@@ -108,9 +108,9 @@ CudaPoolPlan plan_cuda_pool_backward(const CudaShape& shape, const CudaTuning& t
   return plan;
 }
 
-int plan_cuda_cluster(const CudaPoolPlan& plan, const CudaTuning& tuning) {
+int plan_cuda_cluster(int64_t channels, const CudaPoolPlan& plan, const CudaTuning& tuning) {
   constexpr int kThreads = 256;  // of a block in a ticketed launch
-  if (!tuning.by_tickets() || plan.path != CudaPoolPath::row_items) return 0;
+  if (!tuning.by_tickets() || plan.path != CudaPoolPath::row_items || channels > kCudaTicketChannels) return 0;
   const int cluster = plan.threads / kThreads;
   return cluster == 1 || tuning.cluster != 1 ? cluster : 0;
 }

@@ -86,7 +86,8 @@ CudaPoolPlan plan_cuda_pool_backward(const CudaShape& shape, const CudaTuning& t
 
 // The blocks that share a tile in a ticketed launch (csrc/cuda/tickets.cuh): a cluster of two plays the threads of the larger
 // tiles. 0 if a direction with this plan takes no tickets.
-int plan_cuda_cluster(const CudaPoolPlan& plan, const CudaTuning& tuning);
+int plan_cuda_cluster(int64_t channels, const CudaPoolPlan& plan, const CudaTuning& tuning);
+inline constexpr int64_t kCudaTicketChannels = 1024;  // the kernel of a larger tile does not find enough registers
 
 // How many items of its first stage the last stage of a sample stays behind in a ticketed launch, in addition to a sample: few
 // enough for the second-level cache to have what both of them read. These are the bytes of a sample, and of an item of the first

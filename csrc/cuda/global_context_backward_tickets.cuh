@@ -224,7 +224,7 @@ bool launch_backward_tickets(SumsParams<T> sums, PoolBackwardParams<T> pool, con
     if (!transform_is_split(sums.transform_grad.forward) || !sums_by_items(sums)) return false;
     const CudaPoolPlan plan = pool_backward_plan(pool);
     const CudaSumsItems cut = plan_cuda_sums_items(common_shape<T>(extent, sums.a, sums.b, sums.fused), tuning());
-    if (plan_cuda_cluster(plan, tuning()) == 0 || cut.splits > 1) return false;
+    if (plan_cuda_cluster(extent.channels, plan, tuning()) == 0 || cut.splits > 1) return false;
     with_row_backward_item_shape<T>(plan, [&](auto shape) {
       using Shape = decltype(shape);
       constexpr int kCluster = kTicketCluster<Shape>;

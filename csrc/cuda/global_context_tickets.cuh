@@ -179,7 +179,7 @@ bool launch_global_context_tickets(PoolParams<T> pool, Fusion<T> fusion, Workspa
     if (!pool.weight.data || extent.elements() == 0 || transform.units == 0) return false;
     const CudaPoolPlan plan = plan_cuda_pool(common_shape<T>(extent, pool.x), tuning());
     const bool wide = row_segments<T>(extent, fusion.x, fusion.residual, fusion.out).wide;
-    if (plan_cuda_cluster(plan, tuning()) == 0 || !wide) return false;
+    if (plan_cuda_cluster(extent.channels, plan, tuning()) == 0 || !wide) return false;
     if (extent.samples * extent.channels > kCudaMaxBlocks) return false;  // rows are counted in 32 bits
     const SliceParts slices(extent.channels, scale.units, shift.units);
     const auto work = [&](int slices, int tiles_of_scale, int tiles_of_shift) {
@@ -197,35 +197,38 @@ bool launch_global_context_tickets(PoolParams<T> pool, Fusion<T> fusion, Workspa
         plan_cuda_lag(sample_elements * sizeof(T), extent.samples, extent.channels * item_positions * sizeof(T), tuning());
     with_row_item_shape<T>(plan, [&](auto shape) {
       using Shape = decltype(shape);
-      constexpr int kCluster = kTicketCluster<Shape>;
-      const auto of_cluster = [](int64_t items) { return (items + kCluster - 1) / kCluster; };
-      const TicketOrder order(
-          extent.samples, {plan.splits, of_cluster(hidden.places()), of_cluster(outputs.places()), of_cluster(pieces)}, lag);
-      const auto kernel = global_context_tickets<T, Shape>;
-      const size_t shared = shared_bytes<ForwardTicketsShared<T, Shape>>();
-      if (!tickets_fit(kernel, kCluster, shared)) return;
-      launched = true;
-      pool.valid = with_shares(pool.valid, extent, workspace, stream);
-      pool.splits = static_cast<unsigned>(plan.splits);
-      pool.partial = workspace.take<float>(extent.samples * plan.splits * (extent.channels + 2));
-      SliceParts parts = slices;
-      parts.values = workspace.take<float>(extent.samples * parts.slices * parts.width);
-      unsigned* const counters = workspace.zeros(Tickets<kCluster>::counters(order), stream);
-      uint8_t* const bits = fusion.positive;
-      const bool bits_of_access = extent.positions % 8 == 0;
-      if (!bits_of_access) fusion.positive = nullptr;  // a byte does not belong to one access, or to two neighbours
-      const ForwardTicketsParams<T, Shape> params{pool,
-                                                  ItemTiles(extent.samples, extent.positions, plan.splits, plan.tile_positions),
-                                                  parts,
-                                                  hidden,
-                                                  outputs,
-                                                  fusion,
-                                                  {extent.samples, extent.channels, wide},
-                                                  static_cast<unsigned>(pieces),
-                                                  tuning().hints != 1,
-                                                  {order, counters}};
-      launch_tickets(kernel, kCluster, order, shared, stream, params);
-      if (bits && !bits_of_access) launch_positive_bits(read_only(fusion.out), extent, bits, stream);
+      if constexpr (Shape::channels <= kCudaTicketChannels) {
+        constexpr int kCluster = kTicketCluster<Shape>;
+        const auto of_cluster = [](int64_t items) { return (items + kCluster - 1) / kCluster; };
+        const TicketOrder order(
+            extent.samples, {plan.splits, of_cluster(hidden.places()), of_cluster(outputs.places()), of_cluster(pieces)}, lag);
+        const auto kernel = global_context_tickets<T, Shape>;
+        const size_t shared = shared_bytes<ForwardTicketsShared<T, Shape>>();
+        if (!tickets_fit(kernel, kCluster, shared)) return;
+        launched = true;
+        pool.valid = with_shares(pool.valid, extent, workspace, stream);
+        pool.splits = static_cast<unsigned>(plan.splits);
+        pool.partial = workspace.take<float>(extent.samples * plan.splits * (extent.channels + 2));
+        SliceParts parts = slices;
+        parts.values = workspace.take<float>(extent.samples * parts.slices * parts.width);
+        unsigned* const counters = workspace.zeros(Tickets<kCluster>::counters(order), stream);
+        uint8_t* const bits = fusion.positive;
+        const bool bits_of_access = extent.positions % 8 == 0;
+        if (!bits_of_access) fusion.positive = nullptr;  // a byte does not belong to one access, or to two neighbours
+        const ForwardTicketsParams<T, Shape> params{
+            pool,
+            ItemTiles(extent.samples, extent.positions, plan.splits, plan.tile_positions),
+            parts,
+            hidden,
+            outputs,
+            fusion,
+            {extent.samples, extent.channels, wide},
+            static_cast<unsigned>(pieces),
+            tuning().hints != 1,
+            {order, counters}};
+        launch_tickets(kernel, kCluster, order, shared, stream, params);
+        if (bits && !bits_of_access) launch_positive_bits(read_only(fusion.out), extent, bits, stream);
+      }
     });
   }
   return launched;
