@@ -159,7 +159,7 @@ MUTANTS = (
     Mutant(
         "kernels-in-forward-mode",
         "gcnet_ext/ops/_dispatch.py",
-        "or «_torch.forward_level() >= 0»\n",
+        "if «_torch.forward_level() >= 0»:\n",
         "False",
         "The kernels drop the tangents.",
         (FORWARD,),
@@ -167,8 +167,8 @@ MUTANTS = (
     Mutant(
         "tangent-of-a-raw-operator",
         "gcnet_ext/ops/_dispatch.py",
-        "    if «_torch.has_tangent(*args)»:\n        return plain",
-        "False",
+        "if «not _torch.has_tangent(*args)»:\n            return differentiable",
+        "True",
         "An operator that is called by its name drops the tangents.",
         (FORWARD,),
     ),
@@ -183,7 +183,7 @@ MUTANTS = (
     Mutant(
         "layer-norm-of-torch-in-forward-mode",
         "gcnet_ext/ops/_transform.py",
-        "    if «_torch.forward_level() < 0»:\n        return F.layer_norm",
+        "    if «_torch.forward_level() < 0»:\n        # layer_norm of ONNX",
         "True",
         "Derivatives of the tangent of torch's LayerNorm are wrong.",
         (FORWARD,),
@@ -207,7 +207,7 @@ MUTANTS = (
     Mutant(
         "input-of-a-class-with-ways",
         "gcnet_ext/blocks/_fused.py",
-        ") and «has_own_ways(x, residual, valid)»\n",
+        "not usual and «has_own_ways(x, residual, valid)»\n",
         "False",
         "The layers are not called for an x that looks at what is called.",
         (SUBCLASSES,),

@@ -36,7 +36,7 @@ MUTANTS = (
     Mutant(
         "program-keeps-the-operator",
         "gcnet_ext/ops/_dispatch.py",
-        "return decomposition(*args) if plain or («plain is None and torch.onnx.is_in_onnx_export()») else",
+        "if plain or («plain is None and torch.onnx.is_in_onnx_export()»):\n            return decomposition",
         "False",
         "An exported program cannot become ONNX.",
         (TORCHSCRIPT,),
