@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from operator import attrgetter
@@ -104,10 +105,12 @@ _NUMBER = torch.zeros(())
 
 def _forward_level() -> int:
     """torch refuses to make a dual tensor where no level is open."""
-    try:
-        forward_ad.make_dual(_NUMBER, _NUMBER)
-    except RuntimeError:
-        return -1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it loads a module of torch that TorchScript compiles, which is deprecated
+        try:
+            forward_ad.make_dual(_NUMBER, _NUMBER)
+        except RuntimeError:
+            return -1
     return 0
 
 

@@ -131,12 +131,6 @@ class NonLocalBlock(nn.Module):
             return _layers.of_no_tensor(self, x)
         _layers.check_channels(x, self.inplanes)
         self._check(x)
-        try:
-            return self._computed(x)
-        except RuntimeError as error:
-            self._explain(x, error)
-
-    def _computed(self, x: Tensor) -> Tensor:
         image = (x if x.dim() == 4 else x.flatten(2).unsqueeze(3)).to(self._dtype(x))
         g = self._attended(self.g(image), x)
         if self.mode == "gaussian":
@@ -161,15 +155,11 @@ class NonLocalBlock(nn.Module):
         if x.dim() - 2 not in POOLS:
             raise RuntimeError(f"x must have 1 to 3 spatial dimensions [N, C, *spatial], got shape {list(x.shape)}")
         _checks.feature_map("non_local", x)
+        own = next(self.g.parameters(), x).device.type
+        if x.device.type != own:  # meta parameters refuse nothing
+            raise RuntimeError(f"x must be on the device of the parameters ({own}), got {x.device.type}")
         if self.sub_sample and any(size < 2 for size in x.shape[2 if x.dim() < 5 else 3 :]):
             raise RuntimeError(f"x must have at least 2 positions wherever sub_sample pools them, got shape {list(x.shape)}")
-
-    def _explain(self, x: Tensor, error: RuntimeError) -> NoReturn:
-        """Raises the error, or one that says more than a layer can."""
-        own = next(self.g.parameters(), x).device.type
-        if x.device.type != own:
-            raise RuntimeError(f"x must be on the device of the parameters ({own}), got {x.device.type}") from None
-        raise error
 
     def _dtype(self, x: Tensor) -> torch.dtype:
         """The dtype g computes in: its weight's for torch's Conv2d; otherwise x's, or a wider one of the parameters of g."""
@@ -206,6 +196,7 @@ def _softmax(theta: Tensor, phi: Tensor, g: Tensor, scaled: bool) -> Tensor:
     """y_p = sum_q softmax_q(theta_p . phi_q) g_q."""
     scale = theta.shape[1] ** -0.5 if scaled else 1.0
     if _torch.is_traced() and torch.onnx.is_in_onnx_export():  # opsets below 14 have no name for this attention
+        theta, phi, g = theta.flatten(2), phi.flatten(2), g.flatten(2)
         attention = (torch.matmul(theta.transpose(1, 2), phi) * scale).softmax(2)
         return torch.matmul(g, attention.transpose(1, 2))
     # The kernels that form no matrix want [N, 1, P or Q, D] with the D next to each other, and values as wide as the keys.

@@ -28,7 +28,7 @@ def plan(case: Case) -> dict:
 def check(case: Case, **options) -> grid.Result:
     grad = Random(1).feature_map(case.shape, case.dtype, case.layout)
     functions = [grid.flat(module.global_context, **options) for module in (gcnet_ext, reference)]
-    return grid.check(*functions, case.inputs(), grad, GLOBAL_CONTEXT_INPUTS, vanishing=case.vanishing, sums=case.sums)
+    return grid.check(*functions, case.inputs(), grad, GLOBAL_CONTEXT_INPUTS, vanishing=case.vanishing, sums=2 * case.sums)
 
 
 # C, P, dtype, layout -> what the plan has the most of: splits, blocks of a sweep by positions and by channels
