@@ -380,6 +380,7 @@ def called_attention(mask: nn.Module, x: Tensor, valid: Tensor | None = None) ->
 
 def called_context(mask: nn.Module, x: Tensor, valid: Tensor | None = None) -> Tensor:
     """The context [N, C] of x under a mask that is called as the module it is, in the accumulation dtype."""
+    x = x.view_as(x)  # the two gradients that it gets here are added before they meet the larger one of the fusion
     attention = called_attention(mask, x, valid)  # before x is read: the mask may begin with a layer that overwrites it
     positions = only(x.flatten(2).to(accumulation_dtype(x)), flat_valid(valid))
     return weighted_sum(positions, attention)
