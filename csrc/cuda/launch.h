@@ -71,6 +71,21 @@ int code_architecture(void (*kernel)(Parameters...)) {
   return code_architecture(reinterpret_cast<const void*>(kernel));
 }
 
+// A launch with an attribute, if it applies.
+template <class... Parameters, class... Arguments>
+void launch_with(cudaLaunchAttribute& attribute, bool applies, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                 size_t shared_bytes, cudaStream_t stream, Arguments&&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = applies ? 1 : 0;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  if (error != cudaSuccess) launch_failed(error);
+}
+
 // A launch whose blocks may start before the launch before it is over, from sm_90 on; see wait_for_previous_launch().
 template <class... Parameters, class... Arguments>
 void launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
@@ -78,15 +93,7 @@ void launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t s
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = code_architecture(kernel) >= 90 ? 1 : 0;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-  if (error != cudaSuccess) launch_failed(error);
+  launch_with(early, code_architecture(kernel) >= 90, kernel, grid, block, shared_bytes, stream, arguments...);
 }
 
 // A launch in which so many neighbouring blocks run together and reach the shared memory of each other (cluster.cuh). More than
@@ -97,15 +104,7 @@ void launch_clusters(void (*kernel)(Parameters...), int cluster, dim3 grid, dim3
   cudaLaunchAttribute clusters{};
   clusters.id = cudaLaunchAttributeClusterDimension;
   clusters.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &clusters;
-  config.numAttrs = cluster > 1 ? 1 : 0;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-  if (error != cudaSuccess) launch_failed(error);
+  launch_with(clusters, cluster > 1, kernel, grid, block, shared_bytes, stream, arguments...);
 }
 
 inline int attribute_of_device(cudaDeviceAttr attribute) {

@@ -12,21 +12,13 @@ import reference
 import schema
 import torch
 from grid import FLOATING, FUSIONS, GLOBAL_CONTEXT_INPUTS, HALF, Case, Random
+from ticket_runs import ITEMS, RUNS, TICKETS, assert_same_bits
 from torch import Tensor
 
 import gcnet_ext
 from gcnet_ext._tuning import CudaTuning, cuda_tuning
 
-TICKETS, ITEMS = CudaTuning(engine="tickets"), CudaTuning(engine="v2")
 ONCE, TWICE = (1, 1), (2, 2)
-# Multiprocessors, lag, schedule and seed.
-RUNS = [
-    (1, -1, "depth-first", 0),
-    (2, 1, "round-robin", 2),
-    (4, 9, "depth-first", 1),
-    (2, 10**6, "round-robin", 0),
-]
-
 pytestmark = pytest.mark.usefixtures("module")
 
 
@@ -41,25 +33,14 @@ class Call:
             saved = schema.Flat("global_context")(*inputs, **options)[1:]
         self.arguments = {**schema.backward(self.grad, inputs, saved, needs), **options, "need_residual": need_residual}
 
-    def __call__(self, tuning: CudaTuning) -> list[Tensor]:
-        with cuda_tuning(tuning):
-            return list(schema.Flat("global_context_backward")(**self.arguments))
+    def __call__(self) -> list[Tensor]:
+        return list(schema.Flat("global_context_backward")(**self.arguments))
 
     def launches(self, module, tuning: CudaTuning) -> int:
         before = module.launches()
-        self(tuning)
+        with cuda_tuning(tuning):
+            self()
         return module.launches() - before
-
-
-def assert_same_bits(monkeypatch, call: Call, runs=RUNS) -> None:
-    expected = call(ITEMS)
-    for multiprocessors, lag, schedule, seed in runs:
-        monkeypatch.setenv("GCNET_EMULATION_MULTIPROCESSORS", str(multiprocessors))
-        monkeypatch.setenv("GCNET_EMULATION_SCHEDULE", schedule)
-        monkeypatch.setenv("GCNET_EMULATION_SEED", str(seed))
-        found = call(CudaTuning(engine="tickets", lag=lag))
-        for index, (one, other) in enumerate(zip(expected, found, strict=True)):
-            assert torch.equal(one, other), f"result {index} on {multiprocessors}, lag {lag}, {schedule}, seed {seed}"
 
 
 # ---- against float64 ---------------------------------------------------------------------------------------------------------
@@ -151,7 +132,8 @@ def test_each_map_is_read_twice_and_dx_is_written_once(monkeypatch, module, shap
 
     module.count_accesses(True)
     try:
-        results = call(CudaTuning(engine="tickets", hints=hints))
+        with cuda_tuning(CudaTuning(engine="tickets", hints=hints)):
+            results = call()
         assert traffic(call.x)["loads"] == traffic(call.grad)["loads"] == TWICE
         stored = [traffic(map) for map in results if map.shape == call.x.shape]
     finally:

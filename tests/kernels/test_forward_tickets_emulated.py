@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from functools import partial
 
 import grid
 import pytest
@@ -16,19 +17,11 @@ import reference
 import schema
 import torch
 from grid import FLOATING, FUSIONS, HALF, Case, Random
+from ticket_runs import RUNS, TICKETS, assert_same_bits
 from torch import Tensor
 
 from gcnet_ext._tuning import CudaTuning, cuda_tuning
 from gcnet_ext.ops import _relu_bits
-
-TICKETS, ITEMS = CudaTuning(engine="tickets"), CudaTuning(engine="v2")
-# Multiprocessors, lag, schedule and seed
-RUNS = [
-    (1, -1, "depth-first", 0),
-    (2, 1, "round-robin", 2),
-    (4, 9, "depth-first", 1),
-    (2, 10**6, "round-robin", 0),
-]
 
 pytestmark = pytest.mark.usefixtures("module")
 
@@ -64,19 +57,6 @@ def launches(module, inputs: Inputs, tuning: CudaTuning, **options) -> int:
     return module.launches() - before
 
 
-def assert_same_bits(monkeypatch, inputs: Inputs, runs=RUNS, **options) -> None:
-    with cuda_tuning(ITEMS):
-        expected = forward(inputs, **options)
-    for multiprocessors, lag, schedule, seed in runs:
-        monkeypatch.setenv("GCNET_EMULATION_MULTIPROCESSORS", str(multiprocessors))
-        monkeypatch.setenv("GCNET_EMULATION_SCHEDULE", schedule)
-        monkeypatch.setenv("GCNET_EMULATION_SEED", str(seed))
-        with cuda_tuning(CudaTuning(engine="tickets", lag=lag)):
-            found = forward(inputs, **options)
-        for index, (one, other) in enumerate(zip(expected, found, strict=True)):
-            assert torch.equal(one, other), f"result {index} on {multiprocessors}, lag {lag}, {schedule}, seed {seed}"
-
-
 # ---- against float64 ---------------------------------------------------------------------------------------------------------
 
 
@@ -106,7 +86,7 @@ def test_every_tile(monkeypatch, module, dtype, shape):
     """Samples of one piece and of several, splits of one tile and of several."""
     inputs = Case(shape, dtype).inputs()
     assert launches(module, inputs, TICKETS) == 1
-    assert_same_bits(monkeypatch, inputs)
+    assert_same_bits(monkeypatch, partial(forward, inputs))
 
 
 @pytest.mark.parametrize(
@@ -115,7 +95,7 @@ def test_every_tile(monkeypatch, module, dtype, shape):
 def test_clusters(monkeypatch, module, dtype, shape):
     inputs = Case(shape, dtype, hidden=33).inputs()
     assert launches(module, inputs, TICKETS) == 1
-    assert_same_bits(monkeypatch, inputs, RUNS[1:])
+    assert_same_bits(monkeypatch, partial(forward, inputs), RUNS[1:])
 
 
 @pytest.mark.parametrize(
@@ -126,7 +106,7 @@ def test_residual_relu_and_valid(monkeypatch, module, residual, relu, valid):
     for case in (Case((3, 40, 16, 18), HALF[0]), Case((2, 24, 4, 65))):
         options = options_of(case, residual=residual, relu=relu, valid=valid)
         assert launches(module, case.inputs(), TICKETS, **options) == 1 + valid
-        assert_same_bits(monkeypatch, case.inputs(), RUNS[1:3], **options)
+        assert_same_bits(monkeypatch, partial(forward, case.inputs(), **options), RUNS[1:3])
 
 
 def test_several_tiles_of_a_split(monkeypatch):
@@ -145,14 +125,14 @@ def test_the_second_layer_or_none(monkeypatch, module, fusion, hard):
     """A w1 [C, C] without a w2 leaves its hidden units as outputs. Activation 3 is GELU."""
     case = Case((3, 40, 16, 18), fusion=fusion)
     options = {"hard_gate": [0.2, 0.4] if hard else None}
-    assert_same_bits(monkeypatch, case.inputs(), RUNS[1:3], activation=3, **options)
+    assert_same_bits(monkeypatch, partial(forward, case.inputs(), activation=3, **options), RUNS[1:3])
     x, *parameters = case.inputs()
     for first in (2, 8):
         if parameters[first] is not None:
             parameters[first : first + 6] = [Random(5).normal(40, 40), Random(6).normal(40), None, None, None, None]
     inputs = (x, *parameters)
     assert launches(module, inputs, TICKETS, **options) == 1
-    assert_same_bits(monkeypatch, inputs, RUNS[1:3], **options)
+    assert_same_bits(monkeypatch, partial(forward, inputs, **options), RUNS[1:3])
 
 
 # ---- bytes -------------------------------------------------------------------------------------------------------------------

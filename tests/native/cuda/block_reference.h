@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "kernel_test.h"
+
 namespace kernel_test {
 
 using Values = std::vector<double>;
@@ -239,5 +241,25 @@ struct BlockReference {
     }
   }
 };
+
+template <class T>
+Values values_of(const FeatureMap<T>& map) {
+  Values values;
+  for (int64_t n = 0; n < map.shape.samples; n++) {
+    for (int64_t c = 0; c < map.shape.channels; c++) {
+      for (int64_t p = 0; p < map.shape.positions; p++) values.push_back(map.at(n, c, p));
+    }
+  }
+  return values;
+}
+
+// Errors are measured by the largest value, because the small ones are left over from sums of that size.
+template <class Found>
+void compare(const std::string& what, const Found& found, const Values& expected, double tolerance) {
+  double size = 1e-30;
+  for (const double value : expected) size = std::max(size, std::fabs(value));
+  Comparison comparison(what, tolerance, size);
+  for (size_t i = 0; i < expected.size(); i++) comparison.add(static_cast<double>(found[i]), expected[i]);
+}
 
 }  // namespace kernel_test

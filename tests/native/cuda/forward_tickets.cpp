@@ -48,25 +48,6 @@ struct BranchOfBlock {
 };
 
 template <class T>
-Values values_of(const FeatureMap<T>& map) {
-  Values values;
-  for (int64_t n = 0; n < map.shape.samples; n++) {
-    for (int64_t c = 0; c < map.shape.channels; c++) {
-      for (int64_t p = 0; p < map.shape.positions; p++) values.push_back(map.at(n, c, p));
-    }
-  }
-  return values;
-}
-
-template <class Found>
-void compare(const std::string& what, const Found& found, const Values& expected, double tolerance) {
-  double size = 1e-30;
-  for (const double value : expected) size = std::max(size, std::fabs(value));
-  Comparison comparison(what, tolerance, size);
-  for (size_t i = 0; i < expected.size(); i++) comparison.add(static_cast<double>(found[i]), expected[i]);
-}
-
-template <class T>
 void test(const Block& block, const Run& run) {
   const Shape& shape = block.shape;
   const int64_t samples = shape.samples, channels = shape.channels, positions = shape.positions;

@@ -82,25 +82,6 @@ Branch<T> random_branch(const Case& block, int64_t units) {
 }
 
 template <class T>
-Values values_of(const FeatureMap<T>& map) {
-  Values values;
-  for (int64_t n = 0; n < map.shape.samples; n++) {
-    for (int64_t c = 0; c < map.shape.channels; c++) {
-      for (int64_t p = 0; p < map.shape.positions; p++) values.push_back(map.at(n, c, p));
-    }
-  }
-  return values;
-}
-
-// Errors are measured by the largest value, because the small ones are left over from sums of that size.
-void compare(const std::string& what, const Values& found, const Values& expected, double tolerance) {
-  double size = 1e-30;
-  for (const double value : expected) size = std::max(size, std::fabs(value));
-  Comparison comparison(what, tolerance, size);
-  for (size_t i = 0; i < expected.size(); i++) comparison.add(found[i], expected[i]);
-}
-
-template <class T>
 void test(const Case& block) {
   using A = acc_t<T>;
   const Shape& shape = block.shape;
