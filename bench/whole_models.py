@@ -1,20 +1,31 @@
-"""Whole models: what the blocks add to the time of a forward pass and of a training step, in plain PyTorch and compiled.
+"""Whole models: what the blocks add to the time of a forward pass and of a training step.
 
-    python bench/whole_models.py [--rounds 7]
+    python bench/whole_models.py [--models resnet50,seresnet50] [--images 4] [--layouts NCHW,NHWC] [--compile] [--rounds 7]
+                                 [--json FILE]
 
-Three variants of one net, timed in turn: without any context block, with the block of plain PyTorch, and with ours. The share
-of a block is what it adds to the net without, over the time of the net with it. ResNet-50 has the paper's placement (behind the
-last norm of every residual block of c3 to c5); timm's models come with their own blocks, before and after replace_blocks.
-A library that is missing is left out.
+Four variants of one net: without any context block, with the peer's, with ours, and with ours that take the addition and the
+ReLU behind them along. The peer's is the block of plain PyTorch in ResNet-50, which has the paper's placement (behind the last
+norm of every residual block of c3 to c5), and timm's own in timm's models.
+
+The share of a variant is what it adds to the net without blocks, over the time of that net. A whole net has 50 layers that are
+not looked at, whose noise is larger than what is looked for. So the tails of the residual blocks are timed alone, each from its
+last convolution's output to its own, as they were in the net, variant after variant; their sums are subtracted. The difference
+of the whole nets stands beside it, with a 95 % interval of the mean of its rounds. A library that is missing is left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import importlib
+import json
+import math
+import statistics
+import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import measure
 import torch
@@ -23,18 +34,14 @@ from torch import Tensor, nn
 
 import gcnet_ext
 
-IMAGES, QUICK_IMAGES = (4, 3, 224, 224), (2, 3, 96, 96)
-VARIANTS = ("without", "eager", "ours")
+SIZE, QUICK_SIZE = 224, 96
+VARIANTS = ("without", "peer", "ours", "ours and tail")
+LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+BLOCKS = ("context_block", "se", "attn")
+"""The names of a residual block's last block in these nets."""
 
 
-def swapped(model: nn.Module, wanted: Callable[[nn.Module], bool], make: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """A copy of the model with other modules in the place of some."""
-    model = copy.deepcopy(model)
-    for name, module in list(model.named_modules()):
-        if wanted(module):
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, make(module))
-    return model
+# ---- nets --------------------------------------------------------------------------------------------------------------------
 
 
 def eager_of(block: gcnet_ext.GlobalContextBlock) -> Eager:
@@ -43,99 +50,262 @@ def eager_of(block: gcnet_ext.GlobalContextBlock) -> Eager:
     return eager
 
 
+def with_blocks(net: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """A copy of the net with other modules in the place of its blocks."""
+    net = copy.deepcopy(net)
+    for residual, name in residual_blocks(net):
+        setattr(residual, name, make(getattr(residual, name)))
+    return net
+
+
+def residual_blocks(net: nn.Module) -> list[tuple[Any, str]]:
+    """The residual blocks of the net that have a context block, and its name in each."""
+    return [(part, name) for part in net.modules() for name in BLOCKS if getattr(part, name, None) is not None]
+
+
 def resnet50() -> dict[str, nn.Module]:
     """The paper's: 13 blocks that add, ratio 1/16."""
-    models = importlib.import_module("torchvision.models")
-    ours = models.resnet50()
-    gcnet_ext.insert_blocks(ours, stages=(2, 3, 4), ratio=1 / 16)
+    plain = importlib.import_module("torchvision.models").resnet50()
+    ours = copy.deepcopy(plain)
+    gcnet_ext.insert_blocks(ours, stages=(2, 3, 4), ratio=1 / 16, fuse_tail=False)
     for name, parameter in ours.named_parameters():
         if "context_block" in name:
             nn.init.normal_(parameter, std=0.01)
-    is_ours = lambda module: isinstance(module, gcnet_ext.GlobalContextBlock)  # noqa: E731
-    return {
-        "without": swapped(ours, is_ours, lambda _: nn.Identity()),
-        "eager": swapped(ours, is_ours, eager_of),
-        "ours": ours,
-    }
+    tail = copy.deepcopy(ours)
+    gcnet_ext.replace_blocks(tail)
+    variants = with_blocks(ours, lambda _: nn.Identity()), with_blocks(ours, eager_of), ours, tail
+    return dict(zip(VARIANTS, variants, strict=True))
 
 
 def timm_model(name: str) -> dict[str, nn.Module]:
-    timm = importlib.import_module("timm")
-    eager = timm.create_model(name)
-    ours = copy.deepcopy(eager)
-    gcnet_ext.replace_blocks(ours)
-    without = swapped(eager, lambda module: type(module).__name__ == "GlobalContext", lambda _: nn.Identity())
-    return {"without": without, "eager": eager, "ours": ours}
+    peer = importlib.import_module("timm").create_model(name)
+    for norm in (part for part in peer.modules() if isinstance(part, nn.BatchNorm2d)):
+        nn.init.ones_(norm.weight)  # timm's last norms begin with zeros, which no block changes
+    ours, tail = copy.deepcopy(peer), copy.deepcopy(peer)
+    gcnet_ext.replace_blocks(ours, fuse_tail=False)
+    gcnet_ext.replace_blocks(tail)
+    return dict(zip(VARIANTS, (with_blocks(peer, lambda _: nn.Identity()), peer, ours, tail), strict=True))
 
 
+OF_TIMM = ("seresnet50", "seresnet18", "ecaresnet50t", "gcresnet50t")
 MODELS: dict[str, Callable[[], dict[str, nn.Module]]] = {
     "resnet50, GC at c3-c5": resnet50,
-    "timm gcresnet50t": lambda: timm_model("gcresnet50t"),
-    "timm gcresnext50ts": lambda: timm_model("gcresnext50ts"),
+    **{f"timm {name}": functools.partial(timm_model, name) for name in OF_TIMM},
 }
 
 
-def infer(model: nn.Module, x: Tensor) -> None:
+# ---- tails -------------------------------------------------------------------------------------------------------------------
+
+
+class Given(nn.Module):
+    """A shortcut that was recorded."""
+
+    def __init__(self, shortcut: Tensor) -> None:
+        super().__init__()
+        self.shortcut = shortcut
+
+    def forward(self, _x: Tensor) -> Tensor:
+        return self.shortcut
+
+
+class Tail(NamedTuple):
+    """The end of a residual block, as a module that takes the output of the last convolution, and what it was called with."""
+
+    module: nn.Module
+    x: Tensor
+    shortcut: Tensor
+
+
+def tails(net: nn.Module, x: Tensor) -> list[Tail]:
+    """The tails of the net's residual blocks, with what they get where the net gets x. A net without such blocks has none."""
+    kept: dict[int, list[Tensor]] = {}
+    handles = []
+    found = [residual for residual, name in residual_blocks(net) if name != "attn"]
+
+    def keep(residual: Any, output: Tensor) -> None:
+        kept.setdefault(id(residual), []).append(output.detach().clone(memory_format=torch.preserve_format))
+
+    for residual in found:
+        last = residual.conv3 if hasattr(residual, "conv3") else residual.conv2
+        handles.append(last.register_forward_hook(lambda _m, _i, output, residual=residual: keep(residual, output)))
+        first = residual if residual.downsample is None else residual.downsample
+        if first is residual:
+            handles.append(residual.register_forward_pre_hook(lambda residual, inputs: keep(residual, inputs[0])))
+        else:
+            handles.append(first.register_forward_hook(lambda _m, _i, output, residual=residual: keep(residual, output)))
     with torch.no_grad():
-        model(x)
+        net(x)
+    for handle in handles:
+        handle.remove()
+    made = []
+    for residual in found:
+        first, second = kept[id(residual)]
+        output, shortcut = (second, first) if residual.downsample is None else (first, second)
+        made.append(Tail(_end_of(residual, shortcut), output, shortcut))
+    return made
 
 
-def train(model: nn.Module, x: Tensor) -> None:
-    model(x).sum().backward()
+def _end_of(residual: nn.Module, shortcut: Tensor) -> nn.Module:
+    """A copy of the residual block with the identity in the place of all layers before its last norm."""
+    end: Any = copy.deepcopy(residual)
+    last = "bn3" if hasattr(end, "bn3") else "bn2"
+    for name, part in list(end.named_children()):
+        if name not in (last, *BLOCKS, "relu", f"act{last[-1]}") and part is not None:
+            setattr(end, name, nn.Identity())
+    end.downsample = Given(shortcut)
+    if hasattr(end, "relu"):  # torchvision's one is called before the last convolution, too
+        vars(end)["_to_the_block"] = getattr(end, last)
+    return end
+
+
+# ---- times -------------------------------------------------------------------------------------------------------------------
+
+
+def infer(module: nn.Module, x: Tensor) -> None:
+    with torch.no_grad():
+        module(x)
+
+
+def train(module: nn.Module, x: Tensor) -> None:
+    module(x).sum().backward()
+
+
+def train_tail(module: nn.Module, wanted: list[Tensor], grad: Tensor) -> None:
+    torch.autograd.grad(module(wanted[0]), wanted, grad)
+
+
+def seconds_of(call: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
 
 
 def check(variants: dict[str, nn.Module], x: Tensor) -> None:
     """Refuses to time a wrong result."""
     with torch.no_grad():
-        eager, ours = (variants[name].eval()(x) for name in ("eager", "ours"))
-    error = float((eager - ours).norm() / eager.norm())
-    if not error < 1e-3:
-        raise SystemExit(f"the models with eager blocks and with ours differ: relative error {error:.2e}")
+        peer, *ours = (variants[name].eval()(x) for name in VARIANTS[1:])
+    for each in ours:
+        error = float((peer - each).norm() / peer.norm())
+        if not error < 1e-3:
+            raise SystemExit(f"the models with the peer's blocks and with ours differ: relative error {error:.2e}")
 
 
-def rows(rounds: int, quick: bool = False) -> list[dict[str, Any]]:
-    """One row per model, direction and variant: time per image, and the share of the blocks."""
+def timed(calls: dict[str, list[Callable[[], Any]]], rounds: int) -> dict[str, list[float]]:
+    """By variant, the sum of the seconds of its calls, in every round. The variants take turns with every call."""
+    for each in calls.values():
+        for call in each:
+            call()
+    found: dict[str, list[float]] = {name: [0.0] * rounds for name in calls}
+    for turn in range(rounds):
+        for step in zip(*calls.values(), strict=True):
+            order = list(zip(calls, step, strict=True))
+            for name, call in order[turn % len(order) :] + order[: turn % len(order)]:
+                found[name][turn] += seconds_of(call)
+    return found
+
+
+def of_net(net: nn.Module, x: Tensor, direction: str, compiled: bool) -> Callable[[], Any]:
+    return functools.partial(infer if direction == "infer" else train, torch.compile(net) if compiled else net, x)
+
+
+def of_tail(tail: Tail, direction: str, compiled: bool) -> Callable[[], Any]:
+    run = torch.compile(tail.module) if compiled else tail.module
+    if direction == "infer":
+        return functools.partial(infer, run, tail.x)
+    wanted = [tail.x.requires_grad_(), tail.shortcut.requires_grad_(), *tail.module.parameters()]
+    return functools.partial(train_tail, run, wanted, torch.ones_like(tail.x))
+
+
+def rows_of(
+    name: str, variants: dict[str, nn.Module], x: Tensor, layout: str, compiled: bool, rounds: int
+) -> list[dict[str, Any]]:
+    """One row per direction and variant."""
     found = []
-    x = torch.randn(QUICK_IMAGES if quick else IMAGES)
-    for name, make in MODELS.items():
+    x = x.to(memory_format=LAYOUTS[layout])
+    for module in variants.values():
+        module.to(memory_format=LAYOUTS[layout])
+    check(variants, x)
+    for direction in ("infer", "train"):
+        for module in variants.values():
+            module.train(direction == "train")
+        torch._dynamo.reset()
+        whole = timed({key: [of_net(net, x, direction, compiled)] for key, net in variants.items()}, rounds)
+        torch._dynamo.reset()
+        ends = {key: [of_tail(tail, direction, compiled) for tail in tails(net, x)] for key, net in variants.items()}
+        parts = timed(ends, 3 * rounds)
+        without = statistics.median(whole["without"])
+        for key in VARIANTS:
+            differences = [a - b for a, b in zip(whole[key], whole["without"], strict=True)]
+            more = [a - b for a, b in zip(parts[key], parts["without"], strict=True)]
+            spread = 1.96 * statistics.stdev(differences) / math.sqrt(rounds) if rounds > 1 else math.nan
+            found.append({
+                "model": name, "direction": direction, "variant": key, "images": x.shape[0], "size": x.shape[2],
+                "layout": layout, "compiled": compiled, "milliseconds": statistics.median(whole[key]) * 1e3,
+                "share": statistics.median(more) / without if ends[key] else None,
+                "whole": statistics.mean(differences) / without, "whole_interval": spread / without,
+            })  # fmt: skip
+    return found
+
+
+def rows(
+    rounds: int,
+    quick: bool = False,
+    models: tuple[str, ...] = tuple(MODELS),
+    images: tuple[int, ...] = (4,),
+    layouts: tuple[str, ...] = ("NCHW",),
+    compiled: bool = False,
+) -> list[dict[str, Any]]:
+    found = []
+    for name in models:
         try:
-            variants = make()
+            variants = MODELS[name]()
         except ImportError as error:
             print(f"{name} is left out: {error}")
             continue
-        check(variants, x)
-        for direction, step in (("infer", infer), ("train", train)):
-            for model in variants.values():
-                model.train(direction == "train")
-            calls = {variant: lambda step=step, model=variants[variant]: step(model, x) for variant in VARIANTS}
-            timed = measure.interleaved(calls, rounds)
-            without = timed["without"].median
-            for variant in VARIANTS:
-                median = timed[variant].median
-                found.append({
-                    "model": name, "direction": direction, "variant": variant, "images": x.shape[0], "size": x.shape[2],
-                    "milliseconds": median * 1e3, "iqr_milliseconds": timed[variant].iqr * 1e3,
-                    "share": (median - without) / median,
-                })  # fmt: skip
+        for count in images:
+            x = torch.randn(count, 3, *2 * (QUICK_SIZE if quick else SIZE,))
+            for layout in layouts:
+                found += rows_of(name, variants, x, layout, compiled, rounds)
     return found
 
 
 def show(found: list[dict[str, Any]]) -> None:
-    print("whole models                     direction   variant     ms per batch      the blocks' share")
+    print("whole models                          direction variant          ms per batch   the blocks' share   of whole nets")
     for row in found:
+        what = f"{row['model']} {row['images']} {row['layout']}{' compiled' if row['compiled'] else ''}"
+        share = "" if row["share"] is None else f"{row['share']:.1%}"
         print(
-            f"  {row['model']:<30} {row['direction']:<10} {row['variant']:<9} "
-            f"{row['milliseconds']:9.1f} +- {row['iqr_milliseconds']:6.1f}   {row['share']:8.1%}"
+            f"  {what:<36}{row['direction']:<9} {row['variant']:<14} {row['milliseconds']:11.1f}   {share:>12}        "
+            f"{row['whole']:8.1%} +- {row['whole_interval']:.1%}",
+            flush=True,
         )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="", help="parts of their names, separated by commas")
+    parser.add_argument("--images", default="4", help="sizes of batches, separated by commas")
+    parser.add_argument("--layouts", default="NCHW", help=", ".join(LAYOUTS))
+    parser.add_argument("--compile", action="store_true", help="by torch.compile, the nets and the tails")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=measure.output_file, default=None, help="a file that the results are added to")
     arguments = parser.parse_args()
     measure.keep_memory()
     torch.manual_seed(0)
-    show(rows(arguments.rounds))
+    torch._dynamo.config.recompile_limit = 256
+    wanted = [name for name in MODELS if any(part in name.split(",")[0].split() for part in arguments.models.split(","))]
+    found = rows(
+        arguments.rounds,
+        models=tuple(wanted) if arguments.models else tuple(MODELS),
+        images=tuple(int(count) for count in arguments.images.split(",")),
+        layouts=tuple(arguments.layouts.split(",")),
+        compiled=arguments.compile,
+    )
+    show(found)
+    if arguments.json is not None:
+        file: Path = arguments.json
+        before = json.loads(file.read_text()) if file.exists() and file.stat().st_size else {"rows": []}
+        file.write_text(json.dumps({"machine": measure.machine(), "rows": [*before["rows"], *found]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

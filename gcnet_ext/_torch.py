@@ -142,6 +142,15 @@ def has_tangent(*values: object) -> bool:
 any_autocast: Callable[[], bool] = _private("_C._is_any_autocast_enabled", lambda: True)
 """Whether autocast may be on for some device."""
 
+
+def modes_are_active() -> bool:
+    """Whether somebody watches every function or operator of torch, by a TorchFunctionMode or a TorchDispatchMode."""
+    return bool(_functions_watched() or _operators_watched())
+
+
+_functions_watched: Callable[[], int] = _private("_C._len_torch_function_stack", lambda: 1)
+_operators_watched: Callable[[], int] = _private("_C._len_torch_dispatch_stack", lambda: 1)
+
 _may_be_wrapper: Callable[[Tensor], bool] = _private("_C._functorch.is_functorch_wrapped_tensor", lambda _tensor: True)
 _PARAMETER = {nn.Parameter, NoneType}
 

@@ -38,6 +38,14 @@ NOTHING: Source = (None, "weight")
 NO_WEIGHTS = (NOTHING,) * len(Branch._fields)
 
 
+class Tail(NamedTuple):
+    """What stands behind a block in a residual block and is computed in the same sweep: ``relu(block(x) + residual)``."""
+
+    residual: Tensor
+    inplace: bool
+    """Whether the output may take the place of x, because nobody reads x again."""
+
+
 class NormAndActivation(NamedTuple):
     """What stands between the two layers of a branch; the same in both branches."""
 
@@ -152,6 +160,7 @@ class _Seen:
 
     def __init__(self, block: FusedBlock, found: Layers) -> None:
         self.options = found.options
+        self.options_of_tail = found.options._replace(final_activation=FINAL_ACTIVATIONS["relu"])
         self.inplace = block._overwrites()
         self.version = class_version(type(block)) if block._watched else None
         self.block = block.__dict__
@@ -227,7 +236,7 @@ class FusedBlock(nn.Module):
         """The output, by calling the submodules."""
         raise NotImplementedError
 
-    def _refused(self, x: Tensor, error: RuntimeError) -> Tensor:
+    def _refused(self, x: Tensor, tail: Tail | None, error: RuntimeError) -> Tensor:
         """What follows when the operator refuses x."""
         self._explain(x, error)
 
@@ -242,15 +251,29 @@ class FusedBlock(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
         if not isinstance(x, Tensor):
             return of_no_tensor(self, x, residual=residual, valid=valid)
+        return self._output(x, residual, valid, None)
+
+    def _takes_tail(self) -> bool:
+        """Whether nothing of the block itself stands between its result and a tail."""
+        return self.final_activation == "none"
+
+    def _with_tail(self, x: Tensor, tail: Tail) -> Tensor:
+        """The output of the block and of the tail behind it."""
+        return self._output(x, tail.residual, None, tail)
+
+    def _output(self, x: Tensor, residual: Tensor | None, valid: Tensor | None, tail: Tail | None) -> Tensor:
         seen = None if is_compiling() else self._seen
         usual = type(x) is Tensor and residual is None and valid is None
         own_ways = not usual and has_own_ways(x, residual, valid)
         weights = None if seen is None or own_ways else seen.weights(self)
         if seen is not None and weights is not None:
+            options, inplace = seen.options, seen.inplace
+            if tail is not None:
+                options, inplace = seen.options_of_tail, inplace or tail.inplace
             try:
-                return global_context.with_lists(x, weights, residual, valid, seen.options, inplace=seen.inplace)
+                return global_context.with_lists(x, weights, residual, valid, options, inplace=inplace)
             except RuntimeError as error:
-                return self._refused(x, error)
+                return self._refused(x, tail, error)
         found = None if own_ways else self._plain_layers()
         # A graph that is being captured looks at everything, once, and at nothing that it would guard.
         if not is_compiling() and not own_ways:
@@ -258,14 +281,18 @@ class FusedBlock(nn.Module):
             self._seen = _Seen(self, found) if found is not None and lasting else None
         if found is None:
             try:
-                return self._with_called_layers(x, residual, valid)
+                out = self._with_called_layers(x, residual, valid)
             except RuntimeError as error:
                 self._explain(x, error)
+            return out if tail is None else out.relu()
         weights = [[parameter(*source) for source in sources] for sources in found.weights]
+        options, inplace = found.options, self._overwrites()
+        if tail is not None:
+            options, inplace = options._replace(final_activation=FINAL_ACTIVATIONS["relu"]), inplace or tail.inplace
         try:
-            return global_context.with_lists(x, weights, residual, valid, found.options, inplace=self._overwrites())
+            return global_context.with_lists(x, weights, residual, valid, options, inplace=inplace)
         except RuntimeError as error:
-            return self._refused(x, error)
+            return self._refused(x, tail, error)
 
     def __prepare_scriptable__(self) -> NoReturn:
         not_scriptable(self)

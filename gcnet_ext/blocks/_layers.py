@@ -210,7 +210,7 @@ METHODS: dict[type[nn.Module], dict[str, Any]] = {
         kind: _torchs_methods(kind, "forward")
         for kind in (
             *(nn.LayerNorm, nn.ReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.LeakyReLU, nn.Identity, nn.Sigmoid, nn.Hardsigmoid),
-            *(nn.Softmax, nn.Dropout),
+            *(nn.Softmax, nn.Dropout, nn.BatchNorm2d, nn.SyncBatchNorm),
             *AVERAGE_POOLS.values(),
         )
     },

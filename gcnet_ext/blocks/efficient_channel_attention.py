@@ -12,6 +12,7 @@ from ..ops import attention_pool
 from ..ops._options import FINAL_ACTIVATIONS
 from ..ops.channel_fuse import channel_fuse
 from . import _layers
+from ._fused import Tail
 
 
 def kernel_size_for(channels: int) -> int:
@@ -80,9 +81,20 @@ class EfficientChannelAttention(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
         if not isinstance(x, Tensor):
             return _layers.of_no_tensor(self, x, residual=residual, valid=valid)
+        return self._output(x, residual, valid, self.final_activation, self.inplace)
+
+    def _takes_tail(self) -> bool:
+        """Whether nothing of the block itself stands between its result and a tail."""
+        return self.final_activation == "none"
+
+    def _with_tail(self, x: Tensor, tail: Tail) -> Tensor:
+        """The output of the block and of the tail behind it."""
+        return self._output(x, tail.residual, None, "relu", self.inplace or tail.inplace)
+
+    def _output(self, x: Tensor, residual: Tensor | None, valid: Tensor | None, final_activation: str, inplace: bool) -> Tensor:
         _layers.check_channels(x, self.inplanes)
         scale = gate(self.conv, attention_pool.unrounded(x, None, None, valid), x)
-        return channel_fuse(x, scale, residual=residual, final_activation=self.final_activation, inplace=self.inplace)
+        return channel_fuse(x, scale, residual=residual, final_activation=final_activation, inplace=inplace)
 
     def __prepare_scriptable__(self) -> NoReturn:
         _layers.not_scriptable(self)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from torch import Tensor
 
 from ..blocks import _layers
+from ..blocks._fused import Tail
 from ..blocks.efficient_channel_attention import gate
 from ..ops import attention_pool
 from ..ops.channel_fuse import channel_fuse
@@ -18,16 +20,19 @@ from .watch import fingerprint
 class EcaPeer(Peer):
     """timm's EcaModule: the convolution is called, pooling and fusion are compiled."""
 
-    def _computed(self, x: Tensor) -> Any:
+    def _computed(self, x: Tensor, tail: Tail | None) -> Any:
         block: Any = self
+        residual, final, inplace = (None, "none", False) if tail is None else (tail.residual, "relu", tail.inplace)
         found = gate_of(block.gate)
-        if not self._is_what_it_was() or block.conv2 is not None or found is None or found.kind != "sigmoid":
-            return self._as_before(x)
-        try:
-            context = attention_pool.unrounded(x)
-        except RuntimeError:  # the former forward says in its own words what is wrong
-            return self._as_before(x)
-        return channel_fuse(x, gate(block.conv, context, x))
+        context = None
+        if self._is_what_it_was() and block.conv2 is None and found is not None and found.kind == "sigmoid":
+            with contextlib.suppress(RuntimeError):  # the former forward says in its own words what is wrong
+                context = attention_pool.unrounded(x)
+        if context is None:
+            out = self._former_output(x, residual)
+            return out if tail is None else out.relu()
+        scale = gate(block.conv, context, x)
+        return channel_fuse(x, scale, residual=residual, final_activation=final, inplace=inplace)
 
 
 def replace_eca(block: Any) -> None:

@@ -44,6 +44,7 @@ def insert_blocks(
     kind: str = "gc",
     *,
     modules: str | Sequence[str] | Mapping[str, int] | None = None,
+    fuse_tail: bool = True,
     **options: Any,
 ) -> list[str]:
     """Put a block into every residual block of a ResNet, or behind any modules of any model, in place.
@@ -53,7 +54,8 @@ def insert_blocks(
 
     The new block is the submodule ``context_block``. Every other name in the model, and with it every checkpoint, stays as it
     was. With ``"after_conv3"`` the residual block itself applies it: it becomes an instance of a subclass of its class, whose
-    forward is the library's but for the one call more. So its norms can be frozen, exchanged (SyncBatchNorm) or fused. With
+    forward is the library's but for the one call more. So its norms can be frozen, exchanged (SyncBatchNorm) or fused. The
+    block takes the addition and the ReLU behind it along, unless a hook or another activation stands there. With
     ``"after_add"`` and ``modules`` a forward hook applies it to the output of the module that it stands behind; a warning says
     once if the model was called and a block was not.
 
@@ -67,6 +69,7 @@ def insert_blocks(
             multiplies its input by about 1/2 at first), ``"eca"`` (likewise), ``"snl"`` or ``"nl"``.
         modules: name or names of modules to insert a block behind, instead of stages and position. A mapping also gives the
             channels of their outputs, which are otherwise read from the module's weights. They must not be norms.
+        fuse_tail: whether a block before the addition takes the addition and the ReLU along.
         options: for the constructor of the block. Device and dtype are those of the module in front of it.
 
     Returns:
@@ -99,7 +102,7 @@ def insert_blocks(
         if hasattr(found[name], NAME):
             raise ValueError(f"{name!r} has a {NAME} already")
     in_residual = modules is None and position == "after_conv3"
-    classes = {name: _class_of(name, found[name]) for name in places} if in_residual else {}
+    classes = {name: _class_of(name, found[name], fuse_tail) for name in places} if in_residual else {}
     blocks = {name: _block(found[name], name, channels, ratio, kind, options) for name, channels in places.items()}
     for name, block in blocks.items():
         found[name].add_module(NAME, block)
@@ -251,9 +254,9 @@ def _examples(model: nn.Module) -> list[str]:
     return names[-3:]
 
 
-def _class_of(name: str, residual: nn.Module) -> type[Any]:
+def _class_of(name: str, residual: nn.Module, fuse_tail: bool) -> type[Any]:
     try:
-        return class_with_context_block(residual)
+        return class_with_context_block(residual, fuse_tail=fuse_tail)
     except ValueError as why:
         raise ValueError(
             f"position 'after_conv3' needs torchvision's or timm's BasicBlock or Bottleneck, and {name} is none: {why}; "

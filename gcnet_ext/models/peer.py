@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .._torch import children, parameters
 from ..blocks import _layers, non_local
-from ..blocks._fused import FusedBlock, Layers, layers, two_layers
+from ..blocks._fused import FusedBlock, Layers, Tail, layers, two_layers
 from ..ops._precision import accumulation_dtype
 from ..ops.attention_pool import attention_map, attention_pool
 from ..ops.channel_fuse import channel_fuse
@@ -76,14 +76,30 @@ class Peer(nn.Module):
         return self._former.forward(self, *args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        record = self._record
-        if record is not None and len(args) == 1 and not kwargs:
+        if self._record is not None and len(args) == 1 and not kwargs:
             (x,) = args
             if not isinstance(x, Tensor):
                 return _layers.of_no_tensor(self, x)
-            if x.dim() == 2 + record.dims and self._has_dtype_of(x, record.first):
-                return self._computed(x)
+            if self._takes(x):
+                return self._computed(x, None)
         return self._as_before(*args, **kwargs)
+
+    def _takes_tail(self) -> bool:
+        """Whether nothing of the block itself stands between its result and a tail."""
+        return True
+
+    def _with_tail(self, x: Tensor, tail: Tail) -> Tensor:
+        """The output of the block and of the tail behind it."""
+        return self._computed(x, tail) if self._takes(x) else self._former_output(x, tail.residual).relu()
+
+    def _takes(self, x: Tensor) -> bool:
+        record = self._record
+        return record is not None and x.dim() == 2 + record.dims and self._has_dtype_of(x, record.first)
+
+    def _former_output(self, x: Tensor, residual: Tensor | None) -> Any:
+        """What the block computed before it was replaced, and the residual added to it."""
+        out = self._as_before(x)
+        return out if residual is None else out + residual
 
     def _has_dtype_of(self, x: Tensor, first: tuple[str, ...]) -> bool:
         """Whether the layers take x as it is, or autocast casts what they take."""
@@ -96,7 +112,7 @@ class Peer(nn.Module):
         device = x.device.type
         return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
-    def _computed(self, x: Tensor) -> Tensor:
+    def _computed(self, x: Tensor, tail: Tail | None) -> Tensor:
         raise NotImplementedError
 
     def _is_what_it_was(self) -> bool:
@@ -194,8 +210,8 @@ def _made_anew(former: type[nn.Module], kind: type[Peer], record: Record | None)
 class FusedPeer(Peer, FusedBlock):
     """A block of the GC or squeeze-excitation family: one operator computes it, as long as its layers are the plain ones."""
 
-    def _computed(self, x: Tensor) -> Tensor:
-        return FusedBlock.forward(self, x)
+    def _computed(self, x: Tensor, tail: Tail | None) -> Tensor:
+        return self._output(x, None if tail is None else tail.residual, None, tail)
 
     _watched = True
 
@@ -224,19 +240,19 @@ class FusedPeer(Peer, FusedBlock):
         skeleton = self._skeleton()
         return None if skeleton is None or why_called(skeleton) else plain_layers(skeleton)
 
-    def _with_called_layers(self, x: Tensor, residual: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
+    def _with_called_layers(self, x: Tensor, residual: Tensor | None, valid: Tensor | None) -> Tensor:
         """Pooling and fusion are compiled, and the layers between are called as the modules they are."""
         skeleton = self._skeleton()
         if skeleton is None:
-            return self._as_before(x)
+            return self._former_output(x, residual)
         mask: Any = skeleton.mask
         if mask is not None and not _layers.is_pointwise(mask, skeleton.dims):
             context = _layers.called_context(mask, x)
         else:
             try:
                 context = attention_pool(x) if mask is None else attention_pool(x, mask.weight, mask.bias)
-            except RuntimeError as error:
-                return self._refused(x, error)
+            except RuntimeError:  # the former forward says in its own words what is wrong
+                return self._former_output(x, residual)
         image = context.reshape(context.shape + (1,) * skeleton.dims)
 
         def term(branch: Bottleneck) -> Tensor:
@@ -255,11 +271,12 @@ class FusedPeer(Peer, FusedBlock):
             scale = scale if gate is None else gate(scale)
         if skeleton.shift is not None:
             shift = term(skeleton.shift).flatten(1).to(accumulation_dtype(x))
-        return channel_fuse(x, scale, shift)
+        return channel_fuse(x, scale, shift, residual=residual)
 
-    def _refused(self, x: Tensor, error: RuntimeError) -> Any:
+    def _refused(self, x: Tensor, tail: Tail | None, error: RuntimeError) -> Any:
         """Lets the former forward compute or refuse x, so that an error has the words of the former class."""
-        return self._as_before(x)
+        out = self._former_output(x, None if tail is None else tail.residual)
+        return out if tail is None else out.relu()
 
     def _explain(self, x: Tensor, error: RuntimeError) -> Any:
         """Raises the error as it is, because the layer that was called has already said what is wrong."""
@@ -340,7 +357,10 @@ def _described(module: nn.Module | None) -> str:
 class NonLocalPeer(Peer):
     """mmcv's non-local block; its layers are called, and what stands between them forms no matrix of P x P weights."""
 
-    def _computed(self, x: Any) -> Any:
+    def _takes_tail(self) -> bool:
+        return False
+
+    def _computed(self, x: Any, tail: Tail | None) -> Any:
         block: Any = self
         if not self._is_what_it_was():
             return self._as_before(x)

@@ -12,6 +12,7 @@ from .._torch import HOOKS
 from ..blocks.plain import TWINS, become_plain
 from .insert import plain_hooks
 from .peer import Peer, become_former
+from .tail import WithTail, become_without_tail
 
 
 def to_plain(model: nn.Module) -> nn.Module:
@@ -46,5 +47,7 @@ def to_plain(model: nn.Module) -> nn.Module:
             become_former(part)
         elif isinstance(part, tuple(TWINS)):
             become_plain(part)
+        elif isinstance(part, WithTail):
+            become_without_tail(part)
         plain_hooks(getattr(part, HOOKS[0]))
     return made

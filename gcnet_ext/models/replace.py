@@ -18,12 +18,13 @@ from . import same, watch
 from .efficient_channel_attention import replace_eca
 from .peer import FusedPeer, NonLocalPeer, Peer, Record, become, way_to, why_called, why_left
 from .report import Report
+from .residual import fuse_tails
 from .skeleton import NON_LOCAL, READERS, Left, eca_of, is_original, looks_like_attention, non_local_of, reader_of, settings
 
 OURS = (EfficientChannelAttention, GlobalContextBlock, NonLocalBlock, SimplifiedNonLocalBlock, SqueezeExcitation, Peer)
 
 
-def replace_blocks(model: nn.Module) -> Report:
+def replace_blocks(model: nn.Module, *, fuse_tail: bool = True) -> Report:
     """Give every block of the GC family in the model a forward of this package, in place.
 
     It takes mmcv's ``ContextBlock`` and ``NonLocal1d``, ``2d`` and ``3d``, timm's ``GlobalContext``, ``SEModule`` and
@@ -37,8 +38,13 @@ def replace_blocks(model: nn.Module) -> Report:
     layers of a block are not the plain ones any more (a hook, another activation), they are called as modules, and what our
     forward cannot take (an unbatched input, say) the former one computes.
 
+    Where a block of ours stands before the addition in a residual block of torchvision's or timm's ResNets or of timm's SENets,
+    it takes the addition and the ReLU along: the residual block becomes an instance of a subclass, too. If a hook, another
+    activation or an active DropPath comes between, its former forward computes it.
+
     Args:
         model: any module.
+        fuse_tail: whether residual blocks are changed, too.
 
     Returns:
         A `Report`, which prints itself as a list.
@@ -71,6 +77,8 @@ def replace_blocks(model: nn.Module) -> Report:
             found.replaced[name] = kind
             if called:
                 found.called[name] = called
+    if fuse_tail:
+        found.tails.update(fuse_tails(model))
     return found
 
 

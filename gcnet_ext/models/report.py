@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from torch import nn
 
 KNOWN = (
-    "mmcv's ContextBlock and NonLocal1d to 3d, timm's GlobalContext, SEModule and EcaModule, torchvision's SqueezeExcitation, "
-    "and classes with the submodules of the GC block (conv_mask, channel_add_conv, channel_mul_conv)"
+    "mmcv's ContextBlock and NonLocal1d to 3d, timm's GlobalContext, SEModule (also that of its SENets) and EcaModule, "
+    "torchvision's SqueezeExcitation, and classes with the submodules of the GC block (conv_mask, channel_add_conv, "
+    "channel_mul_conv)"
 )
 NAMES_IN_A_LINE = 4
 
@@ -25,6 +26,8 @@ class Report:
             others are computed by one operator.
         left: name of each module that looks like attention over channels or positions and was left as it is, and why.
         kinds: the class of each module that is left.
+        tails: name of each block of ours, and why it does not take the addition and the ReLU of a residual block along; empty
+            where it does. Without ``fuse_tail`` no block is named.
     """
 
     model: nn.Module
@@ -32,12 +35,15 @@ class Report:
     left: dict[str, str] = field(default_factory=dict)
     called: dict[str, str] = field(default_factory=dict)
     kinds: dict[str, str] = field(default_factory=dict)
+    tails: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{len(self.replaced)} replaced, {len(self.left)} left"]
-        for names in _alike(self.replaced, lambda name: (self.replaced[name], self.called.get(name))):
-            kind, why = self.replaced[names[0]], self.called.get(names[0])
+        for names in _alike(self.replaced, lambda name: (self.replaced[name], self.called.get(name), self.tails.get(name))):
+            kind, why, tail = self.replaced[names[0]], self.called.get(names[0]), self.tails.get(names[0])
             how = "fused" if why is None else f"pooling and fusion compiled, but {why} is called"
+            how += " with the addition and the ReLU behind it" if tail == "" else ""
+            how += f", alone, because {tail}" if tail else ""
             lines.append(f"  replaced  {_counted(names)}{kind}, {how}: {_listed(names)}")
         for names in _alike(self.left, lambda name: (self.kinds.get(name), self.left[name])):
             kind = self.kinds.get(names[0], "")

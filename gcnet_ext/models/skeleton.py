@@ -223,6 +223,11 @@ def timm_squeeze_excitation(block: Any) -> Skeleton:
     return _squeeze_excitation(block.fc1, block.act, block.fc2, block.gate, block.bn)
 
 
+def senet_squeeze_excitation(block: Any) -> Skeleton:
+    """The SEModule of timm's SENets."""
+    return _squeeze_excitation(block.fc1, block.relu, block.fc2, block.sigmoid)
+
+
 def torchvision_squeeze_excitation(block: Any) -> Skeleton:
     """torchvision's SqueezeExcitation."""
     return _squeeze_excitation(block.fc1, block.activation, block.fc2, block.scale_activation, block.avgpool)
@@ -242,6 +247,7 @@ READERS: dict[str, Reader] = {
     "mmcv ContextBlock": Reader(context_block, ("pooling_type",), "mmcv"),
     "timm GlobalContext": Reader(timm_global_context, (), "timm"),
     "timm SEModule": Reader(timm_squeeze_excitation, ("add_maxpool",), "timm"),
+    "timm SENet SEModule": Reader(senet_squeeze_excitation, (), "timm"),
     "torchvision SqueezeExcitation": Reader(torchvision_squeeze_excitation, (), "torchvision"),
     "snippet": Reader(snippet, (), "mmcv"),
 }
@@ -249,6 +255,7 @@ CLASSES: dict[tuple[str, str], str] = {
     ("mmcv.cnn", "ContextBlock"): "mmcv ContextBlock",
     ("timm.layers", "GlobalContext"): "timm GlobalContext",
     ("timm.layers", "SEModule"): "timm SEModule",
+    ("timm.models.senet", "SEModule"): "timm SENet SEModule",
     ("torchvision.ops", "SqueezeExcitation"): "torchvision SqueezeExcitation",
 }
 NON_LOCAL = ("NonLocal1d", "NonLocal2d", "NonLocal3d")

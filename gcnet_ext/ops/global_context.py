@@ -99,8 +99,7 @@ def with_lists(
 ) -> Tensor:
     """`global_context` with the lists of the operator, each complete: of the mask, of the scale and of the shift.
 
-    Only x may be of a class with ways of its own. If nothing requires a gradient, nothing is saved for backward, except in a
-    captured graph.
+    Only x may be of a class with ways of its own. If nothing requires a gradient, nothing is saved for backward.
     """
     if _torch.any_autocast():
         weights = [beside(x, *tensors) for tensors in weights]
@@ -115,7 +114,8 @@ def with_lists(
     if not kernels:
         return block(Arguments(*args))
     if is_compiling():
-        return torch.ops.gcnet_ext.global_context.default(*args)[0]
+        # Autograd puts the operator that saves what backward reads in its place, if there is a backward pass.
+        return torch.ops.gcnet_ext.global_context_inference.default(*args)
     if _torch.is_tracing():
         return _traced.global_context(*args)
     if torch.is_grad_enabled() and _torch.any_requires_grad(*(by_themselves := flat(*args))):

@@ -124,7 +124,7 @@ def test_compiled_code_follows_the_switch(fresh_dynamo):
         assert torch.allclose(compiled(x), want, atol=1e-5)
         with gcnet_ext.plain():
             assert torch.allclose(compiled(x), want, atol=1e-5)
-    assert captured == [["gcnet_ext.global_context.default"], []]
+    assert captured == [["gcnet_ext.global_context_inference.default"], []]
 
 
 # ---- programs ----------------------------------------------------------------------------------------------------------------

@@ -169,7 +169,7 @@ def test_the_report_is_grouped_and_prints_itself():
     kind = f"{imitations.library('timm.layers').SEModule.__module__}.SEModule"
     assert str(report).splitlines() == [
         "8 replaced, 2 left",
-        f"  replaced  6 x {kind}, fused: 0, 1, 2, 3 and 2 more",
+        f"  replaced  6 x {kind}, fused, alone, because no residual block that is known ends with it: 0, 1, 2, 3 and 2 more",
         f"  replaced  2 x {kind}, pooling and fusion compiled, but its activation Tanh is called: 6, 7",
         f"  left      {kind}, because it adds a max-pooling to the average: 8",
         f"  left      {__name__}.Cbam, because its class is none of those that are known: 9",

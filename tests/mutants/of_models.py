@@ -15,6 +15,7 @@ REPORT = "test_replace_report.py"
 LATER = "test_replace_later.py"
 LOOK_ALIKES = "test_replace_look_alikes.py"
 TRIES = "test_replace_tries.py"
+TAIL = "test_tail.py"
 
 MUTANTS = (
     Mutant(
@@ -76,7 +77,7 @@ MUTANTS = (
     Mutant(
         "replaced-any-rank",
         "gcnet_ext/models/peer.py",
-        "if «x.dim() == 2 + record.dims and »self._has_dtype_of",
+        "record is not None« and x.dim() == 2 + record.dims» and self._has_dtype_of",
         "",
         "A replaced block takes inputs of another rank in its own way.",
         (KEEPS,),
@@ -84,7 +85,7 @@ MUTANTS = (
     Mutant(
         "replaced-any-dtype",
         "gcnet_ext/models/peer.py",
-        "record.dims« and self._has_dtype_of(x, record.first)»:",
+        "record.dims« and self._has_dtype_of(x, record.first)»",
         "",
         "A replaced block takes an input of another dtype than its layers.",
         (KEEPS,),
@@ -132,10 +133,11 @@ MUTANTS = (
     Mutant(
         "inserted-before-drop-path",
         "gcnet_ext/models/residual_timm.py",
-        "        «out = self.context_block(out)\n        if self.drop_path is not None:\n"
+        "        «out = self.context_block(self._to_the_block(x))\n        if self.drop_path is not None:\n"
         "            out = self.drop_path(out)»\n"
         "        out += x if self.downsample is None else self.downsample(x)\n        return self.act2(out)",
-        "if self.drop_path is not None:\n            out = self.drop_path(out)\n        out = self.context_block(out)",
+        "out = self._to_the_block(x)\n        if self.drop_path is not None:\n            out = self.drop_path(out)\n"
+        "        out = self.context_block(out)",
         "The context block sees what stochastic depth has left of the branch.",
         (INSERT,),
     ),
@@ -226,5 +228,70 @@ MUTANTS = (
         "Options().slope",
         "Every LeakyReLU has the default slope.",
         (ACTIVATED,),
+    ),
+    # ---- tails of residual blocks --------------------------------------------------------------------------------------------
+    Mutant(
+        "tail-past-a-hook",
+        "gcnet_ext/models/tail.py",
+        "if block is None or not can_take_tail(block)« or not is_untouched(block)»:",
+        "",
+        "A hook of the last block is not called.",
+        (TAIL,),
+    ),
+    Mutant(
+        "tail-of-any-activation",
+        "gcnet_ext/models/tail.py",
+        "plain = «is_relu(named.get(self._activation)) and »drops_nothing",
+        "",
+        "What stands in the place of the ReLU is not called.",
+        (TAIL,),
+    ),
+    Mutant(
+        "tail-of-a-final-relu",
+        "gcnet_ext/blocks/_fused.py",
+        'return «self.final_activation == "none"»',
+        "True",
+        "A block that ends with a ReLU of its own loses it before the addition.",
+        (TAIL,),
+    ),
+    Mutant(
+        "tail-overwrites-what-was-kept",
+        "gcnet_ext/models/tail.py",
+        "return out is not x and out is not shortcut« and has_new_output(layers)» and has_kernels(out)",
+        "",
+        "What a norm of somebody's own has kept is overwritten.",
+        (TAIL,),
+    ),
+    Mutant(
+        "tail-overwrites-under-a-mode",
+        "gcnet_ext/models/tail.py",
+        "if torch.is_grad_enabled() or is_compiling()« or modes_are_active()»:",
+        "",
+        "What a mode of torch has kept is overwritten.",
+        (TAIL,),
+    ),
+    Mutant(
+        "tail-never-overwrites",
+        "gcnet_ext/models/tail.py",
+        "if «torch.is_grad_enabled()» or is_compiling() or",
+        "True",
+        "Inference takes more memory than it needs.",
+        (TAIL,),
+    ),
+    Mutant(
+        "tail-of-a-shortcut-that-is-broadcast",
+        "gcnet_ext/models/tail.py",
+        "if «out.shape == shortcut.shape and out.dtype == shortcut.dtype»:",
+        "True",
+        "A shortcut that torch would broadcast is an error.",
+        (TAIL,),
+    ),
+    Mutant(
+        "captured-graph-keeps-what-nobody-reads",
+        "gcnet_ext/ops/global_context.py",
+        "return torch.ops.gcnet_ext.«global_context_inference.default(*args)»",
+        "global_context.default(*args)[0]",
+        "A captured graph computes what only a backward pass reads.",
+        ("test_export.py",),
     ),
 )
