@@ -170,10 +170,18 @@ def apply_to_results(function: type[torch.autograd.Function], *args: Any) -> Any
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
+_FAKE: Any = _private("_subclasses.fake_tensor.FakeTensor", None)
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether the tensor stands for another one where a graph is captured or compiled."""
+    return _FAKE is not None and isinstance(tensor, _FAKE)
+
+
 PLAIN_TENSORS: frozenset[type] = frozenset(
     {
         *(Tensor, nn.Parameter, NoneType),
-        _private("_subclasses.fake_tensor.FakeTensor", Tensor),
+        Tensor if _FAKE is None else _FAKE,
         _private("_subclasses.functional_tensor.FunctionalTensor", Tensor),
     }
 )

@@ -43,7 +43,7 @@ class Report:
             kind, why, tail = self.replaced[names[0]], self.called.get(names[0]), self.tails.get(names[0])
             how = "fused" if why is None else f"pooling and fusion compiled, but {why} is called"
             how += " with the addition and the ReLU behind it" if tail == "" else ""
-            how += f", alone, because {tail}" if tail else ""
+            how += f", alone, because {tail}" if tail and why is None else ""
             lines.append(f"  replaced  {_counted(names)}{kind}, {how}: {_listed(names)}")
         for names in _alike(self.left, lambda name: (self.kinds.get(name), self.left[name])):
             kind = self.kinds.get(names[0], "")

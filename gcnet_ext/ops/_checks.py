@@ -209,8 +209,13 @@ def saved(op: str, name: str, tensor: Tensor, x: Tensor, sizes: Sequence[int]) -
 
 
 def positive(op: str, tensor: Tensor, x: Tensor, final_activation: int) -> None:
-    """Checks the bits of the final ReLU: uint8 [N, bytes of a sample's bits], or [N, 0] if there is no final ReLU."""
-    _exactly(op, "positive", tensor, x, torch.uint8, (x.shape[0], _relu_bits.bytes_of(x) if final_activation else 0))
+    """Checks the bits of the final ReLU: uint8 [N, bytes of a sample's bits], or [N, 0] if there is no final ReLU.
+
+    The bytes depend on the memory format of x. torch.compile may keep x in another one until backward, and gives the operator
+    the strides that it had in forward only where it runs: what stands for x before may have other strides.
+    """
+    bytes_of_sample = tensor.shape[-1] if _torch.is_fake(x) else _relu_bits.bytes_of(x)
+    _exactly(op, "positive", tensor, x, torch.uint8, (x.shape[0], bytes_of_sample if final_activation else 0))
 
 
 def positions(x: Tensor) -> int:
