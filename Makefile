@@ -97,6 +97,7 @@ mutants: $(BUILT)
 # in whole models, which need torchvision and so the torch of CUDA_TORCH: the CPU library of .venv runs on that, too.
 bench: $(BUILT) $(if $(PEERS),$(CUDA_VENV)/installed-$(CUDA_TAG))
 	PYTHONPATH=$(CURDIR) $(if $(PEERS),$(CUDA_VENV),$(VENV))/bin/python bench/run.py $(ARGS)
+	$(if $(PEERS),PYTHONPATH=$(CURDIR) $(CUDA_VENV)/bin/python bench/whole_models.py --json build/bench/whole_models.json)
 
 build: $(BUILT)
 

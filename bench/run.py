@@ -1,7 +1,8 @@
-"""Every benchmark: how much faster, how much less memory, how far from the limit, and what it does to a whole model.
+"""Every benchmark of single blocks: how much faster, how much less memory, how far from the limit. Whole models are in
+whole_models.py.
 
     make bench                              on this machine; make bench ARGS=--quick takes two minutes
-    python bench/run.py [--quick] [--only block,non_local,overhead,scaling,memory,models,gpu] [--json FILE] [--plots FOLDER]
+    python bench/run.py [--quick] [--only block,non_local,overhead,scaling,memory,gpu] [--json FILE] [--plots FOLDER]
 
 Writes the results with the machine, the versions, the build and the git revision as JSON, and draws them. On a machine with a
 GPU bench/gpu_timing.py is run, too: CUDA events, one call at a time and as a CUDA graph, hot and cold caches.
@@ -25,10 +26,9 @@ import overhead
 import plots
 import scaling
 import torch
-import whole_models
 from tqdm import tqdm
 
-SECTIONS = ("block", "non_local", "overhead", "scaling", "memory", "models", "gpu")
+SECTIONS = ("block", "non_local", "overhead", "scaling", "memory", "gpu")
 COMPILED = ("ours compiled", "compile", "compile max-autotune", "rewrite")
 # ResNet-50 at 224 in batches of 1, 8 and 64, at 800x1333 (c3 to c5), the first convolution's output, and video
 SHAPES = (
@@ -108,7 +108,6 @@ def main() -> None:
         "overhead": lambda: shown(overhead, overhead.rows(rounds)),
         "scaling": lambda: shown(scaling, scaling.rows(rounds, quick)),
         "memory": lambda: memory_rows(quick),
-        "models": lambda: shown(whole_models, whole_models.rows(min(rounds, 3 if quick else 7), quick)),
     }
     if torch.cuda.is_available():
         sections["gpu"] = lambda: gpu(quick)

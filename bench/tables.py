@@ -17,6 +17,7 @@ import plots
 ROOT = Path(__file__).resolve().parent.parent
 README, BENCHMARKS, RESULTS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "bench" / "results" / "cpu.json"
 GPU_RESULTS = ROOT / "bench" / "results" / "h200" / "gpu_check.json"
+WHOLE_MODELS = ROOT / "bench" / "results" / "whole_models.json"
 BEGIN, END = "<!-- measured: written by bench/tables.py -->", "<!-- end of measured -->"
 GPU_BEGIN, GPU_END = "<!-- measured on a GPU: written by bench/tables.py -->", "<!-- end of measured on a GPU -->"
 CANDIDATES = ("ours", "eager", "compile", "rewrite")
@@ -55,20 +56,27 @@ def memory(results: dict[str, Any]) -> str:
     return _table(["x", "block", "infer: peak", "train: peak", "saved for backward"], cells)
 
 
-def models(results: dict[str, Any]) -> str:
-    figures = {(row["model"], row["direction"], row["variant"]): row for row in results["models"]}
+def models(whole: dict[str, Any]) -> str:
+    """What the blocks add to whole nets, of the net without them; one line per net, layout, direction and way to run it."""
+    keys = ("model", "images", "layout", "direction", "compiled")
+    figures = {(*(row[key] for key in keys), row["variant"]): row for row in whole["rows"]}
+
+    def share(row: dict[str, Any]) -> str:
+        nets = f"{row['whole']:.1%} ± {row['whole_interval']:.1%}"
+        return f"({nets})" if row["share"] is None else f"**{row['share']:.1%}** ({nets})"
+
     cells = []
-    for model, direction in dict.fromkeys((row["model"], row["direction"]) for row in results["models"]):
-        without, eager, ours = (figures[model, direction, variant] for variant in ("without", "eager", "ours"))
-        times = [f"{row['milliseconds']:.0f} ± {row['iqr_milliseconds']:.0f}" for row in (without, eager, ours)]
-        cells.append([model, direction, *times, f"{eager['share']:.1%}", f"{ours['share']:.1%}"])
-    return _table(["model", "", "without, ms", "eager, ms", "ours, ms", "share: eager", "share: ours"], cells)
+    for found in dict.fromkeys(key[:-1] for key in figures):
+        model, images, layout, direction, compiled = found
+        variants = (figures[(*found, variant)] for variant in ("peer", "ours", "ours and tail"))
+        way = f"{direction}{', compiled' if compiled else ''}"
+        cells.append([model, f"{images}, {layout}", way, *map(share, variants)])
+    return _table(["model", "images", "", "the peer's block", "ours", "ours, with the addition and the ReLU"], cells)
 
 
-def text(results: dict[str, Any]) -> str:
+def text(results: dict[str, Any], whole: dict[str, Any]) -> str:
     """The part of docs/benchmarks.md between the first two marks."""
-    machine = results["machine"]
-    images = next((row for row in results.get("models", ())), None)
+    machine, other = results["machine"], whole["machine"]
     parts = [
         f"On {machine['threads']} threads of {machine['processor']} ({machine['capability']}, second-level cache "
         f"{machine['second_level_cache']}), torch {machine['torch']}, float32, {machine['date']}; by `make bench PEERS=1`, "
@@ -78,11 +86,14 @@ def text(results: dict[str, Any]) -> str:
         "Memory that is allocated beside x and the weights, in multiples of x:",
         memory(results),
     ]
-    if images is not None:
-        parts += [
-            f"Whole models, {images['images']} images of {images['size']}x{images['size']}; the share is what the blocks add:",
-            models(results),
-        ]
+    parts += [
+        f"Whole models, images of 224x224, on {other['threads']} threads of {other['processor']}, torch {other['torch']}, "
+        f"{other['date']}; by `python bench/whole_models.py`, committed as "
+        "[whole_models.json](../bench/results/whole_models.json). What the blocks add, over the time of the net without them: "
+        "in bold from the tails of the residual blocks, timed alone on the net's activations, in brackets from the whole nets, "
+        "with a 95 % interval. A net whose blocks do not stand at the end of a residual block has no tails.",
+        models(whole),
+    ]
     return "\n\n".join(parts)
 
 
@@ -107,7 +118,7 @@ def gpu_text(results: dict[str, Any]) -> str:
     )
 
 
-def gains(results: dict[str, Any], gpu_results: dict[str, Any]) -> str:
+def gains(results: dict[str, Any], gpu_results: dict[str, Any], whole: dict[str, Any]) -> str:
     """The box of README.md: what one block gains, as times of another implementation over ours."""
     rows, machine, gpu = plots.block_rows(results), results["machine"], gpu_results["environment"]
     time = {(r["x"], r["layout"], r["direction"], r["candidate"]): r["microseconds"] for r in rows}
@@ -131,17 +142,17 @@ def gains(results: dict[str, Any], gpu_results: dict[str, Any]) -> str:
             cells(to_rewrite("backward"), rewrite, "GPU, backward"),
         ],
     )
-    whole = ("timm gcresnet50t", "infer")
-    model = {row["variant"]: row["milliseconds"] for row in results["models"] if (row["model"], row["direction"]) == whole}
+    rows_of_net = [row for row in whole["rows"] if row["model"].startswith("resnet50") and row["direction"] == "infer"]
+    share = {row["variant"]: row["share"] for row in rows_of_net if row["layout"] == "NCHW" and not row["compiled"]}
     cpu = f"{machine['threads']} threads of an {machine['processor'].replace('(R)', '')}"
     return "\n\n".join(
         [
             table,
             f"Geometric means. CPU: {cpu}, float32, {len(to_eager('infer'))} cases, commit {machine['revision'][:7]}. GPU: one "
             f"{gpu['gpus'][0]['name']}, float16 and float32, {len(to_rewrite('forward'))} cases, commit {gpu['commit']}; eager "
-            "PyTorch, the forward pass of training and other cards were not measured. In a whole model the gain is smaller: "
-            "timm's gcresnet50t takes "
-            f"{1 - model['ours'] / model['eager']:.0%} less time in CPU inference than with eager blocks. "
+            "PyTorch, the forward pass of training and other cards were not measured. In a whole model: CPU inference of "
+            f"ResNet-50 takes {share['ours and tail']:.1%} more time with 13 blocks than without, and {share['peer']:.1%} more "
+            "with eager blocks. "
             "[All tables](docs/benchmarks.md)",
         ]
     )
@@ -152,17 +163,17 @@ def _between(page: str, begin: str, end: str, content: str) -> str:
     return f"{before}{begin}\n\n{content}\n\n{end}{rest.split(end)[1]}"
 
 
-def pages(results: dict[str, Any], gpu_results: dict[str, Any]) -> dict[Path, str]:
+def pages(results: dict[str, Any], gpu_results: dict[str, Any], whole: dict[str, Any]) -> dict[Path, str]:
     """Each page, as it must be."""
-    benchmarks = _between(BENCHMARKS.read_text(), BEGIN, END, text(results))
+    benchmarks = _between(BENCHMARKS.read_text(), BEGIN, END, text(results, whole))
     return {
-        README: _between(README.read_text(), BEGIN, END, gains(results, gpu_results)),
+        README: _between(README.read_text(), BEGIN, END, gains(results, gpu_results, whole)),
         BENCHMARKS: _between(benchmarks, GPU_BEGIN, GPU_END, gpu_text(gpu_results)),
     }
 
 
 def main() -> int:
-    wanted = pages(json.loads(RESULTS.read_text()), json.loads(GPU_RESULTS.read_text()))
+    wanted = pages(*(json.loads(file.read_text()) for file in (RESULTS, GPU_RESULTS, WHOLE_MODELS)))
     other = [page for page, content in wanted.items() if page.read_text() != content]
     if "--check" in sys.argv:
         for page in other:
