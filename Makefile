@@ -60,14 +60,16 @@ test-native: $(BUILT)
 	$(VENV)/bin/cmake --build build/native
 	$(VENV)/bin/ctest --test-dir build/native --output-on-failure -j 2 $(ARGS)
 
-# The suite on that torch, but for what does not depend on it, and some of the operators' tests, because the same kernels compute
-# there; then the stable ABI at work: the CPU library that was built there on the torch of .venv, and wheels of either on the other.
+# The suite on that torch, but for what does not depend on it. What stands beside torch and other libraries is tested in full, and
+# of the rest some of every kind, because the same kernels compute there; then the stable ABI at work: the CPU library that was built
+# there on the torch of .venv, and wheels of either on the other.
 ELSEWHERE := accuracy bench build capabilities docs endurance gpu_check cmake packaging paper_costs security types large *_emulated
 test-cuda-build: $(CUDA_BUILT) $(BUILT)
 	cd $(CUDA_CHECKOUT) && $(PYTEST:$(VENV)/%=$(abspath $(CUDA_VENV))/%) $(ELSEWHERE:%=--ignore-glob='tests/*/test_%.py') \
-		--ignore=tests/ops --ignore=tests/properties -k "not cuda-emulated" $(ARGS)
+		tests/models tests/integration tests/kernels tests/building -k "not cuda-emulated" $(ARGS)
 	cd $(CUDA_CHECKOUT) && $(PYTEST:$(VENV)/%=$(abspath $(CUDA_VENV))/%) $(ELSEWHERE:%=--ignore-glob='tests/*/test_%.py') \
-		tests/ops tests/properties --brief -k "not cuda-emulated"
+		--ignore=tests/models --ignore=tests/integration --ignore=tests/kernels --ignore=tests/building --brief \
+		-k "not cuda-emulated"
 	cd $(CUDA_CHECKOUT) && $(PYTEST:$(VENV)/%=$(abspath $(VENV))/%) tests/building/test_abi.py \
 		tests/ops/test_attention_pool.py tests/ops/test_channel_fuse.py -k "not cuda-emulated"
 	GCNET_EXT_OTHER_PYTHON=$(abspath $(VENV))/bin/python $(PYTEST:$(VENV)/%=$(CUDA_VENV)/%) tests/building/test_packaging.py
