@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 import gcnet_ext
 
-SIZE, QUICK_SIZE = 224, 96
+SIZE = 224
 VARIANTS = ("without", "peer", "ours", "ours and tail")
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 BLOCKS = ("context_block", "se", "attn")
@@ -249,7 +249,6 @@ def rows_of(
 
 def rows(
     rounds: int,
-    quick: bool = False,
     models: tuple[str, ...] = tuple(MODELS),
     images: tuple[int, ...] = (4,),
     layouts: tuple[str, ...] = ("NCHW",),
@@ -263,7 +262,7 @@ def rows(
             print(f"{name} is left out: {error}")
             continue
         for count in images:
-            x = torch.randn(count, 3, *2 * (QUICK_SIZE if quick else SIZE,))
+            x = torch.randn(count, 3, SIZE, SIZE)
             for layout in layouts:
                 found += rows_of(name, variants, x, layout, compiled, rounds)
     return found

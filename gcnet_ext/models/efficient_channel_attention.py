@@ -29,8 +29,7 @@ class EcaPeer(Peer):
             with contextlib.suppress(RuntimeError):  # the former forward says in its own words what is wrong
                 context = attention_pool.unrounded(x)
         if context is None:
-            out = self._former_output(x, residual)
-            return out if tail is None else out.relu()
+            return self._former_with_tail(x, tail)
         scale = gate(block.conv, context, x)
         return channel_fuse(x, scale, residual=residual, final_activation=final, inplace=inplace)
 

@@ -90,7 +90,7 @@ class Peer(nn.Module):
 
     def _with_tail(self, x: Tensor, tail: Tail) -> Tensor:
         """The output of the block and of the tail behind it."""
-        return self._computed(x, tail) if self._takes(x) else self._former_output(x, tail.residual).relu()
+        return self._computed(x, tail) if self._takes(x) else self._former_with_tail(x, tail)
 
     def _takes(self, x: Tensor) -> bool:
         record = self._record
@@ -100,6 +100,9 @@ class Peer(nn.Module):
         """What the block computed before it was replaced, and the residual added to it."""
         out = self._as_before(x)
         return out if residual is None else out + residual
+
+    def _former_with_tail(self, x: Tensor, tail: Tail | None) -> Any:
+        return self._as_before(x) if tail is None else self._former_output(x, tail.residual).relu()
 
     def _has_dtype_of(self, x: Tensor, first: tuple[str, ...]) -> bool:
         """Whether the layers take x as it is, or autocast casts what they take."""
@@ -275,8 +278,7 @@ class FusedPeer(Peer, FusedBlock):
 
     def _refused(self, x: Tensor, tail: Tail | None, error: RuntimeError) -> Any:
         """Lets the former forward compute or refuse x, so that an error has the words of the former class."""
-        out = self._former_output(x, None if tail is None else tail.residual)
-        return out if tail is None else out.relu()
+        return self._former_with_tail(x, tail)
 
     def _explain(self, x: Tensor, error: RuntimeError) -> Any:
         """Raises the error as it is, because the layer that was called has already said what is wrong."""

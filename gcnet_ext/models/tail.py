@@ -102,7 +102,7 @@ def can_take_tail(block: Any) -> bool:
 
 
 def is_relu(activation: nn.Module | None) -> bool:
-    return activation is not None and type(activation) is nn.ReLU and is_plain(activation, nn.ReLU)
+    return type(activation) is nn.ReLU and is_plain(activation, nn.ReLU)
 
 
 def drops_nothing(drop: nn.Module | None) -> bool:
