@@ -69,6 +69,10 @@ class Layers(NamedTuple):
     weights: tuple[tuple[Source, ...], ...]  # of the mask, of the scale and of the shift
     options: Options
 
+    def choices(self) -> tuple[Options, Options]:
+        """The options without a tail, and those with one."""
+        return self.options, self.options._replace(final_activation=FINAL_ACTIVATIONS["relu"])
+
     def computed(self) -> bool:
         """Whether one of the weights is not just a parameter: computed in every call anew, or set in place of it."""
         return any(
@@ -159,8 +163,7 @@ class _Seen:
     """What was seen of a block's layers, as arguments of `_C.unchanged`."""
 
     def __init__(self, block: FusedBlock, found: Layers) -> None:
-        self.options = found.options
-        self.options_of_tail = found.options._replace(final_activation=FINAL_ACTIVATIONS["relu"])
+        self.choices = found.choices()
         self.inplace = block._overwrites()
         self.version = class_version(type(block)) if block._watched else None
         self.block = block.__dict__
@@ -248,51 +251,45 @@ class FusedBlock(nn.Module):
         check_channels(x, self.inplanes if first is None else first.size(1))  # a block may have been pruned
         raise error
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
-        if not isinstance(x, Tensor):
-            return of_no_tensor(self, x, residual=residual, valid=valid)
-        return self._output(x, residual, valid, None)
-
     def _takes_tail(self) -> bool:
         """Whether nothing of the block itself stands between its result and a tail."""
         return self.final_activation == "none"
 
     def _with_tail(self, x: Tensor, tail: Tail) -> Tensor:
         """The output of the block and of the tail behind it."""
-        return self._output(x, tail.residual, None, tail)
+        return FusedBlock.forward(self, x, tail.residual, _tail=tail)
 
-    def _output(self, x: Tensor, residual: Tensor | None, valid: Tensor | None, tail: Tail | None) -> Tensor:
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, valid: Tensor | None = None, *, _tail: Tail | None = None
+    ) -> Tensor:
+        if not isinstance(x, Tensor):
+            return of_no_tensor(self, x, residual=residual, valid=valid)
         seen = None if is_compiling() else self._seen
         usual = type(x) is Tensor and residual is None and valid is None
         own_ways = not usual and has_own_ways(x, residual, valid)
         weights = None if seen is None or own_ways else seen.weights(self)
         if seen is not None and weights is not None:
-            options, inplace = seen.options, seen.inplace
-            if tail is not None:
-                options, inplace = seen.options_of_tail, inplace or tail.inplace
-            try:
-                return global_context.with_lists(x, weights, residual, valid, options, inplace=inplace)
-            except RuntimeError as error:
-                return self._refused(x, tail, error)
-        found = None if own_ways else self._plain_layers()
-        # A graph that is being captured looks at everything, once, and at nothing that it would guard.
-        if not is_compiling() and not own_ways:
-            lasting = found is not None and unchanged is not None and not found.computed() and self._may_be_seen()
-            self._seen = _Seen(self, found) if found is not None and lasting else None
-        if found is None:
-            try:
-                out = self._with_called_layers(x, residual, valid)
-            except RuntimeError as error:
-                self._explain(x, error)
-            return out if tail is None else out.relu()
-        weights = [[parameter(*source) for source in sources] for sources in found.weights]
-        options, inplace = found.options, self._overwrites()
-        if tail is not None:
-            options, inplace = options._replace(final_activation=FINAL_ACTIVATIONS["relu"]), inplace or tail.inplace
+            choices, inplace = seen.choices, seen.inplace
+        else:
+            found = None if own_ways else self._plain_layers()
+            # A graph that is being captured looks at everything, once, and at nothing that it would guard.
+            if not is_compiling() and not own_ways:
+                lasting = found is not None and unchanged is not None and not found.computed() and self._may_be_seen()
+                self._seen = _Seen(self, found) if found is not None and lasting else None
+            if found is None:
+                try:
+                    out = self._with_called_layers(x, residual, valid)
+                except RuntimeError as error:
+                    self._explain(x, error)
+                return out if _tail is None else out.relu()
+            weights = [[parameter(*source) for source in sources] for sources in found.weights]
+            choices, inplace = found.choices(), self._overwrites()
+        if _tail is not None and _tail.inplace:
+            inplace = True
         try:
-            return global_context.with_lists(x, weights, residual, valid, options, inplace=inplace)
+            return global_context.with_lists(x, weights, residual, valid, choices[_tail is not None], inplace=inplace)
         except RuntimeError as error:
-            return self._refused(x, tail, error)
+            return self._refused(x, _tail, error)
 
     def __prepare_scriptable__(self) -> NoReturn:
         not_scriptable(self)
