@@ -2,6 +2,7 @@
 
 from ._version import __version__
 from .blocks import (
+    EffectiveSqueezeExcitation,
     EfficientChannelAttention,
     GlobalContextBlock,
     NonLocalBlock,
@@ -18,6 +19,7 @@ from .ops.global_context import global_context
 
 __all__ = [
     "Branch",
+    "EffectiveSqueezeExcitation",
     "EfficientChannelAttention",
     "GlobalContextBlock",
     "NonLocalBlock",

@@ -1,5 +1,6 @@
 """The blocks as nn.Modules: one file each, and `_layers` for what they share."""
 
+from .effective_squeeze_excitation import EffectiveSqueezeExcitation
 from .efficient_channel_attention import EfficientChannelAttention
 from .global_context import GlobalContextBlock
 from .non_local import NonLocalBlock
@@ -7,6 +8,7 @@ from .simplified_non_local import SimplifiedNonLocalBlock
 from .squeeze_excitation import SqueezeExcitation
 
 __all__ = [
+    "EffectiveSqueezeExcitation",
     "EfficientChannelAttention",
     "GlobalContextBlock",
     "NonLocalBlock",

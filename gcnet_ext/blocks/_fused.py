@@ -7,7 +7,6 @@ after that, one call of `_C.unchanged` tells whether anything has changed since 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from functools import partial
 from types import NoneType
 from typing import Any, NamedTuple, NoReturn
@@ -92,37 +91,30 @@ def norm_over_units(norm: nn.Module, dims: int = 2) -> bool:
     return is_plain(norm, nn.LayerNorm) and norm.normalized_shape[1:] == (1,) * dims
 
 
-def two_layers(
-    first: nn.Module,
-    norm: nn.Module | None,
-    activation: nn.Module,
-    last: nn.Module,
-    *,
-    dims: int = 2,
-    is_norm: Callable[..., bool] = norm_over_units,
-) -> PlainBranch | None:
-    """The branch ``last(activation(norm(first(context))))``; None if one of the layers is not the plain one.
-
-    The layers are for this many spatial dimensions, and is_norm tells the LayerNorm over the hidden units.
-    """
+def two_layers(first: nn.Module, norm: nn.Module | None, activation: nn.Module, last: nn.Module) -> PlainBranch | None:
+    """The branch ``last(activation(norm(first(context))))``; None if one of the layers is not the plain one."""
     kind = activation_of(activation)
-    if kind is None or not is_pointwise(first, dims) or not is_pointwise(last, dims):
+    if kind is None or not is_pointwise(first) or not is_pointwise(last):
         return None
-    normalised: Any = None
-    if norm is not None and not is_plain(norm, nn.Identity):
-        if not is_norm(norm, dims):
-            return None
-        normalised = norm
+    normalised = None if norm is None or is_plain(norm, nn.Identity) else norm
+    if normalised is not None and not norm_over_units(normalised):
+        return None
+    found = bottleneck(first, normalised, kind, last)
+    return found._replace(modules=tuple(module for module in (first, norm, activation, last) if module is not None))
+
+
+def bottleneck(first: Any, norm: Any, activation: tuple[str, float], last: Any) -> PlainBranch:
+    """The branch of two layers, a LayerNorm or None, and an activation, whose caller knows that they are plain."""
     return PlainBranch(
-        tuple(module for module in (first, norm, activation, last) if module is not None),
-        (*_weight_and_bias(first), *_weight_and_bias(normalised), *_weight_and_bias(last)),
-        NormAndActivation(None if normalised is None else normalised.eps, *kind),
+        (),
+        (*_weight_and_bias(first), *_weight_and_bias(norm), *_weight_and_bias(last)),
+        NormAndActivation(None if norm is None else norm.eps, *activation),
     )
 
 
-def one_layer(layer: nn.Module) -> PlainBranch | None:
-    """The branch ``layer(context)``."""
-    return PlainBranch((layer,), (*_weight_and_bias(layer), *NO_WEIGHTS[2:])) if is_pointwise(layer) else None
+def one_layer(layer: nn.Module) -> PlainBranch:
+    """The branch ``layer(context)`` of a layer whose caller knows that it is plain."""
+    return PlainBranch((layer,), (*_weight_and_bias(layer), *NO_WEIGHTS[2:]))
 
 
 def layers(

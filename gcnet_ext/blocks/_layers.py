@@ -200,6 +200,7 @@ def _torchs_methods(kind: type[nn.Module], *names: str) -> dict[str, Any]:
 CALL = nn.Module.__call__
 CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 """The convolutions of torch by their number of spatial dimensions."""
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 AVERAGE_POOLS: dict[int, type[nn.Module]] = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
 """The adaptive average pools of torch by their number of spatial dimensions."""
 # The methods that run when a layer of a class is called, up to the function of torch.nn.functional that computes the result.
@@ -210,7 +211,8 @@ METHODS: dict[type[nn.Module], dict[str, Any]] = {
         kind: _torchs_methods(kind, "forward")
         for kind in (
             *(nn.LayerNorm, nn.ReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.LeakyReLU, nn.Identity, nn.Sigmoid, nn.Hardsigmoid),
-            *(nn.Softmax, nn.Dropout, nn.BatchNorm2d, nn.SyncBatchNorm),
+            *(nn.Softmax, nn.Dropout, nn.Linear, nn.Flatten, nn.Unflatten),
+            *BATCH_NORMS,
             *AVERAGE_POOLS.values(),
         )
     },
@@ -223,6 +225,8 @@ SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.LeakyReLU: ("negative_slope",),
     nn.Softmax: ("dim",),
     nn.Dropout: ("p",),
+    nn.Flatten: ("start_dim", "end_dim"),
+    nn.Unflatten: ("dim", "unflattened_size"),
     **dict.fromkeys(AVERAGE_POOLS.values(), ("output_size",)),
 }
 

@@ -25,6 +25,7 @@ SQUEEZE_EXCITATION = {  # two Linear layers in a Sequential, as in SENet; timm's
     "conv_reduce": "fc1",
     "conv_expand": "fc2",
 }
+EFFECTIVE_SQUEEZE_EXCITATION = {"conv": "fc"}  # timm's HGNets; timm's EffectiveSEModule and RTMDet have our names
 NON_LOCAL = {"g.0.conv": "g.conv", "phi.0.conv": "phi.conv"}  # mmcv's with sub_sample
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from . import _layers
 from ._fused import FusedBlock
+from .effective_squeeze_excitation import EffectiveSqueezeExcitation
 from .efficient_channel_attention import EfficientChannelAttention
 from .global_context import GlobalContextBlock
 from .non_local import NonLocalBlock
@@ -124,6 +125,14 @@ class PlainSqueezeExcitation(Plain):
         return fused(x, gated(t, self.hard, self.alpha, self.beta), None, residual, self.relu)
 
 
+class PlainEffectiveSqueezeExcitation(Plain):
+    """`EffectiveSqueezeExcitation`."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
+        scale = gated(self.fc(averaged(x, valid)), self.hard, self.alpha, self.beta)
+        return fused(x, scale, None, residual, self.relu)
+
+
 class PlainEfficientChannelAttention(Plain):
     """`EfficientChannelAttention`."""
 
@@ -159,6 +168,7 @@ class PlainNonLocal(Plain):
 
 
 TWINS: dict[type[nn.Module], type[nn.Module]] = {
+    EffectiveSqueezeExcitation: PlainEffectiveSqueezeExcitation,
     EfficientChannelAttention: PlainEfficientChannelAttention,
     GlobalContextBlock: PlainGlobalContext,
     NonLocalBlock: PlainNonLocal,

@@ -82,10 +82,9 @@ class SimplifiedNonLocalBlock(FusedBlock):
         return f"{self.inplanes}"
 
     def _plain_layers(self) -> Layers | None:
-        shift = one_layer(self.conv_out)
-        if shift is None or not _layers.is_pointwise(self.conv_mask):
+        if not _layers.is_pointwise(self.conv_mask) or not _layers.is_pointwise(self.conv_out):
             return None
-        return layers(self.conv_mask, None, shift, Gate(), self.final_activation)
+        return layers(self.conv_mask, None, one_layer(self.conv_out), Gate(), self.final_activation)
 
     def _with_called_layers(self, x: Tensor, residual: Tensor | None, valid: Tensor | None) -> Tensor:
         mask = self.conv_mask

@@ -13,7 +13,8 @@ from ..blocks.efficient_channel_attention import gate
 from ..ops import attention_pool
 from ..ops.channel_fuse import channel_fuse
 from .peer import Peer, Record, become
-from .skeleton import Left, eca_of, gate_of, is_original, kind_of_gate
+from .readers import eca_of
+from .skeleton import Left, gate_of, is_original, kind_of_gate
 from .watch import fingerprint
 
 

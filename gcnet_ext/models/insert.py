@@ -13,6 +13,7 @@ from torch.compiler import is_compiling
 
 from .._torch import HOOKS, children, modules_can_be_read
 from ..blocks import (
+    EffectiveSqueezeExcitation,
     EfficientChannelAttention,
     GlobalContextBlock,
     NonLocalBlock,
@@ -26,6 +27,7 @@ KINDS: dict[str, Callable[..., nn.Module]] = {
         channels, ratio, **{"fusion_types": ("channel_add",), **options}
     ),
     "se": SqueezeExcitation,
+    "ese": lambda channels, _ratio, **options: EffectiveSqueezeExcitation(channels, **options),
     "eca": lambda channels, _ratio, **options: EfficientChannelAttention(channels, **options),
     "snl": lambda channels, _ratio, **options: SimplifiedNonLocalBlock(channels, **options),
     "nl": lambda channels, _ratio, **options: NonLocalBlock(channels, **options),
@@ -66,7 +68,7 @@ def insert_blocks(
         position: ``"after_conv3"`` (before the addition; in torchvision's and timm's BasicBlock and Bottleneck) or
             ``"after_add"`` (after the residual block: addition and activation).
         kind: ``"gc"`` (with ``fusion_types=("channel_add",)`` unless given, which starts as the identity), ``"se"`` (which
-            multiplies its input by about 1/2 at first), ``"eca"`` (likewise), ``"snl"`` or ``"nl"``.
+            multiplies its input by about 1/2 at first), ``"ese"`` or ``"eca"`` (likewise), ``"snl"`` or ``"nl"``.
         modules: name or names of modules to insert a block behind, instead of stages and position. A mapping also gives the
             channels of their outputs, which are otherwise read from the module's weights. They must not be norms.
         fuse_tail: whether a block before the addition takes the addition and the ReLU along.

@@ -15,23 +15,14 @@ from torch import Tensor, nn
 
 from .._torch import children, parameters
 from ..blocks import _layers, non_local
-from ..blocks._fused import FusedBlock, Layers, Tail, layers, two_layers
+from ..blocks._fused import FusedBlock, Layers, Tail
 from ..ops._precision import accumulation_dtype
 from ..ops.attention_pool import attention_map, attention_pool
 from ..ops.channel_fuse import channel_fuse
 from . import watch
-from .skeleton import (
-    READERS,
-    Bottleneck,
-    Left,
-    Skeleton,
-    calls_its_layers,
-    does_nothing_else,
-    gate_of,
-    is_layer_norm,
-    kind_of_gate,
-    settings,
-)
+from .fusible import plain_layers, why_called
+from .readers import READERS
+from .skeleton import Bottleneck, Left, Skeleton, does_nothing_else, gate_of, settings
 
 
 class Record(NamedTuple):
@@ -236,7 +227,8 @@ class FusedPeer(Peer, FusedBlock):
             found = READERS[record.kind].read(self)
         except (Left, AttributeError):
             return None
-        same = found.dims == record.dims and settings(found.idle) == record.idle
+        same = found.dims in (0, record.dims) and settings(found.idle) == record.idle
+        found = found._replace(dims=record.dims)
         return found if same and all(does_nothing_else(part) for part in found.idle) else None
 
     def _plain_layers(self) -> Layers | None:
@@ -259,7 +251,7 @@ class FusedPeer(Peer, FusedBlock):
         image = context.reshape(context.shape + (1,) * skeleton.dims)
 
         def term(branch: Bottleneck) -> Tensor:
-            found = image.clone()  # a layer may overwrite what it gets
+            found = (context if skeleton.linear else image).clone()  # a layer may overwrite what it gets
             for module in branch.called:
                 found = _layers.call(module, found, found.dtype)
             return found
@@ -295,65 +287,6 @@ class FusedPeer(Peer, FusedBlock):
         if skeleton is None or mask is None or not _layers.is_pointwise(mask, skeleton.dims):
             raise RuntimeError(f"the block must have a plain 1x1 convolution as its mask, got {mask!r}")
         return attention_map(x, mask.weight, mask.bias)
-
-
-def plain_layers(skeleton: Skeleton) -> Layers | None:
-    """The layers, all of them plain, for the operator."""
-    gate = gate_of(skeleton.gate)
-    scale, shift = (
-        None
-        if branch is None
-        else two_layers(branch.first, branch.norm, branch.activation, branch.last, dims=skeleton.dims, is_norm=is_layer_norm)
-        for branch in (skeleton.scale, skeleton.shift)
-    )
-    found = None if gate is None else layers(skeleton.mask, scale, shift, gate)
-    return None if found is None else found._replace(modules=tuple(skeleton.modules()))
-
-
-def why_left(skeleton: Skeleton) -> str:
-    """Why nothing of the block can be computed by an operator; empty where something can."""
-    for idle in skeleton.idle:
-        if not does_nothing_else(idle):
-            return f"its {_described(idle)} {'must be called' if _is_hooked(idle) else 'has no counterpart in ours'}"
-    if skeleton.scale is not None and kind_of_gate(skeleton.gate) is None:
-        return f"its gate is {_described(skeleton.gate)}, not a sigmoid or a hard sigmoid"
-    layers_with_weights = [layer for branch in skeleton.branches() for layer in (branch.first, branch.last)]
-    for layer in layers_with_weights if skeleton.mask is None else [skeleton.mask, *layers_with_weights]:
-        if not isinstance(layer, _layers.CONVOLUTIONS[skeleton.dims]):
-            return f"its layer {_described(layer)} is not a convolution of torch"
-    return ""
-
-
-def why_called(skeleton: Skeleton) -> str:
-    """What keeps the operator from computing the whole block, and must be called; empty where nothing does."""
-    if skeleton.mask is not None and not _layers.is_pointwise(skeleton.mask, skeleton.dims):
-        return f"its mask {_described(skeleton.mask)}"
-    for branch in skeleton.branches():
-        layers_of_context = (branch.first, branch.activation, branch.last)
-        for layer in (branch.first, branch.last):
-            if not _layers.is_pointwise(layer, skeleton.dims):
-                return f"its layer {_described(layer)}"
-        for container in branch.called:
-            if container not in layers_of_context and not calls_its_layers(container):
-                return f"its {_described(container)}"
-        for idle in branch.idle:
-            if not does_nothing_else(idle):
-                return f"its {_described(idle)}"
-        if branch.norm is not None and not is_layer_norm(branch.norm, skeleton.dims):
-            return f"its norm {_described(branch.norm)}"
-        if two_layers(branch.first, None, branch.activation, branch.last, dims=skeleton.dims) is None:
-            return f"its activation {_described(branch.activation)}"
-    if skeleton.scale is not None and gate_of(skeleton.gate) is None:
-        return f"its gate {_described(skeleton.gate)}"
-    return "" if plain_layers(skeleton) is not None else "its branches have different norms or activations"
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    return any(getattr(module, name) for name in _layers.HOOKS)
-
-
-def _described(module: nn.Module | None) -> str:
-    return f"{type(module).__name__}{' with a hook' if module is not None and _is_hooked(module) else ''}"
 
 
 class NonLocalPeer(Peer):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from torch import nn
 
 from ..blocks import (
+    EffectiveSqueezeExcitation,
     EfficientChannelAttention,
     GlobalContextBlock,
     NonLocalBlock,
@@ -14,23 +13,35 @@ from ..blocks import (
     SqueezeExcitation,
 )
 from ..blocks._layers import ignoring_global_hooks
-from . import same, watch
+from . import look_alikes, same, watch
 from .efficient_channel_attention import replace_eca
-from .peer import FusedPeer, NonLocalPeer, Peer, Record, become, way_to, why_called, why_left
+from .fusible import why_called, why_left
+from .peer import FusedPeer, NonLocalPeer, Peer, Record, become, way_to
+from .readers import NON_LOCAL, READERS, eca_of, known_reader_of, non_local_of
 from .report import Report
 from .residual import fuse_tails
-from .skeleton import NON_LOCAL, READERS, Left, eca_of, is_original, looks_like_attention, non_local_of, reader_of, settings
+from .skeleton import Left, is_original, settings
+from .suspects import looks_like_attention
 
-OURS = (EfficientChannelAttention, GlobalContextBlock, NonLocalBlock, SimplifiedNonLocalBlock, SqueezeExcitation, Peer)
+UNKNOWN = "its class is none of those that are known"
+OURS = (
+    EffectiveSqueezeExcitation,
+    EfficientChannelAttention,
+    GlobalContextBlock,
+    NonLocalBlock,
+    SimplifiedNonLocalBlock,
+    SqueezeExcitation,
+    Peer,
+)
 
 
 def replace_blocks(model: nn.Module, *, fuse_tail: bool = True) -> Report:
     """Give every block of the GC family in the model a forward of this package, in place.
 
-    It takes mmcv's ``ContextBlock`` and ``NonLocal1d``, ``2d`` and ``3d``, timm's ``GlobalContext``, ``SEModule`` and
-    ``EcaModule``, torchvision's ``SqueezeExcitation``, and any class with the submodules of the GC block (``conv_mask``,
-    ``channel_add_conv``, ``channel_mul_conv``) or derived from one of those, if a copy of it computes on random numbers what
-    ours computes.
+    It takes mmcv's ``ContextBlock`` and ``NonLocal1d``, ``2d`` and ``3d``, timm's ``GlobalContext``, ``SEModule``,
+    ``SqueezeExcite``, ``EffectiveSEModule``, ``EseModule`` and ``EcaModule``, torchvision's ``SqueezeExcitation``, and any
+    class derived from one of those, or with the layers of the GC block or of squeeze-excitation under names of its own, if a
+    copy of it computes on random numbers what ours computes.
 
     A block stays the object it is, and becomes an instance of a subclass of its class. So nothing is lost: parameters (the same
     objects, shapes, names and order), attributes, buffers, hooks, parametrizations, device, dtype, train or eval mode. An
@@ -77,6 +88,9 @@ def replace_blocks(model: nn.Module, *, fuse_tail: bool = True) -> Report:
             found.replaced[name] = kind
             if called:
                 found.called[name] = called
+    for outer in [name for name, why in found.left.items() if why == UNKNOWN]:
+        if any(_is_below(name, outer) for name in found.replaced):  # it looks like one because it holds one
+            del found.left[outer], found.kinds[outer]
     if fuse_tail:
         found.tails.update(fuse_tails(model))
     return found
@@ -92,11 +106,29 @@ def _replaced(block: nn.Module, *, listed: bool) -> str | None:
     Raises:
         Left: it is one, or looks like one and is to be listed, and stays as it is.
     """
-    non_local, eca, found = non_local_of(block), eca_of(block), reader_of(block)
-    if non_local is None and eca is None and found is None:
-        if listed and looks_like_attention(block):
-            raise Left("its class is none of those that are known")
-        return None
+    known = known_reader_of(block)
+    if known is not None or non_local_of(block) is not None or eca_of(block) is not None:
+        return _converted(block, known)
+    suspected = listed and looks_like_attention(block)
+    guess = look_alikes.kind_of(block)
+    try:
+        if guess is not None:
+            return _converted(block, (guess, False))
+    except Left:
+        if listed:
+            raise
+    if suspected:
+        raise Left(UNKNOWN)
+    return None
+
+
+def _converted(block: nn.Module, found: tuple[str, bool] | None) -> str:
+    """Gives a block with that reader, or a non-local block, or an EcaModule, our forward; returns what of it is called.
+
+    Raises:
+        Left: it stays as it is.
+    """
+    non_local, eca = non_local_of(block), eca_of(block)
     if method := "forward" if "forward" in vars(block) else watch.shadowed(block):
         raise Left(f"it has a {method} of its own")
     if getattr(type(block).forward, "__wrapped__", None) is not None:
@@ -119,10 +151,12 @@ def _replaced(block: nn.Module, *, listed: bool) -> str | None:
         raise Left(why)
     fields = {key: vars(block)[key] for key in decisive} if vouched else watch.own_fields(block)
     way = way_to(block, skeleton.branches()[0].first)
-    record = Record(name, skeleton.dims, way, fields, all_fields=not vouched, idle=settings(skeleton.idle), code=code)
-    convert = partial(become, kind=FusedPeer, record=record)
-    if not vouched:
-        same.check(block, read, convert)
-    called = why_called(skeleton)
-    convert(block)
+
+    def convert(block: nn.Module, dims: int) -> None:
+        record = Record(name, dims, way, fields, all_fields=not vouched, idle=settings(skeleton.idle), code=code)
+        become(block, FusedPeer, record)
+
+    dims = skeleton.dims if vouched else same.dims_of(block, read, convert)
+    called = why_called(skeleton._replace(dims=dims))
+    convert(block, dims)
     return called

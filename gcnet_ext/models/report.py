@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 KNOWN = (
-    "mmcv's ContextBlock and NonLocal1d to 3d, timm's GlobalContext, SEModule (also that of its SENets) and EcaModule, "
-    "torchvision's SqueezeExcitation, and classes with the submodules of the GC block (conv_mask, channel_add_conv, "
-    "channel_mul_conv)"
+    "mmcv's ContextBlock and NonLocal1d to 3d, timm's GlobalContext, SEModule, SqueezeExcite, EffectiveSEModule, EseModule and "
+    "EcaModule, torchvision's SqueezeExcitation, and classes with the layers of the GC block or of squeeze-excitation"
 )
 NAMES_IN_A_LINE = 4
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._torch import GLOBAL_HOOKS, parameters
+from ..blocks._layers import BATCH_NORMS
 from .skeleton import Left, Skeleton
 from .watch import STANDARD
 
@@ -20,6 +21,8 @@ TOLERANCE = 1e-5
 """The relative tolerance. It is loose for float64, because some blocks take the softmax in float32."""
 # Samples, the spatial sizes, and the size of the numbers.
 INPUTS = ((1, (3, 5, 2), 1.0), (3, (4, 3, 2), 1.0), (2, (17, 2, 2), 1.0), (2, (3, 2, 3), 300.0))
+MOST_OFTEN = (2, 1, 3)
+"""The spatial dimensions of feature maps, the most usual first."""
 ELSE = "it has the submodules of a known block, and"
 
 
@@ -91,7 +94,14 @@ def _copied(block: nn.Module, generator: torch.Generator) -> nn.Module:
                 tensor.normal_(0, 0.5, generator=generator)
             else:
                 tensor.random_(0, 2, generator=generator)
+        for norm in _batch_norms(copied):
+            if norm.running_var is not None:
+                norm.running_var.abs_()
     return copied
+
+
+def _batch_norms(block: nn.Module) -> list[Any]:
+    return [part for part in block.modules() if isinstance(part, BATCH_NORMS)]
 
 
 @contextlib.contextmanager
@@ -149,8 +159,15 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return a.numel() == 0 or float((a - b).abs().max()) <= TOLERANCE * max(1.0, float(a.abs().max()))
 
 
-def check(block: nn.Module, read: Callable[[Any], Skeleton], convert: Callable[[nn.Module], None]) -> None:
-    """Does nothing if the block computes what it would compute as a peer; `convert` makes a copy of it one.
+Read = Callable[[Any], Skeleton]
+Convert = Callable[[nn.Module, int], None]
+
+
+def dims_of(block: nn.Module, read: Read, convert: Convert) -> int:
+    """The spatial dimensions of inputs for which the block computes what it would compute as a peer.
+
+    Its layers tell them; where all are linear, the first of `MOST_OFTEN` that fits is taken. ``convert(copy, dims)`` makes a
+    copy of the block a peer for inputs of that many.
 
     Outputs, gradients and buffers are compared, in evaluation and in training, for several inputs, with numbers other than
     those that the block happens to have. Neither the block nor a global random generator is changed.
@@ -158,25 +175,32 @@ def check(block: nn.Module, read: Callable[[Any], Skeleton], convert: Callable[[
     Raises:
         Left: it computes something else, does something else besides, or cannot be tried.
     """
-    _nothing_left_over(block, read(block))
-    generator = torch.Generator("cpu").manual_seed(0)
-    with torch.inference_mode(False):
-        _try(_copied(block, generator), read, convert, generator)
+    skeleton = read(block)
+    _nothing_left_over(block, skeleton)
+    reasons = []
+    for dims in (skeleton.dims,) if skeleton.dims else MOST_OFTEN:
+        generator = torch.Generator("cpu").manual_seed(0)
+        try:
+            with torch.inference_mode(False):
+                _try(_copied(block, generator), read, convert, dims, generator)
+            return dims
+        except Left as reason:  # at most three times
+            reasons.append(reason)
+    raise reasons[0]
 
 
-def _try(
-    copied: Any, read: Callable[[Any], Skeleton], convert: Callable[[nn.Module], None], generator: torch.Generator
-) -> None:
-    """Compares what a copy of a block computes as it was with what it computes as a peer, for `check`."""
-    skeleton = read(copied)
-    first: Any = skeleton.branches()[0].first
+def _try(copied: Any, read: Read, convert: Convert, dims: int, generator: torch.Generator) -> None:
+    """Compares what a copy of a block computes as it was with what it computes as a peer, for `dims_of`."""
+    first: Any = read(copied).branches()[0].first
     channels = first.weight.shape[1]
-    convert(copied)
+    convert(copied, dims)
     fields = {name: value for name, value in vars(copied).items() if name not in STANDARD}
     with torch.enable_grad(), _without_global_hooks():
         for training in (False, True):
-            for samples, sizes, size in INPUTS:
-                shape = samples, channels, *sizes[: skeleton.dims]
+            of_batch = any(training or norm.running_mean is None for norm in _batch_norms(copied))
+            fewest = 2 if of_batch else 1  # a BatchNorm takes no statistics of a single value
+            for samples, sizes, size in [each for each in INPUTS if each[0] >= fewest]:
+                shape = samples, channels, *sizes[:dims]
                 x = size * torch.randn(shape, dtype=torch.float64, device="cpu", generator=generator)
                 copied.train(training)
                 buffers = [buffer.clone() for buffer in copied.buffers()]

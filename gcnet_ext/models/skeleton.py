@@ -1,21 +1,25 @@
-"""What the blocks of other libraries consist of, read from their submodules.
-
-A block is recognised by its class if that library is loaded, or by the names of its submodules. No library is imported.
-"""
+"""The parts of a block of another library, whatever they are called there, and what single layers compute."""
 
 from __future__ import annotations
 
-import re
 import sys
-from collections.abc import Callable
 from types import FunctionType
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from .._torch import children, parameters
 from ..blocks._fused import norm_over_units
-from ..blocks._layers import AVERAGE_POOLS, CONVOLUTIONS, Gate, is_plain, is_untouched, settings_of
+from ..blocks._layers import (
+    AVERAGE_POOLS,
+    BATCH_NORMS,
+    Gate,
+    activation_of,
+    is_plain,
+    is_untouched,
+    settings_of,
+)
+from ..ops._options import Options
 
 
 class Left(Exception):  # noqa: N818
@@ -23,14 +27,14 @@ class Left(Exception):  # noqa: N818
 
 
 class Bottleneck(NamedTuple):
-    """One branch of a block."""
+    """One branch of a block: two layers and what stands between them, or one layer alone."""
 
     called: tuple[nn.Module, ...]
     """What its block calls on the context, one after another."""
     first: nn.Module
-    norm: nn.Module | None
-    activation: nn.Module
-    last: nn.Module
+    norm: nn.Module | None = None
+    activation: nn.Module | None = None
+    last: nn.Module | None = None
     idle: tuple[nn.Module, ...] = ()
     """Further modules between the layers, which must do nothing, such as a Dropout with p = 0."""
 
@@ -39,7 +43,7 @@ class Skeleton(NamedTuple):
     """The parts of a block, whatever they are called."""
 
     dims: int
-    """Spatial dimensions of the inputs that the block takes."""
+    """Spatial dimensions of the inputs that the block takes; 0 where its layers do not tell."""
     mask: nn.Module | None
     scale: Bottleneck | None
     shift: Bottleneck | None
@@ -47,9 +51,15 @@ class Skeleton(NamedTuple):
     """The module that the scale goes through; None if the block calls the function sigmoid instead of a module."""
     idle: tuple[nn.Module, ...] = ()
     """The modules that are not called: the operator does their work (a pooling, a softmax), or they do nothing."""
+    linear: bool = False
+    """Whether the layers of the branches are linear layers, which take the context without spatial dimensions."""
 
     def branches(self) -> list[Bottleneck]:
         return [branch for branch in (self.scale, self.shift) if branch is not None]
+
+    def layers(self) -> list[nn.Module]:
+        """The layers of the branches."""
+        return [layer for branch in self.branches() for layer in (branch.first, branch.last) if layer is not None]
 
     def modules(self) -> list[nn.Module]:
         """The modules of all parts. A layer is listed even if a module that contains it is listed, too."""
@@ -91,6 +101,9 @@ def does_nothing_else(module: nn.Module) -> bool:
         or is_plain(module, nn.Sigmoid)
         or (is_plain(module, nn.Dropout) and module.p == 0)
         or is_plain(module, nn.Softmax)
+        or is_plain(module, nn.Flatten)
+        or is_plain(module, nn.Unflatten)
+        or is_plain(module, nn.Sequential)  # the modules in it are parts of the block themselves
         or any(is_plain(module, pool) and _ones(module.output_size) for pool in AVERAGE_POOLS.values())
     )
 
@@ -137,201 +150,62 @@ def gate_of(module: nn.Module | None) -> Gate | None:
     return None
 
 
-# ---- blocks ------------------------------------------------------------------------------------------------------------------
-
-
-def _dims_of(layer: nn.Module) -> int:
-    """The spatial dimensions of a convolution. isinstance is used because parametrization makes a subclass of torch's class."""
-    for dims, kind in CONVOLUTIONS.items():
-        if isinstance(layer, kind):
-            return dims
-    raise Left(f"its {type(layer).__name__} is not a convolution of torch")
-
-
-def _sequential(branch: nn.Module | None) -> Bottleneck | None:
-    """The branch of the reference implementation: conv, LayerNorm, activation, conv."""
-    if branch is None:
+def kind_of_activation(module: nn.Module | None) -> tuple[str, float] | None:
+    """The activation that calling the module computes, and its slope; None if the operator has none like it."""
+    if module is None:
         return None
-    if not isinstance(branch, nn.Sequential) or len(branch) != 4 or not isinstance(branch[1], nn.LayerNorm):
-        raise Left("its channel_add_conv or channel_mul_conv is not conv, LayerNorm, activation, conv")
-    return Bottleneck((branch,), *branch)
+    if type(module).__module__.startswith("timm.layers.activations"):
+        name = TIMMS_ACTIVATIONS.get(type(module).__name__)
+        return (name, Options().slope) if name is not None and is_as_made(module) else None
+    return activation_of(module)
 
 
-def _global_context(
-    mask: nn.Module | None,
-    scale: Bottleneck | None,
-    shift: Bottleneck | None,
-    gate: nn.Module | None = None,
-    idle: tuple[nn.Module, ...] = (),
-) -> Skeleton:
-    branch = scale or shift
-    if branch is None:
-        raise Left("it has neither of the fusions")
-    return Skeleton(_dims_of(branch.first), mask, scale, shift, gate, idle)
-
-
-def _of_sequentials(block: Any, idle: tuple[nn.Module, ...]) -> Skeleton:
-    scale, shift = _sequential(block.channel_mul_conv), _sequential(block.channel_add_conv)
-    return _global_context(getattr(block, "conv_mask", None), scale, shift, idle=idle)
-
-
-def context_block(block: Any) -> Skeleton:
-    """mmcv's ContextBlock."""
-    if getattr(children(block).get("softmax"), "dim", 2) not in (2, -1):
-        raise Left("its softmax is not one over positions")
-    if (block.pooling_type == "att") != ("conv_mask" in children(block)):
-        raise Left(f"its pooling_type is {block.pooling_type!r}, and its layers are for another")
-    idle = (children(block).get(name) for name in ("softmax", "avg_pool"))
-    return _of_sequentials(block, tuple(part for part in idle if part is not None))
-
-
-PARTS = ("conv_mask", "channel_add_conv", "channel_mul_conv")
-
-
-def snippet(block: Any) -> Skeleton:
-    """The block of the paper as many repositories hold it."""
-    idle = (part for name, part in children(block).items() if part is not None and name not in PARTS)
-    return _of_sequentials(block, tuple(idle))
-
-
-def timm_global_context(block: Any) -> Skeleton:
-    """timm's GlobalContext."""
-
-    def branch(mlp: Any) -> Bottleneck | None:
-        if mlp is None:
-            return None
-        if mlp.drop.p != 0 or not isinstance(mlp.norm, nn.LayerNorm):
-            raise Left("its ConvMlp has a dropout or a norm that is not a LayerNorm")
-        return Bottleneck((mlp,), mlp.fc1, mlp.norm, mlp.act, mlp.fc2, (mlp.drop,))
-
-    return _global_context(block.conv_attn, branch(block.mlp_scale), branch(block.mlp_add), block.gate)
-
-
-def _squeeze_excitation(
-    first: nn.Module, activation: nn.Module, last: nn.Module, gate: nn.Module, *idle: nn.Module
-) -> Skeleton:
-    branch = Bottleneck((first, activation, last), first, None, activation, last)
-    return Skeleton(_dims_of(first), None, branch, None, gate, idle)
-
-
-def timm_squeeze_excitation(block: Any) -> Skeleton:
-    """timm's SEModule."""
-    if block.add_maxpool:
-        raise Left("it adds a max-pooling to the average")
-    if type(block.bn) is not nn.Identity:
-        raise Left(f"it has a {type(block.bn).__name__} between its layers")
-    return _squeeze_excitation(block.fc1, block.act, block.fc2, block.gate, block.bn)
-
-
-def senet_squeeze_excitation(block: Any) -> Skeleton:
-    """The SEModule of timm's SENets."""
-    return _squeeze_excitation(block.fc1, block.relu, block.fc2, block.sigmoid)
-
-
-def torchvision_squeeze_excitation(block: Any) -> Skeleton:
-    """torchvision's SqueezeExcitation."""
-    return _squeeze_excitation(block.fc1, block.activation, block.fc2, block.scale_activation, block.avgpool)
-
-
-class Reader(NamedTuple):
-    """How a kind of block is read."""
-
-    read: Callable[[Any], Skeleton]
-    decisive: tuple[str, ...] = ()
-    """Attributes of the block that decide what it computes."""
-    keys: str = "mmcv"
-    """The library whose names the state dict has."""
-
-
-READERS: dict[str, Reader] = {
-    "mmcv ContextBlock": Reader(context_block, ("pooling_type",), "mmcv"),
-    "timm GlobalContext": Reader(timm_global_context, (), "timm"),
-    "timm SEModule": Reader(timm_squeeze_excitation, ("add_maxpool",), "timm"),
-    "timm SENet SEModule": Reader(senet_squeeze_excitation, (), "timm"),
-    "torchvision SqueezeExcitation": Reader(torchvision_squeeze_excitation, (), "torchvision"),
-    "snippet": Reader(snippet, (), "mmcv"),
+TIMMS_ACTIVATIONS = {
+    "Swish": "silu",
+    "SwishMe": "silu",
+    "HardSwish": "hardswish",
+    "HardSwishMe": "hardswish",
+    "GELU": "gelu",
+    "GELUTanh": "gelu_tanh",
 }
-CLASSES: dict[tuple[str, str], str] = {
-    ("mmcv.cnn", "ContextBlock"): "mmcv ContextBlock",
-    ("timm.layers", "GlobalContext"): "timm GlobalContext",
-    ("timm.layers", "SEModule"): "timm SEModule",
-    ("timm.models.senet", "SEModule"): "timm SENet SEModule",
-    ("torchvision.ops", "SqueezeExcitation"): "torchvision SqueezeExcitation",
-}
-NON_LOCAL = ("NonLocal1d", "NonLocal2d", "NonLocal3d")
 
 
-def reader_of(module: nn.Module) -> tuple[str, bool] | None:
-    """The name of its reader, and whether the class itself vouches for what it computes; None for no block of the family."""
-    for (library, name), reader in CLASSES.items():
-        kind = getattr(sys.modules.get(library), name, None)
-        if isinstance(kind, type) and issubclass(type(module), kind):
-            return reader, type(module) is kind and is_original(kind)
-    # Not by hasattr: a module that wraps another one gives its attributes, too.
-    if all(name in children(module) or name in vars(module) for name in ("channel_add_conv", "channel_mul_conv")):
-        return "snippet", False
-    return None
+def is_batch_norm(norm: nn.Module | None) -> bool:
+    return isinstance(norm, BATCH_NORMS)
 
 
-def non_local_of(module: nn.Module) -> type[nn.Module] | None:
-    """mmcv's class of non-local blocks that the module is an instance of."""
-    kinds = (getattr(sys.modules.get("mmcv.cnn"), name, None) for name in NON_LOCAL)
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(type(module), kind)), None)
-
-
-def eca_of(module: nn.Module) -> type[nn.Module] | None:
-    """timm's EcaModule, if the module is an instance of it or of a class derived from it."""
-    kind = getattr(sys.modules.get("timm.layers"), "EcaModule", None)
-    return kind if isinstance(kind, type) and issubclass(type(module), kind) else None
-
-
-# ---- what looks like one -----------------------------------------------------------------------------------------------------
-
-WORDS = frozenset(
-    (
-        *("se", "ese", "squeeze", "excite", "excitation", "eca", "ceca", "cbam", "bam", "grn", "gct", "srm", "sk"),
-        *("attention", "attn", "att", "nonlocal", "context"),
+def is_folded(norm: Any) -> bool:
+    """Whether the module is a plain BatchNorm that takes its statistics from its buffers."""
+    return (
+        any(is_plain(norm, kind) for kind in BATCH_NORMS)
+        and not norm.training
+        and norm.running_mean is not None
+        and norm.running_var is not None
     )
-)
-PHRASES = (
-    *("nonlocal", "globalcontext", "gcmodule", "gcblock", "globalresponsenorm", "selectivekernel", "splitattn", "mhsa"),
-    *("focalmodulation", "gatherexcite", "channelgate", "spatialgate", "pammodule", "cammodule", "emau"),
-)
-CONTAINERS = frozenset(("block", "bottleneck", "net", "stage", "model", "backbone", "encoder", "decoder", "basic", "mlp"))
-MOST_MODULES = 30
-"""A module with more than so many below it is a network, not a block."""
 
 
-def looks_like_attention(module: nn.Module) -> bool:
-    """Whether the name of its class, or its layers, say that it weighs channels or positions.
+class Folded:
+    """A layer and the BatchNorm behind it in evaluation, as one layer. Its weight and bias are computed when they are read."""
 
-    A residual block that holds such a module, or a block of the family, is none itself.
-    """
-    below = [part for part in module.modules() if part is not module]
-    if len(below) > MOST_MODULES or (not below and not any(True for _ in module.parameters())):
-        return False
-    if any(reader_of(part) or non_local_of(part) or eca_of(part) for part in below):
-        return False
-    words = _words(module)
-    if words & CONTAINERS and any(_is_named_so(part) for part in below):
-        return False
-    return _is_named_so(module) or _ends_in_a_gate(module)
+    _parameters: dict[str, Any] = {}  # noqa: RUF012  # none of them is a parameter
 
+    def __init__(self, layer: Any, norm: Any) -> None:
+        self.layer, self.norm = layer, norm
 
-def _words(module: nn.Module) -> set[str]:
-    """The words in the name of the module's class, in lower case: SEModule has "se" and "module"."""
-    return {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", type(module).__name__)}
+    def _scale(self) -> Tensor:
+        """What a unit is multiplied by, at least in float32."""
+        variance = self.norm.running_var
+        scale: Tensor = (variance.to(torch.promote_types(variance.dtype, torch.float32)) + self.norm.eps).rsqrt()
+        return scale if self.norm.weight is None else scale * self.norm.weight
 
+    @property
+    def weight(self) -> Tensor:
+        weight = self.layer.weight
+        folded: Tensor = weight * self._scale().reshape(-1, *(1 for _ in weight.shape[1:]))
+        return folded
 
-def _is_named_so(module: nn.Module) -> bool:
-    name = type(module).__name__.lower().replace("_", "")
-    return bool(_words(module) & WORDS) or any(phrase in name for phrase in PHRASES)
-
-
-def _ends_in_a_gate(module: nn.Module) -> bool:
-    """Whether it has a sigmoid, and one or two 1x1 layers that lead from some channels to as many."""
-    leaves: list[Any] = [part for part in module.modules() if not children(part)]
-    sigmoid = any("sigmoid" in type(part).__name__.lower() for part in leaves)
-    weights = [parameters(part).get("weight") for part in leaves]
-    sizes = [weight.shape for weight in weights if weight is not None and weight.dim() > 1 and weight.shape[2:].numel() == 1]
-    return sigmoid and len(sizes) in (1, 2) and sizes[0][1] == sizes[-1][0]
+    @property
+    def bias(self) -> Tensor:
+        mean, bias = self.norm.running_mean, self.layer.bias
+        folded: Tensor = self._scale() * (-mean if bias is None else bias - mean)
+        return folded if self.norm.bias is None else folded + self.norm.bias

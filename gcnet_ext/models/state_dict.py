@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..blocks import GlobalContextBlock, NonLocalBlock, SqueezeExcitation
+from ..blocks import EffectiveSqueezeExcitation, GlobalContextBlock, NonLocalBlock, SqueezeExcitation
 from ..blocks._state_dict import GLOBAL_CONTEXT, NON_LOCAL, renamed
 from .peer import FusedPeer
-from .skeleton import READERS
+from .readers import READERS
 
 PEERS = ("mmcv", "timm", "torchvision")
 
@@ -72,4 +72,4 @@ def _names_of_peer(block: nn.Module, peer: str) -> dict[str, str] | None:
         if keys == peer or not is_context:
             return None
         return to_timm if peer == "timm" else (GLOBAL_CONTEXT if keys == "timm" else None)
-    return {} if isinstance(block, SqueezeExcitation) else None
+    return {} if isinstance(block, SqueezeExcitation | EffectiveSqueezeExcitation) else None

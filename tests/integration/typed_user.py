@@ -8,6 +8,7 @@ from torch import Tensor, nn
 import gcnet_ext
 from gcnet_ext import (
     Branch,
+    EffectiveSqueezeExcitation,
     EfficientChannelAttention,
     GlobalContextBlock,
     NonLocalBlock,
@@ -35,12 +36,12 @@ class Net(nn.Module):
         )
         self.se = SqueezeExcitation(channels, planes=2, gate="hard_sigmoid", bias=False, device=device)
         self.snl = SimplifiedNonLocalBlock(channels, device=device)
-        self.eca = EfficientChannelAttention(channels, 3, device=device)
+        self.ese = EffectiveSqueezeExcitation(channels, "sigmoid", device=device)
         self.eca = EfficientChannelAttention(channels, 3, device=device)
         self.nl = NonLocalBlock(channels, reduction=2, mode="dot_product", norm="batch", device=device)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.nl(self.snl(self.eca(self.se(self.gc(x)))))
+        return self.nl(self.snl(self.eca(self.ese(self.se(self.gc(x))))))
 
     def where(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.gc.attention_map(x), self.snl.attention_map(x)

@@ -77,7 +77,7 @@ def with_taken_names() -> nn.Module:
     ("make", "why"),
     [
         (lambda: timm_se(add_maxpool=True), "it adds a max-pooling"),
-        (lambda: timm_se(norm_layer=nn.BatchNorm2d), "it has a BatchNorm2d between its layers"),
+        (lambda: timm_se(norm_layer=lambda units: nn.GroupNorm(1, units)), "it has a GroupNorm between its layers"),
         (lambda: timm_se(gate_layer=nn.Tanh), "its gate is Tanh, not a sigmoid"),
         (converted_to_integers, "its Conv2d is not a convolution of torch"),
         (with_a_linear, "its layer Linear is not a convolution of torch"),
@@ -123,11 +123,14 @@ class GlobalResponseNorm(nn.Module):
 
 
 class Squeezed(nn.Module):
-    """No telling name, but the layers of a gate."""
+    """No telling name, but the layers of a gate, which opens for the sum of the positions."""
 
     def __init__(self) -> None:
         super().__init__()
         self.down, self.up, self.sigmoid = nn.Linear(16, 4), nn.Linear(4, 16), nn.Sigmoid()
+
+    def forward(self, x):
+        return x * self.sigmoid(self.up(self.down(x.sum((2, 3)))))[:, :, None, None]
 
 
 class Residual(nn.Module):
@@ -157,7 +160,9 @@ def test_what_looks_like_attention_is_listed():
     report = replace_blocks(model)
     assert list(report.replaced) == ["pasted"]
     assert set(report.left) == {"cbam", "eca", "grn", "gate", "block.se", "block.attention", "mha"}
-    assert set(report.left.values()) == {"its class is none of those that are known"}
+    unlike = "it has the submodules of a known block, and computes something else"
+    assert {name for name, why in report.left.items() if why == unlike} == {"gate", "block.se"}
+    assert set(report.left.values()) == {unlike, "its class is none of those that are known"}
 
 
 def test_the_report_is_grouped_and_prints_itself():

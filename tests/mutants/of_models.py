@@ -15,6 +15,7 @@ REPORT = "test_replace_report.py"
 LATER = "test_replace_later.py"
 LOOK_ALIKES = "test_replace_look_alikes.py"
 TRIES = "test_replace_tries.py"
+BY_LAYERS = "test_replace_by_layers.py"
 TAIL = "test_tail.py"
 
 MUTANTS = (
@@ -28,7 +29,7 @@ MUTANTS = (
     ),
     Mutant(
         "replaced-subclass",
-        "gcnet_ext/models/skeleton.py",
+        "gcnet_ext/models/readers.py",
         "return reader, «type(module) is kind» and is_original(kind)",
         "True",
         "A subclass of a peer's block, which may do otherwise, is replaced without a trial.",
@@ -60,7 +61,7 @@ MUTANTS = (
     ),
     Mutant(
         "replaced-leftovers",
-        "gcnet_ext/models/peer.py",
+        "gcnet_ext/models/fusible.py",
         'for idle in «skeleton.idle»:\n        if not does_nothing_else(idle):\n            return f"its {_described(idle)} {',
         "()",
         "A look-alike with one submodule more is replaced.",
@@ -68,11 +69,43 @@ MUTANTS = (
     ),
     Mutant(
         "replaced-idle-modules-unseen",
-        "gcnet_ext/models/peer.py",
+        "gcnet_ext/models/fusible.py",
         "found._replace(modules=tuple(«skeleton.modules()»))",
         "found.modules",
         "A replaced block that has run does not call a hook on its dropout of nothing.",
         (LATER,),
+    ),
+    Mutant(
+        "replaced-batch-norm-of-training",
+        "gcnet_ext/models/skeleton.py",
+        "        and «not norm.training»\n",
+        "True",
+        "A BatchNorm in training is folded with the statistics of its buffers.",
+        (BY_LAYERS,),
+    ),
+    Mutant(
+        "replaced-folded-without-mean",
+        "gcnet_ext/models/skeleton.py",
+        "«-mean if bias is None else bias - mean»",
+        "0 * mean if bias is None else bias",
+        "A folded BatchNorm forgets its mean.",
+        (BY_LAYERS,),
+    ),
+    Mutant(
+        "replaced-guess-with-parameters",
+        "gcnet_ext/models/look_alikes.py",
+        "if not below« or parameters(module)»:",
+        "",
+        "Attention with weights of its own is taken for squeeze-excitation, and tried.",
+        (REPORT,),
+    ),
+    Mutant(
+        "replaced-linear-of-any-rank",
+        "gcnet_ext/models/same.py",
+        "for dims in (skeleton.dims,) if skeleton.dims else «MOST_OFTEN»:",
+        "(2,)",
+        "A block of linear layers for sequences is left.",
+        (BY_LAYERS,),
     ),
     Mutant(
         "replaced-any-rank",

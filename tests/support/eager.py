@@ -89,6 +89,20 @@ class SqueezeExcitation(nn.Module):
         return x * self.gate(self.fc2(self.activation(self.fc1(context)))).reshape(*x.shape[:2], *(1 for _ in x.shape[2:]))
 
 
+class EffectiveSqueezeExcitation(nn.Module):
+    """The squeeze-excitation of VoVNet: one layer, and a gate."""
+
+    def __init__(self, channels: int, gate: str = "hard_sigmoid") -> None:
+        super().__init__()
+        self.fc, self.gate = nn.Conv2d(channels, channels, 1), gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.fc.weight.flatten(1), self.fc.bias
+        t = x.flatten(2).mean(2) @ weight.T + bias
+        gate = t.sigmoid() if self.gate == "sigmoid" else (t / 6 + 0.5).clamp(0, 1)
+        return x * gate.reshape(*x.shape[:2], *(1 for _ in x.shape[2:]))
+
+
 class EfficientChannelAttention(nn.Module):
     """Equations 5 and 9 of the ECA paper: a convolution over neighbouring channels, with zeros beside them."""
 

@@ -106,6 +106,42 @@ class SEModule(nn.Module):
         return x * self.gate(self.fc2(self.act(self.bn(self.fc1(context)))))
 
 
+@of_module("timm.layers.squeeze_excite")
+class EffectiveSEModule(nn.Module):
+    def __init__(self, channels, add_maxpool=False, gate_layer: Any = "hard_sigmoid") -> None:
+        super().__init__()
+        self.add_maxpool = add_maxpool
+        self.fc, self.gate = nn.Conv2d(channels, channels, 1), TIMM_LAYERS.get(gate_layer, gate_layer)()
+
+    def forward(self, x: Tensor) -> Tensor:
+        context = x.mean((2, 3), keepdim=True)
+        if self.add_maxpool:
+            context = (context + x.amax((2, 3), keepdim=True)) / 2
+        return x * self.gate(self.fc(context))
+
+
+@of_module("timm.models._efficientnet_blocks")
+class SqueezeExcite(nn.Module):
+    def __init__(self, in_chs, rd_ratio=0.25, act_layer: Any = nn.ReLU, gate_layer: Any = nn.Sigmoid) -> None:
+        super().__init__()
+        hidden = round(in_chs * rd_ratio)
+        self.conv_reduce, self.conv_expand = nn.Conv2d(in_chs, hidden, 1), nn.Conv2d(hidden, in_chs, 1)
+        self.act1, self.gate = act_layer(), gate_layer()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(self.conv_expand(self.act1(self.conv_reduce(x.mean((2, 3), keepdim=True)))))
+
+
+@of_module("timm.models.hgnet")
+class EseModule(nn.Module):
+    def __init__(self, chs) -> None:
+        super().__init__()
+        self.conv, self.sigmoid = nn.Conv2d(chs, chs, 1), nn.Sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.sigmoid(self.conv(x.mean((2, 3), keepdim=True)))
+
+
 @of_module("timm.layers.eca")
 class EcaModule(nn.Module):
     def __init__(self, channels=None, kernel_size=3, gate_layer: Any = "sigmoid", use_mlp=False) -> None:
@@ -295,7 +331,12 @@ def _non_local(dims: int) -> type:
 
 IMITATIONS = {
     "timm.layers": SimpleNamespace(
-        GlobalContext=GlobalContext, SEModule=SEModule, EcaModule=EcaModule, LayerNorm2d=LayerNorm2d, ConvMlp=ConvMlp
+        GlobalContext=GlobalContext,
+        SEModule=SEModule,
+        EffectiveSEModule=EffectiveSEModule,
+        EcaModule=EcaModule,
+        LayerNorm2d=LayerNorm2d,
+        ConvMlp=ConvMlp,
     ),
     "torchvision.ops": SimpleNamespace(SqueezeExcitation=SqueezeExcitation),
     "torchvision.models.resnet": SimpleNamespace(BasicBlock=BasicBlock, Bottleneck=Bottleneck),

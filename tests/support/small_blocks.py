@@ -5,11 +5,18 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from gcnet_ext import EfficientChannelAttention, GlobalContextBlock, SimplifiedNonLocalBlock, SqueezeExcitation
+from gcnet_ext import (
+    EffectiveSqueezeExcitation,
+    EfficientChannelAttention,
+    GlobalContextBlock,
+    SimplifiedNonLocalBlock,
+    SqueezeExcitation,
+)
 
 BLOCKS = {
     "gc": lambda **options: GlobalContextBlock(16, 1 / 4, fusion_types=("channel_mul", "channel_add"), **options),
     "se": lambda **options: SqueezeExcitation(16, 1 / 4, **options),
+    "ese": lambda **options: EffectiveSqueezeExcitation(16, **options),
     "eca": lambda **options: EfficientChannelAttention(16, **options),
     "snl": lambda **options: SimplifiedNonLocalBlock(16, **options),
 }
