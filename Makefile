@@ -10,6 +10,7 @@
 # All but the last set up what they need in .venv or .venv-cuda, and install and build what is missing first.
 #
 # Variables: PYTHON (python3), VENV (.venv), TORCH (what pip installs as torch: a version, or a version and an index),
+# BRIEF (1: in test-all the emulated kernels, and in test-native, some of every kind of test, as in .ci/run),
 # WORKERS (processes that share the tests, one per core), ARGS (more arguments for the command), GCNET_EXT_CUDA (gpu: CUDA
 # kernels where there is a GPU; 1: also elsewhere; 0: none).
 
@@ -53,10 +54,10 @@ test: $(BUILT)
 	@cat $(INSTALLED) $(BUILT)
 
 test-all: $(BUILT)
-	$(PYTEST) $(ARGS)
+	$(PYTEST) $(if $(BRIEF),--brief-emulated) $(ARGS)
 
 test-native: $(BUILT)
-	$(VENV)/bin/cmake -S . -B build/native -G Ninja
+	$(VENV)/bin/cmake -S . -B build/native -G Ninja -DGCNET_EXT_BRIEF=$(if $(BRIEF),ON,OFF)
 	$(VENV)/bin/cmake --build build/native
 	$(VENV)/bin/ctest --test-dir build/native --output-on-failure -j 2 $(ARGS)
 
@@ -65,7 +66,8 @@ test-native: $(BUILT)
 # there on the torch of .venv, and wheels of either on the other.
 ELSEWHERE := accuracy bench build capabilities docs endurance gpu_check cmake packaging paper_costs security types large *_emulated
 test-cuda-build: $(CUDA_BUILT) $(BUILT)
-	cd $(CUDA_CHECKOUT) && $(PYTEST:$(VENV)/%=$(abspath $(CUDA_VENV))/%) $(ELSEWHERE:%=--ignore-glob='tests/*/test_%.py') \
+	cd $(CUDA_CHECKOUT) && export TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" && \
+		$(PYTEST:$(VENV)/%=$(abspath $(CUDA_VENV))/%) $(ELSEWHERE:%=--ignore-glob='tests/*/test_%.py') \
 		tests/models tests/integration tests/kernels tests/building -k "not cuda-emulated" $(ARGS)
 	cd $(CUDA_CHECKOUT) && $(PYTEST:$(VENV)/%=$(abspath $(CUDA_VENV))/%) $(ELSEWHERE:%=--ignore-glob='tests/*/test_%.py') \
 		--ignore=tests/models --ignore=tests/integration --ignore=tests/kernels --ignore=tests/building --brief \

@@ -19,7 +19,7 @@ class TestClass:
         print("ran", case)
 
 @pytest.mark.parametrize("case", range(10))
-@pytest.mark.parametrize("backend", ["one", "other"])
+@pytest.mark.parametrize("backend", ["one", "cuda-emulated"])
 def test_of_backends(backend, case):
     print("ran", backend, case)
 
@@ -76,6 +76,9 @@ def test_what_is_left_out_is_told(tmp_path: Path, workers: list[str]):
     told = run("--brief")
     assert "17 passed" in told
     assert f"{6 + 2 * 6 + 6 + 1:5d} of test_some.py\n25 tests in all; `make test-all` runs them, too." in told
+    told = run("--brief-emulated")
+    assert "36 passed" in told
+    assert f"{6:5d} of test_some.py\n6 tests in all" in told
     everything = run()
     assert "42 passed" in everything
     assert "left out" not in everything
