@@ -24,6 +24,7 @@ PHRASES = (
     *("nonlocal", "globalcontext", "gcmodule", "gcblock", "globalresponsenorm", "selectivekernel", "splitattn", "mhsa"),
     *("focalmodulation", "gatherexcite", "channelgate", "spatialgate", "pammodule", "cammodule", "emau"),
 )
+OF_SQUEEZE_EXCITATION = {"se", "ese", "squeeze", "excite", "excitation", "channel"}
 MOST_PARTS = 12
 """A module with more than so many below it is no single block of the family."""
 RELU = nn.ReLU()
@@ -62,7 +63,7 @@ def kind_of(module: nn.Module) -> str | None:
     leads_back = inner > 0 and (sizes == [(inner, inner)] or sizes == [(inner, sizes[0][1]), (sizes[0][1], inner)])
     pooled = any(isinstance(part, tuple(AVERAGE_POOLS.values())) for part in parts)
     gated = any(_is_gate(part) for part in parts)
-    evident = is_named_so(module) or (gated and (pooled or len(sizes) == 2))
+    evident = bool(words_of(module) & OF_SQUEEZE_EXCITATION) or (gated and (pooled or len(sizes) == 2))
     return "squeeze-excitation" if leads_back and evident else None
 
 
