@@ -137,4 +137,21 @@ void check_channel_fuse_backward(const Tensor& grad, const Tensor& x, const Opti
   check::count(op, "needs", needs.size(), 4);
 }
 
+void check_global_response_norm(const char* op, const Tensor& x, const Tensor& gamma, const Tensor& beta) {
+  check::feature_map(op, x);
+  check::require(gamma.defined(), op, {"", "gamma"});
+  check::parameter(op, {"", "gamma"}, gamma, x, {x.size(1)});
+  check::require(beta.defined(), op, {"", "beta"});
+  check::parameter(op, {"", "beta"}, beta, x, {x.size(1)});
+}
+
+void check_global_response_norm_backward(const Tensor& grad, const Tensor& x, const Tensor& gamma, const Tensor& beta,
+                                         const Tensor& norms, const std::vector<bool>& needs) {
+  const char* op = "global_response_norm_backward";
+  check_global_response_norm(op, x, gamma, beta);
+  check::gradient(op, grad, x);
+  check::saved(op, "norms", norms, x, {x.size(0), x.size(1)});
+  check::count(op, "needs", needs.size(), 3);
+}
+
 }  // namespace gcnet_ext

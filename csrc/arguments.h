@@ -153,5 +153,8 @@ void check_channel_fuse(const char* op, const Tensor& x, const OptionalTensor& s
                         const OptionalTensor& residual, int64_t final_activation);
 void check_channel_fuse_backward(const Tensor& grad, const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift,
                                  int64_t final_activation, const Tensor& positive, const std::vector<bool>& needs);
+void check_global_response_norm(const char* op, const Tensor& x, const Tensor& gamma, const Tensor& beta);
+void check_global_response_norm_backward(const Tensor& grad, const Tensor& x, const Tensor& gamma, const Tensor& beta,
+                                         const Tensor& norms, const std::vector<bool>& needs);
 
 }  // namespace gcnet_ext

@@ -40,6 +40,14 @@ STABLE_TORCH_LIBRARY(gcnet_ext, m) {
       "channel_fuse_backward(Tensor grad, Tensor x, Tensor? scale, Tensor? shift, int final_activation, Tensor positive, "
       "bool[] needs) -> (Tensor grad_x, Tensor grad_scale, Tensor grad_shift, Tensor grad_residual)");
 
+  // -> x * (1 + gamma * G / (mean of G over the channels + eps)) + beta, with gamma and beta [C]; norms: G [N, C] acc, the
+  //    square root of the sum of squares of x over the positions
+  m.def("global_response_norm(Tensor x, Tensor gamma, Tensor beta, float eps) -> (Tensor out, Tensor norms)");
+  // needs: x, gamma, beta
+  m.def(
+      "global_response_norm_backward(Tensor grad, Tensor x, Tensor gamma, Tensor beta, float eps, Tensor norms, bool[] needs) "
+      "-> (Tensor grad_x, Tensor grad_gamma, Tensor grad_beta)");
+
   // The whole block: act(x * gate(t_scale) + t_shift + residual), with the context of x in both branches.
   // -> out like x; context [N, C] acc; attention [N, P] acc; hidden [N, H of scale + H of shift] acc, before the norm;
   //    gate_values [N, C] acc, the sigmoid that x was multiplied with, or alpha t + beta before it was clipped ([N, 0] without

@@ -5,6 +5,7 @@ from .blocks import (
     EffectiveSqueezeExcitation,
     EfficientChannelAttention,
     GlobalContextBlock,
+    GlobalResponseNorm,
     NonLocalBlock,
     SimplifiedNonLocalBlock,
     SqueezeExcitation,
@@ -16,12 +17,14 @@ from .ops._transform import Branch
 from .ops.attention_pool import attention_map, attention_pool
 from .ops.channel_fuse import channel_fuse
 from .ops.global_context import global_context
+from .ops.global_response_norm import global_response_norm
 
 __all__ = [
     "Branch",
     "EffectiveSqueezeExcitation",
     "EfficientChannelAttention",
     "GlobalContextBlock",
+    "GlobalResponseNorm",
     "NonLocalBlock",
     "Report",
     "SimplifiedNonLocalBlock",
@@ -32,6 +35,7 @@ __all__ = [
     "channel_fuse",
     "decompositions",
     "global_context",
+    "global_response_norm",
     "insert_blocks",
     "plain",
     "replace_blocks",

@@ -3,6 +3,7 @@
 from .effective_squeeze_excitation import EffectiveSqueezeExcitation
 from .efficient_channel_attention import EfficientChannelAttention
 from .global_context import GlobalContextBlock
+from .global_response_norm import GlobalResponseNorm
 from .non_local import NonLocalBlock
 from .simplified_non_local import SimplifiedNonLocalBlock
 from .squeeze_excitation import SqueezeExcitation
@@ -11,6 +12,7 @@ __all__ = [
     "EffectiveSqueezeExcitation",
     "EfficientChannelAttention",
     "GlobalContextBlock",
+    "GlobalResponseNorm",
     "NonLocalBlock",
     "SimplifiedNonLocalBlock",
     "SqueezeExcitation",

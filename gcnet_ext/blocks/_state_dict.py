@@ -26,13 +26,14 @@ SQUEEZE_EXCITATION = {  # two Linear layers in a Sequential, as in SENet; timm's
     "conv_expand": "fc2",
 }
 EFFECTIVE_SQUEEZE_EXCITATION = {"conv": "fc"}  # timm's HGNets; timm's EffectiveSEModule and RTMDet have our names
+GLOBAL_RESPONSE_NORM = {"gamma": "weight", "beta": "bias"}  # the original's; timm's names are ours
 NON_LOCAL = {"g.0.conv": "g.conv", "phi.0.conv": "phi.conv"}  # mmcv's with sub_sample
 
 
 def renamed(key: str, names: Mapping[str, str]) -> str:
     """The key with the other name, if it has one of these."""
     for theirs, ours in names.items():
-        if key.startswith(theirs + "."):
+        if key == theirs or key.startswith(theirs + "."):
             return ours + key[len(theirs) :]
     return key
 

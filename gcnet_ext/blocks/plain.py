@@ -18,6 +18,7 @@ from ._fused import FusedBlock
 from .effective_squeeze_excitation import EffectiveSqueezeExcitation
 from .efficient_channel_attention import EfficientChannelAttention
 from .global_context import GlobalContextBlock
+from .global_response_norm import GlobalResponseNorm
 from .non_local import NonLocalBlock
 from .simplified_non_local import SimplifiedNonLocalBlock
 from .squeeze_excitation import SqueezeExcitation
@@ -141,6 +142,17 @@ class PlainEfficientChannelAttention(Plain):
         return fused(x, t.sigmoid(), None, residual, self.relu)
 
 
+class PlainGlobalResponseNorm(Plain):
+    """`GlobalResponseNorm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        by_channels = x.movedim(-1, 1) if self.channels_last else x
+        norms = by_channels.flatten(2).norm(2, 2)
+        response = norms / (norms.mean(1, keepdim=True) + self.eps)
+        out = fused(by_channels, 1.0 + self.weight * response, self.bias.expand_as(response), None, False)
+        return out.movedim(1, -1) if self.channels_last else out
+
+
 class PlainSimplifiedNonLocal(Plain):
     """`SimplifiedNonLocalBlock`."""
 
@@ -171,6 +183,7 @@ TWINS: dict[type[nn.Module], type[nn.Module]] = {
     EffectiveSqueezeExcitation: PlainEffectiveSqueezeExcitation,
     EfficientChannelAttention: PlainEfficientChannelAttention,
     GlobalContextBlock: PlainGlobalContext,
+    GlobalResponseNorm: PlainGlobalResponseNorm,
     NonLocalBlock: PlainNonLocal,
     SimplifiedNonLocalBlock: PlainSimplifiedNonLocal,
     SqueezeExcitation: PlainSqueezeExcitation,

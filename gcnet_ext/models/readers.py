@@ -192,6 +192,12 @@ def non_local_of(module: nn.Module) -> type[nn.Module] | None:
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(type(module), kind)), None)
 
 
+def grn_of(module: nn.Module) -> type[nn.Module] | None:
+    """timm's GlobalResponseNorm, if the module is an instance of it or of a class derived from it."""
+    kind = getattr(sys.modules.get("timm.layers"), "GlobalResponseNorm", None)
+    return kind if isinstance(kind, type) and issubclass(type(module), kind) else None
+
+
 def eca_of(module: nn.Module) -> type[nn.Module] | None:
     """timm's EcaModule, if the module is an instance of it or of a class derived from it."""
     kind = getattr(sys.modules.get("timm.layers"), "EcaModule", None)

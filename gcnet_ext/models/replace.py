@@ -8,6 +8,7 @@ from ..blocks import (
     EffectiveSqueezeExcitation,
     EfficientChannelAttention,
     GlobalContextBlock,
+    GlobalResponseNorm,
     NonLocalBlock,
     SimplifiedNonLocalBlock,
     SqueezeExcitation,
@@ -16,8 +17,9 @@ from ..blocks._layers import ignoring_global_hooks
 from . import look_alikes, same, watch
 from .efficient_channel_attention import replace_eca
 from .fusible import why_called, why_left
+from .global_response_norm import replace_grn
 from .peer import FusedPeer, NonLocalPeer, Peer, Record, become, way_to
-from .readers import NON_LOCAL, READERS, eca_of, known_reader_of, non_local_of
+from .readers import NON_LOCAL, READERS, eca_of, grn_of, known_reader_of, non_local_of
 from .report import Report
 from .residual import fuse_tails
 from .skeleton import Left, is_original, settings
@@ -28,6 +30,7 @@ OURS = (
     EffectiveSqueezeExcitation,
     EfficientChannelAttention,
     GlobalContextBlock,
+    GlobalResponseNorm,
     NonLocalBlock,
     SimplifiedNonLocalBlock,
     SqueezeExcitation,
@@ -39,9 +42,9 @@ def replace_blocks(model: nn.Module, *, fuse_tail: bool = True) -> Report:
     """Give every block of the GC family in the model a forward of this package, in place.
 
     It takes mmcv's ``ContextBlock`` and ``NonLocal1d``, ``2d`` and ``3d``, timm's ``GlobalContext``, ``SEModule``,
-    ``SqueezeExcite``, ``EffectiveSEModule``, ``EseModule`` and ``EcaModule``, torchvision's ``SqueezeExcitation``, and any
-    class derived from one of those, or with the layers of the GC block or of squeeze-excitation under names of its own, if a
-    copy of it computes on random numbers what ours computes.
+    ``SqueezeExcite``, ``EffectiveSEModule``, ``EseModule``, ``EcaModule`` and ``GlobalResponseNorm``, torchvision's
+    ``SqueezeExcitation``, and any class derived from one of those, or with the layers of the GC block or of squeeze-excitation
+    under names of its own, if a copy of it computes on random numbers what ours computes.
 
     A block stays the object it is, and becomes an instance of a subclass of its class. So nothing is lost: parameters (the same
     objects, shapes, names and order), attributes, buffers, hooks, parametrizations, device, dtype, train or eval mode. An
@@ -107,7 +110,7 @@ def _replaced(block: nn.Module, *, listed: bool) -> str | None:
         Left: it is one, or looks like one and is to be listed, and stays as it is.
     """
     known = known_reader_of(block)
-    if known is not None or non_local_of(block) is not None or eca_of(block) is not None:
+    if known is not None or any(of_class(block) is not None for of_class in (non_local_of, eca_of, grn_of)):
         return _converted(block, known)
     suspected = listed and looks_like_attention(block)
     guess = look_alikes.kind_of(block)
@@ -123,7 +126,7 @@ def _replaced(block: nn.Module, *, listed: bool) -> str | None:
 
 
 def _converted(block: nn.Module, found: tuple[str, bool] | None) -> str:
-    """Gives a block with that reader, or a non-local block, or an EcaModule, our forward; returns what of it is called.
+    """Gives a block with that reader, or of a class that needs none, our forward; returns what of it is called.
 
     Raises:
         Left: it stays as it is.
@@ -135,6 +138,9 @@ def _converted(block: nn.Module, found: tuple[str, bool] | None) -> str:
         raise Left("its forward is decorated")
     if eca is not None:
         replace_eca(block)
+        return ""
+    if grn_of(block) is not None:
+        replace_grn(block)
         return ""
     code = watch.fingerprint(type(block))
     if non_local is not None:

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from torch import nn
 
 KNOWN = (
-    "mmcv's ContextBlock and NonLocal1d to 3d, timm's GlobalContext, SEModule, SqueezeExcite, EffectiveSEModule, EseModule and "
-    "EcaModule, torchvision's SqueezeExcitation, and classes with the layers of the GC block or of squeeze-excitation"
+    "mmcv's ContextBlock and NonLocal1d to 3d, timm's GlobalContext, SEModule, SqueezeExcite, EffectiveSEModule, EseModule, "
+    "EcaModule and GlobalResponseNorm, torchvision's SqueezeExcitation, and classes with the layers of the GC block or of "
+    "squeeze-excitation"
 )
 NAMES_IN_A_LINE = 4
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from .._torch import children, parameters
 from .look_alikes import is_named_so, kind_of, words_of
-from .readers import eca_of, known_reader_of, non_local_of
+from .readers import eca_of, grn_of, known_reader_of, non_local_of
 
 CONTAINERS = frozenset(("block", "bottleneck", "net", "stage", "model", "backbone", "encoder", "decoder", "basic", "mlp"))
 MOST_MODULES = 30
@@ -23,7 +23,7 @@ def looks_like_attention(module: nn.Module) -> bool:
     below = [part for part in module.modules() if part is not module]
     if len(below) > MOST_MODULES or (not below and not any(True for _ in module.parameters())):
         return False
-    if any(known_reader_of(part) or non_local_of(part) or eca_of(part) for part in below):
+    if any(known_reader_of(part) or non_local_of(part) or eca_of(part) or grn_of(part) for part in below):
         return False
     words = words_of(module)
     if words & CONTAINERS and any(is_named_so(part) for part in below):

@@ -52,7 +52,7 @@ class Choices(NamedTuple):
         _one_of(op, "gate", self.gate, GATES)
         final = final_number(op, self.final_activation)
         for name in ("eps", "slope", "gate_alpha", "gate_beta"):
-            _number(op, name, getattr(self, name))
+            number(op, name, getattr(self, name))
         hard_gate = (self.gate_alpha, self.gate_beta) if self.gate == "hard_sigmoid" else None
         return Options(self.eps if self.norm else None, ACTIVATIONS[self.activation], self.slope, hard_gate, final)
 
@@ -68,7 +68,8 @@ def check_final(op: str, number: int) -> None:
         _checks.fail(op, f"final_activation must be one of {FINAL_ACTIVATIONS}, got {number}")
 
 
-def _number(op: str, name: str, value: object) -> None:
+def number(op: str, name: str, value: object) -> None:
+    """Refuses what is no number, or a number that no float holds."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         _checks.fail(op, f"{name} must be a number, got {type(value).__name__}")
     try:

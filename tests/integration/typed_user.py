@@ -11,6 +11,7 @@ from gcnet_ext import (
     EffectiveSqueezeExcitation,
     EfficientChannelAttention,
     GlobalContextBlock,
+    GlobalResponseNorm,
     NonLocalBlock,
     Report,
     SimplifiedNonLocalBlock,
@@ -20,6 +21,7 @@ from gcnet_ext import (
     channel_fuse,
     decompositions,
     global_context,
+    global_response_norm,
     insert_blocks,
     plain,
     replace_blocks,
@@ -38,10 +40,11 @@ class Net(nn.Module):
         self.snl = SimplifiedNonLocalBlock(channels, device=device)
         self.ese = EffectiveSqueezeExcitation(channels, "sigmoid", device=device)
         self.eca = EfficientChannelAttention(channels, 3, device=device)
+        self.grn = GlobalResponseNorm(channels, 1e-6, channels_last=False, device=device)
         self.nl = NonLocalBlock(channels, reduction=2, mode="dot_product", norm="batch", device=device)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.nl(self.snl(self.eca(self.ese(self.se(self.gc(x))))))
+        return self.nl(self.grn(self.snl(self.eca(self.ese(self.se(self.gc(x)))))))
 
     def where(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.gc.attention_map(x), self.snl.attention_map(x)
@@ -53,6 +56,7 @@ def functions(x: Tensor) -> Tensor:
     context = attention_pool(x, weight, bias) + attention_pool(x)
     branch = Branch(torch.randn(4, channels), torch.zeros(4), w2=torch.randn(channels, 4), b2=None)
     out: Tensor = global_context(x, weight, bias, scale=branch, shift=None, norm=False, gate="sigmoid", eps=1e-6)
+    out = global_response_norm(out, weight, torch.zeros(channels), 1e-6)
     mean: float = attention_map(x, weight).mean().item()
     assert branch.norm_weight is None
     return channel_fuse(out, scale=context, shift=torch.full((samples, channels), mean), inplace=True)

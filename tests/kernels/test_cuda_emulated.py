@@ -102,6 +102,19 @@ def test_fusion_reads_and_writes_once(module, size, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
+def test_a_response_norm_reads_twice_and_writes_once(module, size, layout):
+    """The sums load a value as both factors of its square, the second time from where the first has put it."""
+    x, grad = maps(size, layout)
+    gamma, beta = Random(1).normal(size[1]), Random(2).normal(size[1])
+    forward, backward = schema.Flat("global_response_norm"), schema.Flat("global_response_norm_backward")
+    assert traffic(module, lambda: forward(x, gamma, beta), x=x) == {"x": (3, 3), "out": ONCE}
+    norms, needs = forward(x, gamma, beta)[1], {"need_x": True, "need_gamma": True, "need_beta": True}
+    found = traffic(module, lambda: backward(grad, x, gamma, beta, norms=norms, **needs), grad=grad, x=x)
+    assert found == {"grad": TWICE, "x": TWICE, "out": ONCE}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
 def test_a_residual_and_a_relu_cost_one_reading(module, size, layout):
     """And nothing is read of x in the pool where it does not count."""
     x, residual = maps(size, layout)

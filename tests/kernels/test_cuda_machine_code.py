@@ -20,7 +20,7 @@ import gcnet_ext
 
 ALL_ARCHITECTURES = {"sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
 # These go through the big tensors.
-HOT = re.compile(r"attention_pool|fuse_|sums_")
+HOT = re.compile(r"attention_pool|fuse_|sums_|response_gradient<")
 STAGE = re.compile(r"transform_(hidden_parts|outputs|grad_parts|grad_context)<")
 ITEMS = re.compile(r"\w+_(items|flat\w*)<")
 TICKETS = re.compile(r"\w+_tickets<.*, (\d+)>+$")  # the threads of the tile: 512 are two blocks of a cluster
@@ -68,6 +68,8 @@ def wide_accesses(kernel: str) -> Accesses | None:
     bits = 8 * int(match["vector"]) * BYTES[match["dtype"]] if match else 0
     if bits < 64 or "double" in kernel:
         return None
+    if kernel.startswith("response_gradient<"):
+        return Accesses(bits, 2)  # of g and x
     if rows := ROWS.search(kernel):
         return Accesses(bits, int(rows.group(1)))
     return Accesses(bits, POSITIONS_PER_WARP if "attention_pool" in kernel else SWEEP_UNROLL)
@@ -163,6 +165,8 @@ def test_accesses_are_as_wide_as_planned(instructions):
                 for instruction in ("LDG", "STG")
             )
             assert loads >= wanted.count, f"{kernel} on {arch}: {loads} loads of {wanted.bits} bits, not {wanted.count}"
+            if kernel.startswith("response_gradient<"):
+                assert stores >= 1, f"{kernel} on {arch}: {stores} stores of {wanted.bits} bits"
             if kernel.startswith(("fuse_", "attention_pool_backward", "sums_")):
                 turns = 2 if kernel.startswith("attention_pool_backward_positions") else 1  # of the loop that stores
                 assert stores * turns >= wanted.count, f"{kernel} on {arch}: {stores} stores of {wanted.bits} bits"

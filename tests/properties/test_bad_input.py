@@ -40,7 +40,16 @@ def feature_map_cases():
 
 def parameter_cases():
     """Each parameter: another device, another dtype, another size."""
-    sizes = {"weight": [C], "mask_weight": [C], "bias": [1], "mask_bias": [1], "scale": [N, C], "shift": [N, C]}
+    sizes = {
+        "weight": [C],
+        "mask_weight": [C],
+        "bias": [1],
+        "mask_bias": [1],
+        "scale": [N, C],
+        "shift": [N, C],
+        "gamma": [C],
+        "beta": [C],
+    }
     sizes |= {name: list(tensor.shape) for name, tensor in WEIGHTS.items()}
     for op, good in GOOD.items():
         for name in good:

@@ -150,7 +150,13 @@ def test_any_arguments_at_all(kernels, op):
     schema = getattr(torch.ops.gcnet_ext, op).default._schema
     optional = {True: st.none() | tensors(SIZES), False: tensors(SIZES)}
     needs = st.lists(st.booleans(), min_size=1, max_size=5)
-    of_types = {"Tensor": optional[False], "Optional[Tensor]": optional[True], "List[bool]": needs, "int": st.integers(-1, 3)}
+    of_types = {
+        "Tensor": optional[False],
+        "Optional[Tensor]": optional[True],
+        "List[bool]": needs,
+        "int": st.integers(-1, 3),
+        "float": st.floats(0.1, 1),
+    }
     arguments = st.tuples(*(of_types[str(argument.type)] for argument in schema.arguments))
 
     def outcome(arguments):

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from entry import OPTIONS, Arguments, Sizes, To
+from entry import GOOD, OPTIONS, Arguments, Sizes, To
 from grid import Case, Random, accumulation
 from registry import OP_OF, OPERATORS
 
@@ -15,7 +15,7 @@ def operator_arguments(ops: Any, name: str, case: Case, to: To = lambda tensor: 
     """All of them, in their order; every gradient is wanted but that of a residual, which there is not."""
     op, operator = OP_OF[name], OPERATORS[name]
     inputs = dict(zip(op.inputs, op.draw(case, to, 0), strict=True))
-    available = {**inputs, **OPTIONS, "residual": None, "valid": None, "need_residual": False}
+    available = {**inputs, **OPTIONS, "eps": GOOD["eps"], "residual": None, "valid": None, "need_residual": False}
     if "grad" in operator.arguments or operator.saved:
         forward = getattr(ops, op.name)
         results = forward(**inputs)

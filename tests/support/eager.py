@@ -103,6 +103,21 @@ class EffectiveSqueezeExcitation(nn.Module):
         return x * gate.reshape(*x.shape[:2], *(1 for _ in x.shape[2:]))
 
 
+class GlobalResponseNorm(nn.Module):
+    """Algorithm 1 of the ConvNeXt V2 paper."""
+
+    def __init__(self, channels: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = nn.Parameter(torch.zeros(channels)), nn.Parameter(torch.zeros(channels)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        spatial = [1 for _ in x.shape[2:]]
+        norms = x.flatten(2).square().sum(2).sqrt()
+        response = norms / (norms.mean(1, keepdim=True) + self.eps)
+        weight, bias = self.weight.reshape(-1, *spatial), self.bias.reshape(-1, *spatial)
+        return weight * (x * response.reshape(*norms.shape, *spatial)) + bias + x
+
+
 class EfficientChannelAttention(nn.Module):
     """Equations 5 and 9 of the ECA paper: a convolution over neighbouring channels, with zeros beside them."""
 

@@ -164,6 +164,9 @@ def good(draw: st.DrawFn, op: str) -> Arguments:
             parameter(weight, *((1, c) if c > 1 and draw(st.booleans()) else (c,)))
             if bias in names and draw(MOSTLY):
                 parameter(bias, 1)
+    for name in ("gamma", "beta"):
+        if name in names:
+            parameter(name, c)
     units = {"scale": 0, "shift": 0}
     for branch in units if "scale_w1" in names else ():
         if draw(MOSTLY) or (branch == "shift" and not units["scale"]):
@@ -190,6 +193,8 @@ def good(draw: st.DrawFn, op: str) -> Arguments:
             found[name] = draw(tensors((draw(st.sampled_from((n, 1))), *spatial), torch.bool))
         elif name.startswith("need_"):
             found[name] = draw(MOSTLY)
+        elif name == "eps":  # not 0: the norms of a sample may all be 0
+            found[name] = draw(st.sampled_from((1e-6, 1e-3, 1.0)))
         elif name == "norm_eps":  # not 0: where all units are alike the norm would be 0/0, but for a rounding
             found[name] = draw(st.sampled_from((1e-5, None, 1e-5, 1e-3, 1e-12, 1.0)))
         elif name == "activation":
@@ -216,7 +221,7 @@ def calls(draw: st.DrawFn, op: str, keep: Sequence[str] = ()) -> Arguments:
     arguments = draw(good(op))
     names = [name for name in arguments if name not in keep]
     for name in draw(st.lists(st.sampled_from(names), min_size=1, max_size=2, unique=True)):
-        arguments[name] = draw(NO_TENSOR if name in schema.OPTIONS or name.startswith("need_") else ANYTHING)
+        arguments[name] = draw(NO_TENSOR if name in (*schema.OPTIONS, "eps") or name.startswith("need_") else ANYTHING)
     # For both at once torch has no dispatch key that a kernel can have, and so only words of its own.
     assume(not {"quantized", "meta"} <= {value.kind for value in arguments.values() if isinstance(value, Drawn)})
     return arguments

@@ -120,6 +120,21 @@ class EffectiveSEModule(nn.Module):
         return x * self.gate(self.fc(context))
 
 
+@of_module("timm.layers.grn")
+class GlobalResponseNorm(nn.Module):
+    def __init__(self, dim, eps=1e-6, channels_last=True) -> None:
+        super().__init__()
+        self.eps = eps
+        self.spatial_dim, self.channel_dim = ((1, 2), -1) if channels_last else ((2, 3), 1)
+        self.wb_shape = (1, 1, 1, -1) if channels_last else (1, -1, 1, 1)
+        self.weight, self.bias = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        norms = x.norm(p=2, dim=self.spatial_dim, keepdim=True)
+        response = norms / (norms.mean(dim=self.channel_dim, keepdim=True) + self.eps)
+        return x + torch.addcmul(self.bias.view(self.wb_shape), self.weight.view(self.wb_shape), x * response)
+
+
 @of_module("timm.models._efficientnet_blocks")
 class SqueezeExcite(nn.Module):
     def __init__(self, in_chs, rd_ratio=0.25, act_layer: Any = nn.ReLU, gate_layer: Any = nn.Sigmoid) -> None:
@@ -335,6 +350,7 @@ IMITATIONS = {
         SEModule=SEModule,
         EffectiveSEModule=EffectiveSEModule,
         EcaModule=EcaModule,
+        GlobalResponseNorm=GlobalResponseNorm,
         LayerNorm2d=LayerNorm2d,
         ConvMlp=ConvMlp,
     ),

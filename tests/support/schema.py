@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gcnet_ext.ops._global_context_arguments import IN_LISTS
 
-DEFAULTS = {"bias": None, "residual": None, "valid": None, "need_residual": False, **OPTIONS}
+DEFAULTS = {"bias": None, "eps": 1e-6, "residual": None, "valid": None, "need_residual": False, **OPTIONS}
 """For those that a test does not name."""
 
 

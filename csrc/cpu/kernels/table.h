@@ -32,6 +32,9 @@ struct MapKernels {
   void (*relu_backward)(Block<const scalar_t> grad, Bits<const uint8_t> positive, Block<scalar_t> masked);
   // sum_a[c] += sum_p a_cp; sum_ab[c] += sum_p a_cp b_cp (b may have null data; a sum that is null is not computed).
   void (*channel_sums)(Block<const scalar_t> a, Block<const scalar_t> b, acc* sum_a, acc* sum_ab);
+  // dx = g*scale + x*factor
+  void (*response_gradient)(Block<const scalar_t> grad, Block<const scalar_t> x, const acc* scale, const acc* factor,
+                            Block<scalar_t> grad_x);
 };
 
 // Loops over [N, C] buffers of acc.
@@ -102,6 +105,7 @@ const auto& matrix_kernels() {
 #include "activation.h"
 #include "attention_pool.h"
 #include "channel_fuse.h"
+#include "global_response_norm.h"
 #include "transform.h"
 
 namespace gcnet_ext::cpu::GCNET_CAPABILITY {
@@ -116,6 +120,7 @@ constexpr MapKernels<scalar_t> kMap{
     .channel_fuse = channel_fuse<scalar_t>,
     .relu_backward = relu_backward<scalar_t>,
     .channel_sums = channel_sums<scalar_t>,
+    .response_gradient = response_gradient<scalar_t>,
 };
 template <typename acc>
 constexpr VectorKernels<acc> kVector{

@@ -177,6 +177,7 @@ void test_channel_sums(bool small);
 void test_flat_stages(bool small);
 void test_forward_tickets(bool small);
 void test_global_context(bool small);
+void test_global_response_norm(bool small);
 void test_tickets(bool small);
 
 }  // namespace kernel_test

@@ -14,6 +14,7 @@ int main(int count, char** arguments) {
                                                   {"flat_stages", test_flat_stages},
                                                   {"forward_tickets", test_forward_tickets},
                                                   {"global_context", test_global_context},
+                                                  {"global_response_norm", test_global_response_norm},
                                                   {"tickets", test_tickets}};
   bool small = false, selected = false;
   for (int i = 1; i < count; i++) {
