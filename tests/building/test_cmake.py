@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkout import ROOT
+from checkout import ROOT, quick_compiler
 
 pytestmark = pytest.mark.slow
 EXAMPLE = ROOT / "examples" / "cmake"
@@ -34,7 +34,8 @@ def prefix(tmp_path_factory) -> Path:
         if shutil.which(tool, path=PATH) is None:
             pytest.skip(f"{tool} is not on the PATH")
     folder = tmp_path_factory.mktemp("cmake")
-    run("cmake", "-S", ROOT, "-B", folder / "build", "-G", "Unix Makefiles")
+    compiler = f"-DCMAKE_CXX_COMPILER={quick_compiler(folder)}"
+    run("cmake", "-S", ROOT, "-B", folder / "build", "-G", "Unix Makefiles", compiler)
     run("cmake", "--build", folder / "build", "--target", "gcnet_ext", "--parallel", str(os.cpu_count()))
     run("cmake", "--install", folder / "build", "--prefix", folder / "prefix")
     shutil.rmtree(folder / "build")  # what is installed does without

@@ -6,7 +6,7 @@ import os
 import shutil
 
 import pytest
-from checkout import ROOT
+from checkout import ROOT, quick_compiler
 
 SCRIPT = """
 import torch, gcnet_ext
@@ -27,6 +27,7 @@ def test_second_import_compiles_nothing(python, tmp_path):
     environment = {
         "GCNET_EXT_JIT": "1",
         "GCNET_EXT_JIT_DIR": str(tmp_path),
+        "CXX": quick_compiler(tmp_path),
         "TORCH_CUDA_ARCH_LIST": "9.0",  # for a CUDA build of torch: one is enough here
         "PATH": os.pathsep.join([os.path.dirname(os.sys.executable), os.environ["PATH"]]),
     }

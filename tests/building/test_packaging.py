@@ -22,7 +22,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
-from checkout import ROOT
+from checkout import ROOT, quick_compiler
 
 VERSION = re.search('__version__ = "(.+)"', (ROOT / "gcnet_ext" / "_version.py").read_text()).group(1)
 # What compilers, editors and tests leave in a checkout.
@@ -88,9 +88,9 @@ def build_wheel(python: str, sdist: Path, folder: Path) -> Path:
     """From the archive alone, as on a machine without nvcc: whatever torch is installed, the CPU kernels are built."""
     options = ("--no-build-isolation", "--no-deps", "--no-index", "--no-cache-dir")
     path = os.pathsep.join(part for part in os.environ["PATH"].split(os.pathsep) if not (Path(part) / "nvcc").exists())
-    environment = {"CUDA_HOME": "/nonexistent", "PATH": path}
+    environment = {"CUDA_HOME": "/nonexistent", "PATH": path, "CXX": quick_compiler(folder)}
     run(python, "-m", "pip", "wheel", *options, "-w", folder, sdist, environment=environment)
-    (file,) = folder.iterdir()
+    (file,) = folder.glob("*.whl")
     return file
 
 
