@@ -72,6 +72,9 @@ class GlobalContextBlock(FusedBlock):
     pooling if conv_mask is unchanged.
     """
 
+    _abbr_ = "context_block"
+    """What mmdet names a plugin of this class in its model."""
+
     if TYPE_CHECKING:  # nn.Module.__call__ takes and returns Any
 
         def __call__(self, x: Tensor, residual: Tensor | None = None, valid: Tensor | None = None) -> Tensor: ...

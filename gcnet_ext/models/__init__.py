@@ -5,5 +5,6 @@ from .plain import to_plain
 from .replace import replace_blocks
 from .report import Report
 from .state_dict import to_peer_state_dict
+from .timm_layer import timm_layer
 
-__all__ = ["Report", "insert_blocks", "replace_blocks", "to_peer_state_dict", "to_plain"]
+__all__ = ["Report", "insert_blocks", "replace_blocks", "timm_layer", "to_peer_state_dict", "to_plain"]

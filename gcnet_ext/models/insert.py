@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from numbers import Integral
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,21 +20,19 @@ from ..blocks import (
     SqueezeExcitation,
 )
 from .residual import NAME, class_with_context_block
+from .stages import LAST_LAYERS, is_residual_block_of_others, residual_blocks
 
 KINDS: dict[str, Callable[..., nn.Module]] = {
-    "gc": lambda channels, ratio, **options: GlobalContextBlock(
-        channels, ratio, **{"fusion_types": ("channel_add",), **options}
-    ),
+    "gc": lambda channels, **options: GlobalContextBlock(channels, **{"fusion_types": ("channel_add",), **options}),
     "se": SqueezeExcitation,
-    "ese": lambda channels, _ratio, **options: EffectiveSqueezeExcitation(channels, **options),
-    "eca": lambda channels, _ratio, **options: EfficientChannelAttention(channels, **options),
-    "snl": lambda channels, _ratio, **options: SimplifiedNonLocalBlock(channels, **options),
-    "nl": lambda channels, _ratio, **options: NonLocalBlock(channels, **options),
+    "ese": EffectiveSqueezeExcitation,
+    "eca": EfficientChannelAttention,
+    "snl": SimplifiedNonLocalBlock,
+    "nl": NonLocalBlock,
 }
+WITH_A_BOTTLENECK = ("gc", "se")
+"""The kinds whose constructors take a ratio."""
 POSITIONS = ("after_conv3", "after_add")
-STAGES = (1, 2, 3, 4)
-LAST_LAYERS = (("conv3", "bn3"), ("conv2", "bn2"))
-"""The names of a residual block's last convolution and of its norm, for a Bottleneck and for a BasicBlock."""
 
 
 def insert_blocks(
@@ -49,7 +46,7 @@ def insert_blocks(
     fuse_tail: bool = True,
     **options: Any,
 ) -> list[str]:
-    """Put a block into every residual block of a ResNet, or behind any modules of any model, in place.
+    """Put a block into every residual block of a ResNet, behind those of a RegNet or ConvNeXt, or behind any modules, in place.
 
     In the paper (section 4.1) the GC block stands in every residual block of c3, c4 and c5 (stages 2, 3 and 4 here), after the
     last convolution and its norm, before the addition: ``position="after_conv3"``.
@@ -62,11 +59,12 @@ def insert_blocks(
     once if the model was called and a block was not.
 
     Args:
-        model: for ``stages``, a ResNet of torchvision or timm, or a model that holds one (a detector, a segmentation model).
-        stages: the stages to change, from 1 (``layer1``) to 4 (``layer4``).
+        model: for ``stages``, a ResNet, RegNet or ConvNeXt of torchvision or timm, or a model that holds one (a detector, a
+            segmentation model).
+        stages: the stages to change, from 1 (in a ResNet ``layer1``) to 4 (``layer4``).
         ratio: hidden units per channel, for ``"gc"`` and ``"se"``.
         position: ``"after_conv3"`` (before the addition; in torchvision's and timm's BasicBlock and Bottleneck) or
-            ``"after_add"`` (after the residual block: addition and activation).
+            ``"after_add"`` (after the residual block: addition and activation), which is the one for RegNets and ConvNeXts.
         kind: ``"gc"`` (with ``fusion_types=("channel_add",)`` unless given, which starts as the identity), ``"se"`` (which
             multiplies its input by about 1/2 at first), ``"ese"`` or ``"eca"`` (likewise), ``"snl"`` or ``"nl"``.
         modules: name or names of modules to insert a block behind, instead of stages and position. A mapping also gives the
@@ -92,7 +90,7 @@ def insert_blocks(
     places: dict[str, int | None]
     if modules is None:
         places = {}
-        for name in _residual_blocks(model, stages):
+        for name in residual_blocks(model, stages):
             if all(found[name] is not found[other] for other in places):  # stages may share a residual block
                 places[name] = None
     else:
@@ -201,59 +199,7 @@ def _check_place(found: Mapping[str, nn.Module], name: str) -> None:
         )
 
 
-# ---- by stages ---------------------------------------------------------------------------------------------------------------
-
-
-def _residual_blocks(model: nn.Module, stages: Sequence[int]) -> Iterator[str]:
-    """The names of the residual blocks in these stages of the model."""
-    prefix, resnet = _resnet_in(model)
-    for stage in [int(stage) if isinstance(stage, Integral) else stage for stage in _several(stages)]:
-        layer = getattr(resnet, f"layer{stage}", None) if stage in STAGES else None
-        if not isinstance(layer, nn.Module):
-            raise ValueError(
-                f"stages must be stages of the model, layer1 to layer4, got {stage!r}; or pass modules={_examples(model)}"
-            )
-        for index, residual in layer.named_children():
-            path = f"{prefix}layer{stage}.{index}"
-            if all(not isinstance(getattr(residual, name, None), nn.Module) for names in LAST_LAYERS for name in names):
-                raise ValueError(
-                    f"{path} has neither conv3 nor conv2: it is no residual block; pass modules={_examples(model)}"
-                )
-            yield path
-
-
-def _several(stages: Any) -> list[Any]:
-    """One stage, or any collection of them."""
-    return list(stages) if isinstance(stages, Iterable) and not isinstance(stages, str) else [stages]
-
-
-def _resnet_in(model: nn.Module) -> tuple[str, nn.Module]:
-    """The prefix of its names and the one module that has stages, the model or something in it; the model if none has."""
-    found = [("", model)] if _has_stages(model) else []
-    if not found:
-        for name, module in model.named_modules():
-            if _has_stages(module) and not any(name.startswith(outer) for outer, _ in found):
-                found.append((f"{name}.", module))
-    if len(found) > 1:
-        raise ValueError(
-            f"the model has stages in {', '.join(repr(name[:-1]) for name, _ in found)}: pass one of these modules"
-        )
-    return found[0] if found else ("", model)
-
-
-def _has_stages(module: nn.Module) -> bool:
-    return any(isinstance(children(module).get(f"layer{stage}"), nn.Module) for stage in STAGES)
-
-
-def _examples(model: nn.Module) -> list[str]:
-    """Three modules of the model that a block can stand behind, the deepest of the outer ones."""
-    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    names = [
-        name
-        for name, module in model.named_modules()
-        if len(name) > 0 and name.count(".") < 2 and any(isinstance(part, convolutions) for part in module.modules())
-    ]
-    return names[-3:]
+# ---- in a residual block -----------------------------------------------------------------------------------------------------
 
 
 def _class_of(name: str, residual: nn.Module, fuse_tail: bool) -> type[Any]:
@@ -286,6 +232,8 @@ def _channels(module: nn.Module, name: str) -> int:
     for convolution, norm in LAST_LAYERS if channels is None else ():
         for layer in (norm, convolution):
             channels = _channels_of(children(module).get(layer)) if channels is None else channels
+    if channels is None and is_residual_block_of_others(module):
+        channels = next((found for part in reversed(list(module.modules())) if (found := _channels_of(part)) is not None), None)
     if channels is None:
         raise ValueError(f"the channels of {name!r} are unknown: give modules={{{name!r}: channels}}")
     return channels
@@ -294,5 +242,7 @@ def _channels(module: nn.Module, name: str) -> int:
 def _block(module: nn.Module, name: str, channels: int | None, ratio: float, kind: str, options: dict[str, Any]) -> nn.Module:
     parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
     factory: dict[str, Any] = {} if parameter is None else {"device": parameter.device, "dtype": parameter.dtype}
-    block = KINDS[kind](_channels(module, name) if channels is None else channels, ratio, **{**factory, **options})
+    if kind in WITH_A_BOTTLENECK:
+        factory["ratio"] = ratio
+    block = KINDS[kind](_channels(module, name) if channels is None else channels, **{**factory, **options})
     return block.train(module.training)

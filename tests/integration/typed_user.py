@@ -25,6 +25,7 @@ from gcnet_ext import (
     insert_blocks,
     plain,
     replace_blocks,
+    timm_layer,
     to_peer_state_dict,
     to_plain,
 )
@@ -88,6 +89,8 @@ def main() -> None:
     net = Net(8)
     out = net.forward(x)
     maps = net.where(x)
+    made: nn.Module = timm_layer("se", bias=False)(8, rd_ratio=1 / 4, act_layer=nn.SiLU)
+    net.se.load_state_dict(made.state_dict())
     state = other_models(nn.Sequential(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)))
     print(version, out.shape, functions(x).shape, elsewhere(net, x).shape, maps[0].shape, maps[1].shape, len(state))
 
