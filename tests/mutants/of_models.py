@@ -157,7 +157,7 @@ MUTANTS = (
     ),
     Mutant(
         "inserted-channels-of-the-second-norm",
-        "gcnet_ext/models/insert.py",
+        "gcnet_ext/models/stages.py",
         'LAST_LAYERS = («("conv3", "bn3"), ("conv2", "bn2")»)',
         '("conv2", "bn2"), ("conv3", "bn3")',
         "In a Bottleneck the block has the channels of the second convolution.",
