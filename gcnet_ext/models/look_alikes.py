@@ -5,10 +5,12 @@ What is read here is a guess: `same.check` compares what the block computes with
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .._torch import children, parameters
 from ..blocks._layers import AVERAGE_POOLS, CONVOLUTIONS
@@ -52,13 +54,13 @@ def kind_of(module: nn.Module) -> str | None:
         return None
     if below.get("conv_attn") is not None and ("mlp_scale" in below or "mlp_add" in below):
         return "global context"
-    parts = list(module.modules())[1:]
+    parts = list(itertools.islice(module.modules(), 1, MOST_PARTS + 2))
     # What only calls its parts one after another weighs nothing, and in a container of another class stands the block itself.
     if len(parts) > MOST_PARTS or any(type(part) is not nn.Sequential for part in parts if children(part)):
         return None
     if type(module) is nn.Sequential:
         return None
-    sizes = [_sizes(part) for part in parts if _is_layer(part)]
+    sizes = [sizes_of(part) for part in parts if _is_layer(part)]
     inner = sizes[0][0] if sizes and len(sizes) == len([part for part in parts if _has_matrix(part)]) else 0
     leads_back = inner > 0 and (sizes == [(inner, inner)] or sizes == [(inner, sizes[0][1]), (sizes[0][1], inner)])
     pooled = any(isinstance(part, tuple(AVERAGE_POOLS.values())) for part in parts)
@@ -73,14 +75,14 @@ def _is_layer(part: nn.Module) -> bool:
 
 def _has_matrix(part: nn.Module) -> bool:
     """Whether the module has a parameter with more than one dimension of its own."""
-    return any(tensor is not None and tensor.dim() > 1 for tensor in parameters(part).values())
+    return any(tensor is not None and not is_lazy(tensor) and tensor.dim() > 1 for tensor in parameters(part).values())
 
 
-def _sizes(layer: nn.Module) -> tuple[int, int]:
+def sizes_of(layer: nn.Module) -> tuple[int, int]:
     """The outputs and the inputs of a 1x1 layer; zeros for another one."""
     weight: Tensor | None = parameters(layer).get("weight")
     weight = getattr(layer, "weight", None) if weight is None else weight  # a parametrized one
-    if not isinstance(weight, Tensor) or weight.dim() < 2 or weight.shape[2:].numel() != 1:
+    if not isinstance(weight, Tensor) or is_lazy(weight) or weight.dim() < 2 or weight.shape[2:].numel() != 1:
         return (0, 0)
     return (weight.shape[0], weight.shape[1])
 

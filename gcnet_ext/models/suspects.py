@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
-from .._torch import children, parameters
-from .look_alikes import is_named_so, kind_of, words_of
+from .._torch import children
+from .look_alikes import is_named_so, kind_of, sizes_of, words_of
 from .readers import eca_of, grn_of, known_reader_of, non_local_of
 
 CONTAINERS = frozenset(("block", "bottleneck", "net", "stage", "model", "backbone", "encoder", "decoder", "basic", "mlp"))
@@ -35,8 +33,7 @@ def looks_like_attention(module: nn.Module) -> bool:
 
 def _ends_in_a_gate(module: nn.Module) -> bool:
     """Whether it has a sigmoid, and one or two 1x1 layers that lead from some channels to as many."""
-    leaves: list[Any] = [part for part in module.modules() if not children(part)]
+    leaves = [part for part in module.modules() if not children(part)]
     sigmoid = any("sigmoid" in type(part).__name__.lower() for part in leaves)
-    weights = [parameters(part).get("weight") for part in leaves]
-    sizes = [weight.shape for weight in weights if weight is not None and weight.dim() > 1 and weight.shape[2:].numel() == 1]
+    sizes = [size for part in leaves if all(size := sizes_of(part))]
     return sigmoid and len(sizes) in (1, 2) and sizes[0][1] == sizes[-1][0]

@@ -266,6 +266,14 @@ def test_a_part_of_a_block_is_none():
     assert list(report.left) == ["1"]
 
 
+def test_layers_without_weights_yet_are_no_block():
+    """torch's lazy layers learn their sizes in the first call."""
+    model = nn.Sequential(nn.LazyConv2d(16, 1), nn.LazyLinear(4), nn.Sigmoid(), OfLinears())
+    report = replace_blocks(model)
+    assert list(report.replaced) == ["3"]
+    assert not report.left
+
+
 def test_networks_and_mlps_are_not_tried():
     """A look at each module must not take long in a model of thousands."""
     layer = nn.TransformerEncoderLayer(16, 2, 64)
