@@ -39,7 +39,7 @@ def chosen(items: Iterable[pytest.Item], *, all_but_emulated: bool = False) -> I
     groups: dict[tuple, list[pytest.Item]] = defaultdict(list)
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        backend = parameters.get("backend")
+        backend = EMULATED if item.path.stem.endswith("_emulated") else parameters.get("backend")
         if all_but_emulated and backend != EMULATED:
             yield item
         elif all_but_emulated or item.get_closest_marker("slow") is None:
