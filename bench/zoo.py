@@ -33,8 +33,6 @@ FAMILY = {
 """The classes of blocks that are to be taken wherever they stand."""
 RELATIVES = {"FocalModulation", "SplitAttn", "SelectiveKernel", "BatNonLocalAttn", "SqueezeExciteCl", "CecaModule"}
 """Classes of the family whose formula is another one."""
-
-
 SIZE = 64
 """Of the images on which outputs and gradients are compared, unless a net takes one size only."""
 

@@ -173,12 +173,17 @@ CLASSES: dict[tuple[str, str], str] = {
 NON_LOCAL = ("NonLocal1d", "NonLocal2d", "NonLocal3d")
 
 
+def _class_of(module: nn.Module, library: str, name: str) -> type[nn.Module] | None:
+    """The class of that name in a library that is loaded, if the module is an instance of it or of a class derived from it."""
+    kind = getattr(sys.modules.get(library), name, None)
+    return kind if isinstance(kind, type) and issubclass(type(module), kind) else None
+
+
 def known_reader_of(module: nn.Module) -> tuple[str, bool] | None:
     """The name of its reader, and whether the class itself vouches for what it computes; None for a class and names that are
     not known."""
     for (library, name), reader in CLASSES.items():
-        kind = getattr(sys.modules.get(library), name, None)
-        if isinstance(kind, type) and issubclass(type(module), kind):
+        if (kind := _class_of(module, library, name)) is not None:
             return reader, type(module) is kind and is_original(kind)
     # Not by hasattr: a module that wraps another one gives its attributes, too.
     if all(name in children(module) or name in vars(module) for name in ("channel_add_conv", "channel_mul_conv")):
@@ -188,17 +193,14 @@ def known_reader_of(module: nn.Module) -> tuple[str, bool] | None:
 
 def non_local_of(module: nn.Module) -> type[nn.Module] | None:
     """mmcv's class of non-local blocks that the module is an instance of."""
-    kinds = (getattr(sys.modules.get("mmcv.cnn"), name, None) for name in NON_LOCAL)
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(type(module), kind)), None)
-
-
-def grn_of(module: nn.Module) -> type[nn.Module] | None:
-    """timm's GlobalResponseNorm, if the module is an instance of it or of a class derived from it."""
-    kind = getattr(sys.modules.get("timm.layers"), "GlobalResponseNorm", None)
-    return kind if isinstance(kind, type) and issubclass(type(module), kind) else None
+    return next((kind for name in NON_LOCAL if (kind := _class_of(module, "mmcv.cnn", name)) is not None), None)
 
 
 def eca_of(module: nn.Module) -> type[nn.Module] | None:
     """timm's EcaModule, if the module is an instance of it or of a class derived from it."""
-    kind = getattr(sys.modules.get("timm.layers"), "EcaModule", None)
-    return kind if isinstance(kind, type) and issubclass(type(module), kind) else None
+    return _class_of(module, "timm.layers", "EcaModule")
+
+
+def grn_of(module: nn.Module) -> type[nn.Module] | None:
+    """timm's GlobalResponseNorm, if the module is an instance of it or of a class derived from it."""
+    return _class_of(module, "timm.layers", "GlobalResponseNorm")

@@ -4,16 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..blocks import (
-    EffectiveSqueezeExcitation,
-    EfficientChannelAttention,
-    GlobalContextBlock,
-    GlobalResponseNorm,
-    NonLocalBlock,
-    SimplifiedNonLocalBlock,
-    SqueezeExcitation,
-)
 from ..blocks._layers import ignoring_global_hooks
+from ..blocks.plain import TWINS
 from . import look_alikes, same, watch
 from .efficient_channel_attention import replace_eca
 from .fusible import why_called, why_left
@@ -26,16 +18,7 @@ from .skeleton import Left, is_original, settings
 from .suspects import looks_like_attention
 
 UNKNOWN = "its class is none of those that are known"
-OURS = (
-    EffectiveSqueezeExcitation,
-    EfficientChannelAttention,
-    GlobalContextBlock,
-    GlobalResponseNorm,
-    NonLocalBlock,
-    SimplifiedNonLocalBlock,
-    SqueezeExcitation,
-    Peer,
-)
+OURS = (*TWINS, Peer)
 
 
 def replace_blocks(model: nn.Module, *, fuse_tail: bool = True) -> Report:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -187,7 +187,7 @@ def is_folded(norm: Any) -> bool:
 class Folded:
     """A layer and the BatchNorm behind it in evaluation, as one layer. Its weight and bias are computed when they are read."""
 
-    _parameters: dict[str, Any] = {}  # noqa: RUF012  # none of them is a parameter
+    _parameters: ClassVar[dict[str, Any]] = {}  # neither of the two is a parameter
 
     def __init__(self, layer: Any, norm: Any) -> None:
         self.layer, self.norm = layer, norm

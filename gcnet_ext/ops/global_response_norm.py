@@ -36,7 +36,8 @@ def global_response_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e
     """
     number("global_response_norm", "eps", eps)
     if _torch.any_autocast():
-        gamma, beta = beside(x, gamma, beta)  # type: ignore[assignment]
+        widened: Any = beside(x, gamma, beta)
+        gamma, beta = widened
     if _dispatch.has_kernels(x, gamma, beta):
         out: Tensor = _dispatch.call("global_response_norm", _differentiable, x, gamma, beta, float(eps))[0]
         return out
