@@ -203,4 +203,4 @@ def eca_of(module: nn.Module) -> type[nn.Module] | None:
 
 def grn_of(module: nn.Module) -> type[nn.Module] | None:
     """timm's GlobalResponseNorm, if the module is an instance of it or of a class derived from it."""
-    return _class_of(module, "timm.layers", "GlobalResponseNorm")
+    return _class_of(module, "timm.layers.grn", "GlobalResponseNorm")

@@ -94,7 +94,7 @@ def test_keys_of_the_original():
 @pytest.mark.usefixtures("libraries")
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_equals_timm(channels_last):
-    theirs = eager.randomise(imitations.library("timm.layers").GlobalResponseNorm(8, channels_last=channels_last))
+    theirs = eager.randomise(imitations.library("timm.layers.grn").GlobalResponseNorm(8, channels_last=channels_last))
     block = GlobalResponseNorm(8, channels_last=channels_last)
     block.load_state_dict(theirs.state_dict(), strict=True)
     x = Random(1).normal(2, *((5, 6, 8) if channels_last else (8, 5, 6)))

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("libraries")
 
 
 def grn(**options) -> nn.Module:
-    return eager.randomise(imitations.library("timm.layers").GlobalResponseNorm(16, **options)).double()
+    return eager.randomise(imitations.library("timm.layers.grn").GlobalResponseNorm(16, **options)).double()
 
 
 def feature_map(channels_last: bool) -> torch.Tensor:
@@ -68,7 +68,7 @@ def test_a_later_change_counts(change):
 
 
 def test_what_is_left():
-    class Scaled(imitations.library("timm.layers").GlobalResponseNorm):
+    class Scaled(imitations.library("timm.layers.grn").GlobalResponseNorm):
         def forward(self, x):
             return 2 * super().forward(x)
 

@@ -77,7 +77,7 @@ def with_taken_names() -> nn.Module:
     ("make", "why"),
     [
         (lambda: timm_se(add_maxpool=True), "it adds a max-pooling"),
-        (lambda: timm_se(norm_layer=lambda units: nn.GroupNorm(1, units)), "it has a GroupNorm between its layers"),
+        (lambda: timm_se(norm_layer=lambda units, **_: nn.GroupNorm(1, units)), "it has a GroupNorm between its layers"),
         (lambda: timm_se(gate_layer=nn.Tanh), "its gate is Tanh, not a sigmoid"),
         (converted_to_integers, "its Conv2d is not a convolution of torch"),
         (with_a_linear, "its layer Linear is not a convolution of torch"),

@@ -350,7 +350,6 @@ IMITATIONS = {
         SEModule=SEModule,
         EffectiveSEModule=EffectiveSEModule,
         EcaModule=EcaModule,
-        GlobalResponseNorm=GlobalResponseNorm,
         LayerNorm2d=LayerNorm2d,
         ConvMlp=ConvMlp,
     ),
@@ -360,11 +359,15 @@ IMITATIONS = {
 }
 
 
+def is_imitation(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] in ("timm", "torchvision", "mmcv")
+
+
 def missing() -> dict[str, ModuleType]:
     """The imitations of what is not installed, as modules by name, with the packages around them."""
     contents: dict[str, dict[str, Any]] = {name: dict(vars(those)) for name, those in IMITATIONS.items()}
     for each in (*globals().values(), *vars(IMITATIONS["mmcv.cnn"]).values()):
-        if isinstance(each, type) and each.__module__.partition(".")[0] in ("timm", "torchvision", "mmcv"):
+        if isinstance(each, type) and is_imitation(each):
             contents.setdefault(each.__module__, {})[each.__name__] = each
     found: dict[str, ModuleType] = {}
     for name, those in contents.items():
