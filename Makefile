@@ -68,9 +68,9 @@ ELSEWHERE := accuracy bench build capabilities docs endurance gpu_check cmake pa
 test-cuda-build: $(CUDA_BUILT) $(BUILT)
 	cd $(CUDA_CHECKOUT) && export TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" && \
 		$(PYTEST:$(VENV)/%=$(abspath $(CUDA_VENV))/%) $(ELSEWHERE:%=--ignore-glob='tests/*/test_%.py') \
-		tests/models tests/kernels tests/building $(if $(BRIEF),,tests/integration) -k "not cuda-emulated" $(ARGS)
+		tests/models tests/kernels $(if $(BRIEF),,tests/building tests/integration) -k "not cuda-emulated" $(ARGS)
 	cd $(CUDA_CHECKOUT) && $(PYTEST:$(VENV)/%=$(abspath $(CUDA_VENV))/%) $(ELSEWHERE:%=--ignore-glob='tests/*/test_%.py') \
-		--ignore=tests/models --ignore=tests/kernels --ignore=tests/building $(if $(BRIEF),,--ignore=tests/integration) --brief \
+		--ignore=tests/models --ignore=tests/kernels $(if $(BRIEF),,--ignore=tests/building --ignore=tests/integration) --brief \
 		-k "not cuda-emulated"
 	cd $(CUDA_CHECKOUT) && $(PYTEST:$(VENV)/%=$(abspath $(VENV))/%) tests/building/test_abi.py \
 		tests/ops/test_attention_pool.py tests/ops/test_channel_fuse.py -k "not cuda-emulated"
