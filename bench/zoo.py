@@ -1,11 +1,12 @@
 """The blocks of the family in every architecture of timm and torchvision: how many are fused, called and left, and why.
 
-    python bench/zoo.py [--models 'efficientnet*,resnet50'] [--check] [--json FILE]
+    python bench/zoo.py [--models 'efficientnet*,resnet50'] [--check] [--time ROUNDS] [--json FILE]
 
 Each architecture is built on the meta device, without weights, and given to `replace_blocks`. A line says how many blocks it
 has, and how many of them one operator computes, how many have layers that are called between compiled pooling and fusion, and
 how many are left. `--check` builds each of the named architectures on the CPU instead, with random weights, and compares the
-output and all gradients before and after. A library that is missing is left out.
+output and all gradients before and after. `--time` builds them on the CPU, too, and takes turns, so many rounds, with the net
+before and after: 4 images to infer, and to train with forward and backward. A library that is missing is left out.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ import argparse
 import collections
 import copy
 import fnmatch
+import functools
 import importlib.util
 import json
+import statistics
 import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import measure
 import torch
 from torch import Tensor, nn
 
@@ -35,6 +38,8 @@ RELATIVES = {"FocalModulation", "SplitAttn", "SelectiveKernel", "BatNonLocalAttn
 """Classes of the family whose formula is another one."""
 SIZE = 64
 """Of the images on which outputs and gradients are compared, unless a net takes one size only."""
+IMAGES = 4
+"""In a batch that is timed."""
 
 
 class Row(NamedTuple):
@@ -95,6 +100,12 @@ def row(name: str, checkpoints: int) -> Row | None:
     return Row(name, checkpoints, blocks, len(report.replaced) - len(report.called), len(report.called), dict(left))
 
 
+def size_of(net: nn.Module) -> int:
+    """Height and width of the images that the net was published with."""
+    size: int = getattr(net, "default_cfg", {}).get("input_size", (3, 224, 224))[1]
+    return size
+
+
 # ---- outputs and gradients ---------------------------------------------------------------------------------------------------
 
 
@@ -118,8 +129,7 @@ def worst(name: str) -> float:
         for buffer in net.buffers():
             if buffer.is_floating_point():
                 buffer.add_(torch.rand(buffer.shape, generator=generator, dtype=torch.float64), alpha=0.1)
-    config = getattr(net, "default_cfg", {})
-    size = config["input_size"][1] if config.get("fixed_input_size") else SIZE
+    size = size_of(net) if getattr(net, "default_cfg", {}).get("fixed_input_size") else SIZE
     x = torch.randn(2, 3, size, size, generator=generator, dtype=torch.float64)
     replaced = copy.deepcopy(net)
     report = gcnet_ext.replace_blocks(replaced)
@@ -129,12 +139,47 @@ def worst(name: str) -> float:
     return max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-30)) for a, b in pairs if a.numel())
 
 
+# ---- times -------------------------------------------------------------------------------------------------------------------
+
+
+def infer(net: nn.Module, x: Tensor) -> None:
+    with torch.no_grad():
+        net(x)
+
+
+def train(net: nn.Module, x: Tensor) -> None:
+    net(x).sum().backward()
+
+
+def times(name: str, rounds: int) -> dict[str, Any]:
+    """The milliseconds of a batch before and after, to infer and to train, and the median over the rounds of after / before."""
+    torch.manual_seed(0)
+    before = made(name)
+    after = copy.deepcopy(before)
+    gcnet_ext.replace_blocks(after)
+    x = torch.randn(IMAGES, 3, size_of(before), size_of(before))
+    found: dict[str, Any] = {"images": IMAGES, "size": x.shape[2]}
+    steps: dict[str, Callable[[nn.Module, Tensor], None]] = {"infer": infer, "train": train}
+    for direction, step in steps.items():
+        nets = {"before": before.train(direction == "train"), "after": after.train(direction == "train")}
+        taken = measure.interleaved({key: functools.partial(step, net, x) for key, net in nets.items()}, rounds)
+        pairs = zip(taken["before"].raw_times, taken["after"].raw_times, strict=True)
+        found[direction] = {
+            **{key: each.median * 1e3 for key, each in taken.items()},
+            "ratio": statistics.median(b / a for a, b in pairs),
+        }
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="*", help="patterns of names, with commas between")
     parser.add_argument("--check", action="store_true", help="compare outputs and gradients, too")
-    parser.add_argument("--json", type=Path, help="a file for the rows")
+    parser.add_argument("--time", type=int, default=0, metavar="ROUNDS", help="time them before and after, too")
+    parser.add_argument("--json", type=measure.output_file, help="a file for the rows")
     arguments = parser.parse_args()
+    if arguments.time:
+        measure.keep_memory()
     found: list[dict[str, Any]] = []
     rows: list[Row] = []
     for name, checkpoints in architectures(arguments.models.split(",")):
@@ -147,10 +192,14 @@ def main() -> None:
             continue
         difference = worst(name) if arguments.check else None
         rows.append(one)
-        found.append({**one._asdict(), **({} if difference is None else {"difference": difference})})
+        taken = times(name, arguments.time) if arguments.time else None
+        more = {"difference": difference, "times": taken}
+        found.append({**one._asdict(), **{key: value for key, value in more.items() if value is not None}})
         blocks = " ".join(f"{count} {kind}" for kind, count in one.blocks.items())
         left = "; ".join(f"{count} left, {why}" for why, count in one.left.items())
         told = "" if difference is None else f", differs by {difference:.1e}"
+        for way in () if taken is None else ("infer", "train"):
+            told += f", {way} {taken[way]['before']:.1f} -> {taken[way]['after']:.1f} ms ({taken[way]['ratio']:.3f})"
         print(f"{name}: {blocks}: {one.fused} fused, {one.called} called{f', {left}' if left else ''}{told}", flush=True)
     whole = [each for each in rows if not each.left]
     print(
@@ -158,7 +207,7 @@ def main() -> None:
         f"relative; every block is taken in {len(whole)} with {sum(each.checkpoints for each in whole)}"
     )
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+        arguments.json.write_text(json.dumps({"machine": measure.machine(), "rows": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ def of_no_tensor(block: nn.Module, x: Any, **others: Any) -> Any:
         _checks.is_tensor(x)
     if x.tracer.root is block:
         raise TypeError(
-            f"a {type(block).__name__} is one node to torch.fx: trace a module that holds it, such as nn.Sequential, or "
+            f"{type(block).__name__} is one node to torch.fx: trace a module that holds it, such as nn.Sequential, or "
             "gcnet_ext.to_plain(block)"
         )
     given = {name: value for name, value in others.items() if value is not None}

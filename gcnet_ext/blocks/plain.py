@@ -198,7 +198,7 @@ def become_plain(block: nn.Module) -> None:
     """
     kind, twin = next((kind, twin) for kind, twin in TWINS.items() if isinstance(block, kind))
     if type(block).forward is not kind.forward:
-        raise TypeError(f"a {type(block).__name__} has a forward of its own, which only it knows how to write in plain PyTorch")
+        raise TypeError(f"{type(block).__name__} has a forward of its own, which only it knows how to write in plain PyTorch")
     fields: dict[str, object] = {}
     if isinstance(block, FusedBlock):
         mask, gate = getattr(block, "conv_mask", None), getattr(block, "gate", _layers.Gate())

@@ -20,6 +20,7 @@ NETS = {
     "hgnet_tiny": ("EseModule", 5),
     "eca_resnext26ts": ("EcaModule", 8),
     "gcresnext26ts": ("GlobalContext", 8),
+    "convnextv2_atto": ("GlobalResponseNorm", 12),
 }
 
 
@@ -52,3 +53,14 @@ def test_what_is_left_is_told():
     assert "seresnet18: 8 SEModule: 8 fused, 0 called" in lines
     assert lines[-1].startswith("2 architectures with ")
     assert "every block is taken in 1 with " in lines[-1]
+
+
+def test_times_are_compared(zoo):
+    imitations.real("timm")
+    found = zoo.times("mobilenetv3_small_050", rounds=2)
+    assert (found["images"], found["size"]) == (4, 224)
+    for direction in ("infer", "train"):
+        before, after, ratio = (found[direction][key] for key in ("before", "after", "ratio"))
+        assert before > 0
+        assert after > 0
+        assert 0.01 < ratio < 100

@@ -6,13 +6,14 @@ import copy
 import pickle
 import warnings
 
+import imitations
 import pytest
 import torch
 from networks import KINDS, ResNet, X, randomise
 from torch import nn
 from torch.fx.experimental import optimization
 
-from gcnet_ext import insert_blocks
+from gcnet_ext import insert_blocks, plain, replace_blocks
 
 pytestmark = pytest.mark.usefixtures("libraries")
 
@@ -79,6 +80,45 @@ def test_names_of_nodes_stay():
     after = [node.name for node in torch.fx.symbolic_trace(model).graph.nodes]
     assert [name for name in after if name not in names] == before
     assert set(names) <= set(after)
+
+
+def of_torchvision(name):
+    models = imitations.real("torchvision.models")
+    return models.get_model(name, weights=None), imitations.library("torchvision.models.feature_extraction")
+
+
+def of_timm(name):
+    timm = imitations.real("timm")
+    return timm.create_model(name), imitations.library("timm.models._features_fx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_plain_pytorch", [False, True])
+@pytest.mark.parametrize(
+    ("make", "name", "stages"),
+    [
+        (of_torchvision, "resnet18", ["layer2", "layer4"]),  # blocks are inserted
+        (of_timm, "seresnet18", ["layer1", "layer3"]),  # blocks are replaced, and take the tail along
+        (of_timm, "gcresnext26ts", ["stages.1", "stages.3"]),
+        (of_timm, "regnety_002", ["s2", "s4"]),
+    ],
+)
+def test_feature_extractors_of_libraries(make, name, stages, in_plain_pytorch):
+    """They trace the model with a tracer of their own: a block is one node, and the features stay."""
+    model, tools = make(name)
+    (replace_blocks if make is of_timm else insert_blocks)(randomise(model).eval())
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    traced = copy.deepcopy(model)
+    want: dict[str, torch.Tensor] = {}
+    for stage in stages:
+        model.get_submodule(stage).register_forward_hook(lambda _m, _i, out, stage=stage: want.update({stage: out}))
+    model(x)
+    with plain(in_plain_pytorch):
+        features = tools.create_feature_extractor(traced, stages)(x)
+    assert list(features) == stages
+    for stage in stages:
+        assert torch.allclose(features[stage], want[stage], rtol=1e-3, atol=1e-3 * float(want[stage].detach().abs().max()))
+    assert all(feature.requires_grad for feature in features.values())
 
 
 def test_checkpointing_and_gradients():
