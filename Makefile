@@ -10,7 +10,7 @@
 # All but the last set up what they need in .venv or .venv-cuda, and install and build what is missing first.
 #
 # Variables: PYTHON (python3), VENV (.venv), TORCH (what pip installs as torch: a version, or a version and an index),
-# BRIEF (1: of the emulated kernels in test-all, of test-native and of the second torch some of every kind of test, as in .ci/run),
+# BRIEF (1: some of every kind of test in test-all, test-native and test-cuda-build, as in .ci/run),
 # WORKERS (processes that share the tests, one per core), ARGS (more arguments for the command), GCNET_EXT_CUDA (gpu: CUDA
 # kernels where there is a GPU; 1: also elsewhere; 0: none).
 
@@ -54,7 +54,7 @@ test: $(BUILT)
 	@cat $(INSTALLED) $(BUILT)
 
 test-all: $(BUILT)
-	$(PYTEST) $(if $(BRIEF),--brief-emulated) $(ARGS)
+	$(PYTEST) $(if $(BRIEF),--brief-with-slow) $(ARGS)
 
 test-native: $(BUILT)
 	$(VENV)/bin/cmake -S . -B build/native -G Ninja -DGCNET_EXT_BRIEF=$(if $(BRIEF),ON,OFF)
@@ -68,9 +68,9 @@ ELSEWHERE := accuracy bench build capabilities docs endurance gpu_check cmake pa
 test-cuda-build: $(CUDA_BUILT) $(BUILT)
 	cd $(CUDA_CHECKOUT) && export TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" && \
 		$(PYTEST:$(VENV)/%=$(abspath $(CUDA_VENV))/%) $(ELSEWHERE:%=--ignore-glob='tests/*/test_%.py') \
-		tests/models tests/kernels $(if $(BRIEF),,tests/building tests/integration) -k "not cuda-emulated" $(ARGS)
+		tests/models $(if $(BRIEF),,tests/kernels tests/building tests/integration) -k "not cuda-emulated" $(ARGS)
 	cd $(CUDA_CHECKOUT) && $(PYTEST:$(VENV)/%=$(abspath $(CUDA_VENV))/%) $(ELSEWHERE:%=--ignore-glob='tests/*/test_%.py') \
-		--ignore=tests/models --ignore=tests/kernels $(if $(BRIEF),,--ignore=tests/building --ignore=tests/integration) --brief \
+		--ignore=tests/models $(if $(BRIEF),,$(addprefix --ignore=tests/,kernels building integration)) --brief \
 		-k "not cuda-emulated"
 	cd $(CUDA_CHECKOUT) && $(PYTEST:$(VENV)/%=$(abspath $(VENV))/%) tests/building/test_abi.py \
 		tests/ops/test_attention_pool.py tests/ops/test_channel_fuse.py -k "not cuda-emulated"

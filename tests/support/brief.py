@@ -1,8 +1,8 @@
 """``pytest --brief``, which is `make test`: some of every kind of test in a few minutes, and at the end what was left out.
 
 Of each test function, with each backend, a few cases are run, evenly spread over all that it has, the first and the last among
-them. Tests that are marked as slow are left out: they compile, take gigabytes, or search for long. ``--brief-emulated``
-shortens the tests of the emulated CUDA kernels alone, for .ci/run, and leaves no slow one out.
+them. Tests that are marked as slow are left out: they compile, take gigabytes, or search for long. ``--brief-with-slow``, for
+.ci/run, chooses as many cases and leaves no slow test out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def add_option(parser: pytest.Parser) -> None:
         "--brief", action="store_true", help=f"at most {MOST_CASES} cases of a test per backend, and none that is slow"
     )
     parser.addoption(
-        "--brief-emulated", action="store_true", help=f"at most {MOST_CASES} cases of a test of the emulated CUDA kernels"
+        "--brief-with-slow", action="store_true", help=f"at most {MOST_CASES} cases of a test per backend, of slow ones, too"
     )
 
 
@@ -34,15 +34,13 @@ def spread(cases: list[Any], most: int) -> list[Any]:
     return [cases[i * (len(cases) - 1) // max(most - 1, 1)] for i in range(most)]
 
 
-def chosen(items: Iterable[pytest.Item], *, all_but_emulated: bool = False) -> Iterator[pytest.Item]:
-    """What is run in brief; of the tests that are not of the emulated kernels, all of them if that is asked for."""
+def chosen(items: Iterable[pytest.Item], *, slow: bool) -> Iterator[pytest.Item]:
+    """What is run in brief, with slow tests or without."""
     groups: dict[tuple, list[pytest.Item]] = defaultdict(list)
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         backend = EMULATED if item.path.stem.endswith("_emulated") else parameters.get("backend")
-        if all_but_emulated and backend != EMULATED:
-            yield item
-        elif all_but_emulated or item.get_closest_marker("slow") is None:
+        if slow or item.get_closest_marker("slow") is None:
             groups[item.path, getattr(item, "originalname", item.name), item.cls, backend].append(item)
     for cases in groups.values():
         yield from spread(cases, MOST_CASES)
@@ -74,9 +72,10 @@ def for_the_window(items: Iterable[pytest.Item]) -> list[pytest.Item]:
 
 def leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Shortens the list of items, and notes of which files."""
-    if not config.getoption("--brief") and not config.getoption("--brief-emulated"):
+    with_slow = config.getoption("--brief-with-slow")
+    if not config.getoption("--brief") and not with_slow:
         return
-    kept = {id(item) for item in chosen(items, all_but_emulated=not config.getoption("--brief"))}
+    kept = {id(item) for item in chosen(items, slow=with_slow)}
     left_out = [item for item in items if id(item) not in kept]
     items[:] = [item for item in items if id(item) in kept]
     config.hook.pytest_deselected(items=left_out)
@@ -102,7 +101,7 @@ def tell(config: pytest.Config) -> None:
 
 def summary(config: pytest.Config, terminal: Any) -> None:
     if left_out := config.stash.get(LEFT_OUT, {}):
-        terminal.section("left out by --brief or --brief-emulated")
+        terminal.section("left out by --brief or --brief-with-slow")
         for name, count in sorted(left_out.items(), key=lambda found: (-found[1], found[0])):
             terminal.line(f"{count:5d} of {name}")
         terminal.line(f"{sum(left_out.values())} tests in all; `make test-all` runs them, too.")
