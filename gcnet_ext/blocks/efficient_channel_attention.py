@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from .._torch import is_traced
 from ..ops import attention_pool
 from ..ops._options import FINAL_ACTIVATIONS
 from ..ops.channel_fuse import channel_fuse
@@ -112,8 +113,12 @@ def gate(conv: nn.Module, context: Tensor, x: Tensor) -> Tensor:
     if not _is_over_neighbours(conv):
         return _layers.call(conv, context[:, None], x.dtype)[:, 0].to(context.dtype).sigmoid()
     weight: Any = conv.weight
-    near = weight.shape[2] // 2
-    neighbours = nn.functional.pad(context, (near, near)).unfold(1, weight.shape[2], 1)  # [N, C, kernel_size]
+    size = weight.shape[2]
+    padded = nn.functional.pad(context, (size // 2, size // 2))
+    if is_traced():  # the exporter to ONNX that traces does not know unfold
+        neighbours = torch.stack([padded[:, i : i + context.shape[1]] for i in range(size)], 2)
+    else:
+        neighbours = padded.unfold(1, size, 1)  # [N, C, kernel_size]
     return (neighbours * weight.reshape(-1).to(context.dtype)).sum(2).sigmoid()
 
 

@@ -78,4 +78,4 @@ def _why_not(residual: nn.Module | None, name: str, kinds: dict[type[Any], type[
     if "forward" in vars(residual) or not is_original(kind._former):
         return "the residual block has a forward of its own"
     activation = type(children(residual).get(kind._activation))
-    return "" if activation is nn.ReLU else f"a {activation.__name__} stands behind the addition"
+    return "" if activation is nn.ReLU else f"{activation.__name__} and not ReLU stands behind the addition"

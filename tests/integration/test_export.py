@@ -11,7 +11,15 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from gcnet_ext import GlobalContextBlock, NonLocalBlock, SimplifiedNonLocalBlock, SqueezeExcitation
+from gcnet_ext import (
+    EffectiveSqueezeExcitation,
+    EfficientChannelAttention,
+    GlobalContextBlock,
+    GlobalResponseNorm,
+    NonLocalBlock,
+    SimplifiedNonLocalBlock,
+    SqueezeExcitation,
+)
 from gcnet_ext.blocks.non_local import MODES
 
 
@@ -33,10 +41,13 @@ BLOCKS = {
     "gc, hard sigmoid": lambda: GlobalContextBlock(16, 1 / 4, gate="hard_sigmoid", activation="silu", norm=False),
     "gc, with all": WithAll,
     "se": lambda: SqueezeExcitation(16, 1 / 4),
+    "ese": lambda: EffectiveSqueezeExcitation(16),
     "snl": lambda: SimplifiedNonLocalBlock(16),
+    "eca": lambda: EfficientChannelAttention(16),
+    "grn": lambda: GlobalResponseNorm(16),
     **{f"nl {mode}": lambda mode=mode: NonLocalBlock(16, mode=mode) for mode in MODES},
 }
-FUSED = [name for name in BLOCKS if "nl " not in name]
+FUSED = ("gc", "gc, hard sigmoid", "gc, with all", "se", "ese", "snl")
 DYNAMIC = {0: Dim("n", max=512), 2: Dim("h", min=2, max=512), 3: Dim("w", min=2, max=512)}
 
 

@@ -12,7 +12,7 @@ from small_blocks import BLOCKS, randomised
 from torch import nn
 
 import gcnet_ext
-from gcnet_ext import NonLocalBlock
+from gcnet_ext import EffectiveSqueezeExcitation, EfficientChannelAttention, GlobalResponseNorm, NonLocalBlock
 from gcnet_ext.blocks.non_local import MODES
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated, and tells of every look at a shape
@@ -22,9 +22,12 @@ FUSED = {
     "gc, average": lambda: BLOCKS["gc"](pooling_type="avg", norm=False, activation="gelu_tanh"),
     "se": lambda: BLOCKS["se"](activation="hardswish"),
     "snl": BLOCKS["snl"],
+    "ese": lambda: EffectiveSqueezeExcitation(16, gate="hard_sigmoid", final_activation="relu"),
+    "eca": lambda: EfficientChannelAttention(16, 5, final_activation="relu"),
 }
 EVERY = {
     **FUSED,
+    "grn": lambda: GlobalResponseNorm(16),
     **{f"nl, {mode}": lambda mode=mode: NonLocalBlock(16, mode=mode, sub_sample=mode < "e", norm="batch") for mode in MODES},
 }
 SHAPES = ((2, 16, 8, 6), (3, 16, 5, 9), (1, 16, 2, 2))

@@ -35,13 +35,19 @@ def inserted(model: nn.Module) -> None:
             nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
 
 
+def with_tails(model: nn.Module) -> None:
+    assert list(replace_blocks(model).tails.values()) == ["", ""]
+
+
 def models():
     """A model, and what is done to it."""
     pasted = nn.Sequential(*(eager.ContextBlock(16, 1 / 4, "att", ("channel_add", "channel_mul")) for _ in range(2)))
     yield eager.randomise(pasted).double(), replaced
     residual = imitations.library("torchvision.models.resnet").BasicBlock
     stage = nn.Sequential(OrderedDict(layer2=nn.Sequential(residual(16, 16), residual(16, 16))))
-    yield eager.randomise(stage).double().eval(), inserted
+    yield copy.deepcopy(eager.randomise(stage).double().eval()), inserted
+    insert_blocks(stage, (2,), 1 / 4, fuse_tail=False)
+    yield eager.randomise(stage).double().eval(), with_tails
 
 
 def gradients(model: nn.Module) -> list[torch.Tensor]:
@@ -66,7 +72,7 @@ def check(rank: int) -> None:
             if strategy == "ddp":
                 wrapped = DistributedDataParallel(each)
             elif strategy == "fsdp":
-                for block in (*(each if change is replaced else each.layer2), each):
+                for block in (*getattr(each, "layer2", each), each):
                     fully_shard(block)
             for _ in range(2):
                 each.zero_grad()

@@ -399,11 +399,11 @@ def test_the_report_says_which_tails_are_taken():
     report = replace_blocks(model)
     assert report.tails == {
         "0.se": "",
-        "1.se": "a SiLU stands behind the addition",
+        "1.se": "SiLU and not ReLU stands behind the addition",
         "2.0": "no residual block that is known ends with it",
     }
     assert "fused with the addition and the ReLU behind it: 0.se" in str(report)
-    assert "fused, alone, because a SiLU stands behind the addition: 1.se" in str(report)
+    assert "fused, alone, because SiLU and not ReLU stands behind the addition: 1.se" in str(report)
 
 
 def test_a_forward_of_its_own():
