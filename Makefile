@@ -61,17 +61,17 @@ test-native: $(BUILT)
 	$(VENV)/bin/cmake --build build/native
 	$(VENV)/bin/ctest --test-dir build/native --output-on-failure -j 2 $(ARGS)
 
-# The suite on that torch, but for what does not depend on it. What stands beside torch and other libraries is tested in full, and
-# of the rest some of every kind, because the same kernels compute there; then the stable ABI at work: the CPU library that was built
-# there on the torch of .venv, and wheels of either on the other.
+# The suite on that torch, but for what does not depend on it, as the files ELSEWHERE. What stands beside torch and other libraries is
+# TESTED in full, and of the rest some of every kind, because the same kernels compute there; then the stable ABI at work: the CPU
+# library that was built there on the torch of .venv, and wheels of either on the other.
+TESTED := models kernels building integration
 ELSEWHERE := accuracy bench build capabilities docs endurance gpu_check cmake packaging paper_costs security types large *_emulated
 test-cuda-build: $(CUDA_BUILT) $(BUILT)
 	cd $(CUDA_CHECKOUT) && export TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" && \
 		$(PYTEST:$(VENV)/%=$(abspath $(CUDA_VENV))/%) $(ELSEWHERE:%=--ignore-glob='tests/*/test_%.py') \
-		tests/models $(if $(BRIEF),,tests/kernels tests/building tests/integration) -k "not cuda-emulated" $(ARGS)
-	cd $(CUDA_CHECKOUT) && $(PYTEST:$(VENV)/%=$(abspath $(CUDA_VENV))/%) $(ELSEWHERE:%=--ignore-glob='tests/*/test_%.py') \
-		--ignore=tests/models $(if $(BRIEF),,$(addprefix --ignore=tests/,kernels building integration)) --brief \
-		-k "not cuda-emulated"
+		tests/models tests/kernels $(if $(BRIEF),,tests/building tests/integration) -k "not cuda-emulated" $(ARGS)
+	cd $(CUDA_CHECKOUT) && $(PYTEST:$(VENV)/%=$(abspath $(CUDA_VENV))/%) $(ELSEWHERE:%=--ignore-glob='tests/*/test_%.py') --brief \
+		$(if $(BRIEF),tests/integration tests/blocks tests/ops tests/docs,$(TESTED:%=--ignore=tests/%)) -k "not cuda-emulated"
 	cd $(CUDA_CHECKOUT) && $(PYTEST:$(VENV)/%=$(abspath $(VENV))/%) tests/building/test_abi.py \
 		tests/ops/test_attention_pool.py tests/ops/test_channel_fuse.py -k "not cuda-emulated"
 	GCNET_EXT_OTHER_PYTHON=$(abspath $(VENV))/bin/python $(PYTEST:$(VENV)/%=$(CUDA_VENV)/%) tests/building/test_packaging.py
