@@ -56,10 +56,12 @@ test: $(BUILT)
 test-all: $(BUILT)
 	$(PYTEST) $(if $(BRIEF),--brief-with-slow) $(ARGS)
 
+# In brief without the package of the operators, which tests/building/test_cmake.py builds and installs, too.
+NATIVE := build/native$(if $(BRIEF),-brief)
 test-native: $(BUILT)
-	$(VENV)/bin/cmake -S . -B build/native -G Ninja -DGCNET_EXT_BRIEF=$(if $(BRIEF),ON,OFF)
-	$(VENV)/bin/cmake --build build/native
-	$(VENV)/bin/ctest --test-dir build/native --output-on-failure -j 2 $(ARGS)
+	$(VENV)/bin/cmake -S $(if $(BRIEF),tests/native,.) -B $(NATIVE) -G Ninja -DGCNET_EXT_BRIEF=$(if $(BRIEF),ON,OFF)
+	$(VENV)/bin/cmake --build $(NATIVE)
+	$(VENV)/bin/ctest --test-dir $(NATIVE) --output-on-failure -j 2 $(ARGS)
 
 # The suite on that torch, but for what does not depend on it, as the files ELSEWHERE. What stands beside torch and other libraries is
 # TESTED in full, and of the rest some of every kind, because the same kernels compute there; then the stable ABI at work: the CPU
