@@ -71,7 +71,7 @@ ELSEWHERE := accuracy bench build capabilities docs endurance gpu_check cmake pa
 test-cuda-build: $(CUDA_BUILT) $(BUILT)
 	cd $(CUDA_CHECKOUT) && export TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" && \
 		$(PYTEST:$(VENV)/%=$(abspath $(CUDA_VENV))/%) $(ELSEWHERE:%=--ignore-glob='tests/*/test_%.py') \
-		tests/models tests/kernels $(if $(BRIEF),,tests/building tests/integration) -k "not cuda-emulated" $(ARGS)
+		tests/models tests/bench/test_zoo.py tests/kernels $(if $(BRIEF),,tests/building tests/integration) -k "not cuda-emulated" $(ARGS)
 	cd $(CUDA_CHECKOUT) && $(PYTEST:$(VENV)/%=$(abspath $(CUDA_VENV))/%) $(ELSEWHERE:%=--ignore-glob='tests/*/test_%.py') --brief \
 		$(if $(BRIEF),tests/integration tests/blocks tests/ops tests/docs,$(TESTED:%=--ignore=tests/%)) -k "not cuda-emulated"
 	cd $(CUDA_CHECKOUT) && $(PYTEST:$(VENV)/%=$(abspath $(VENV))/%) tests/building/test_abi.py \
