@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import measure
 import torch
 from torch import Tensor, nn
+from whole_models import infer, train
 
 import gcnet_ext
 
@@ -140,15 +141,6 @@ def worst(name: str) -> float:
 
 
 # ---- times -------------------------------------------------------------------------------------------------------------------
-
-
-def infer(net: nn.Module, x: Tensor) -> None:
-    with torch.no_grad():
-        net(x)
-
-
-def train(net: nn.Module, x: Tensor) -> None:
-    net(x).sum().backward()
 
 
 def times(name: str, rounds: int) -> dict[str, Any]:
