@@ -18,7 +18,7 @@ from .._torch import children, modes_are_active
 from ..blocks import EfficientChannelAttention
 from ..blocks._fused import FusedBlock, Tail
 from ..blocks._layers import is_plain, is_untouched
-from ..ops._dispatch import has_kernels
+from ..ops._dispatch import way_of
 from .peer import Peer
 from .skeleton import is_as_made, is_of
 
@@ -88,7 +88,7 @@ class WithTail(nn.Module):
             return False
         named = children(self)
         layers = (named.get(name) for name in self._before_the_block)
-        return out is not x and out is not shortcut and has_new_output(layers) and has_kernels(out)
+        return out is not x and out is not shortcut and has_new_output(layers) and bool(way_of(out))
 
 
 def become_without_tail(residual: WithTail) -> None:

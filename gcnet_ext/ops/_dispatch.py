@@ -21,63 +21,66 @@ _rules: dict[str, tuple[Callable[..., Any], Callable[[str, Any], None]]] = {}
 _warned: set[str] = set()
 _implementations = torch.library.Library("gcnet_ext", "IMPL")
 
+PLAIN, DIRECT, RECORDED = range(3)
+"""The ways of a call: plain PyTorch; the kernels, called directly; the operator, for a graph that records it."""
+
 
 # ---- the way of a call -------------------------------------------------------------------------------------------------------
 
 
-def has_kernels(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether x goes to compiled kernels, with the other tensors of the call. Warns once per device if CPU or CUDA kernels are
-    missing.
+def way_of(x: Tensor, *others: Tensor | None) -> int:
+    """The way of a call with x and the other tensors. Warns once per device if CPU or CUDA kernels are missing.
 
-    Inside torch.func transforms (grad, vmap, jvp) and in forward mode it does not: plain PyTorch is differentiable and batched
-    in every way. Nor does a tensor of a subclass with ways of its own, which the kernels would read past. Nor, unless a user
-    wants it, in an export to ONNX, which has standard operators only, nor under torch.jit.trace, whose file would load only
-    where our operators are.
+    Inside torch.func transforms (grad, vmap, jvp) and in forward mode it is plain PyTorch, which is differentiable and batched
+    in every way. So it is for a tensor of a subclass with ways of its own, which the kernels would read past; and, unless a
+    user wants it otherwise, in an export to ONNX, which has standard operators only, and under torch.jit.trace, whose file
+    would load only where our operators are.
     """
     if not isinstance(x, Tensor):
         _checks.is_tensor(x)
     compiling = is_compiling()
     plain = _switch.captured.choice if compiling else _switch.choice.get()
     if plain or _torch.inside_transform():
-        return False
-    if plain is None and (torch.onnx.is_in_onnx_export() if compiling else _torch.is_tracing()):
-        return False
+        return PLAIN
+    recorded = compiling or _torch.is_tracing()
+    if recorded and plain is None and (not compiling or torch.onnx.is_in_onnx_export()):
+        return PLAIN
     if not compiling:
         if _torch.forward_level() >= 0:
-            return False
+            return PLAIN
         usual = type(x) is Tensor
         for other in others:  # in half the time that a set of their classes takes
             if other is not None and type(other) is not Tensor and type(other) not in _torch.PLAIN_TENSORS:
                 usual = False
         if not usual and _torch.has_own_ways(x, *others):
-            return False
+            return PLAIN
     device = "cpu" if x.is_cpu else x.device.type  # a torch.device and its name cost 20 us when they are not in a cache
     if device in _load.kernel_devices:
-        return True
-    if device in ("cpu", "cuda") and not is_compiling() and device not in _warned:
+        return RECORDED if recorded else DIRECT
+    if device in ("cpu", "cuda") and not compiling and device not in _warned:
         _warned.add(device)
         why = _load.why_no_kernels(device)
         warnings.warn(f"gcnet_ext uses plain PyTorch on {device}: {why}", RuntimeWarning, stacklevel=4)
-    return False
+    return PLAIN
 
 
-def call(name: str, differentiable: Callable[..., Any], *args: Any) -> Any:
-    """Calls the operator. A graph that is being captured gets it as one node. Otherwise this calls the function that the
-    dispatcher would call, because the dispatcher converts every argument to C++ and back."""
-    if is_compiling() or _torch.is_tracing():
+def call(way: int, name: str, differentiable: Callable[..., Any], *args: Any) -> Any:
+    """Calls the operator. A graph that records it gets it as one node. Otherwise this calls the function that the dispatcher
+    would call, because the dispatcher converts every argument to C++ and back."""
+    if way == RECORDED:
         return getattr(torch.ops.gcnet_ext, name).default(*args)
     return differentiable(*args)
 
 
-def overwrite(name: str, *args: Any) -> None:
+def overwrite(way: int, name: str, *args: Any) -> None:
     """Calls an operator that overwrites x, as `call` calls the others."""
-    call(name, partial(_without_gradient, name), *args)
+    call(way, name, partial(_without_gradient, name), *args)
 
 
-def leaves_the_process() -> bool:
-    """Whether the graph that is being captured is one of torch.export or torch.jit.trace. What is made of it later often knows
-    no operator that overwrites its argument: there a result is computed, and then copied."""
-    return torch.compiler.is_exporting() if is_compiling() else _torch.is_tracing()
+def may_overwrite(way: int) -> bool:
+    """Whether there is an operator that overwrites x. What is made of a graph of torch.export or torch.jit.trace often knows
+    none: there, as in plain PyTorch, a result is computed, and then copied."""
+    return way == DIRECT or (way == RECORDED and is_compiling() and not torch.compiler.is_exporting())
 
 
 def differentiable(function: type[torch.autograd.Function], name: str, *args: Any) -> Any:

@@ -46,8 +46,8 @@ def unrounded(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = Non
     """The result of `attention_pool` in the accumulation dtype."""
     if _torch.any_autocast():
         weight, bias = beside(x, weight, bias)
-    if _dispatch.has_kernels(x, weight, bias, valid):
-        context: Tensor = _dispatch.call("attention_pool", _differentiable, x, weight, bias, valid)[0]
+    if way := _dispatch.way_of(x, weight, bias, valid):
+        context: Tensor = _dispatch.call(way, "attention_pool", _differentiable, x, weight, bias, valid)[0]
         return context
     _check("attention_pool", Arguments(x, weight, bias, valid))
     return pool(x.flatten(2).to(accumulation_dtype(x)), weight, bias, flat_valid(valid))
@@ -68,8 +68,8 @@ def attention_map(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, vali
     """
     _checks.attended("attention_pool", weight)
     given: tuple[Any, ...] = beside(x, weight, bias) if _torch.any_autocast() else (weight, bias)
-    if _dispatch.has_kernels(x, *given, valid):
-        attention = _dispatch.call("attention_pool", _differentiable, x, *given, valid)[1]
+    if way := _dispatch.way_of(x, *given, valid):
+        attention = _dispatch.call(way, "attention_pool", _differentiable, x, *given, valid)[1]
         return attention.detach().reshape(x.shape[:1] + x.shape[2:])
     return reference_map(x, *given, valid=valid).detach()
 

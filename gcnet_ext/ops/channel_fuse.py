@@ -49,14 +49,14 @@ def channel_fuse(
     final = final_number("channel_fuse", final_activation)
     if _torch.any_autocast():
         scale, shift = beside(x, scale, shift)
-    kernels = _dispatch.has_kernels(x, scale, shift, residual)
+    way = _dispatch.way_of(x, scale, shift, residual)
     if inplace:
-        if kernels and not _dispatch.leaves_the_process():
-            _dispatch.overwrite("channel_fuse_", x, scale, shift, residual, final)
+        if _dispatch.may_overwrite(way):
+            _dispatch.overwrite(way, "channel_fuse_", x, scale, shift, residual, final)
             return x
         _checks.no_gradient("channel_fuse_", (x, scale, shift, residual))
-    if kernels:
-        out = _dispatch.call("channel_fuse", _differentiable, x, scale, shift, residual, final)[0]
+    if way:
+        out = _dispatch.call(way, "channel_fuse", _differentiable, x, scale, shift, residual, final)[0]
     else:
         out = _output(x, scale, shift, residual, final)
     return x.copy_(out) if inplace else out

@@ -104,20 +104,20 @@ def with_lists(
     if _torch.any_autocast():
         weights = [beside(x, *tensors) for tensors in weights]
     args: tuple[Any, ...] = (x, *weights, residual, valid, *options)
-    kernels = _dispatch.has_kernels(x)
+    way = _dispatch.way_of(x)
     if inplace:
-        if kernels and not _dispatch.leaves_the_process():
-            _dispatch.overwrite("global_context_", *args)
+        if _dispatch.may_overwrite(way):
+            _dispatch.overwrite(way, "global_context_", *args)
             return x
         _checks.no_gradient("global_context_", args)
         return x.copy_(with_lists(x, weights, residual, valid, options, inplace=False))
-    if not kernels:
+    if way == _dispatch.PLAIN:
         return block(Arguments(*args))
-    if is_compiling():
+    if way == _dispatch.RECORDED:
+        if not is_compiling():
+            return _traced.global_context(*args)
         # Autograd puts the operator that saves what backward reads in its place, if there is a backward pass.
         return torch.ops.gcnet_ext.global_context_inference.default(*args)
-    if _torch.is_tracing():
-        return _traced.global_context(*args)
     if torch.is_grad_enabled() and _torch.any_requires_grad(*(by_themselves := flat(*args))):
         return _torch.apply(_GlobalContextOutput, *by_themselves)
     return _dispatch.below_autograd("global_context_inference", args)

@@ -38,8 +38,8 @@ def global_response_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e
     if _torch.any_autocast():
         widened: Any = beside(x, gamma, beta)
         gamma, beta = widened
-    if _dispatch.has_kernels(x, gamma, beta):
-        out: Tensor = _dispatch.call("global_response_norm", _differentiable, x, gamma, beta, float(eps))[0]
+    if way := _dispatch.way_of(x, gamma, beta):
+        out: Tensor = _dispatch.call(way, "global_response_norm", _differentiable, x, gamma, beta, float(eps))[0]
         return out
     return reference(x, gamma, beta, eps)
 

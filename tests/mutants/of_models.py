@@ -290,7 +290,7 @@ MUTANTS = (
     Mutant(
         "tail-overwrites-what-was-kept",
         "gcnet_ext/models/tail.py",
-        "return out is not x and out is not shortcut« and has_new_output(layers)» and has_kernels(out)",
+        "return out is not x and out is not shortcut« and has_new_output(layers)» and bool(way_of(out))",
         "",
         "What a norm of somebody's own has kept is overwritten.",
         (TAIL,),

@@ -20,7 +20,7 @@ MUTANTS = (
     Mutant(
         "operator-always-kept",
         "gcnet_ext/ops/_dispatch.py",
-        "if «plain is None» and (torch.onnx.is_in_onnx_export() if compiling",
+        "if recorded and «plain is None» and (not compiling",
         "False",
         "A trace holds our operator although nobody asked for it.",
         (TORCHSCRIPT,),
