@@ -36,7 +36,8 @@ def way_of(x: Tensor, *others: Tensor | None) -> int:
     user wants it otherwise, in an export to ONNX, which has standard operators only, and under torch.jit.trace, whose file
     would load only where our operators are.
     """
-    if not isinstance(x, Tensor):
+    usual = type(x) is Tensor
+    if not usual and not isinstance(x, Tensor):
         _checks.is_tensor(x)
     compiling = is_compiling()
     plain = _switch.captured.choice if compiling else _switch.choice.get()
@@ -48,7 +49,6 @@ def way_of(x: Tensor, *others: Tensor | None) -> int:
     if not compiling:
         if _torch.forward_level() >= 0:
             return PLAIN
-        usual = type(x) is Tensor
         for other in others:  # in half the time that a set of their classes takes
             if other is not None and type(other) is not Tensor and type(other) not in _torch.PLAIN_TENSORS:
                 usual = False

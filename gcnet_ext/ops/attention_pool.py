@@ -39,7 +39,8 @@ def attention_pool(
         RuntimeError: an argument has a wrong shape, dtype or device. The message names it.
         TypeError: x is no tensor.
     """
-    return unrounded(x, weight, bias, valid).to(x.dtype)
+    context = unrounded(x, weight, bias, valid)
+    return context if context.dtype == x.dtype else context.to(x.dtype)  # a call of `to` takes longer than the comparison
 
 
 def unrounded(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
