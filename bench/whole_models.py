@@ -108,6 +108,18 @@ class Given(nn.Module):
         return self.shortcut
 
 
+class Convolved(nn.Module):
+    """Stands for the last convolution, and returns its output, which the tail may overwrite as it may in the net."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+
+# A tail takes the norm behind a convolution along, because nobody else has what a convolution returns.
+gcnet_ext.blocks._layers.METHODS[Convolved] = {}
+gcnet_ext.models.tail.WITH_NEW_OUTPUTS += (Convolved,)
+
+
 class Tail(NamedTuple):
     """The end of a residual block, as a module that takes the output of the last convolution, and what it was called with."""
 
@@ -151,17 +163,17 @@ def _end_of(residual: nn.Module, shortcut: Tensor) -> nn.Module:
     last = "bn3" if hasattr(end, "bn3") else "bn2"
     for name, part in list(end.named_children()):
         if name not in (last, *BLOCKS, "relu", f"act{last[-1]}") and part is not None:
-            setattr(end, name, nn.Identity())
+            setattr(end, name, Convolved() if name == f"conv{last[-1]}" else nn.Identity())
     end.downsample = Given(shortcut)
     if hasattr(end, "relu"):  # torchvision's one is called before the last convolution, too
-        vars(end)["_to_the_block"] = getattr(end, last)
+        vars(end)["_to_the_norm"] = getattr(end, f"conv{last[-1]}")
     return end
 
 
 # ---- times -------------------------------------------------------------------------------------------------------------------
 
 
-def infer(module: nn.Module, x: Tensor) -> None:
+def infer(module: Callable[..., Any], x: Tensor) -> None:
     with torch.no_grad():
         module(x)
 
@@ -170,11 +182,26 @@ def train(module: nn.Module, x: Tensor) -> None:
     module(x).sum().backward()
 
 
+class InferTail:
+    """A tail's call. What it gets is made anew before each call, as the tail may have overwritten it."""
+
+    def __init__(self, run: Callable[..., Any], x: Tensor) -> None:
+        self.run, self.x, self.kept = run, x, x.clone(memory_format=torch.preserve_format)
+
+    def prepare(self) -> None:
+        self.x.copy_(self.kept)
+
+    def __call__(self) -> None:
+        infer(self.run, self.x)
+
+
 def train_tail(module: nn.Module, wanted: list[Tensor], grad: Tensor) -> None:
     torch.autograd.grad(module(wanted[0]), wanted, grad)
 
 
 def seconds_of(call: Callable[[], Any]) -> float:
+    if isinstance(call, InferTail):
+        call.prepare()
     begin = time.perf_counter()
     call()
     return time.perf_counter() - begin
@@ -211,7 +238,7 @@ def of_net(net: nn.Module, x: Tensor, direction: str, compiled: bool) -> Callabl
 def of_tail(tail: Tail, direction: str, compiled: bool) -> Callable[[], Any]:
     run = torch.compile(tail.module) if compiled else tail.module
     if direction == "infer":
-        return functools.partial(infer, run, tail.x)
+        return InferTail(run, tail.x)
     wanted = [tail.x.requires_grad_(), tail.shortcut.requires_grad_(), *tail.module.parameters()]
     return functools.partial(train_tail, run, wanted, torch.ones_like(tail.x))
 

@@ -63,6 +63,7 @@ struct Arguments {
   Branch scale, shift;
   OptionalTensor residual, valid;
   Options options;
+  OptionalTensor x_scale{}, x_shift{};  // of global_context_ alone
 
   int64_t units() const { return scale.units() + shift.units(); }
   void check(const char* op) const;
@@ -112,20 +113,25 @@ inline constexpr char kGlobalContextInPlace[] = "global_context_";
 inline constexpr char kGlobalContextBackward[] = "global_context_backward";
 
 // A forward operator with the arguments of its schema, for TORCH_BOX: body gets them by name, checked, and may release them.
-template <const char* op, auto body>
+template <const char* op, auto body, typename... More>
 auto forward(Tensor& x, TensorList& mask, TensorList& scale, TensorList& shift, OptionalTensor& residual, OptionalTensor& valid,
              std::optional<double> norm_eps, int64_t activation, double slope, std::optional<std::vector<double>>& hard_gate,
-             int64_t final_activation) {
+             int64_t final_activation, More&... more) {
   Arguments arguments{std::move(x),
                       mask_of(op, mask),
                       branch_of(op, "scale", scale),
                       branch_of(op, "shift", shift),
                       std::move(residual),
                       std::move(valid),
-                      options_of(op, norm_eps, activation, slope, hard_gate, final_activation)};
+                      options_of(op, norm_eps, activation, slope, hard_gate, final_activation),
+                      std::move(more)...};
   arguments.check(op);
   return body(arguments);
 }
+
+// The forward operator that overwrites x has two more, x_scale and x_shift.
+template <auto body>
+constexpr auto forward_in_place = &forward<kGlobalContextInPlace, body, OptionalTensor, OptionalTensor>;
 
 // The backward operator with the arguments of its schema, for TORCH_BOX: body gets them by name, checked.
 template <auto body>

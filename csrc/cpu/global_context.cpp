@@ -5,6 +5,7 @@
 //
 // The samples are worked on in groups that stay in the caches between the steps, so that x comes from memory once.
 #include "attention_pool.h"
+#include "input_norm.h"
 #include "transform.h"
 
 namespace gcnet_ext::cpu {
@@ -21,7 +22,7 @@ int64_t weight_bytes(const std::optional<BranchPass<acc>>& scale, const std::opt
   return (scale ? scale->weight_bytes() : 0) + (shift ? shift->weight_bytes() : 0);
 }
 
-// x and out are native; out may be x. Nothing is kept without `saved`.
+// x and out are native; out may be x. Nothing is kept without `saved`, with which x has no norm.
 void forward_into(const Tensor& x, Arguments& call, const Tensor& out, const Saved* saved) {
   const int64_t samples = x.size(0), channels = x.size(1), attended = call.mask.weight ? positions(x) : 0;
   const int64_t scale_units = call.scale.units(), shift_units = call.shift.units();
@@ -32,10 +33,13 @@ void forward_into(const Tensor& x, Arguments& call, const Tensor& out, const Sav
   dispatch(x.scalar_type(), [&](auto kind) {
     using scalar_t = decltype(kind);
     using acc = acc_t<scalar_t>;
-    const auto weight = to_acc<acc>(call.mask.weight), bias = to_acc<acc>(call.mask.bias);
+    auto weight = to_acc<acc>(call.mask.weight);
+    const auto bias = to_acc<acc>(call.mask.bias);
+    const InputNorm<acc> norm(call.x_scale, call.x_shift);
+    norm.apply_to_weight(weight);
     const auto scale = pass_of<acc>(call.scale, call.options, x), shift = pass_of<acc>(call.shift, call.options, x);
     // The tensors are released as soon as they are read: that is several times slower once x has evicted them from the caches.
-    call.mask = {}, call.scale = {}, call.shift = {};
+    call.mask = {}, call.scale = {}, call.shift = {}, call.x_scale = {}, call.x_shift = {};
     const auto map = read_map<scalar_t>(x);
     const PoolMask<acc> mask{pointer(weight), bias.empty() ? acc(0) : bias[0]};
     const Valid counted(valid, positions(x));
@@ -50,8 +54,9 @@ void forward_into(const Tensor& x, Arguments& call, const Tensor& out, const Sav
     };
     const Matrix<acc> context = kept(&Saved::context, channels), gate = kept(&Saved::gate_values, gates);
     const Matrix<acc> attention = kept(&Saved::attention, attended), hidden = kept(&Saved::hidden, units);
-    const MatrixBuffer<acc> clipped(samples, channels, clips), t_shift(samples, channels, shift.has_value());
-    const Matrix<acc> factors = clips ? Matrix<acc>(clipped) : scale ? gate : Matrix<acc>{};
+    const bool apart = clips || (norm && !scale);  // whether x is multiplied with other values than those of `gate`
+    const MatrixBuffer<acc> multipliers(samples, channels, apart), t_shift(samples, channels, shift.has_value() || norm);
+    const Matrix<acc> factors = apart ? Matrix<acc>(multipliers) : scale ? gate : Matrix<acc>{};
     const MapFusion<scalar_t> fusion{.scale = factors,
                                      .shift = t_shift,
                                      .residual = read_map<scalar_t>(residual),
@@ -63,6 +68,7 @@ void forward_into(const Tensor& x, Arguments& call, const Tensor& out, const Sav
       const Map<const scalar_t> x_part = map.samples(first, count);
       const Matrix<acc> ctx = rows(context), h = rows(hidden);
       pool_samples(x_part, mask, counted.samples(first), ctx, rows(attention));
+      norm.apply_to_context(counted.samples(first), ctx);
       const auto branch = [&](int64_t i) {
         if (i == 0) {
           scale->forward(ctx, /*gated=*/true, h.column_range(0, scale_units), rows(gate));
@@ -76,7 +82,8 @@ void forward_into(const Tensor& x, Arguments& call, const Tensor& out, const Sav
         if (scale) branch(0);
         if (shift) branch(1);
       }
-      if (clips) clip_gate<acc>(rows(gate), rows(clipped));
+      if (clips) clip_gate<acc>(rows(gate), rows(factors));
+      norm.apply_to_fusion(scale.has_value(), rows(factors), shift.has_value(), rows(t_shift));
       fuse_samples(x_part, fusion.samples(first, count), out_map.samples(first, count));
     });
   });
@@ -190,7 +197,6 @@ STABLE_TORCH_LIBRARY_IMPL(gcnet_ext, CPU, m) {
   m.impl("global_context", TORCH_BOX((&gcnet_ext::forward<gcnet_ext::kGlobalContext, &gcnet_ext::cpu::global_context_op>)));
   m.impl("global_context_inference",
          TORCH_BOX((&gcnet_ext::forward<gcnet_ext::kGlobalContext, &gcnet_ext::cpu::global_context_inference_op>)));
-  m.impl("global_context_",
-         TORCH_BOX((&gcnet_ext::forward<gcnet_ext::kGlobalContextInPlace, &gcnet_ext::cpu::global_context_inplace_op>)));
+  m.impl("global_context_", TORCH_BOX((gcnet_ext::forward_in_place<&gcnet_ext::cpu::global_context_inplace_op>)));
   m.impl("global_context_backward", TORCH_BOX((&gcnet_ext::backward<&gcnet_ext::cpu::global_context_backward_op>)));
 }

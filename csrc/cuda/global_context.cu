@@ -98,6 +98,7 @@ Tensor global_context_inference_op(const Arguments& arguments) {
 void global_context_inplace_op(const Arguments& arguments) {
   const Tensor& x = arguments.x;
   check::in_place(kGlobalContextInPlace, x, arguments.residual);
+  check::require(!arguments.x_scale, kGlobalContextInPlace, {"", "x_scale"});
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Tensor map = native_dense(x);
   forward_into(map, arguments, map, /*saves=*/false);
@@ -150,7 +151,6 @@ STABLE_TORCH_LIBRARY_IMPL(gcnet_ext, CUDA, m) {
   m.impl("global_context", TORCH_BOX((&gcnet_ext::forward<gcnet_ext::kGlobalContext, &gcnet_ext::cuda::global_context_op>)));
   m.impl("global_context_inference",
          TORCH_BOX((&gcnet_ext::forward<gcnet_ext::kGlobalContext, &gcnet_ext::cuda::global_context_inference_op>)));
-  m.impl("global_context_",
-         TORCH_BOX((&gcnet_ext::forward<gcnet_ext::kGlobalContextInPlace, &gcnet_ext::cuda::global_context_inplace_op>)));
+  m.impl("global_context_", TORCH_BOX((gcnet_ext::forward_in_place<&gcnet_ext::cuda::global_context_inplace_op>)));
   m.impl("global_context_backward", TORCH_BOX((&gcnet_ext::backward<&gcnet_ext::cuda::global_context_backward_op>)));
 }

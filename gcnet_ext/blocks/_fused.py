@@ -19,6 +19,7 @@ from .._torch import GLOBAL_HOOKS, HOOKS, has_own_ways
 from ..ops import global_context
 from ..ops._options import ACTIVATIONS, FINAL_ACTIVATIONS, Options
 from ..ops._transform import Branch
+from ._batch_norm import affine_map
 from ._layers import (
     Gate,
     activation_of,
@@ -43,6 +44,16 @@ class Tail(NamedTuple):
     residual: Tensor
     inplace: bool
     """Whether the output may take the place of x, because nobody reads x again."""
+    norm: nn.Module | None = None
+    """A BatchNorm in evaluation that x has not been through yet. The output takes the place of x then."""
+
+    def normed(self, x: Tensor) -> Tensor:
+        """x behind the norm, which is called."""
+        return x if self.norm is None else self.norm(x)
+
+    def behind_norm(self) -> Tail:
+        """The tail of an x that has been through the norm."""
+        return self._replace(norm=None)
 
 
 class NormAndActivation(NamedTuple):
@@ -269,6 +280,7 @@ class FusedBlock(nn.Module):
                 lasting = found is not None and unchanged is not None and not found.computed() and self._may_be_seen()
                 self._seen = _Seen(self, found) if found is not None and lasting else None
             if found is None:
+                x = x if _tail is None else _tail.normed(x)
                 try:
                     out = self._with_called_layers(x, residual, valid)
                 except RuntimeError as error:
@@ -276,11 +288,17 @@ class FusedBlock(nn.Module):
                 return out if _tail is None else out.relu()
             weights = [[parameter(*source) for source in sources] for sources in found.weights]
             choices, inplace = found.choices(), self._overwrites()
-        if _tail is not None and _tail.inplace:
-            inplace = True
+        norm = None
+        if _tail is not None:
+            inplace = inplace or _tail.inplace
+            norm = None if _tail.norm is None else affine_map(_tail.norm)
         try:
-            return global_context.with_lists(x, weights, residual, valid, choices[_tail is not None], inplace=inplace)
+            return global_context.with_lists(
+                x, weights, residual, valid, choices[_tail is not None], inplace=inplace, norm=norm
+            )
         except RuntimeError as error:
+            if _tail is not None and norm is not None:  # so that an error says what it says without a tail
+                return self._with_tail(_tail.normed(x), _tail.behind_norm())
             return self._refused(x, _tail, error)
 
     def __prepare_scriptable__(self) -> NoReturn:

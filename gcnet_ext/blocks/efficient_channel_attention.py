@@ -13,6 +13,7 @@ from ..ops import attention_pool
 from ..ops._options import FINAL_ACTIVATIONS
 from ..ops.channel_fuse import channel_fuse
 from . import _layers
+from ._batch_norm import affine_map
 from ._fused import Tail
 
 
@@ -82,7 +83,7 @@ class EfficientChannelAttention(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
         if not isinstance(x, Tensor):
             return _layers.of_no_tensor(self, x, residual=residual, valid=valid)
-        return self._output(x, residual, valid, self.final_activation, self.inplace)
+        return self._output(x, residual, valid, self.final_activation, self.inplace, None)
 
     def _takes_tail(self) -> bool:
         """Whether nothing of the block itself stands between its result and a tail."""
@@ -90,18 +91,37 @@ class EfficientChannelAttention(nn.Module):
 
     def _with_tail(self, x: Tensor, tail: Tail) -> Tensor:
         """The output of the block and of the tail behind it."""
-        return self._output(x, tail.residual, None, "relu", self.inplace or tail.inplace)
+        return self._output(x, tail.residual, None, "relu", self.inplace or tail.inplace, tail.norm)
 
-    def _output(self, x: Tensor, residual: Tensor | None, valid: Tensor | None, final_activation: str, inplace: bool) -> Tensor:
+    def _output(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        valid: Tensor | None,
+        final_activation: str,
+        inplace: bool,
+        norm: nn.Module | None,
+    ) -> Tensor:
         _layers.check_channels(x, self.inplanes)
-        scale = gate(self.conv, attention_pool.unrounded(x, None, None, valid), x)
-        return channel_fuse(x, scale, residual=residual, final_activation=final_activation, inplace=inplace)
+        context = attention_pool.unrounded(x, None, None, valid)
+        scale, shift = fusion(self.conv, context, x, norm)
+        return channel_fuse(x, scale, shift, residual=residual, final_activation=final_activation, inplace=inplace)
 
     def __prepare_scriptable__(self) -> NoReturn:
         _layers.not_scriptable(self)
 
     def extra_repr(self) -> str:
         return f"{self.inplanes}"
+
+
+def fusion(conv: nn.Module, context: Tensor, x: Tensor, norm: nn.Module | None) -> tuple[Tensor, Tensor | None]:
+    """The scale and the shift [N, C] of x, for its context, or for that of ``norm(x)``, which is ``x * a + b``:
+    ``norm(x) * s = x * (a s) + b s``."""
+    if norm is None:
+        return gate(conv, context, x), None
+    a, b = (values.to(context.dtype) for values in affine_map(norm))
+    scale = gate(conv, context * a + b, x)
+    return scale * a, scale * b
 
 
 def gate(conv: nn.Module, context: Tensor, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..blocks import _layers
 from ..blocks._fused import Tail
-from ..blocks.efficient_channel_attention import gate
+from ..blocks.efficient_channel_attention import fusion
 from ..ops import attention_pool
 from ..ops.channel_fuse import channel_fuse
 from .peer import Peer, Record, become
@@ -23,7 +23,8 @@ class EcaPeer(Peer):
 
     def _computed(self, x: Tensor, tail: Tail | None) -> Any:
         block: Any = self
-        residual, final, inplace = (None, "none", False) if tail is None else (tail.residual, "relu", tail.inplace)
+        residual, inplace, norm = (None, False, None) if tail is None else tail
+        final = "none" if tail is None else "relu"
         found = gate_of(block.gate)
         context = None
         if self._is_what_it_was() and block.conv2 is None and found is not None and found.kind == "sigmoid":
@@ -31,8 +32,8 @@ class EcaPeer(Peer):
                 context = attention_pool.unrounded(x)
         if context is None:
             return self._former_with_tail(x, tail)
-        scale = gate(block.conv, context, x)
-        return channel_fuse(x, scale, residual=residual, final_activation=final, inplace=inplace)
+        scale, shift = fusion(block.conv, context, x, norm)
+        return channel_fuse(x, scale, shift, residual=residual, final_activation=final, inplace=inplace)
 
 
 def replace_eca(block: Any) -> None:

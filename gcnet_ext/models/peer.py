@@ -93,7 +93,7 @@ class Peer(nn.Module):
         return out if residual is None else out + residual
 
     def _former_with_tail(self, x: Tensor, tail: Tail | None) -> Any:
-        return self._as_before(x) if tail is None else self._former_output(x, tail.residual).relu()
+        return self._as_before(x) if tail is None else self._former_output(tail.normed(x), tail.residual).relu()
 
     def _has_dtype_of(self, x: Tensor, first: tuple[str, ...]) -> bool:
         """Whether the layers take x as it is, or autocast casts what they take."""

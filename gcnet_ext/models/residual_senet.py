@@ -15,10 +15,13 @@ class _Bottle(WithTail):
     _before_the_block = ("bn3", "conv3")
     _adds_in_place = False
 
-    def _to_the_block(self, x: Tensor) -> Tensor:
+    def _to_the_norm(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
-        return self.bn3(self.conv3(out))
+        return self.conv3(out)
+
+    def _to_the_block(self, x: Tensor) -> Tensor:
+        return self.bn3(self._to_the_norm(x))
 
 
 class SEBottleneckWithTail(_Bottle, senet.SEBottleneck):

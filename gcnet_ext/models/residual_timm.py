@@ -12,7 +12,10 @@ class _Basic(resnet.BasicBlock):
     def _to_the_norm(self, x: Tensor) -> Tensor:
         out = self.drop_block(self.bn1(self.conv1(x)))
         out = self.aa(self.act1(out))
-        return self.bn2(self.conv2(out))
+        return self.conv2(out)
+
+    def _behind_the_norm(self, x: Tensor) -> Tensor:
+        return self.bn2(self._to_the_norm(x))
 
 
 class _Bottle(resnet.Bottleneck):
@@ -20,14 +23,17 @@ class _Bottle(resnet.Bottleneck):
         out = self.act1(self.bn1(self.conv1(x)))
         out = self.drop_block(self.bn2(self.conv2(out)))
         out = self.aa(self.act2(out))
-        return self.bn3(self.conv3(out))
+        return self.conv3(out)
+
+    def _behind_the_norm(self, x: Tensor) -> Tensor:
+        return self.bn3(self._to_the_norm(x))
 
 
 class BasicBlock(_Basic):
     """With a submodule ``context_block``."""
 
     def _to_the_block(self, x: Tensor) -> Tensor:
-        out = self._to_the_norm(x)
+        out = self._behind_the_norm(x)
         return out if self.se is None else self.se(out)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -42,7 +48,7 @@ class Bottleneck(_Bottle):
     """With a submodule ``context_block``."""
 
     def _to_the_block(self, x: Tensor) -> Tensor:
-        out = self._to_the_norm(x)
+        out = self._behind_the_norm(x)
         return out if self.se is None else self.se(out)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,7 +82,7 @@ class SeBasicBlockWithTail(WithTail, _Basic):
     _block = "se"
     _before_the_block = ("bn2", "conv2")
     _activation = "act2"
-    _to_the_block = _Basic._to_the_norm
+    _to_the_block = _Basic._behind_the_norm
 
 
 class SeBottleneckWithTail(WithTail, _Bottle):
@@ -86,7 +92,7 @@ class SeBottleneckWithTail(WithTail, _Bottle):
     _block = "se"
     _before_the_block = ("bn3", "conv3")
     _activation = "act3"
-    _to_the_block = _Bottle._to_the_norm
+    _to_the_block = _Bottle._behind_the_norm
 
 
 WITH_CONTEXT_BLOCK = {resnet.BasicBlock: BasicBlock, resnet.Bottleneck: Bottleneck}

@@ -11,9 +11,12 @@ from .tail import WithTail
 class BasicBlock(resnet.BasicBlock):
     """With a submodule ``context_block``."""
 
-    def _to_the_block(self, x: Tensor) -> Tensor:
+    def _to_the_norm(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
-        return self.bn2(self.conv2(out))
+        return self.conv2(out)
+
+    def _to_the_block(self, x: Tensor) -> Tensor:
+        return self.bn2(self._to_the_norm(x))
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.context_block(self._to_the_block(x))
@@ -24,10 +27,13 @@ class BasicBlock(resnet.BasicBlock):
 class Bottleneck(resnet.Bottleneck):
     """With a submodule ``context_block``."""
 
-    def _to_the_block(self, x: Tensor) -> Tensor:
+    def _to_the_norm(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
-        return self.bn3(self.conv3(out))
+        return self.conv3(out)
+
+    def _to_the_block(self, x: Tensor) -> Tensor:
+        return self.bn3(self._to_the_norm(x))
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.context_block(self._to_the_block(x))

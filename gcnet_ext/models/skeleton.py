@@ -6,9 +6,9 @@ import sys
 from types import FunctionType
 from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
+from ..blocks._batch_norm import scale_of
 from ..blocks._fused import norm_over_units
 from ..blocks._layers import (
     AVERAGE_POOLS,
@@ -192,20 +192,14 @@ class Folded:
     def __init__(self, layer: Any, norm: Any) -> None:
         self.layer, self.norm = layer, norm
 
-    def _scale(self) -> Tensor:
-        """What a unit is multiplied by, at least in float32."""
-        variance = self.norm.running_var
-        scale: Tensor = (variance.to(torch.promote_types(variance.dtype, torch.float32)) + self.norm.eps).rsqrt()
-        return scale if self.norm.weight is None else scale * self.norm.weight
-
     @property
     def weight(self) -> Tensor:
         weight = self.layer.weight
-        folded: Tensor = weight * self._scale().reshape(-1, *(1 for _ in weight.shape[1:]))
+        folded: Tensor = weight * scale_of(self.norm).reshape(-1, *(1 for _ in weight.shape[1:]))
         return folded
 
     @property
     def bias(self) -> Tensor:
         mean, bias = self.norm.running_mean, self.layer.bias
-        folded: Tensor = self._scale() * (-mean if bias is None else bias - mean)
+        folded: Tensor = scale_of(self.norm) * (-mean if bias is None else bias - mean)
         return folded if self.norm.bias is None else folded + self.norm.bias

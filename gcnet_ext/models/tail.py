@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from .._torch import children, modes_are_active
+from .._torch import any_autocast, children, is_tracing, modes_are_active
 from ..blocks import EfficientChannelAttention
 from ..blocks._fused import FusedBlock, Tail
 from ..blocks._layers import is_plain, is_untouched
 from ..ops._dispatch import way_of
 from .peer import Peer
-from .skeleton import is_as_made, is_of
+from .skeleton import is_as_made, is_folded, is_of
 
 FORWARDS = (FusedBlock.forward, EfficientChannelAttention.forward, Peer.forward)
 """The forwards of the blocks that may take a tail. A class that is derived from ours may have another."""
@@ -47,6 +47,9 @@ class WithTail(nn.Module):
 
         def __getattr__(self, name: str) -> Any: ...  # a submodule is a Tensor or a Module to mypy
 
+        def _to_the_norm(self, x: Tensor) -> Tensor:
+            """The forward as far as the norm before the last block, where `_norm_before_the_block` has found one."""
+
         def _to_the_block(self, x: Tensor) -> Tensor:
             """The forward as far as the last block."""
 
@@ -60,12 +63,16 @@ class WithTail(nn.Module):
         if block is None:
             former: Tensor = self._former.forward(self, x)
             return former
-        out: Tensor = self._to_the_block(x)
+        norm = self._norm_before_the_block()
+        out: Tensor = self._to_the_block(x) if norm is None else self._to_the_norm(x)
         shortcut = x if self.downsample is None else self.downsample(x)
+        tail = Tail(shortcut, self._may_overwrite(out, shortcut, x), norm)
+        if norm is not None and not (tail.inplace and out.is_cpu):
+            out, tail = tail.normed(out), tail.behind_norm()
         if out.shape == shortcut.shape and out.dtype == shortcut.dtype:
-            fused: Tensor = block._with_tail(out, Tail(shortcut, self._may_overwrite(out, shortcut, x)))
+            fused: Tensor = block._with_tail(out, tail)
             return fused
-        out = block(out)
+        out = block(tail.normed(out))
         if self._adds_in_place:
             out += shortcut
         else:
@@ -82,9 +89,17 @@ class WithTail(nn.Module):
         plain = is_relu(named.get(self._activation)) and drops_nothing(named.get("drop_path"))
         return block if plain and self._former.forward is type(self)._forward else None
 
+    def _norm_before_the_block(self) -> nn.Module | None:
+        """The norm that the last block may take along, too: a BatchNorm in evaluation, of what a convolution returns."""
+        if is_recorded() or is_tracing() or any_autocast():
+            return None
+        named = children(self)
+        layers = [layer for name in self._before_the_block if not does_nothing(layer := named.get(name))]
+        return layers[0] if layers and is_affine(layers[0]) and has_new_output(layers[1:]) else None
+
     def _may_overwrite(self, out: Tensor, shortcut: Tensor, x: Tensor) -> bool:
         """Whether nobody but the last block will read out, which the layers before it have returned."""
-        if torch.is_grad_enabled() or is_compiling() or modes_are_active():
+        if is_recorded():
             return False
         named = children(self)
         layers = (named.get(name) for name in self._before_the_block)
@@ -113,12 +128,25 @@ def drops_nothing(drop: nn.Module | None) -> bool:
     return inactive
 
 
+def is_recorded() -> bool:
+    """Whether a backward pass, a graph that is being captured, or a mode of torch may read what any layer returns."""
+    return torch.is_grad_enabled() or is_compiling() or modes_are_active()
+
+
+def does_nothing(layer: nn.Module | None) -> bool:
+    return layer is None or is_plain(layer, nn.Identity)
+
+
+def is_frozen(norm: nn.Module | None) -> bool:
+    return norm is not None and is_of(norm, "torchvision.ops.misc", "FrozenBatchNorm2d") and is_as_made(norm)
+
+
+def is_affine(norm: nn.Module | None) -> bool:
+    """Whether the module is a norm over the batch that takes its statistics from its buffers."""
+    return is_folded(norm) or is_frozen(norm)
+
+
 def has_new_output(layers: Iterable[nn.Module | None]) -> bool:
     """Whether what layers return, of which the last one comes first, is memory that nobody else has seen."""
-    for layer in layers:
-        if layer is None or is_plain(layer, nn.Identity):
-            continue
-        if any(is_plain(layer, kind) for kind in WITH_NEW_OUTPUTS):
-            return True
-        return is_of(layer, "torchvision.ops.misc", "FrozenBatchNorm2d") and is_as_made(layer)
-    return False
+    last = next((layer for layer in layers if not does_nothing(layer)), None)
+    return last is not None and (any(is_plain(last, kind) for kind in WITH_NEW_OUTPUTS) or is_frozen(last))

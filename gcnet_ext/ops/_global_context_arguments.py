@@ -27,6 +27,8 @@ class Arguments(NamedTuple):
     slope: Any
     hard_gate: Any
     final_activation: Any
+    x_scale: Any = None  # of global_context_ alone
+    x_shift: Any = None
 
     @classmethod
     def of_branches(

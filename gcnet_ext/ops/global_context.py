@@ -95,11 +95,19 @@ def _call(
 
 
 def with_lists(
-    x: Tensor, weights: Sequence[Tensors], residual: Tensor | None, valid: Tensor | None, options: Options, *, inplace: bool
+    x: Tensor,
+    weights: Sequence[Tensors],
+    residual: Tensor | None,
+    valid: Tensor | None,
+    options: Options,
+    *,
+    inplace: bool,
+    norm: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """`global_context` with the lists of the operator, each complete: of the mask, of the scale and of the shift.
 
-    Only x may be of a class with ways of its own. If nothing requires a gradient, nothing is saved for backward.
+    Only x may be of a class with ways of its own. If nothing requires a gradient, nothing is saved for backward. With a norm,
+    x_scale and x_shift of global_context_, x is overwritten, by the CPU's kernels.
     """
     if _torch.any_autocast():
         weights = [beside(x, *tensors) for tensors in weights]
@@ -107,10 +115,11 @@ def with_lists(
     way = _dispatch.way_of(x)
     if inplace:
         if _dispatch.may_overwrite(way):
-            _dispatch.overwrite(way, "global_context_", *args)
+            _dispatch.overwrite(way, "global_context_", *args, *(norm or ()))
             return x
         _checks.no_gradient("global_context_", args)
-        return x.copy_(with_lists(x, weights, residual, valid, options, inplace=False))
+        normed = x if norm is None else _normed(x, *norm).to(x.dtype)
+        return x.copy_(with_lists(normed, weights, residual, valid, options, inplace=False))
     if way == _dispatch.PLAIN:
         return block(Arguments(*args))
     if way == _dispatch.RECORDED:
@@ -183,7 +192,7 @@ def _steps(call: Arguments) -> _Steps:
     x, options = call.x, call.options()
     mask_weight, mask_bias = call.mask
     scale, shift = call.branches()
-    wide = x.to(accumulation_dtype(x))
+    wide = _normed(x.to(accumulation_dtype(x)), call.x_scale, call.x_shift)
     valid = attention_pool.flat_valid(call.valid)
     context, attention = attention_pool.attend(wide.flatten(2), mask_weight, mask_bias, valid)
     of_scale, of_shift = (None if weights is None else _transform.first_layer(context, weights) for weights in (scale, shift))
@@ -192,6 +201,14 @@ def _steps(call: Arguments) -> _Steps:
     gate = None if t_scale is None else _transform.apply_gate(t_scale, options.hard_gate)
     out = channel_fuse.fuse(wide, gate, t_shift, call.residual, options.final_activation).to(x.dtype)
     return _Steps(context, attention, [hidden for hidden in (of_scale, of_shift) if hidden is not None], t_scale, out)
+
+
+def _normed(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """x * scale + shift of each channel; x itself without the two."""
+    if scale is None or shift is None:
+        return x
+    sizes = -1, *(1 for _ in x.shape[2:])
+    return x * scale.reshape(sizes).to(x.dtype) + shift.reshape(sizes).to(x.dtype)
 
 
 # ---- checks ------------------------------------------------------------------------------------------------------------------
@@ -215,6 +232,13 @@ def _check(op: str, call: Arguments) -> None:
 
 def _check_in_place(op: str, call: Arguments) -> None:
     _check(op, call)
+    channels = (call.x.shape[1],)
+    _checks.parameter(op, "x_scale", call.x_scale, call.x, channels)
+    if (call.x_scale is None) != (call.x_shift is None):
+        _checks.fail(op, "x_shift must be given where x_scale is, and only there, got one of the two")
+    _checks.parameter(op, "x_shift", call.x_shift, call.x, channels)
+    if call.x_scale is not None and call.x.is_cuda:
+        _checks.fail(op, "x_scale must be None on CUDA, got a tensor; apply the norm to x before")
     _checks.in_place(op, call.x)
 
 

@@ -10,6 +10,7 @@ EVERY = "test_every_op.py"
 LIMITS, LAYOUTS, ROUNDING, IN_PLACE = "test_limits.py", "test_layouts.py", "test_rounding.py", "test_in_place.py"
 PLAN, BAD_INPUT, DETERMINISM = "test_plan.py", "test_bad_input.py", "test_determinism.py"
 # Not bit by bit: with the choices around, the compiler contracts a*b + c*d in another order where a row ends.
+INPUT_NORM = "test_input_norm.py"
 PAST_CACHES = "test_past_caches.py::test_to_rounding"
 
 MUTANTS = (
@@ -336,6 +337,30 @@ MUTANTS = (
         "needs.shift && scale",
         "The scale's gradients are computed where the shift's are needed.",
         (BLOCK, EVERY),
+    ),
+    Mutant(
+        "input-norm-of-the-weight",
+        "csrc/cpu/input_norm.h",
+        "weight[c] *= «a_[c]»;",
+        "acc(1)",
+        "The attention is that of an x without its norm.",
+        (INPUT_NORM,),
+    ),
+    Mutant(
+        "input-norm-where-no-position-counts",
+        "csrc/cpu/input_norm.h",
+        "if («valid.count(i) == 0») continue;",
+        "false",
+        "The context of no position is the shift of the norm.",
+        (INPUT_NORM,),
+    ),
+    Mutant(
+        "input-norm-shift-not-multiplied",
+        "csrc/cpu/input_norm.h",
+        "t[c] = «b_[c] * factor + term»;",
+        "b_[c] + term",
+        "The shift of the norm is added behind the gate.",
+        (INPUT_NORM,),
     ),
     Mutant(
         "norm-constant-eps",

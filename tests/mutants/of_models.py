@@ -17,6 +17,7 @@ LOOK_ALIKES = "test_replace_look_alikes.py"
 TRIES = "test_replace_tries.py"
 BY_LAYERS = "test_replace_by_layers.py"
 TAIL = "test_tail.py"
+TAIL_NORM = "test_tail_norm.py"
 
 MUTANTS = (
     Mutant(
@@ -298,7 +299,7 @@ MUTANTS = (
     Mutant(
         "tail-overwrites-under-a-mode",
         "gcnet_ext/models/tail.py",
-        "if torch.is_grad_enabled() or is_compiling()« or modes_are_active()»:",
+        "return torch.is_grad_enabled() or is_compiling()« or modes_are_active()»\n",
         "",
         "What a mode of torch has kept is overwritten.",
         (TAIL,),
@@ -306,7 +307,7 @@ MUTANTS = (
     Mutant(
         "tail-never-overwrites",
         "gcnet_ext/models/tail.py",
-        "if «torch.is_grad_enabled()» or is_compiling() or",
+        "return «torch.is_grad_enabled()» or is_compiling() or",
         "True",
         "Inference takes more memory than it needs.",
         (TAIL,),
@@ -318,6 +319,54 @@ MUTANTS = (
         "True",
         "A shortcut that torch would broadcast is an error.",
         (TAIL,),
+    ),
+    Mutant(
+        "norm-of-the-batch-taken-along",
+        "gcnet_ext/models/skeleton.py",
+        "        «and not norm.training\n        »and norm.running_mean",
+        "",
+        "A norm in training is computed with the statistics of earlier batches.",
+        (TAIL_NORM,),
+    ),
+    Mutant(
+        "norm-behind-what-was-kept",
+        "gcnet_ext/models/tail.py",
+        "return layers[0] if layers and is_affine(layers[0])« and has_new_output(layers[1:])» else None",
+        "",
+        "What a convolution of somebody's own has kept is overwritten.",
+        (TAIL_NORM,),
+    ),
+    Mutant(
+        "norm-under-autocast",
+        "gcnet_ext/models/tail.py",
+        "if is_recorded() or is_tracing()« or any_autocast()»:",
+        "",
+        "Under autocast the norm is not called.",
+        (TAIL_NORM,),
+    ),
+    Mutant(
+        "norm-lost-before-called-layers",
+        "gcnet_ext/blocks/_fused.py",
+        "x = x if _tail is None else «_tail.normed(x)»",
+        "x",
+        "A block whose layers are called gets what the norm should have had.",
+        (TAIL_NORM,),
+    ),
+    Mutant(
+        "norm-of-an-error",
+        "gcnet_ext/blocks/_fused.py",
+        "if «_tail is not None and norm is not None»:",
+        "False",
+        "An error of a block in a network has other words with a tail.",
+        (TAIL_NORM,),
+    ),
+    Mutant(
+        "norm-without-its-bias",
+        "gcnet_ext/blocks/_batch_norm.py",
+        "return scale, shift if norm.bias is None else «shift + norm.bias»",
+        "shift",
+        "The bias of a norm is lost.",
+        (TAIL_NORM,),
     ),
     Mutant(
         "captured-graph-keeps-what-nobody-reads",

@@ -95,6 +95,14 @@ def global_context(a: Arguments, pool: Pool = pool_forward) -> Outputs:
     return finish(a, out), context, attention, torch.cat(hidden, 1), gate, no_bits(x)
 
 
+def _normed(a: Arguments) -> Tensor:
+    """x behind the norm that stands in front of the block, if there is one."""
+    if a.get("x_scale") is None:
+        return a["x"]
+    scale, shift = (a[name].reshape(-1, *(1 for _ in a["x"].shape[2:])) for name in ("x_scale", "x_shift"))
+    return a["x"] * scale + shift
+
+
 def _branch_backward(a: Arguments, name: str, grad_t: Tensor, hidden: Tensor, context: Tensor) -> tuple[Tensor, Outputs]:
     """The gradients of the context and of the six parameters; autograd does what stands behind the hidden units."""
     w1, b1, *rest = _branch(a, name)
@@ -180,7 +188,7 @@ OP = Op(
     operators=(
         Operator("global_context", ARGUMENTS, global_context),
         Operator("global_context_inference", ARGUMENTS, lambda a: global_context(a)[:1]),
-        Operator("global_context_", ARGUMENTS, lambda a: global_context(a)[:1]),
+        Operator("global_context_", (*ARGUMENTS, "x_scale", "x_shift"), lambda a: global_context({**a, "x": _normed(a)})[:1]),
         Operator(
             "global_context_backward",
             ("grad", *GLOBAL_CONTEXT_INPUTS, "valid", *OPTIONS, *SAVED, "positive", *NEEDS),

@@ -34,6 +34,8 @@ def test_every_operator_has_an_entry():
 
 
 def check_operator(backend, op: str, arguments: Arguments, *, sound: bool = False) -> None:
+    if backend.name != "cpu" and "x_scale" in arguments:  # of the CPU's kernels alone
+        arguments = {**arguments, "x_scale": None, "x_shift": None}
     made = fuzzing.made(arguments, backend.to)
     before = copies(made)
     call = getattr(backend.ops, op)

@@ -16,6 +16,7 @@ def operator_arguments(ops: Any, name: str, case: Case, to: To = lambda tensor: 
     op, operator = OP_OF[name], OPERATORS[name]
     inputs = dict(zip(op.inputs, op.draw(case, to, 0), strict=True))
     available = {**inputs, **OPTIONS, "eps": GOOD["eps"], "residual": None, "valid": None, "need_residual": False}
+    available |= {"x_scale": None, "x_shift": None}
     if "grad" in operator.arguments or operator.saved:
         forward = getattr(ops, op.name)
         results = forward(**inputs)

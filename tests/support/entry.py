@@ -76,6 +76,8 @@ GOOD: Mapping[str, Any] = {
     **WEIGHTS,
     "residual": None,
     "valid": None,
+    "x_scale": None,
+    "x_shift": None,
     **OPTIONS,
     "positive": ones(N, 0, dtype=torch.uint8),
     "need_residual": False,

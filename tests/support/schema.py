@@ -12,7 +12,16 @@ from torch import Tensor
 
 from gcnet_ext.ops._global_context_arguments import IN_LISTS
 
-DEFAULTS = {"bias": None, "eps": 1e-6, "residual": None, "valid": None, "need_residual": False, **OPTIONS}
+DEFAULTS = {
+    "bias": None,
+    "eps": 1e-6,
+    "residual": None,
+    "valid": None,
+    "need_residual": False,
+    "x_scale": None,
+    "x_shift": None,
+    **OPTIONS,
+}
 """For those that a test does not name."""
 
 
