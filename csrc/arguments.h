@@ -63,7 +63,7 @@ struct Arguments {
   Branch scale, shift;
   OptionalTensor residual, valid;
   Options options;
-  OptionalTensor x_scale{}, x_shift{};  // of global_context_ alone
+  OptionalTensor x_scale{}, x_shift{};  // of inference alone
 
   int64_t units() const { return scale.units() + shift.units(); }
   void check(const char* op) const;
@@ -129,9 +129,9 @@ auto forward(Tensor& x, TensorList& mask, TensorList& scale, TensorList& shift, 
   return body(arguments);
 }
 
-// The forward operator that overwrites x has two more, x_scale and x_shift.
-template <auto body>
-constexpr auto forward_in_place = &forward<kGlobalContextInPlace, body, OptionalTensor, OptionalTensor>;
+// The forward operators of inference have two more, x_scale and x_shift.
+template <const char* op, auto body>
+constexpr auto inference = &forward<op, body, OptionalTensor, OptionalTensor>;
 
 // The backward operator with the arguments of its schema, for TORCH_BOX: body gets them by name, checked.
 template <auto body>

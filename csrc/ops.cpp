@@ -60,7 +60,8 @@ STABLE_TORCH_LIBRARY(gcnet_ext, m) {
   // The first of these results alone, where nothing is differentiated.
   m.def(
       "global_context_inference(Tensor x, Tensor?[] mask, Tensor?[] scale, Tensor?[] shift, Tensor? residual, Tensor? valid, "
-      "float? norm_eps, int activation, float slope, float[]? hard_gate, int final_activation) -> Tensor");
+      "float? norm_eps, int activation, float slope, float[]? hard_gate, int final_activation, Tensor? x_scale=None, "
+      "Tensor? x_shift=None) -> Tensor");
   m.def(
       "global_context_(Tensor(a!) x, Tensor?[] mask, Tensor?[] scale, Tensor?[] shift, Tensor? residual, Tensor? valid, "
       "float? norm_eps, int activation, float slope, float[]? hard_gate, int final_activation, Tensor? x_scale=None, "

@@ -196,7 +196,8 @@ BackwardResults global_context_backward_op(const BackwardArguments& call) {
 STABLE_TORCH_LIBRARY_IMPL(gcnet_ext, CPU, m) {
   m.impl("global_context", TORCH_BOX((&gcnet_ext::forward<gcnet_ext::kGlobalContext, &gcnet_ext::cpu::global_context_op>)));
   m.impl("global_context_inference",
-         TORCH_BOX((&gcnet_ext::forward<gcnet_ext::kGlobalContext, &gcnet_ext::cpu::global_context_inference_op>)));
-  m.impl("global_context_", TORCH_BOX((gcnet_ext::forward_in_place<&gcnet_ext::cpu::global_context_inplace_op>)));
+         TORCH_BOX((gcnet_ext::inference<gcnet_ext::kGlobalContext, &gcnet_ext::cpu::global_context_inference_op>)));
+  m.impl("global_context_",
+         TORCH_BOX((gcnet_ext::inference<gcnet_ext::kGlobalContextInPlace, &gcnet_ext::cpu::global_context_inplace_op>)));
   m.impl("global_context_backward", TORCH_BOX((&gcnet_ext::backward<&gcnet_ext::cpu::global_context_backward_op>)));
 }

@@ -67,7 +67,7 @@ class WithTail(nn.Module):
         out: Tensor = self._to_the_block(x) if norm is None else self._to_the_norm(x)
         shortcut = x if self.downsample is None else self.downsample(x)
         tail = Tail(shortcut, self._may_overwrite(out, shortcut, x), norm)
-        if norm is not None and not (tail.inplace and out.is_cpu):
+        if norm is not None and not (out.is_cpu and way_of(out)):
             out, tail = tail.normed(out), tail.behind_norm()
         if out.shape == shortcut.shape and out.dtype == shortcut.dtype:
             fused: Tensor = block._with_tail(out, tail)
@@ -91,15 +91,15 @@ class WithTail(nn.Module):
 
     def _norm_before_the_block(self) -> nn.Module | None:
         """The norm that the last block may take along, too: a BatchNorm in evaluation, of what a convolution returns."""
-        if is_recorded() or is_tracing() or any_autocast():
+        if torch.is_grad_enabled() or any_autocast() or not (is_compiling() or nobody_watches()):
             return None
         named = children(self)
-        layers = [layer for name in self._before_the_block if not does_nothing(layer := named.get(name))]
+        layers = [layer for layer in map(named.get, self._before_the_block) if not does_nothing(layer)]
         return layers[0] if layers and is_affine(layers[0]) and has_new_output(layers[1:]) else None
 
     def _may_overwrite(self, out: Tensor, shortcut: Tensor, x: Tensor) -> bool:
         """Whether nobody but the last block will read out, which the layers before it have returned."""
-        if is_recorded():
+        if torch.is_grad_enabled() or is_compiling() or not nobody_watches():
             return False
         named = children(self)
         layers = (named.get(name) for name in self._before_the_block)
@@ -128,9 +128,9 @@ def drops_nothing(drop: nn.Module | None) -> bool:
     return inactive
 
 
-def is_recorded() -> bool:
-    """Whether a backward pass, a graph that is being captured, or a mode of torch may read what any layer returns."""
-    return torch.is_grad_enabled() or is_compiling() or modes_are_active()
+def nobody_watches() -> bool:
+    """Whether no trace and no mode of torch sees what the layers return. torch.compile cannot look at this."""
+    return not (is_tracing() or modes_are_active())
 
 
 def does_nothing(layer: nn.Module | None) -> bool:
@@ -138,7 +138,9 @@ def does_nothing(layer: nn.Module | None) -> bool:
 
 
 def is_frozen(norm: nn.Module | None) -> bool:
-    return norm is not None and is_of(norm, "torchvision.ops.misc", "FrozenBatchNorm2d") and is_as_made(norm)
+    if norm is None or is_compiling():  # torch.compile cannot follow where methods come from
+        return False
+    return is_of(norm, "torchvision.ops.misc", "FrozenBatchNorm2d") and is_as_made(norm)
 
 
 def is_affine(norm: nn.Module | None) -> bool:

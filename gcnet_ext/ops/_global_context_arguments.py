@@ -27,7 +27,7 @@ class Arguments(NamedTuple):
     slope: Any
     hard_gate: Any
     final_activation: Any
-    x_scale: Any = None  # of global_context_ alone
+    x_scale: Any = None  # of inference alone
     x_shift: Any = None
 
     @classmethod
@@ -36,6 +36,10 @@ class Arguments(NamedTuple):
     ) -> Arguments:
         """The arguments of branches that may be missing."""
         return cls(x, mask, list(scale or NO_BRANCH), list(shift or NO_BRANCH), residual, valid, *options)
+
+    def of_every_direction(self) -> tuple[Any, ...]:
+        """Those that global_context has, too."""
+        return self[:-2]
 
     def options(self) -> Options:
         return Options(self.norm_eps, self.activation, self.slope, self.hard_gate, self.final_activation)

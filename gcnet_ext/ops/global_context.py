@@ -107,19 +107,20 @@ def with_lists(
     """`global_context` with the lists of the operator, each complete: of the mask, of the scale and of the shift.
 
     Only x may be of a class with ways of its own. If nothing requires a gradient, nothing is saved for backward. With a norm,
-    x_scale and x_shift of global_context_, x is overwritten, by the CPU's kernels.
+    x_scale and x_shift of the operators of inference, x is on the CPU and nothing may require a gradient.
     """
     if _torch.any_autocast():
         weights = [beside(x, *tensors) for tensors in weights]
     args: tuple[Any, ...] = (x, *weights, residual, valid, *options)
+    if norm is not None:
+        args += norm
     way = _dispatch.way_of(x)
     if inplace:
         if _dispatch.may_overwrite(way):
-            _dispatch.overwrite(way, "global_context_", *args, *(norm or ()))
+            _dispatch.overwrite(way, "global_context_", *args)
             return x
         _checks.no_gradient("global_context_", args)
-        normed = x if norm is None else _normed(x, *norm).to(x.dtype)
-        return x.copy_(with_lists(normed, weights, residual, valid, options, inplace=False))
+        return x.copy_(with_lists(x, weights, residual, valid, options, inplace=False, norm=norm))
     if way == _dispatch.PLAIN:
         return block(Arguments(*args))
     if way == _dispatch.RECORDED:
@@ -127,7 +128,7 @@ def with_lists(
             return _traced.global_context(*args)
         # Autograd puts the operator that saves what backward reads in its place, if there is a backward pass.
         return torch.ops.gcnet_ext.global_context_inference.default(*args)
-    if torch.is_grad_enabled() and _torch.any_requires_grad(*(by_themselves := flat(*args))):
+    if norm is None and torch.is_grad_enabled() and _torch.any_requires_grad(*(by_themselves := flat(*args))):
         return _torch.apply(_GlobalContextOutput, *by_themselves)
     return _dispatch.below_autograd("global_context_inference", args)
 
@@ -228,17 +229,16 @@ def _check(op: str, call: Arguments) -> None:
     _transform.check_branch(op, "shift", call.shift, x)
     _checks.residual(op, call.residual, x)
     _checks.valid(op, call.valid, x)
+    _checks.parameter(op, "x_scale", call.x_scale, x, (x.shape[1],))
+    if (call.x_scale is None) != (call.x_shift is None):
+        _checks.fail(op, "x_shift must be given where x_scale is, and only there, got one of the two")
+    _checks.parameter(op, "x_shift", call.x_shift, x, (x.shape[1],))
+    if call.x_scale is not None and x.is_cuda:
+        _checks.fail(op, "x_scale must be None on CUDA, got a tensor; apply the norm to x before")
 
 
 def _check_in_place(op: str, call: Arguments) -> None:
     _check(op, call)
-    channels = (call.x.shape[1],)
-    _checks.parameter(op, "x_scale", call.x_scale, call.x, channels)
-    if (call.x_scale is None) != (call.x_shift is None):
-        _checks.fail(op, "x_shift must be given where x_scale is, and only there, got one of the two")
-    _checks.parameter(op, "x_shift", call.x_shift, call.x, channels)
-    if call.x_scale is not None and call.x.is_cuda:
-        _checks.fail(op, "x_scale must be None on CUDA, got a tensor; apply the norm to x before")
     _checks.in_place(op, call.x)
 
 
@@ -365,7 +365,13 @@ def _differentiable(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _differentiable_output(*args: Any) -> Tensor:
-    if torch.is_grad_enabled() and _torch.any_requires_grad(*(by_themselves := flat(*args))):
+    call = Arguments(*args)
+    by_themselves = flat(*call.of_every_direction())
+    if torch.is_grad_enabled() and _torch.any_requires_grad(call.x_scale, call.x_shift, *by_themselves):
+        if call.x_scale is not None:
+            _check("global_context", call)
+            x = _normed(call.x, call.x_scale, call.x_shift).to(call.x.dtype)
+            by_themselves = flat(*call._replace(x=x).of_every_direction())
         return _torch.apply(_GlobalContextOutput, *by_themselves)
     return _dispatch.below_autograd("global_context_inference", args)
 

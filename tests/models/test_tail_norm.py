@@ -15,7 +15,6 @@ import gcnet_ext
 
 pytestmark = pytest.mark.usefixtures("libraries")
 WITH_NORM = [case for case in (*INSERTED, *OWN) if case != "timm SEResNetBlock"]  # behind whose norm is a ReLU
-NORMS = {"BasicBlock": 2, "Bottleneck": 3}
 
 
 def norms_called(block: nn.Module, x: torch.Tensor = X) -> int:
@@ -80,6 +79,28 @@ def test_a_frozen_norm():
         blocks[1].bn3.register_forward_hook(lambda *_: seen.append(True))
         assert_same([blocks[1](X)], [want])
     assert seen == [True], "with a hook it is called"
+
+
+@pytest.mark.parametrize("case", ["gc in Bottleneck", "eca in BasicBlock", "timm Bottleneck with se"])
+def test_a_captured_graph_has_one_norm_less(kernels, case, fresh_dynamo):
+    """And notices that the norm is in training later."""
+    before, after = (block.eval() for block in blocks_of(case))
+    norms: list[int] = []
+
+    def count(module: torch.fx.GraphModule, _inputs: list):
+        norms.append(sum("batch_norm" in str(node.target) for node in module.graph.nodes))
+        return module
+
+    want, got = (torch.compile(block, backend=count, fullgraph=True) for block in (before, after))
+    with torch.no_grad():
+        assert_same([want(X)], [got(X)])
+        without_tail, with_tail = norms
+        assert with_tail == without_tail - 1
+        for block in (before, after):
+            last_norm(block).train()
+        assert_same([got(X)], [want(X)])
+        assert norms[-1] == norms[-2] == without_tail
+    assert_same(list(after.buffers()), list(before.buffers()))
 
 
 # ---- what keeps the norm from being taken along ------------------------------------------------------------------------------

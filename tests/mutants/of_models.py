@@ -299,7 +299,7 @@ MUTANTS = (
     Mutant(
         "tail-overwrites-under-a-mode",
         "gcnet_ext/models/tail.py",
-        "return torch.is_grad_enabled() or is_compiling()« or modes_are_active()»\n",
+        "return not (is_tracing()« or modes_are_active()»)",
         "",
         "What a mode of torch has kept is overwritten.",
         (TAIL,),
@@ -307,7 +307,7 @@ MUTANTS = (
     Mutant(
         "tail-never-overwrites",
         "gcnet_ext/models/tail.py",
-        "return «torch.is_grad_enabled()» or is_compiling() or",
+        "if «torch.is_grad_enabled()» or is_compiling() or not",
         "True",
         "Inference takes more memory than it needs.",
         (TAIL,),
@@ -339,7 +339,7 @@ MUTANTS = (
     Mutant(
         "norm-under-autocast",
         "gcnet_ext/models/tail.py",
-        "if is_recorded() or is_tracing()« or any_autocast()»:",
+        "if torch.is_grad_enabled()« or any_autocast()» or not",
         "",
         "Under autocast the norm is not called.",
         (TAIL_NORM,),

@@ -103,6 +103,10 @@ def _normed(a: Arguments) -> Tensor:
     return a["x"] * scale + shift
 
 
+def _inference(a: Arguments) -> Outputs:
+    return global_context({**a, "x": _normed(a)})[:1]
+
+
 def _branch_backward(a: Arguments, name: str, grad_t: Tensor, hidden: Tensor, context: Tensor) -> tuple[Tensor, Outputs]:
     """The gradients of the context and of the six parameters; autograd does what stands behind the hidden units."""
     w1, b1, *rest = _branch(a, name)
@@ -187,8 +191,8 @@ NEEDS = ("need_x", "need_mask_weight", "need_mask_bias", "need_scale", "need_shi
 OP = Op(
     operators=(
         Operator("global_context", ARGUMENTS, global_context),
-        Operator("global_context_inference", ARGUMENTS, lambda a: global_context(a)[:1]),
-        Operator("global_context_", (*ARGUMENTS, "x_scale", "x_shift"), lambda a: global_context({**a, "x": _normed(a)})[:1]),
+        Operator("global_context_inference", (*ARGUMENTS, "x_scale", "x_shift"), _inference),
+        Operator("global_context_", (*ARGUMENTS, "x_scale", "x_shift"), _inference),
         Operator(
             "global_context_backward",
             ("grad", *GLOBAL_CONTEXT_INPUTS, "valid", *OPTIONS, *SAVED, "positive", *NEEDS),

@@ -1,4 +1,4 @@
-"""x_scale and x_shift of global_context_: the norm in front of the block, which nobody computes."""
+"""x_scale and x_shift of the operators of inference: the norm in front of the block, which nobody computes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from registry import OPERATORS
 
 SHAPES = [(2, 10, 4, 5), (3, 33, 7), (1, 64, 9, 16), (4, 256, 7, 7)]
 FORMULA = OPERATORS["global_context_"].formula
-overwrite = schema.Flat("global_context_")
+compute, overwrite = schema.Flat("global_context_inference"), schema.Flat("global_context_")
 
 
 def norm_of(channels: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,8 +24,10 @@ def named(case: Case, **more) -> dict:
 
 
 def overwritten(arguments: dict) -> torch.Tensor:
+    """The result in the place of a copy of x; the other operator's is the same."""
     x = arguments["x"].clone(memory_format=torch.preserve_format)
     overwrite(**{**arguments, "x": x})
+    assert torch.equal(compute(**arguments), x)
     return x
 
 
@@ -143,3 +145,18 @@ def test_a_norm_of_no_effect_is_the_fusion_alone(kernels):
     arguments = named(Case((2, 10, 4, 5), fusion="mul"), x_scale=torch.zeros(10), x_shift=torch.full((10,), 2.0))
     constant = {**arguments, "x": torch.full((2, 10, 4, 5), 2.0), "x_scale": None, "x_shift": None}
     assert torch.allclose(overwritten(arguments), overwritten(constant), rtol=1e-6)
+
+
+def test_gradients_pass_through_it(kernels):
+    """Whoever calls the operator by its name gets those of x, of the norm and of the weights."""
+    scale, shift = norm_of(10, torch.float64)
+    arguments = named(Case((2, 10, 4, 5), dtype=torch.float64), x_scale=scale, x_shift=shift)
+    leaves = {name: value.clone().requires_grad_() for name, value in arguments.items() if torch.is_tensor(value)}
+    grad = arguments["x"].cos()
+    found = [
+        torch.autograd.grad(out, list(leaves.values()), grad, materialize_grads=True)
+        for out in (compute(**{**arguments, **leaves}), FORMULA({**arguments, **leaves})[0])
+    ]
+    for name, got, want in zip(leaves, *found, strict=True):
+        if name != "mask_bias":
+            assert torch.allclose(got, want, rtol=1e-9, atol=1e-9 * float(want.abs().max())), name
