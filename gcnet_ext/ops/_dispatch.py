@@ -155,6 +155,7 @@ def register(
     flops: Callable[[Any], int] = lambda _: 0,
     differentiable: Callable[..., Any] | None = None,
     plain: Callable[[Any], Any] | None = None,
+    any_layout: bool = False,
 ) -> None:
     """Tells PyTorch what it must know of one operator of csrc/ops.cpp.
 
@@ -169,6 +170,9 @@ def register(
             call for the block, because it looks up the defaults of every argument, each time.
         plain: all results of the operator in plain PyTorch, of named arguments: for graphs without operators of ours, and for
             arguments with a tangent.
+        any_layout: whether torch.compile may give maps in another memory format than they have in eager code. Its convolutions
+            are channels_last on a CPU, and a copy before and after the operator takes longer than the operator. What saves
+            bits for a backward pass must get x as it will be there.
     """
     _rules[name] = named, check
     if _load.compiled is None:
@@ -180,6 +184,8 @@ def register(
         check(_checks.public(name), arguments)
         return shapes(arguments)
 
+    if any_layout:
+        overload.tags.append(torch.Tag.flexible_layout)
     torch.library.register_fake(f"gcnet_ext::{name}", fake)
     register_flop_formula(overload.overloadpacket)(lambda *args, **_: flops(named(*args)))
     if differentiable is None:

@@ -393,6 +393,7 @@ _dispatch.register(
     flops=_flops,
     differentiable=_differentiable_output,
     plain=block,
+    any_layout=True,
 )
 _dispatch.register("global_context_", Arguments, check=_check_in_place, shapes=lambda _: None, flops=_flops)
 _dispatch.register(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 
 import grid
@@ -16,6 +17,7 @@ from networks import residual
 from registry import OP_OF, OPERATORS
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.utils import run_and_get_code
 
 import gcnet_ext
 from gcnet_ext import GlobalContextBlock, insert_blocks
@@ -244,3 +246,20 @@ def test_opcheck_of_options(kernels, backend, missing, hard_sigmoid):
     hidden = 6 if "scale_w2" in missing else 3
     inputs = Case((2, 6, 4, 5), hidden=hidden, missing=missing).inputs(backend.to)
     opcheck("global_context", *leaves(inputs), norm_eps=None, activation=2, hard_gate=[0.2, 0.5] if hard_sigmoid else None)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_inference_copies_no_map_into_another_format(kernels, fresh_dynamo, layout):
+    """torch.compile makes the convolutions channels_last, and the operator between two of them gets and returns it so."""
+    net = nn.Sequential(nn.Conv2d(8, 32, 1), GlobalContextBlock(32, 1 / 4), nn.Conv2d(32, 8, 1)).eval()
+    x = torch.randn(2, 8, 12, 14).contiguous(memory_format=layout)
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+        want = net(x)
+        got, code = run_and_get_code(torch.compile(net, fullgraph=True), x)
+    assert torch.allclose(got, want, rtol=1e-4, atol=1e-5)
+    assert got.stride() == want.stride()
+    (source,) = code
+    (call,) = re.findall(r"global_context_inference\.default\((\w+),", source)
+    assert re.search(rf"\b{call} = extern_kernels\.convolution\(", source), (
+        "the operator reads what the convolution has written"
+    )

@@ -321,6 +321,14 @@ MUTANTS = (
         (TAIL,),
     ),
     Mutant(
+        "captured-graph-copies-maps",
+        "gcnet_ext/ops/global_context.py",
+        "any_layout=«True»",
+        "False",
+        "A compiled net copies each map into another memory format before the operator, and back behind it.",
+        ("test_compile.py::test_inference_copies_no_map_into_another_format",),
+    ),
+    Mutant(
         "norm-of-the-batch-taken-along",
         "gcnet_ext/models/skeleton.py",
         "        «and not norm.training\n        »and norm.running_mean",
