@@ -45,7 +45,7 @@ class Tail(NamedTuple):
     inplace: bool
     """Whether the output may take the place of x, because nobody reads x again."""
     norm: nn.Module | None = None
-    """A BatchNorm in evaluation that x has not been through yet. The output takes the place of x then."""
+    """A BatchNorm in evaluation that x, which is on the CPU, has not been through yet. Nothing requires a gradient then."""
 
     def normed(self, x: Tensor) -> Tensor:
         """x behind the norm, which is called."""
