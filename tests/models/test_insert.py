@@ -170,7 +170,7 @@ def test_the_order_of_a_tail(library, kind, downsample, drop_path, monkeypatch):
     parts |= {} if drop_path else {"drop_path": None}
     block = SimpleNamespace(**parts, se=None, context_block=Named("context_block", calls, lambda x: 2 * x))
     found = class_of(library, kind, monkeypatch)
-    for name in ("_to_the_norm", "_to_the_block"):
+    for name in ("_to_the_norm", "_behind_the_norm", "_to_the_block"):
         if hasattr(found, name):
             setattr(block, name, functools.partial(getattr(found, name), block))
     out = found.forward(block, X.clone())
