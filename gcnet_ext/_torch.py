@@ -158,9 +158,9 @@ _PARAMETER = {nn.Parameter, NoneType}
 def apply(function: type[torch.autograd.Function], options: Any, x: Tensor, *weights: Tensor | None) -> Any:
     """``function.apply``, but without its search for wrappers that a transform of torch.func has left behind, if all weights
     are parameters or None, which are no wrappers, and x is no wrapper. The search takes 2 us."""
-    if _ONLY_PUBLIC or _may_be_wrapper(x) or not _PARAMETER.issuperset(map(type, weights)):
+    if _may_be_wrapper(x) or not _PARAMETER.issuperset(map(type, weights)):
         return function.apply(options, x, *weights)
-    return super(torch.autograd.Function, function).apply(options, x, *weights)  # type: ignore[misc]
+    return apply_to_results(function, options, x, *weights)
 
 
 def apply_to_results(function: type[torch.autograd.Function], *args: Any) -> Any:

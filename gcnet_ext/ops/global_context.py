@@ -365,9 +365,11 @@ def _differentiable(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _differentiable_output(*args: Any) -> Tensor:
+    if not torch.is_grad_enabled():
+        return _dispatch.below_autograd("global_context_inference", args)
     call = Arguments(*args)
     by_themselves = flat(*call.of_every_direction())
-    if torch.is_grad_enabled() and _torch.any_requires_grad(call.x_scale, call.x_shift, *by_themselves):
+    if _torch.any_requires_grad(call.x_scale, call.x_shift, *by_themselves):
         if call.x_scale is not None:
             _check("global_context", call)
             x = _normed(call.x, call.x_scale, call.x_shift).to(call.x.dtype)

@@ -140,7 +140,7 @@ def test_the_cuda_kernels_refuse_it(backend):
     assert torch.equal(arguments["x"], before)
 
 
-def test_a_norm_of_no_effect_is_the_fusion_alone(kernels):
+def test_a_norm_whose_scale_is_0_leaves_its_shift(kernels):
     """A scale of 0 leaves nothing of x: each channel is its shift, and so is the context."""
     arguments = named(Case((2, 10, 4, 5), fusion="mul"), x_scale=torch.zeros(10), x_shift=torch.full((10,), 2.0))
     constant = {**arguments, "x": torch.full((2, 10, 4, 5), 2.0), "x_scale": None, "x_shift": None}
