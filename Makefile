@@ -65,18 +65,21 @@ test-native: $(BUILT)
 
 # The suite on that torch, but for what does not depend on it, as the files ELSEWHERE. What stands beside torch and other libraries is
 # TESTED in full, and of the rest some of every kind, because the same kernels compute there; then the stable ABI at work: the CPU
-# library that was built there on the torch of .venv, and wheels of either on the other.
+# library that was built there on the torch of .venv, and wheels of either on the other. In brief it is some of every kind of all.
 TESTED := models kernels building integration
+SOME_OF := $(addprefix tests/,models bench/test_zoo.py kernels integration blocks ops docs)
 ELSEWHERE := accuracy bench build capabilities docs endurance gpu_check cmake packaging paper_costs security types large *_emulated
 test-cuda-build: $(CUDA_BUILT) $(BUILT)
-	cd $(CUDA_CHECKOUT) && export TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" && \
+	$(if $(BRIEF),,cd $(CUDA_CHECKOUT) && export TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" && \
 		$(PYTEST:$(VENV)/%=$(abspath $(CUDA_VENV))/%) $(ELSEWHERE:%=--ignore-glob='tests/*/test_%.py') \
-		tests/models tests/bench/test_zoo.py tests/kernels $(if $(BRIEF),,tests/building tests/integration) -k "not cuda-emulated" $(ARGS)
-	cd $(CUDA_CHECKOUT) && $(PYTEST:$(VENV)/%=$(abspath $(CUDA_VENV))/%) $(ELSEWHERE:%=--ignore-glob='tests/*/test_%.py') --brief \
-		$(if $(BRIEF),tests/integration tests/blocks tests/ops tests/docs,$(TESTED:%=--ignore=tests/%)) -k "not cuda-emulated"
+		tests/bench/test_zoo.py $(TESTED:%=tests/%) -k "not cuda-emulated" $(ARGS))
+	cd $(CUDA_CHECKOUT) && export TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" && \
+		$(PYTEST:$(VENV)/%=$(abspath $(CUDA_VENV))/%) $(ELSEWHERE:%=--ignore-glob='tests/*/test_%.py') --brief \
+		$(if $(BRIEF),$(SOME_OF),$(TESTED:%=--ignore=tests/%)) -k "not cuda-emulated" $(if $(BRIEF),$(ARGS))
 	cd $(CUDA_CHECKOUT) && $(PYTEST:$(VENV)/%=$(abspath $(VENV))/%) tests/building/test_abi.py \
 		tests/ops/test_attention_pool.py tests/ops/test_channel_fuse.py -k "not cuda-emulated"
-	GCNET_EXT_OTHER_PYTHON=$(abspath $(VENV))/bin/python $(PYTEST:$(VENV)/%=$(CUDA_VENV)/%) tests/building/test_packaging.py
+	GCNET_EXT_OTHER_PYTHON=$(abspath $(VENV))/bin/python $(PYTEST:$(VENV)/%=$(CUDA_VENV)/%) tests/building/test_packaging.py \
+		$(if $(BRIEF),-k another_torch)
 
 # On a machine with a GPU: builds for it, tests, times, and writes a report to the folder OUT. Uses the python on the PATH.
 gpu-check:
@@ -149,7 +152,7 @@ $(CUDA_VENV)/installed-$(CUDA_TAG): requirements-dev.txt requirements-peers.txt
 $(CUDA_BUILT): $(CUDA_VENV)/installed-$(CUDA_TAG) $(SOURCES) $(wildcard gcnet_ext/*.py gcnet_ext/*/*.py bench/*.py examples/*.py) $(shell find tests -type f -not -path '*/__pycache__/*')
 	mkdir -p $(CUDA_CHECKOUT)
 	rm -rf $(CUDA_CHECKOUT)/cuda-built-* $(addprefix $(CUDA_CHECKOUT)/,csrc gcnet_ext tests bench examples docs)
-	tar -c --exclude='*.so' --exclude=__pycache__ csrc gcnet_ext tests bench examples docs setup.py pyproject.toml MANIFEST.in *.md LICENSE \
+	tar -c --exclude='*.so' --exclude=__pycache__ csrc gcnet_ext tests bench examples docs setup.py pyproject.toml MANIFEST.in *.md CITATION.cff LICENSE \
 		Makefile CMakeLists.txt requirements-*.txt | tar -x -C $(CUDA_CHECKOUT)
 	@cd $(CUDA_CHECKOUT) && export GCNET_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" && \
 		$(abspath $(CUDA_VENV))/bin/python gcnet_ext/_build.py cuda && $(call compile,$(abspath $(CUDA_VENV))/bin/pip)

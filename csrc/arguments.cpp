@@ -74,7 +74,6 @@ void Arguments::check(const char* op) const {
   check::residual(op, residual, x);
   check::valid(op, valid, x);
   check::parameter(op, {"", "x_scale"}, x_scale, like, {x.size(1)});
-  check::require(x_scale.has_value() == x_shift.has_value(), op, {"", "x_shift"});
   check::parameter(op, {"", "x_shift"}, x_shift, like, {x.size(1)});
 }
 

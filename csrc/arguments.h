@@ -56,14 +56,14 @@ struct Options {
   bool has_final_relu() const { return final_activation == FinalActivation::relu; }
 };
 
-// The arguments of global_context, global_context_inference and global_context_.
+// The arguments of the forward operators.
 struct Arguments {
   Tensor x;
   Mask mask;
   Branch scale, shift;
   OptionalTensor residual, valid;
   Options options;
-  OptionalTensor x_scale{}, x_shift{};  // of inference alone
+  OptionalTensor x_scale{}, x_shift{};  // of normed_global_context_inference and normed_global_context_ alone
 
   int64_t units() const { return scale.units() + shift.units(); }
   void check(const char* op) const;
@@ -113,6 +113,7 @@ inline constexpr char kGlobalContextInPlace[] = "global_context_";
 inline constexpr char kGlobalContextBackward[] = "global_context_backward";
 
 // A forward operator with the arguments of its schema, for TORCH_BOX: body gets them by name, checked, and may release them.
+// More: of x_scale and x_shift, where the operator has them.
 template <const char* op, auto body, typename... More>
 auto forward(Tensor& x, TensorList& mask, TensorList& scale, TensorList& shift, OptionalTensor& residual, OptionalTensor& valid,
              std::optional<double> norm_eps, int64_t activation, double slope, std::optional<std::vector<double>>& hard_gate,
@@ -128,10 +129,6 @@ auto forward(Tensor& x, TensorList& mask, TensorList& scale, TensorList& shift, 
   arguments.check(op);
   return body(arguments);
 }
-
-// The forward operators of inference have two more, x_scale and x_shift.
-template <const char* op, auto body>
-constexpr auto inference = &forward<op, body, OptionalTensor, OptionalTensor>;
 
 // The backward operator with the arguments of its schema, for TORCH_BOX: body gets them by name, checked.
 template <auto body>

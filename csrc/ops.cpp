@@ -14,7 +14,7 @@
 //   activation          act: 0 none, 1 ReLU, 2 SiLU, 3 GELU by erf, 4 GELU by tanh, 5 Hardswish, 6 LeakyReLU with the slope
 //   hard_gate           [alpha, beta] of the gate clip(alpha t + beta, 0, 1); None: the gate is a sigmoid
 //   final_activation    of the result: 0 none, 1 ReLU
-//   x_scale, x_shift    [C]: x * x_scale + x_shift takes the place of x, as behind a BatchNorm in evaluation; on the CPU only
+//   x_scale, x_shift    [C]: a BatchNorm in evaluation in front of the block, x * x_scale + x_shift
 //   positive            what backward needs of the final ReLU: a bit for each element of out, which is 0 where the element is at
 //                       most 0, in the order of a sample's memory. Each row (a channel, or in channels_last a position) begins
 //                       with a byte of its own: uint8 [N, C ceil(P / 8)] or [N, P ceil(C / 8)]; [N, 0] without that ReLU
@@ -60,12 +60,20 @@ STABLE_TORCH_LIBRARY(gcnet_ext, m) {
   // The first of these results alone, where nothing is differentiated.
   m.def(
       "global_context_inference(Tensor x, Tensor?[] mask, Tensor?[] scale, Tensor?[] shift, Tensor? residual, Tensor? valid, "
-      "float? norm_eps, int activation, float slope, float[]? hard_gate, int final_activation, Tensor? x_scale=None, "
-      "Tensor? x_shift=None) -> Tensor");
+      "float? norm_eps, int activation, float slope, float[]? hard_gate, int final_activation) -> Tensor");
   m.def(
       "global_context_(Tensor(a!) x, Tensor?[] mask, Tensor?[] scale, Tensor?[] shift, Tensor? residual, Tensor? valid, "
-      "float? norm_eps, int activation, float slope, float[]? hard_gate, int final_activation, Tensor? x_scale=None, "
-      "Tensor? x_shift=None) -> ()");
+      "float? norm_eps, int activation, float slope, float[]? hard_gate, int final_activation) -> ()");
+  // These two with x * x_scale + x_shift, which nobody computes, in the place of x. They are operators of their own because each
+  // argument costs every call. On the CPU only.
+  m.def(
+      "normed_global_context_inference(Tensor x, Tensor?[] mask, Tensor?[] scale, Tensor?[] shift, Tensor? residual, "
+      "Tensor? valid, float? norm_eps, int activation, float slope, float[]? hard_gate, int final_activation, Tensor x_scale, "
+      "Tensor x_shift) -> Tensor");
+  m.def(
+      "normed_global_context_(Tensor(a!) x, Tensor?[] mask, Tensor?[] scale, Tensor?[] shift, Tensor? residual, "
+      "Tensor? valid, float? norm_eps, int activation, float slope, float[]? hard_gate, int final_activation, Tensor x_scale, "
+      "Tensor x_shift) -> ()");
   // saved: context, attention, hidden, gate_values, positive. needs: x, the mask's weight and bias, scale, shift, residual.
   m.def(
       "global_context_backward(Tensor grad, Tensor x, Tensor?[] mask, Tensor?[] scale, Tensor?[] shift, Tensor? valid, "

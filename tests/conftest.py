@@ -29,6 +29,7 @@ from checkout import ROOT  # noqa: E402
 
 # Here and not in a test file: pytest --hypothesis-profile=explore looks for the name before it reads one.
 settings.register_profile("gcnet_ext", deadline=None, max_examples=40, derandomize=True)
+settings.register_profile("brief", settings.get_profile("gcnet_ext"), max_examples=20)
 settings.register_profile(
     "explore", deadline=None, max_examples=10**5, derandomize=False, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -192,6 +193,8 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "representative: the selection that test_capabilities.py runs for every CPU capability")
     config.pluginmanager.register(brief.Workers(config))
+    if brief.asked_for(config) and not config.getoption("--hypothesis-profile"):
+        settings.load_profile("brief")
 
 
 def pytest_report_header() -> str:

@@ -194,10 +194,13 @@ BackwardResults global_context_backward_op(const BackwardArguments& call) {
 }  // namespace gcnet_ext::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(gcnet_ext, CPU, m) {
-  m.impl("global_context", TORCH_BOX((&gcnet_ext::forward<gcnet_ext::kGlobalContext, &gcnet_ext::cpu::global_context_op>)));
-  m.impl("global_context_inference",
-         TORCH_BOX((gcnet_ext::inference<gcnet_ext::kGlobalContext, &gcnet_ext::cpu::global_context_inference_op>)));
-  m.impl("global_context_",
-         TORCH_BOX((gcnet_ext::inference<gcnet_ext::kGlobalContextInPlace, &gcnet_ext::cpu::global_context_inplace_op>)));
-  m.impl("global_context_backward", TORCH_BOX((&gcnet_ext::backward<&gcnet_ext::cpu::global_context_backward_op>)));
+  using gcnet_ext::Tensor, gcnet_ext::forward, gcnet_ext::kGlobalContext, gcnet_ext::kGlobalContextInPlace;
+  using namespace gcnet_ext::cpu;
+  m.impl("global_context", TORCH_BOX((&forward<kGlobalContext, &global_context_op>)));
+  m.impl("global_context_inference", TORCH_BOX((&forward<kGlobalContext, &global_context_inference_op>)));
+  m.impl("global_context_", TORCH_BOX((&forward<kGlobalContextInPlace, &global_context_inplace_op>)));
+  m.impl("normed_global_context_inference",
+         TORCH_BOX((&forward<kGlobalContext, &global_context_inference_op, Tensor, Tensor>)));
+  m.impl("normed_global_context_", TORCH_BOX((&forward<kGlobalContextInPlace, &global_context_inplace_op, Tensor, Tensor>)));
+  m.impl("global_context_backward", TORCH_BOX((&gcnet_ext::backward<&global_context_backward_op>)));
 }

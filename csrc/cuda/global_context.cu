@@ -44,9 +44,6 @@ TransformParams<T> transform_of(const Branch& scale, const Branch& shift, const 
   return transform;
 }
 
-// The CPU's kernels alone take the norm in front of the block along.
-void refuse_norm(const char* op, const Arguments& arguments) { check::require(!arguments.x_scale, op, {"", "x_scale"}); }
-
 // x and out are native; out may be x. The attention and the bits are computed only if the call saves them.
 Saved forward_into(const Tensor& x, const Arguments& arguments, const Tensor& out, bool saves) {
   Call call(x);
@@ -92,7 +89,6 @@ ForwardResults global_context_op(const Arguments& arguments) {
 
 Tensor global_context_inference_op(const Arguments& arguments) {
   const Tensor& x = arguments.x;
-  refuse_norm(kGlobalContext, arguments);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Tensor out = empty_like_map(x);
   forward_into(native(x), arguments, out, /*saves=*/false);
@@ -102,7 +98,6 @@ Tensor global_context_inference_op(const Arguments& arguments) {
 void global_context_inplace_op(const Arguments& arguments) {
   const Tensor& x = arguments.x;
   check::in_place(kGlobalContextInPlace, x, arguments.residual);
-  refuse_norm(kGlobalContextInPlace, arguments);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Tensor map = native_dense(x);
   forward_into(map, arguments, map, /*saves=*/false);
@@ -154,8 +149,8 @@ BackwardResults global_context_backward_op(const BackwardArguments& arguments) {
 STABLE_TORCH_LIBRARY_IMPL(gcnet_ext, CUDA, m) {
   m.impl("global_context", TORCH_BOX((&gcnet_ext::forward<gcnet_ext::kGlobalContext, &gcnet_ext::cuda::global_context_op>)));
   m.impl("global_context_inference",
-         TORCH_BOX((gcnet_ext::inference<gcnet_ext::kGlobalContext, &gcnet_ext::cuda::global_context_inference_op>)));
+         TORCH_BOX((&gcnet_ext::forward<gcnet_ext::kGlobalContext, &gcnet_ext::cuda::global_context_inference_op>)));
   m.impl("global_context_",
-         TORCH_BOX((gcnet_ext::inference<gcnet_ext::kGlobalContextInPlace, &gcnet_ext::cuda::global_context_inplace_op>)));
+         TORCH_BOX((&gcnet_ext::forward<gcnet_ext::kGlobalContextInPlace, &gcnet_ext::cuda::global_context_inplace_op>)));
   m.impl("global_context_backward", TORCH_BOX((&gcnet_ext::backward<&gcnet_ext::cuda::global_context_backward_op>)));
 }

@@ -33,7 +33,7 @@ def fail(op: str, message: str) -> None:
 
 def public(name: str) -> str:
     """The name of an operator in errors. A caller of global_context does not know that global_context_inference ran."""
-    return name.removesuffix("_inference")
+    return name.removeprefix("normed_").removesuffix("_inference")
 
 
 def is_tensor(x: object) -> None:

@@ -27,8 +27,6 @@ class Arguments(NamedTuple):
     slope: Any
     hard_gate: Any
     final_activation: Any
-    x_scale: Any = None  # of inference alone
-    x_shift: Any = None
 
     @classmethod
     def of_branches(
@@ -37,10 +35,6 @@ class Arguments(NamedTuple):
         """The arguments of branches that may be missing."""
         return cls(x, mask, list(scale or NO_BRANCH), list(shift or NO_BRANCH), residual, valid, *options)
 
-    def of_every_direction(self) -> tuple[Any, ...]:
-        """Those that global_context has, too."""
-        return self[:-2]
-
     def options(self) -> Options:
         return Options(self.norm_eps, self.activation, self.slope, self.hard_gate, self.final_activation)
 
@@ -48,6 +42,31 @@ class Arguments(NamedTuple):
         """The scale and the shift; None for one that has no weights at all."""
         scale, shift = (None if all(w is None for w in branch) else Branch(*branch) for branch in (self.scale, self.shift))
         return scale, shift
+
+
+class NormedArguments(NamedTuple):
+    """The arguments of normed_global_context_inference and normed_global_context_."""
+
+    x: Any
+    mask: Any
+    scale: Any
+    shift: Any
+    residual: Any
+    valid: Any
+    norm_eps: Any
+    activation: Any
+    slope: Any
+    hard_gate: Any
+    final_activation: Any
+    x_scale: Any
+    x_shift: Any
+
+    def block(self) -> Arguments:
+        """Those of the block behind the norm, with the x in front of it."""
+        return Arguments(*self[:-2])
+
+    def norm(self) -> tuple[Any, Any]:
+        return self.x_scale, self.x_shift
 
 
 def flat(x: Any, mask: Iterable[Any], scale: Iterable[Any], shift: Iterable[Any], residual: Any, valid: Any, *options: Any):

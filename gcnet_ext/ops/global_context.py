@@ -13,7 +13,7 @@ from torch.compiler import is_compiling
 from .. import _torch, _tuning
 from . import _checks, _dispatch, _relu_bits, _shapes, _traced, _transform, attention_pool, channel_fuse
 from ._autograd import before_relu, constant, in_plain_pytorch, needed, through_plain_pytorch
-from ._global_context_arguments import Arguments, BackwardArguments, Gradients, Needs, Saved, flat, in_lists
+from ._global_context_arguments import Arguments, BackwardArguments, Gradients, Needs, NormedArguments, Saved, flat, in_lists
 from ._options import FINAL_ACTIVATIONS, Choices, Options
 from ._precision import accumulation_dtype, beside
 from ._transform import Branch, Tensors
@@ -107,30 +107,31 @@ def with_lists(
     """`global_context` with the lists of the operator, each complete: of the mask, of the scale and of the shift.
 
     Only x may be of a class with ways of its own. If nothing requires a gradient, nothing is saved for backward. With a norm,
-    x_scale and x_shift of the operators of inference, x is on the CPU and nothing may require a gradient.
+    x_scale and x_shift of csrc/ops.cpp, x is on the CPU and nothing may require a gradient.
     """
     if _torch.any_autocast():
         weights = [beside(x, *tensors) for tensors in weights]
     args: tuple[Any, ...] = (x, *weights, residual, valid, *options)
-    if norm is not None:
-        args += norm
     way = _dispatch.way_of(x)
+    if way == _dispatch.PLAIN and not inplace:
+        return block(Arguments(*args), norm)
+    inference, overwriting = "global_context_inference", "global_context_"
+    if norm is not None:
+        inference, overwriting, args = "normed_global_context_inference", "normed_global_context_", (*args, *norm)
     if inplace:
         if _dispatch.may_overwrite(way):
-            _dispatch.overwrite(way, "global_context_", *args)
+            _dispatch.overwrite(way, overwriting, *args)
             return x
         _checks.no_gradient("global_context_", args)
         return x.copy_(with_lists(x, weights, residual, valid, options, inplace=False, norm=norm))
-    if way == _dispatch.PLAIN:
-        return block(Arguments(*args))
     if way == _dispatch.RECORDED:
         if not is_compiling():
             return _traced.global_context(*args)
         # Autograd puts the operator that saves what backward reads in its place, if there is a backward pass.
-        return torch.ops.gcnet_ext.global_context_inference.default(*args)
+        return getattr(torch.ops.gcnet_ext, inference).default(*args)
     if norm is None and torch.is_grad_enabled() and _torch.any_requires_grad(*(by_themselves := flat(*args))):
         return _torch.apply(_GlobalContextOutput, *by_themselves)
-    return _dispatch.below_autograd("global_context_inference", args)
+    return _dispatch.below_autograd(inference, args)
 
 
 def _in_plain_pytorch(call: Arguments, inplace: bool) -> Tensor:
@@ -158,9 +159,9 @@ def reference(
     return block(_call(x, [mask_weight, mask_bias], scale, shift, residual, valid, Choices(**choices)))
 
 
-def block(call: Arguments) -> Tensor:
-    """act(x * gate(t_scale) + t_shift + residual), the output of the operator alone."""
-    return _steps(call).out
+def block(call: Arguments, norm: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """act(x * gate(t_scale) + t_shift + residual), the output of the operator alone; with a norm, of the x behind it."""
+    return _steps(call, norm).out
 
 
 def results(call: Arguments) -> tuple[Tensor, ...]:
@@ -188,12 +189,14 @@ class _Steps(NamedTuple):
     out: Tensor
 
 
-def _steps(call: Arguments) -> _Steps:
+def _steps(call: Arguments, norm: tuple[Tensor, Tensor] | None = None) -> _Steps:
     _check("global_context", call)
     x, options = call.x, call.options()
     mask_weight, mask_bias = call.mask
     scale, shift = call.branches()
-    wide = _normed(x.to(accumulation_dtype(x)), call.x_scale, call.x_shift)
+    wide = x.to(accumulation_dtype(x))
+    if norm is not None:
+        wide = _normed(wide, *norm)
     valid = attention_pool.flat_valid(call.valid)
     context, attention = attention_pool.attend(wide.flatten(2), mask_weight, mask_bias, valid)
     of_scale, of_shift = (None if weights is None else _transform.first_layer(context, weights) for weights in (scale, shift))
@@ -204,10 +207,8 @@ def _steps(call: Arguments) -> _Steps:
     return _Steps(context, attention, [hidden for hidden in (of_scale, of_shift) if hidden is not None], t_scale, out)
 
 
-def _normed(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-    """x * scale + shift of each channel; x itself without the two."""
-    if scale is None or shift is None:
-        return x
+def _normed(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """x * scale + shift of each channel."""
     sizes = -1, *(1 for _ in x.shape[2:])
     return x * scale.reshape(sizes).to(x.dtype) + shift.reshape(sizes).to(x.dtype)
 
@@ -229,16 +230,24 @@ def _check(op: str, call: Arguments) -> None:
     _transform.check_branch(op, "shift", call.shift, x)
     _checks.residual(op, call.residual, x)
     _checks.valid(op, call.valid, x)
+
+
+def _check_normed(op: str, call: NormedArguments) -> None:
+    x = call.x
+    _check(op, call.block())
     _checks.parameter(op, "x_scale", call.x_scale, x, (x.shape[1],))
-    if (call.x_scale is None) != (call.x_shift is None):
-        _checks.fail(op, "x_shift must be given where x_scale is, and only there, got one of the two")
     _checks.parameter(op, "x_shift", call.x_shift, x, (x.shape[1],))
-    if call.x_scale is not None and x.is_cuda:
-        _checks.fail(op, "x_scale must be None on CUDA, got a tensor; apply the norm to x before")
+    if x.is_cuda:
+        _checks.fail(op, f"x must be on the CPU where it has x_scale and x_shift, got {x.device}; apply the norm to x before")
 
 
 def _check_in_place(op: str, call: Arguments) -> None:
     _check(op, call)
+    _checks.in_place(op, call.x)
+
+
+def _check_normed_in_place(op: str, call: NormedArguments) -> None:
+    _check_normed(op, call)
     _checks.in_place(op, call.x)
 
 
@@ -365,17 +374,19 @@ def _differentiable(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _differentiable_output(*args: Any) -> Tensor:
-    if not torch.is_grad_enabled():
-        return _dispatch.below_autograd("global_context_inference", args)
-    call = Arguments(*args)
-    by_themselves = flat(*call.of_every_direction())
-    if _torch.any_requires_grad(call.x_scale, call.x_shift, *by_themselves):
-        if call.x_scale is not None:
-            _check("global_context", call)
-            x = _normed(call.x, call.x_scale, call.x_shift).to(call.x.dtype)
-            by_themselves = flat(*call._replace(x=x).of_every_direction())
+    if torch.is_grad_enabled() and _torch.any_requires_grad(*(by_themselves := flat(*args))):
         return _torch.apply(_GlobalContextOutput, *by_themselves)
     return _dispatch.below_autograd("global_context_inference", args)
+
+
+def _differentiable_normed_output(*args: Any) -> Tensor:
+    call = NormedArguments(*args)
+    block = call.block()
+    if torch.is_grad_enabled() and _torch.any_requires_grad(*call.norm(), *flat(*block)):
+        _check_normed("global_context", call)
+        x = _normed(call.x, *call.norm()).to(call.x.dtype)
+        return _torch.apply(_GlobalContextOutput, *flat(*block._replace(x=x)))
+    return _dispatch.below_autograd("normed_global_context_inference", args)
 
 
 _dispatch.register(
@@ -398,6 +409,23 @@ _dispatch.register(
     any_layout=True,
 )
 _dispatch.register("global_context_", Arguments, check=_check_in_place, shapes=lambda _: None, flops=_flops)
+_dispatch.register(
+    "normed_global_context_inference",
+    NormedArguments,
+    check=_check_normed,
+    shapes=lambda call: _result_shapes(call.block())[0],
+    flops=lambda call: _flops(call.block()),
+    differentiable=_differentiable_normed_output,
+    plain=lambda call: block(call.block(), call.norm()),
+    any_layout=True,
+)
+_dispatch.register(
+    "normed_global_context_",
+    NormedArguments,
+    check=_check_normed_in_place,
+    shapes=lambda _: None,
+    flops=lambda call: _flops(call.block()),
+)
 _dispatch.register(
     "global_context_backward", BackwardArguments, check=_check_backward, shapes=_gradient_shapes, flops=_backward_flops
 )

@@ -323,7 +323,7 @@ MUTANTS = (
     Mutant(
         "captured-graph-copies-maps",
         "gcnet_ext/ops/global_context.py",
-        "any_layout=«True»",
+        "    plain=block,\n    any_layout=«True»",
         "False",
         "A compiled net copies each map into another memory format before the operator, and back behind it.",
         ("test_compile.py::test_inference_copies_no_map_into_another_format",),
@@ -379,8 +379,8 @@ MUTANTS = (
     Mutant(
         "captured-graph-keeps-what-nobody-reads",
         "gcnet_ext/ops/global_context.py",
-        "return torch.ops.gcnet_ext.«global_context_inference.default(*args)»",
-        "global_context.default(*args)[0]",
+        "return getattr(torch.ops.gcnet_ext, «inference).default(*args)»",
+        '"global_context").default(*args)[0]',
         "A captured graph computes what only a backward pass reads.",
         ("test_export.py",),
     ),

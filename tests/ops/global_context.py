@@ -95,16 +95,14 @@ def global_context(a: Arguments, pool: Pool = pool_forward) -> Outputs:
     return finish(a, out), context, attention, torch.cat(hidden, 1), gate, no_bits(x)
 
 
-def _normed(a: Arguments) -> Tensor:
-    """x behind the norm that stands in front of the block, if there is one."""
-    if a.get("x_scale") is None:
-        return a["x"]
-    scale, shift = (a[name].reshape(-1, *(1 for _ in a["x"].shape[2:])) for name in ("x_scale", "x_shift"))
-    return a["x"] * scale + shift
-
-
 def _inference(a: Arguments) -> Outputs:
-    return global_context({**a, "x": _normed(a)})[:1]
+    return global_context(a)[:1]
+
+
+def _normed_inference(a: Arguments) -> Outputs:
+    """Of the x behind the norm that stands in front of the block."""
+    scale, shift = (a[name].reshape(-1, *(1 for _ in a["x"].shape[2:])) for name in ("x_scale", "x_shift"))
+    return _inference({**a, "x": a["x"] * scale + shift})
 
 
 def _branch_backward(a: Arguments, name: str, grad_t: Tensor, hidden: Tensor, context: Tensor) -> tuple[Tensor, Outputs]:
@@ -191,8 +189,10 @@ NEEDS = ("need_x", "need_mask_weight", "need_mask_bias", "need_scale", "need_shi
 OP = Op(
     operators=(
         Operator("global_context", ARGUMENTS, global_context),
-        Operator("global_context_inference", (*ARGUMENTS, "x_scale", "x_shift"), _inference),
-        Operator("global_context_", (*ARGUMENTS, "x_scale", "x_shift"), _inference),
+        Operator("global_context_inference", ARGUMENTS, _inference),
+        Operator("global_context_", ARGUMENTS, _inference),
+        Operator("normed_global_context_inference", (*ARGUMENTS, "x_scale", "x_shift"), _normed_inference),
+        Operator("normed_global_context_", (*ARGUMENTS, "x_scale", "x_shift"), _normed_inference),
         Operator(
             "global_context_backward",
             ("grad", *GLOBAL_CONTEXT_INPUTS, "valid", *OPTIONS, *SAVED, "positive", *NEEDS),

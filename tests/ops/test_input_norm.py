@@ -1,4 +1,4 @@
-"""x_scale and x_shift of the operators of inference: the norm in front of the block, which nobody computes."""
+"""normed_global_context_inference and normed_global_context_: the norm in front of the block, which nobody computes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from grid import LAYOUTS, Case
 from registry import OPERATORS
 
 SHAPES = [(2, 10, 4, 5), (3, 33, 7), (1, 64, 9, 16), (4, 256, 7, 7)]
-FORMULA = OPERATORS["global_context_"].formula
-compute, overwrite = schema.Flat("global_context_inference"), schema.Flat("global_context_")
+FORMULA = OPERATORS["normed_global_context_"].formula
+compute, overwrite = schema.Flat("normed_global_context_inference"), schema.Flat("normed_global_context_")
 
 
 def norm_of(channels: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -19,8 +19,9 @@ def norm_of(channels: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Te
     return scale.to(dtype), shift.to(dtype)
 
 
-def named(case: Case, **more) -> dict:
-    return overwrite.named(*case.inputs(), **more)
+def named(case: Case, **norm) -> dict:
+    """The arguments, of the operators without a norm where none is given."""
+    return {**schema.Flat("global_context_inference").named(*case.inputs()), **norm}
 
 
 def overwritten(arguments: dict) -> torch.Tensor:
@@ -73,7 +74,7 @@ def test_dtypes(kernels, layout, dtype):
 @pytest.mark.parametrize("fusion", ["mul", "both"])
 def test_the_identity_changes_no_bit(kernels, fusion, layout):
     arguments = named(Case((2, 64, 6, 7), layout=layout, fusion=fusion))
-    want = overwritten(arguments)
+    want = schema.Flat("global_context_inference")(**arguments)
     assert torch.equal(overwritten({**arguments, "x_scale": torch.ones(64), "x_shift": torch.zeros(64)}), want)
 
 
@@ -106,7 +107,6 @@ WRONG = {
         "x_scale": torch.ones(10).double(),
         "x_shift": torch.ones(10),
     },
-    "x_shift must be given where x_scale is, and only there, got one of the two": {"x_scale": torch.ones(10)},
 }
 
 
@@ -118,33 +118,22 @@ def test_wrong_ones_are_refused(kernels, device, words):
     with pytest.raises(RuntimeError) as error:
         overwritten(made)
     assert str(error.value).endswith(words)
-    only_the_second = {**arguments, "x_scale": None, "x_shift": torch.ones(10)}
-    with pytest.raises(RuntimeError, match="x_shift must be given where x_scale is, and only there"):
-        overwritten(only_the_second)
 
 
-def test_the_cuda_kernels_refuse_it(backend):
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("operator", [compute, overwrite], ids=lambda operator: operator.name)
+def test_it_is_refused_on_cuda(operator):
     scale, shift = norm_of(10)
-    arguments = {
-        name: backend.to(value) if torch.is_tensor(value) else value
-        for name, value in named(Case((2, 10, 4, 5)), x_scale=scale, x_shift=shift).items()
-    }
-    before = arguments["x"].clone()
-    if backend.name == "cpu":
-        backend.ops.global_context_(**arguments)
-        assert not torch.equal(arguments["x"], before)
-        return
-    words = "x_scale must be None on CUDA" if backend.name == "cuda" else "global_context_: x_scale is not valid"
-    with pytest.raises(RuntimeError, match=words):
-        backend.ops.global_context_(**arguments)
-    assert torch.equal(arguments["x"], before)
+    arguments = named(Case((2, 10, 4, 5)), x_scale=scale, x_shift=shift)
+    with pytest.raises(RuntimeError, match="x must be on the CPU where it has x_scale and x_shift, got cuda:0"):
+        operator(**{name: value.cuda() if torch.is_tensor(value) else value for name, value in arguments.items()})
 
 
 def test_a_norm_whose_scale_is_0_leaves_its_shift(kernels):
     """A scale of 0 leaves nothing of x: each channel is its shift, and so is the context."""
     arguments = named(Case((2, 10, 4, 5), fusion="mul"), x_scale=torch.zeros(10), x_shift=torch.full((10,), 2.0))
-    constant = {**arguments, "x": torch.full((2, 10, 4, 5), 2.0), "x_scale": None, "x_shift": None}
-    assert torch.allclose(overwritten(arguments), overwritten(constant), rtol=1e-6)
+    constant = {**named(Case((2, 10, 4, 5), fusion="mul")), "x": torch.full((2, 10, 4, 5), 2.0)}
+    assert torch.allclose(overwritten(arguments), schema.Flat("global_context_inference")(**constant), rtol=1e-6)
 
 
 def test_gradients_pass_through_it(kernels):

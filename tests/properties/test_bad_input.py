@@ -156,7 +156,7 @@ def choice_cases():
 
 
 CASES = [
-    pytest.param(op, change, f"gcnet_ext::{op.removesuffix('_inference')}: {message}", id=f"{op}-{message}")
+    pytest.param(op, change, f"gcnet_ext::{OPERATORS[op].public}: {message}", id=f"{op}-{message}")
     for cases in (feature_map_cases, parameter_cases, missing_cases, gradient_cases, map_cases, choice_cases)
     for op, change, message in cases()
 ]
@@ -214,7 +214,7 @@ def test_lists_of_a_wrong_length(kernels, op):
             for named in (nested, {key: on_meta(value) for key, value in nested.items()}):
                 found = message_of(lambda named=named: flat.op(**named))
                 expected = f"{name} must have {wanted} elements, got {len(nested[name])}"
-                assert found == f"gcnet_ext::{op.removesuffix('_inference')}: {expected}"
+                assert found == f"gcnet_ext::{OPERATORS[op].public}: {expected}"
 
 
 def on_meta(value):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import brief
 import pytest
 from checkout import ROOT
 
@@ -38,11 +39,12 @@ def test_usable_capabilities():
     assert "default" in usable()
 
 
-def test_representative_selection(capability):
-    """All of the tests marked representative, with this capability and on the CPU."""
+def test_representative_selection(capability, request):
+    """All of the tests marked representative, or in brief some of each, with this capability and on the CPU."""
     files = ["tests/properties/test_every_op.py", "tests/ops"]
+    fewer = ["--brief"] if brief.asked_for(request.config) else []
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-m", "representative", "-k", "cpu", "-p", "no:cacheprovider", *files],
+        [sys.executable, "-m", "pytest", "-m", "representative", "-k", "cpu", "-p", "no:cacheprovider", *fewer, *files],
         env={**os.environ, "GCNET_EXT_CPU_CAPABILITY": capability},
         capture_output=True,
         text=True,

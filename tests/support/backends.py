@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import emulated
 import pytest
@@ -13,6 +12,19 @@ from hypothesis import currently_in_test_context, reject
 
 import gcnet_ext
 from gcnet_ext import _load
+
+
+class RawOperators:
+    """The raw operators with flat arguments. A test of one that the device has no kernel of is skipped."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.key = device.type.upper()
+
+    def __getattr__(self, name: str) -> schema.Flat:
+        operator = schema.Flat(name)
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(operator.op.name(), self.key):
+            pytest.skip(f"{name} has no kernel for {self.key}")
+        return operator
 
 
 class Backend:
@@ -33,10 +45,10 @@ class Backend:
         return self.name in _load.kernel_devices
 
     @property
-    def ops(self) -> SimpleNamespace:
+    def ops(self) -> RawOperators:
         if not self.has_kernels:
             pytest.skip(f"no compiled kernels for {self.name}: {_load.why_no_kernels(self.name)}")
-        return SimpleNamespace(**{name: schema.Flat(name) for name in emulated.operators("gcnet_ext")})
+        return RawOperators(self.device)
 
     def to(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-MOST_CASES = 4
+MOST_CASES = 3
 EMULATED = "cuda-emulated"
 LEFT_OUT = pytest.StashKey[dict[str, int]]()
 
@@ -25,6 +25,10 @@ def add_option(parser: pytest.Parser) -> None:
     parser.addoption(
         "--brief-with-slow", action="store_true", help=f"at most {MOST_CASES} cases of a test per backend, of slow ones, too"
     )
+
+
+def asked_for(config: pytest.Config) -> bool:
+    return bool(config.getoption("--brief") or config.getoption("--brief-with-slow"))
 
 
 def spread(cases: list[Any], most: int) -> list[Any]:
@@ -72,10 +76,9 @@ def for_the_window(items: Iterable[pytest.Item]) -> list[pytest.Item]:
 
 def leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Shortens the list of items, and notes of which files."""
-    with_slow = config.getoption("--brief-with-slow")
-    if not config.getoption("--brief") and not with_slow:
+    if not asked_for(config):
         return
-    kept = {id(item) for item in chosen(items, slow=with_slow)}
+    kept = {id(item) for item in chosen(items, slow=config.getoption("--brief-with-slow"))}
     left_out = [item for item in items if id(item) not in kept]
     items[:] = [item for item in items if id(item) in kept]
     config.hook.pytest_deselected(items=left_out)

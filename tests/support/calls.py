@@ -16,7 +16,8 @@ def operator_arguments(ops: Any, name: str, case: Case, to: To = lambda tensor: 
     op, operator = OP_OF[name], OPERATORS[name]
     inputs = dict(zip(op.inputs, op.draw(case, to, 0), strict=True))
     available = {**inputs, **OPTIONS, "eps": GOOD["eps"], "residual": None, "valid": None, "need_residual": False}
-    available |= {"x_scale": None, "x_shift": None}
+    norm = Random(2, to)
+    available |= {name: norm.normal(case.shape[1], dtype=case.dtype) for name in ("x_scale", "x_shift")}
     if "grad" in operator.arguments or operator.saved:
         forward = getattr(ops, op.name)
         results = forward(**inputs)

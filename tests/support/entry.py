@@ -76,8 +76,8 @@ GOOD: Mapping[str, Any] = {
     **WEIGHTS,
     "residual": None,
     "valid": None,
-    "x_scale": None,
-    "x_shift": None,
+    "x_scale": ones(C),
+    "x_shift": ones(C),
     **OPTIONS,
     "positive": ones(N, 0, dtype=torch.uint8),
     "need_residual": False,
@@ -118,6 +118,11 @@ class Operator:
     def needs(self) -> tuple[str, ...]:
         """The elements of the list that says which gradients are wanted."""
         return tuple(name for name in self.arguments if name.startswith("need_"))
+
+    @property
+    def public(self) -> str:
+        """The name that errors have: who calls a block knows of one operator, or of one that overwrites x."""
+        return self.name.removeprefix("normed_").removesuffix("_inference")
 
     @property
     def in_place(self) -> bool:

@@ -180,10 +180,10 @@ def good(draw: st.DrawFn, op: str) -> Arguments:
     for name in ("scale", "shift"):
         if name in names and draw(MOSTLY):
             parameter(name, n, c)
-    if "x_scale" in names and draw(MOSTLY):  # finite ones, as a BatchNorm has
-        for name in ("x_scale", "x_shift"):
+    for name in ("x_scale", "x_shift"):
+        if name in names:
             parameter(name, c)
-            found[name] = found[name]._replace(special=(), std=1.0)
+            found[name] = found[name]._replace(special=(), std=1.0)  # finite, as those of a BatchNorm are
     found["x"] = draw(tensors((n, c, *spatial), dtype))
     if "grad" in names:
         found["grad"] = draw(tensors((n, c, *spatial), dtype))

@@ -23,4 +23,7 @@ OPS: dict[str, Op] = {
 }
 OPERATORS: dict[str, Operator] = {operator.name: operator for op in OPS.values() for operator in op.operators}
 OP_OF: dict[str, Op] = {operator.name: op for op in OPS.values() for operator in op.operators}
-IN_PLACE: dict[str, Op] = {operator.name: op for op in OPS.values() for operator in op.operators if operator.in_place}
+IN_PLACE: dict[str, Op] = {
+    operator.name: op for op in OPS.values() for operator in op.operators if operator.name == f"{op.name}_"
+}
+"""What the function of an op calls with ``inplace=True``."""

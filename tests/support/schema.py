@@ -18,8 +18,6 @@ DEFAULTS = {
     "residual": None,
     "valid": None,
     "need_residual": False,
-    "x_scale": None,
-    "x_shift": None,
     **OPTIONS,
 }
 """For those that a test does not name."""

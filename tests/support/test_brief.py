@@ -74,11 +74,11 @@ def test_what_is_left_out_is_told(tmp_path: Path, workers: list[str]):
         return done.stdout
 
     told = run("--brief")
-    assert "17 passed" in told
-    assert f"{6 + 2 * 6 + 6 + 1:5d} of test_some.py\n25 tests in all; `make test-all` runs them, too." in told
+    assert "13 passed" in told
+    assert f"{7 + 2 * 7 + 7 + 1:5d} of test_some.py\n29 tests in all; `make test-all` runs them, too." in told
     told = run("--brief-with-slow")
-    assert "18 passed" in told
-    assert f"{6 + 2 * 6 + 6:5d} of test_some.py\n24 tests in all" in told
+    assert "14 passed" in told
+    assert f"{7 + 2 * 7 + 7:5d} of test_some.py\n28 tests in all" in told
     everything = run()
     assert "42 passed" in everything
     assert "left out" not in everything
