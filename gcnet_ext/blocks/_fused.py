@@ -17,6 +17,7 @@ from torch.compiler import is_compiling
 from .._load import compiled
 from .._torch import GLOBAL_HOOKS, HOOKS, has_own_ways
 from ..ops import global_context
+from ..ops._dispatch import DIRECT, way_of
 from ..ops._options import ACTIVATIONS, FINAL_ACTIVATIONS, Options
 from ..ops._transform import Branch
 from ._batch_norm import affine_map
@@ -267,15 +268,16 @@ class FusedBlock(nn.Module):
     ) -> Tensor:
         if not isinstance(x, Tensor):
             return of_no_tensor(self, x, residual=residual, valid=valid)
-        seen = None if is_compiling() else self._seen
         usual = type(x) is Tensor and residual is None and valid is None
         own_ways = not usual and has_own_ways(x, residual, valid)
-        weights = None if seen is None or own_ways else seen.weights(self)
+        way = way_of(x)
+        # A graph that is being captured looks at everything, once, and at nothing that it would guard.
+        seen = self._seen if way == DIRECT and not own_ways else None
+        weights = None if seen is None else seen.weights(self)
         if seen is not None and weights is not None:
             choices, inplace = seen.choices, seen.inplace
         else:
             found = None if own_ways else self._plain_layers()
-            # A graph that is being captured looks at everything, once, and at nothing that it would guard.
             if not is_compiling() and not own_ways:
                 lasting = found is not None and unchanged is not None and not found.computed() and self._may_be_seen()
                 self._seen = _Seen(self, found) if found is not None and lasting else None
@@ -294,7 +296,7 @@ class FusedBlock(nn.Module):
             norm = None if _tail.norm is None else affine_map(_tail.norm)
         try:
             return global_context.with_lists(
-                x, weights, residual, valid, choices[_tail is not None], inplace=inplace, norm=norm
+                x, weights, residual, valid, choices[_tail is not None], inplace=inplace, norm=norm, way=way
             )
         except RuntimeError as error:
             if _tail is not None and norm is not None:  # so that an error says what it says without a tail

@@ -103,17 +103,20 @@ def with_lists(
     *,
     inplace: bool,
     norm: tuple[Tensor, Tensor] | None = None,
+    way: int | None = None,
 ) -> Tensor:
     """`global_context` with the lists of the operator, each complete: of the mask, of the scale and of the shift.
 
     Only x may be of a class with ways of its own. If nothing requires a gradient, nothing is saved for backward. With a norm,
-    x_scale and x_shift of csrc/ops.cpp, x is on the CPU and nothing may require a gradient.
+    x_scale and x_shift of csrc/ops.cpp, x is on the CPU and nothing may require a gradient. The way is that of x, where the
+    caller has asked for it.
     """
     if _torch.any_autocast():
         weights = [beside(x, *tensors) for tensors in weights]
     args: tuple[Any, ...] = (x, *weights, residual, valid, *options)
-    way = _dispatch.way_of(x)
-    if way == _dispatch.PLAIN and not inplace:
+    if way is None:
+        way = _dispatch.way_of(x)
+    if not way and not inplace:
         return block(Arguments(*args), norm)
     inference, overwriting = "global_context_inference", "global_context_"
     if norm is not None:

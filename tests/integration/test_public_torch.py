@@ -91,4 +91,4 @@ def test_functions_between_block_and_operator(kernels):
             block(x)
         finally:
             sys.setprofile(None)
-    assert called == ["forward", "weights", "with_lists", "way_of", "below_autograd"]
+    assert called == ["forward", "way_of", "weights", "with_lists", "below_autograd"]

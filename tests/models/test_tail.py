@@ -274,7 +274,8 @@ class Scaled(nn.BatchNorm2d):
 
 
 def overwrites(block: nn.Module, x: torch.Tensor = X) -> bool:
-    return "gcnet_ext::global_context_" in operators_of(block, x) or "gcnet_ext::channel_fuse_" in operators_of(block, x)
+    names = {f"gcnet_ext::{name}" for name in ("global_context_", "normed_global_context_", "channel_fuse_")}
+    return not names.isdisjoint(operators_of(block, x))
 
 
 @pytest.mark.parametrize("name", ["BasicBlock", "Bottleneck"])
