@@ -1,4 +1,4 @@
-"""``python -m gcnet_ext``: what was built, what this machine can use, and why not more."""
+"""``python -m gcnet_ext``: what was built, what this machine can use, and why not more; ``bench`` measures what it gains."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from . import _info
+from . import _bench, _info
 from ._version import __version__
 
 
@@ -19,7 +19,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"gcnet_ext {__version__}")
     parser.add_argument("--json", action="store_true", help="the same for a program: paste it into an issue")
+    commands = parser.add_subparsers(dest="command", metavar="bench")
+    bench = commands.add_parser("bench", help="what this package gains on this machine; takes a minute")
+    _bench.add_arguments(bench)
     arguments = parser.parse_args(argv)
+    if arguments.command == "bench":
+        try:
+            print(_bench.run(arguments))
+        except ValueError as error:
+            bench.error(str(error))
+        return 0
     print(json.dumps(_info.facts(), indent=1) if arguments.json else _info.describe())
     return 0
 
