@@ -5,6 +5,7 @@
 # make test-cuda-build   the CUDA build for every architecture, its machine code, and the tests on another torch
 # make bench             every benchmark; beside timm and mmcv with PEERS=1
 # make mutants           a tired developer's mistakes, one at a time: whether the tests notice them
+# make docs              the manual, into build/docs; make docs-links looks at every link, those to other sites too
 # make fuzz              an hour's search for inputs that break the kernels; needs clang
 # make gpu-check         everything that a GPU is needed for
 # All but the last set up what they need in .venv or .venv-cuda, and install and build what is missing first.
@@ -44,7 +45,7 @@ CUDA_TAG := $(shell printf '%s' '$(CUDA_TORCH) $(CUDA_ARCHITECTURES)' | tr -c 'A
 CUDA_CHECKOUT := build/cuda-checkout
 CUDA_BUILT = $(CUDA_CHECKOUT)/cuda-built-$(CUDA_TAG)
 
-.PHONY: demo test test-all test-native test-cuda-build gpu-check lint format bench mutants fuzz build clean
+.PHONY: demo test test-all test-native test-cuda-build gpu-check lint format bench mutants fuzz docs docs-links build clean
 
 demo: $(BUILT)
 	$(VENV)/bin/python examples/demo.py $(ARGS)
@@ -97,6 +98,15 @@ fuzz: $(BUILT)
 	HYPOTHESIS_STORAGE_DIRECTORY=build/fuzz/hypothesis PYTHONDONTWRITEBYTECODE=1 $(PYTEST) -p no:cacheprovider \
 		tests/properties/test_properties.py tests/properties/test_fuzz.py tests/properties/test_fuzz_modules.py \
 		--hypothesis-profile=explore --fuzz-seconds=$(FUZZ_SECONDS) $(ARGS)
+
+# The pages are read from the whole checkout, because they link to files all over it.
+SPHINX = PYTHONPATH=$(CURDIR) $(VENV)/bin/python -m sphinx -q --fail-on-warning --keep-going -c docs
+docs: $(BUILT)
+	$(SPHINX) -b html . build/docs $(ARGS)
+	@echo "The manual begins at build/docs/docs/index.html."
+
+docs-links: $(BUILT)
+	$(SPHINX) -b linkcheck . build/docs-links $(ARGS)
 
 # Each of tests/mutants in a copy in build/mutants; fails where the Python tests notice less than 95 % of them.
 mutants: $(BUILT)

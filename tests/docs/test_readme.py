@@ -30,7 +30,19 @@ from torch import nn
 from gcnet_ext import GlobalContextBlock, SqueezeExcitation, _load
 
 CHECKOUT = (ROOT / ".git").exists()
-PAGES = ("adding_an_op", "backward", "benchmarks", "building", "citing", "errors", "guarantees", "memory", "usage")
+PAGES = (
+    "adding_an_op",
+    "api",
+    "backward",
+    "benchmarks",
+    "building",
+    "citing",
+    "errors",
+    "guarantees",
+    "index",
+    "memory",
+    "usage",
+)
 REQUIRED = ("README.md", "CONTRIBUTING.md", *(f"docs/{page}.md" for page in PAGES))
 DOCUMENTS = [name for name in REQUIRED[:2] if (ROOT / name).exists()]
 DOCUMENTS += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
@@ -303,10 +315,12 @@ def test_a_target_that_does_not_exist(make):
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_subcommands_and_options(document):
-    """`python -m gcnet_ext` has no subcommands, and every option that is given to a script of ours is in its source."""
+    """Every option that is given to a script or a command of ours is in its source."""
     for code in code_of(document):
-        assert not re.findall(r"-m gcnet_ext +\w+", code), f"{document}: {code}"
-        for script, arguments in re.findall(r"python3? ([\w/]+\.py)([^&|]*)", code):
+        for command in re.findall(r"-m gcnet_ext +(\w+)", code):
+            assert f'add_parser("{command}"' in text_of("gcnet_ext/__main__.py"), f"{document}: {code}"
+        commands = re.sub(r"-m gcnet_ext( +\w+)?", lambda found: f"gcnet_ext/{'_bench' if found[1] else '__main__'}.py", code)
+        for script, arguments in re.findall(r"python3? ([\w/]+\.py)([^&|]*)", commands):
             if script == "setup.py":
                 continue  # its options are those of setuptools
             source = (ROOT / script).read_text()

@@ -102,14 +102,23 @@ def test_both_sides_are_timed_in_turn_until_the_time_is_over():
     assert row.without >= _bench.LEAST_SECONDS <= row.ours
 
 
-def test_a_model_before_and_after(timm, capsys):
+def test_the_gain_is_the_time_without_over_the_time_with(monkeypatch):
+    monkeypatch.setattr(_bench, "timed", lambda call, _times, _device: call())
+    row = _bench.measured(_bench.Pair("a", "train", lambda: 6.0, lambda: 2.0), 0.0, torch.device("cpu"))
+    assert row == _bench.Row("a", "train", 6.0, 2.0, 3.0, (3.0, 3.0), 1)
+
+
+def test_a_model_before_and_after(kernels, timm, capsys):
     out = told(capsys, "--model", "timm:gcnet")
     assert "1 replaced, 0 left" in out
     assert re.search(r"^gcnet infer .*\ngcnet train ", out, re.MULTILINE)
     report, pairs = _bench.model_pairs("timm:gcnet", None, torch.device("cpu"))
     assert report.startswith("1 replaced")
     infer = next(iter(pairs))
-    assert [side().shape for side in (infer.without, infer.ours)] == [(4, 16, 7, 9)] * 2
+    for side, names in ((infer.without, []), (infer.ours, ["global_context_inference"])):
+        with Recorder() as recorder:
+            assert side().shape == (4, 16, 7, 9)
+        assert recorder.names == names
     (_, pairs) = _bench.model_pairs("timm:gcnet", (1, 3, 6, 5), torch.device("cpu"))
     assert next(iter(pairs)).ours().shape == (1, 16, 4, 3)
 

@@ -7,6 +7,7 @@ from mutant import Mutant
 PLAIN = "test_plain.py"
 TORCHSCRIPT = "test_torchscript.py"
 TO_PLAIN = "test_to_plain.py"
+BENCH_COMMAND = "test_bench_command.py"
 
 MUTANTS = (
     Mutant(
@@ -80,5 +81,21 @@ MUTANTS = (
         ".clamp(0.0)",
         "The hard sigmoid of plain modules is not clipped at 1.",
         (TO_PLAIN,),
+    ),
+    Mutant(
+        "gain-upside-down",
+        "gcnet_ext/_bench.py",
+        "gains = [«without / ours» for",
+        "ours / without",
+        "python -m gcnet_ext bench prints the loss for the gain.",
+        (BENCH_COMMAND,),
+    ),
+    Mutant(
+        "bench-of-one-model-twice",
+        "gcnet_ext/_bench.py",
+        "ours = «copy.deepcopy(without)»",
+        "without",
+        "The model without this package is the one with it.",
+        (BENCH_COMMAND,),
     ),
 )
