@@ -41,6 +41,7 @@ PAGES = (
     "guarantees",
     "index",
     "memory",
+    "recipes",
     "usage",
 )
 REQUIRED = ("README.md", "CONTRIBUTING.md", *(f"docs/{page}.md" for page in PAGES))
