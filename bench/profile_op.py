@@ -15,9 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +28,6 @@ from typing import Any
 import torch
 from candidates import FUSIONS, RATIO
 from global_context import DTYPES, LAYOUTS, feature_map, runs
-from torch.utils.benchmark import Timer
 
 import gcnet_ext
 
@@ -85,20 +86,48 @@ class Turns:
         self.warm = True
 
 
+COUNTED = """
+import os, subprocess, sys
+sys.path.insert(0, {here!r})
+import torch
+torch.set_num_threads(1)
+from profile_op import Turns
+run = Turns({cases!r})
+run()
+subprocess.run(["vgdb", f"--pid={{os.getpid()}}", "instrumentation", "on"], check=True, stdout=subprocess.DEVNULL)
+for _ in {cases!r}:
+    torch._C._valgrind_toggle()
+    run()
+    torch._C._valgrind_toggle_and_dump_stats()
+"""
+"""Only from `instrumentation` on does valgrind look at every instruction. To do so from the start, as torch.utils.benchmark
+does, takes four times as long, because the import of torch has far more of them than the calls."""
+
+
 def count(cases: tuple[Case, ...]) -> list[dict[str, int]]:
     """Per case, the instructions of one call by function of this package, the most first. One start of valgrind for all."""
-    setup = f"import sys; sys.path.insert(0, {str(HERE)!r})\nfrom profile_op import Turns\nrun = Turns({cases!r})"
-    os.environ["GCNET_EXT_CPU_CAPABILITY"] = CAPABILITY
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # it starts "python"
-    stats = Timer("run()", setup=setup).collect_callgrind(number=1, repeats=len(cases), collect_baseline=False)
-    found = []
-    for each in stats:
-        counts: dict[str, int] = {}
-        for function in each.stats(inclusive=False).filter(lambda name: any(space in name for space in NAMESPACE)):
-            name = function.function.split(":", 1)[1].split(" [")[0]
-            counts[name] = counts.get(name, 0) + function.count
-        found.append(dict(sorted(counts.items(), key=lambda item: -item[1])))
-    return found
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "callgrind"
+        options = ["--tool=callgrind", "--instr-atstart=no", "--collect-atstart=no", f"--callgrind-out-file={out}"]
+        script = COUNTED.format(here=str(HERE), cases=cases)
+        environment = {**os.environ, "GCNET_EXT_CPU_CAPABILITY": CAPABILITY}
+        done = subprocess.run(
+            ["valgrind", *options, sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            raise RuntimeError(f"valgrind failed: {done.stderr[-3000:]}")
+        return [functions_of(Path(f"{out}.{number}")) for number in range(1, len(cases) + 1)]
+
+
+def functions_of(profile: Path) -> dict[str, int]:
+    """The instructions of each function of this package in a file of callgrind, the most first."""
+    command = ["callgrind_annotate", "--threshold=100", "--show-percs=no", str(profile)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    counts: dict[str, int] = {}
+    for instructions, function in re.findall(r"^ *([\d,]+) +[^:\n]*:(.*?)(?: \[[^\]\n]*\])?$", told, re.MULTILINE):
+        if any(space in function for space in NAMESPACE):
+            counts[function] = counts.get(function, 0) + int(instructions.replace(",", ""))
+    return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
 
 def compiler() -> str:
@@ -109,8 +138,9 @@ def compiler() -> str:
 
 def why_not() -> str:
     """Why nothing can be counted here; empty when it can."""
-    if shutil.which("valgrind") is None:
-        return "valgrind is not installed"
+    for tool in ("valgrind", "vgdb", "callgrind_annotate"):
+        if shutil.which(tool) is None:
+            return f"{tool}, a part of valgrind, is not installed"
     if not torch._C._valgrind_supported_platform():
         return "this build of torch does not support valgrind"
     return ""
