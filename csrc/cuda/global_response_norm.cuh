@@ -39,23 +39,16 @@ struct ResponseShared {
   A of_warps[2][kResponseThreads / kWarp];
 };
 
-// The sums of both values over the threads of the block, in every thread. A block calls this once.
-template <typename A>
-__device__ Vector<A, 2> block_sums(A first, A second) {
-  auto& shared = shared_memory<ResponseShared<A>>();
-  first = warp_sum(first);
-  second = warp_sum(second);
-  if (threadIdx.x % kWarp == 0) {
-    shared.of_warps[0][threadIdx.x / kWarp] = first;
-    shared.of_warps[1][threadIdx.x / kWarp] = second;
-  }
+// The sum over the threads of the block, in every thread. Each call of a kernel has a place of its own, which no other one reads.
+template <int place, typename A>
+__device__ A block_sum(A value) {
+  A* const of_warps = shared_memory<ResponseShared<A>>().of_warps[place];
+  value = warp_sum(value);
+  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = value;
   __syncthreads();
-  Vector<A, 2> sums{};
-  for (int warp = 0; warp < kResponseThreads / kWarp; warp++) {
-    sums.data[0] += shared.of_warps[0][warp];
-    sums.data[1] += shared.of_warps[1][warp];
-  }
-  return sums;
+  A sum = A(0);
+  for (int warp = 0; warp < kResponseThreads / kWarp; warp++) sum += of_warps[warp];
+  return sum;
 }
 
 // A block has a sample: G, and what x is multiplied with and what is added.
@@ -69,7 +62,7 @@ __global__ void __launch_bounds__(kResponseThreads) response_factors(ResponsePar
     params.norms[start + c] = G;
     sum += G;
   }
-  const A D = block_sums(sum, A(0)).data[0] / C + params.eps;
+  const A D = block_sum<0>(sum) / C + params.eps;
   for (int64_t c = threadIdx.x; c < C; c += kResponseThreads) {
     params.scale[start + c] = 1 + params.gamma.at(c) * (params.norms[start + c] / D);
     params.shift[start + c] = params.beta.at(c);
@@ -82,13 +75,12 @@ __global__ void __launch_bounds__(kResponseThreads) response_gradient_factors(Re
   using A = acc_t<T>;
   const int64_t C = params.extent.channels, start = (params.first_sample + blockIdx.x) * C;
   A sum_norms = A(0), sum_products = A(0);
-  for (int64_t c = threadIdx.x; c < C; c += kResponseThreads) {
-    const A G = params.norms[start + c];
-    sum_norms += G;
-    sum_products += params.gamma.at(c) * params.products[start + c] * G;
+  for (int64_t c = threadIdx.x; c < C; c += kResponseThreads) sum_norms += params.norms[start + c];
+  const A D = block_sum<0>(sum_norms) / C + params.eps;
+  for (int64_t c = threadIdx.x; c < C; c += kResponseThreads) {  // with N and not G, of which the products could overflow
+    sum_products += params.gamma.at(c) * params.products[start + c] * (params.norms[start + c] / D);
   }
-  const Vector<A, 2> sums = block_sums(sum_norms, sum_products);
-  const A D = sums.data[0] / C + params.eps, mean = sums.data[1] / C / D;
+  const A mean = block_sum<1>(sum_products) / C;
   for (int64_t c = threadIdx.x; c < C; c += kResponseThreads) {
     const A G = params.norms[start + c], N = G / D, w = params.gamma.at(c), product = params.products[start + c];
     if (params.factor) {

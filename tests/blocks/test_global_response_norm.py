@@ -8,6 +8,7 @@ import imitations
 import pytest
 import torch
 from grid import Random
+from registry import OPERATORS
 from test_global_context_block import check, gradcheck_module
 from torch import nn
 
@@ -75,6 +76,17 @@ def test_squares_do_not_overflow(backend):
     mean = (60000 + 1000) / 2
     assert torch.allclose(out[0, 0].cpu().float(), torch.tensor(60000 * (1 - 0.25 * 60000 / mean)), rtol=1e-3)
     assert out.isfinite().all()
+
+
+def test_products_with_large_norms_do_not_overflow(backend):
+    """gamma A G is beyond float32 here, and gamma A N is not."""
+    operator, random = OPERATORS["global_response_norm_backward"], Random(1, backend.to)
+    large = {"gamma": random.normal(5, dtype=torch.float32, std=1e20), "norms": random.normal(2, 5, std=1e20).abs()}
+    arguments = {**operator.good, **{name: random.normal(2, 5, 4) for name in ("grad", "x")}, **large}
+    arguments["beta"] = random.normal(5, dtype=torch.float32)
+    exact = {name: value.double() if torch.is_tensor(value) else value for name, value in arguments.items()}
+    for got, want in zip(backend.ops.global_response_norm_backward(**arguments), operator.formula(exact), strict=True):
+        assert float((got - want).abs().max()) <= 1e-5 * float(want.abs().max())
 
 
 def test_starts_as_the_identity(backend):

@@ -88,7 +88,8 @@ def build_wheel(python: str, sdist: Path, folder: Path) -> Path:
     """From the archive alone, as on a machine without nvcc: whatever torch is installed, the CPU kernels are built."""
     options = ("--no-build-isolation", "--no-deps", "--no-index", "--no-cache-dir")
     path = os.pathsep.join(part for part in os.environ["PATH"].split(os.pathsep) if not (Path(part) / "nvcc").exists())
-    environment = {"CUDA_HOME": "/nonexistent", "PATH": path, "CXX": quick_compiler(folder)}
+    compiler = quick_compiler(folder, "-O1")  # without optimisation the library is too large for what is said of its size
+    environment = {"CUDA_HOME": "/nonexistent", "PATH": path, "CXX": compiler}
     run(python, "-m", "pip", "wheel", *options, "-w", folder, sdist, environment=environment)
     (file,) = folder.glob("*.whl")
     return file
