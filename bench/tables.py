@@ -89,9 +89,11 @@ def text(results: dict[str, Any], whole: dict[str, Any]) -> str:
     parts += [
         f"Whole models, images of 224x224, on {other['threads']} threads of {other['processor']}, torch {other['torch']}, "
         f"{other['date']}; by `python bench/whole_models.py`, committed as "
-        "[whole_models.json](../bench/results/whole_models.json). What the blocks add, over the time of the net without them: "
-        "in bold from the tails of the residual blocks, timed alone on the net's activations, in brackets from the whole nets, "
-        "with a 95 % interval. A net whose blocks do not stand at the end of a residual block has no tails.",
+        "[whole_models.json](../bench/results/whole_models.json). What the blocks add, over the time of the net without them. "
+        "A tail is the part of a residual block behind its last convolution. The figures in bold come from timing the tails "
+        "alone, on the net's activations; those in brackets from timing whole nets, with a 95 % interval. c3-c5 are the stages "
+        "2 to 4; the peer is the block in plain PyTorch, and in timm's nets timm's own. A net whose blocks do not stand at the "
+        "end of a residual block has no tails.",
         models(whole),
     ]
     return "\n\n".join(parts)
@@ -110,9 +112,10 @@ def gpu_text(results: dict[str, Any]) -> str:
     directions = ("forward: ours", "forward: rewrite", "backward: ours", "backward: rewrite")
     return "\n\n".join(
         [
-            f"On one {found['gpus'][0]['name']}, torch {found['torch']}, commit {found['commit']}; by `make gpu-check`, "
-            "committed as [gpu_check.txt](../bench/results/h200/gpu_check.txt). Medians, in multiples of a device copy of x; "
-            "replayed CUDA graphs, the second-level cache overwritten before every call; both fusions, ratio 1/16.",
+            f"On one {found['gpus'][0]['name']}, torch {found['torch']}, commit {found['commit']}; by an earlier "
+            "`make gpu-check`, committed as [gpu_check.txt](../bench/results/h200/gpu_check.txt). Medians, in multiples of a "
+            "device copy of x; replayed CUDA graphs, the second-level cache overwritten before every call; both fusions, ratio "
+            "1/16.",
             _table(["x", "copy, us", *directions], cells),
         ]
     )
@@ -148,11 +151,12 @@ def gains(results: dict[str, Any], gpu_results: dict[str, Any], whole: dict[str,
     return "\n\n".join(
         [
             table,
-            f"Geometric means. CPU: {cpu}, float32, {len(to_eager('infer'))} cases, commit {machine['revision'][:7]}. GPU: one "
+            "The block is the Global Context block with both fusions and ratio 1/16. Geometric means. CPU: "
+            f"{cpu}, float32, {len(to_eager('infer'))} cases, commit {machine['revision'][:7]}. GPU: one "
             f"{gpu['gpus'][0]['name']}, float16 and float32, {len(to_rewrite('forward'))} cases, commit {gpu['commit']}; eager "
             "PyTorch, the forward pass of training and other cards were not measured. In a whole model: CPU inference of "
             f"ResNet-50 takes {share['ours and tail']:.1%} more time with 13 blocks than without, and {share['peer']:.1%} more "
-            "with eager blocks. "
+            "with eager blocks; the blocks and what stands around them were timed alone. "
             "[All tables](docs/benchmarks.md)",
         ]
     )

@@ -95,6 +95,7 @@ CONFIG = [  # from, number, module, arguments
     [-1, 1, "nn.Conv2d", [3, 16, 3, 2, 1]],
     [-1, 1, "GlobalContextBlock", [16]],
     [-1, 2, "GlobalContextBlock", [16, 0.25]],
+    [-1, 1, "GlobalContextBlock", [16, 0.0625, "att", ["channel_add"]]],
     [-1, 1, "SqueezeExcitation", [16]],
 ]
 
