@@ -21,7 +21,7 @@ from .._torch import children
 from ..ops import _checks
 from ..ops._autograd import in_plain_pytorch, through_plain_pytorch
 from ..ops._precision import accumulation_dtype, product
-from . import _layers, _state_dict
+from . import _attention, _layers, _state_dict
 
 MODES = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
 NORMS = (None, "batch")
@@ -35,12 +35,14 @@ class NonLocalBlock(nn.Module):
     Source: X. Wang et al., "Non-local Neural Networks", 2018, https://arxiv.org/abs/1711.07971, equations 1 to 6.
     Signature, parameter names, scaling and initialisation are those of mmcv's ``NonLocal1d``, ``2d`` and ``3d``.
 
-    None of the modes forms a matrix of P x P weights, but for second derivatives, in forward mode and in transforms of
+    None of the modes forms a large matrix of P x P weights, but for second derivatives, in forward mode and in transforms of
     torch.func, and where ``concat_project`` is hooked:
 
     * ``"embedded_gaussian"``: ``f = softmax_q(theta(x_p) . phi(x_q) / sqrt(D))``, by ``scaled_dot_product_attention``.
-    * ``"gaussian"``: ``f = softmax_q(x_p . x_q)``, also by ``scaled_dot_product_attention``.
-    * ``"dot_product"``: ``f = theta(x_p) . phi(x_q) / Q``, as ``theta(x_p) . (sum_q phi(x_q) g(x_q) / Q)``: linear in P.
+    * ``"gaussian"``: ``f = softmax_q(x_p . x_q)``, also by ``scaled_dot_product_attention``; on a CPU in float32 and float64 in
+      blocks of at most C positions.
+    * ``"dot_product"``: ``f = theta(x_p) . phi(x_q) / Q``, as ``theta(x_p) . (sum_q phi(x_q) g(x_q) / Q)``: linear in P. The
+      weights come first where P and Q are less than D, as they are less to compute then.
     * ``"concatenation"``: ``f = relu(w . [theta(x_p), phi(x_q)]) / Q``, by sums over the sorted halves of the dot product, in
       ``O(P log P)``. (Exported to ONNX, which has no search in sorted numbers, it does form them.)
 
@@ -199,10 +201,13 @@ def _softmax(theta: Tensor, phi: Tensor, g: Tensor, scaled: bool) -> Tensor:
         theta, phi, g = theta.flatten(2), phi.flatten(2), g.flatten(2)
         attention = (torch.matmul(theta.transpose(1, 2), phi) * scale).softmax(2)
         return torch.matmul(g, attention.transpose(1, 2))
+    captured = is_compiling() or _torch.is_tracing()
+    in_every_way = not captured and _are_in_every_way(theta, phi, g)
+    if not captured and not in_every_way and not scaled and _attention.suits(theta, phi, g):
+        return _attention.attention(theta.flatten(2), phi.flatten(2), g.flatten(2))
     # The kernels that form no matrix want [N, 1, P or Q, D] with the D next to each other, and values as wide as the keys.
     query, key, value = _rows(theta), _rows(phi), _rows(g)
-    captured = is_compiling() or _torch.is_tracing()
-    if not captured and _are_in_every_way(query, key, value):
+    if in_every_way:
         return _with_all_weights(query, key, value, scale).squeeze(1).mT
     width = value.shape[-1]
     missing = key.shape[-1] - width
@@ -220,13 +225,13 @@ def _rows(image: Tensor) -> Tensor:
     return rows.reshape(rows.shape[0], 1, prod(rows.shape[1:-1]), rows.shape[-1]).contiguous()
 
 
-def _are_in_every_way(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def _are_in_every_way(theta: Tensor, phi: Tensor, g: Tensor) -> bool:
     """Whether the attention must be of operations that can be differentiated and batched in every way, and that a tensor of a
     class with ways of its own can know: scaled_dot_product_attention has no tangent, and its gradient no gradient."""
-    if _torch.inside_transform() or (_torch.forward_level() >= 0 and _torch.has_tangent(query, key, value)):
+    if _torch.inside_transform() or (_torch.forward_level() >= 0 and _torch.has_tangent(theta, phi, g)):
         return True
-    plain = type(query) is Tensor and type(key) is Tensor and type(value) is Tensor
-    return not plain and _torch.has_own_ways(query, key, value)
+    plain = type(theta) is Tensor and type(phi) is Tensor and type(g) is Tensor
+    return not plain and _torch.has_own_ways(theta, phi, g)
 
 
 def _with_all_weights(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -267,7 +272,10 @@ class _WithSecondDerivatives(torch.autograd.Function):
 
 
 def _dot_product(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
-    """y_p = theta_p . (sum_q phi_q g_q / Q): the sum first, so that no weight of a pair is ever formed."""
+    """y_p = theta_p . (sum_q phi_q g_q / Q): the sum first, so that no weight of a pair is formed, unless there are few."""
+    captured = is_compiling() or _torch.is_tracing()  # there the sizes may be symbols
+    if not captured and max(theta.shape[2], phi.shape[2]) < phi.shape[1]:
+        return torch.matmul(g / phi.shape[2], torch.matmul(theta.transpose(1, 2), phi).transpose(1, 2))
     summed = torch.matmul(g / phi.shape[2], phi.transpose(1, 2))  # [N, D of g, D of phi]
     return torch.matmul(summed, theta)
 

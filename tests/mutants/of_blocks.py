@@ -9,6 +9,7 @@ SUBMODULES = "test_submodules.py"
 REPLACE = "test_replace.py"
 HOOKS = "test_hooks.py"
 NON_LOCAL = "test_non_local.py"
+ATTENTION = "test_attention.py"
 FUZZ_MODULES = "test_fuzz_modules.py"
 SQUEEZE = "test_squeeze_excitation.py"
 
@@ -148,5 +149,21 @@ MUTANTS = (
         "2",
         "A video is sub-sampled along time, too.",
         (NON_LOCAL, REPLACE),
+    ),
+    Mutant(
+        "attention-of-the-last-block",
+        "gcnet_ext/blocks/_attention.py",
+        "dphi.«baddbmm_(theta[:, :, p], ds)»",
+        "copy_(torch.bmm(theta[:, :, p], ds))",
+        "The gradient of the keys is that of the last block of weights alone.",
+        (ATTENTION,),
+    ),
+    Mutant(
+        "attention-without-the-sum-of-its-softmax",
+        "gcnet_ext/blocks/_attention.py",
+        "ds«.sub_((y[:, :, p] * dy_part).sum(1).unsqueeze(2))».mul_(w)",
+        "",
+        "The gradient of the softmax lacks its second term.",
+        (ATTENTION,),
     ),
 )

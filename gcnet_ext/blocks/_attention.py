@@ -1,0 +1,91 @@
+"""Attention whose values are narrower than its keys, on a CPU: y_p = sum_q softmax_q(theta_p . phi_q) g_q.
+
+torch's scaled_dot_product_attention forms no matrix of all pairs only where values are as wide as keys, and to pad the values
+is to multiply with the padding, too. Here the weights of some positions at a time, a block, are formed and used. The backward
+pass forms them once more, unless there is one block only.
+
+Symbols: theta [N, D, P], phi [N, D, Q], g [N, E, Q]; p are the positions of a block.
+
+    forward    w = softmax(theta^T phi)   y = g w^T
+    backward   dg = dy w   dw = dy^T g   ds = w (dw - y . dy)   dtheta = phi ds^T   dphi = theta ds
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .. import _torch
+from ..ops._autograd import in_plain_pytorch, through_plain_pytorch
+
+LEAST_POSITIONS = 32
+"""Products with fewer rows are slow."""
+
+
+def suits(theta: Tensor, phi: Tensor, g: Tensor) -> bool:
+    """Whether these tensors, [N, channels, *positions], are what this file is for."""
+    tensors = theta, phi, g
+    return (
+        g.shape[1] < phi.shape[1]
+        and all(tensor.is_cpu and tensor.dtype == theta.dtype for tensor in tensors)
+        and theta.dtype in (torch.float32, torch.float64)  # weights in 16 bits would be too coarse
+        and not _torch.any_autocast()
+    )
+
+
+def attention(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
+    """y [N, E, P], differentiable in all three."""
+    y: Tensor = _Attention.apply(theta, phi, g)
+    return y
+
+
+def _blocks(theta: Tensor) -> Iterator[slice]:
+    """The positions of each block: as many as there are channels, so that its weights take no more memory than phi does."""
+    step = max(theta.shape[1], LEAST_POSITIONS)
+    for first in range(0, theta.shape[2], step):
+        yield slice(first, first + step)
+
+
+def _weights(theta: Tensor, phi: Tensor) -> Tensor:
+    return torch.bmm(theta.mT, phi).softmax(2)
+
+
+def _with_all_weights(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
+    return torch.bmm(g, _weights(theta, phi).mT)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
+        y = g.new_empty(*g.shape[:2], theta.shape[2])
+        blocks = list(_blocks(theta))
+        for p in blocks:
+            w = _weights(theta[:, :, p], phi)
+            y[:, :, p] = torch.bmm(g, w.mT)
+        ctx.save_for_backward(theta, phi, g, y, w if len(blocks) == 1 else None)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        theta, phi, g, y, kept = ctx.saved_tensors
+        if in_plain_pytorch(dy):
+            return through_plain_pytorch(_with_all_weights, (theta, phi, g), ctx.needs_input_grad, dy)
+        need_theta, need_phi, need_g = ctx.needs_input_grad
+        dtheta = torch.empty_like(theta) if need_theta else None
+        dphi = torch.zeros_like(phi) if need_phi else None
+        dg = torch.zeros_like(g) if need_g else None
+        for p in _blocks(theta):
+            w, dy_part = _weights(theta[:, :, p], phi) if kept is None else kept, dy[:, :, p]
+            if dg is not None:
+                dg.baddbmm_(dy_part, w)
+            if dtheta is None and dphi is None:
+                continue
+            ds = torch.bmm(dy_part.mT, g)  # dw, of which the next line makes ds
+            ds.sub_((y[:, :, p] * dy_part).sum(1).unsqueeze(2)).mul_(w)
+            if dtheta is not None:
+                dtheta[:, :, p] = torch.bmm(phi, ds.mT)
+            if dphi is not None:
+                dphi.baddbmm_(theta[:, :, p], ds)
+        return dtheta, dphi, dg
