@@ -8,6 +8,7 @@ import runpy
 from typing import Any
 
 import grid
+import mutate
 import pytest
 import reference
 import torch
@@ -167,3 +168,10 @@ def test_the_figures_are_drawn(kernels, tmp_path, monkeypatch):
         assert (tmp_path / name).stat().st_size < 100_000
         now, committed = (image.open(folder / name).info["Description"] for folder in (tmp_path, DOCS))
         assert now == committed, f"{name} is out of date: python docs/figures.py"
+
+
+def test_guarantees_has_the_number_of_barriers_and_waits():
+    text = (DOCS / "guarantees.md").read_text()
+    count = len(mutate.mutants())
+    assert f"dropping any of the {count} fails a test" in text
+    assert f"a sixteenth of the {count} dropped barriers and waits" in text
