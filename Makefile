@@ -70,13 +70,11 @@ test-native: $(BUILT)
 TESTED := models kernels building integration
 SOME_OF := $(addprefix tests/,models bench/test_zoo.py kernels integration blocks ops docs)
 ELSEWHERE := accuracy bench build capabilities docs endurance gpu_check cmake packaging paper_costs security types large *_emulated
+ON_THAT_TORCH = cd $(CUDA_CHECKOUT) && export TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" && \
+	$(PYTEST:$(VENV)/%=$(abspath $(CUDA_VENV))/%) $(ELSEWHERE:%=--ignore-glob='tests/*/test_%.py') -k "not cuda-emulated"
 test-cuda-build: $(CUDA_BUILT) $(BUILT)
-	$(if $(BRIEF),,cd $(CUDA_CHECKOUT) && export TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" && \
-		$(PYTEST:$(VENV)/%=$(abspath $(CUDA_VENV))/%) $(ELSEWHERE:%=--ignore-glob='tests/*/test_%.py') \
-		tests/bench/test_zoo.py $(TESTED:%=tests/%) -k "not cuda-emulated" $(ARGS))
-	cd $(CUDA_CHECKOUT) && export TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" && \
-		$(PYTEST:$(VENV)/%=$(abspath $(CUDA_VENV))/%) $(ELSEWHERE:%=--ignore-glob='tests/*/test_%.py') --brief \
-		$(if $(BRIEF),$(SOME_OF),$(TESTED:%=--ignore=tests/%)) -k "not cuda-emulated" $(if $(BRIEF),$(ARGS))
+	$(if $(BRIEF),,$(ON_THAT_TORCH) tests/bench/test_zoo.py $(TESTED:%=tests/%) $(ARGS))
+	$(ON_THAT_TORCH) --brief $(if $(BRIEF),$(SOME_OF) $(ARGS),$(TESTED:%=--ignore=tests/%))
 	cd $(CUDA_CHECKOUT) && $(PYTEST:$(VENV)/%=$(abspath $(VENV))/%) tests/building/test_abi.py \
 		tests/ops/test_attention_pool.py tests/ops/test_channel_fuse.py -k "not cuda-emulated"
 	GCNET_EXT_OTHER_PYTHON=$(abspath $(VENV))/bin/python $(PYTEST:$(VENV)/%=$(CUDA_VENV)/%) tests/building/test_packaging.py \

@@ -1,11 +1,6 @@
 """The settings of Sphinx, for `make docs`. The sources are the whole checkout, because the pages link to files all over it."""
 
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from gcnet_ext import __version__  # noqa: E402
+from gcnet_ext import __version__
 
 project = "gcnet_ext"
 release = version = __version__

@@ -56,23 +56,24 @@ class Row(NamedTuple):
 def pairs_of(name: str, without: nn.Module, ours: nn.Module, x: torch.Tensor) -> Iterator[Pair]:
     """Inference in evaluation mode, and a training step: forward, and the gradients of x and of every parameter."""
     for direction in DIRECTIONS:
-        calls = [_infers(module.eval(), x) if direction == "infer" else _trains(module, x) for module in (without, ours)]
+        of_direction = _infers if direction == "infer" else _trains
+        calls = [of_direction(copy.deepcopy(module), x) for module in (without, ours)]
         yield Pair(name, direction, *calls)
 
 
 def _infers(module: nn.Module, x: torch.Tensor) -> Call:
+    module.eval()
     return torch.no_grad()(lambda: module(x))
 
 
 def _trains(module: nn.Module, x: torch.Tensor) -> Call:
+    module.train()
     leaf = x.clone().requires_grad_()
     wanted = [leaf, *module.parameters()]
 
     def step() -> None:
-        module.train()
         out = module(leaf)
         torch.autograd.grad(out, wanted, torch.ones_like(out), allow_unused=True)
-        module.eval()
 
     return step
 
@@ -84,7 +85,7 @@ def block_pairs(shapes: Iterable[tuple[int, ...]], device: torch.device) -> Iter
         for parameter in ours.parameters():
             nn.init.normal_(parameter, std=0.05)
         name = "block " + "x".join(map(str, shape))
-        yield from pairs_of(name, copy.deepcopy(to_plain(ours)), ours, torch.randn(shape, device=device))
+        yield from pairs_of(name, to_plain(ours), ours, torch.randn(shape, device=device))
 
 
 def model_pairs(name: str, shape: tuple[int, ...] | None, device: torch.device) -> tuple[str, Iterator[Pair]]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import _torch
 from ..ops._autograd import in_plain_pytorch, through_plain_pytorch
+from ..ops._precision import accumulation_dtype, product, without_autocast
 
 LEAST_POSITIONS = 32
 """Products with fewer rows are slow."""
@@ -52,8 +53,39 @@ def _weights(theta: Tensor, phi: Tensor) -> Tensor:
     return torch.bmm(theta.mT, phi).softmax(2)
 
 
-def _with_all_weights(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
-    return torch.bmm(g, _weights(theta, phi).mT)
+def with_all_weights(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """What scaled_dot_product_attention computes, by way of the weights of all pairs of positions."""
+    of_sums = accumulation_dtype(query)
+    weights = (product(query.to(of_sums), key.to(of_sums).mT) * scale).softmax(-1)
+    return product(weights, value.to(of_sums)).to(query.dtype)
+
+
+def _by_all_weights(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
+    return with_all_weights(theta.mT, phi.mT, g.mT, 1.0).mT
+
+
+def _gradients(
+    needs: tuple[bool, bool, bool], dy: Tensor, theta: Tensor, phi: Tensor, g: Tensor, y: Tensor, kept: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Those of theta, phi and g that are needed; kept are the weights of the only block."""
+    need_theta, need_phi, need_g = needs
+    dtheta = torch.empty_like(theta) if need_theta else None
+    dphi = torch.zeros_like(phi) if need_phi else None
+    dg = torch.zeros_like(g) if need_g else None
+    for p in _blocks(theta):
+        w = _weights(theta[:, :, p], phi) if kept is None else kept
+        dy_part = dy[:, :, p]
+        if dg is not None:
+            dg.baddbmm_(dy_part, w)
+        if dtheta is None and dphi is None:
+            continue
+        ds = torch.bmm(dy_part.mT, g)  # dw, of which the next line makes ds
+        ds.sub_((y[:, :, p] * dy_part).sum(1).unsqueeze(2)).mul_(w)
+        if dtheta is not None:
+            dtheta[:, :, p] = torch.bmm(phi, ds.mT)
+        if dphi is not None:
+            dphi.baddbmm_(theta[:, :, p], ds)
+    return dtheta, dphi, dg
 
 
 class _Attention(torch.autograd.Function):
@@ -71,21 +103,6 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         theta, phi, g, y, kept = ctx.saved_tensors
         if in_plain_pytorch(dy):
-            return through_plain_pytorch(_with_all_weights, (theta, phi, g), ctx.needs_input_grad, dy)
-        need_theta, need_phi, need_g = ctx.needs_input_grad
-        dtheta = torch.empty_like(theta) if need_theta else None
-        dphi = torch.zeros_like(phi) if need_phi else None
-        dg = torch.zeros_like(g) if need_g else None
-        for p in _blocks(theta):
-            w, dy_part = _weights(theta[:, :, p], phi) if kept is None else kept, dy[:, :, p]
-            if dg is not None:
-                dg.baddbmm_(dy_part, w)
-            if dtheta is None and dphi is None:
-                continue
-            ds = torch.bmm(dy_part.mT, g)  # dw, of which the next line makes ds
-            ds.sub_((y[:, :, p] * dy_part).sum(1).unsqueeze(2)).mul_(w)
-            if dtheta is not None:
-                dtheta[:, :, p] = torch.bmm(phi, ds.mT)
-            if dphi is not None:
-                dphi.baddbmm_(theta[:, :, p], ds)
-        return dtheta, dphi, dg
+            return through_plain_pytorch(_by_all_weights, (theta, phi, g), ctx.needs_input_grad, dy)
+        with without_autocast(dy):  # a backward pass may run where it is on
+            return _gradients(ctx.needs_input_grad, dy, theta, phi, g, y, kept)

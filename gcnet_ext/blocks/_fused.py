@@ -272,13 +272,14 @@ class FusedBlock(nn.Module):
         own_ways = not usual and has_own_ways(x, residual, valid)
         way = way_of(x)
         # A graph that is being captured looks at everything, once, and at nothing that it would guard.
-        seen = self._seen if way == DIRECT and not own_ways else None
+        remembers = not own_ways and (way == DIRECT or not is_compiling())
+        seen = self._seen if remembers else None
         weights = None if seen is None else seen.weights(self)
         if seen is not None and weights is not None:
             choices, inplace = seen.choices, seen.inplace
         else:
             found = None if own_ways else self._plain_layers()
-            if not is_compiling() and not own_ways:
+            if remembers:
                 lasting = found is not None and unchanged is not None and not found.computed() and self._may_be_seen()
                 self._seen = _Seen(self, found) if found is not None and lasting else None
             if found is None:

@@ -20,7 +20,6 @@ from .. import _torch
 from .._torch import children
 from ..ops import _checks
 from ..ops._autograd import in_plain_pytorch, through_plain_pytorch
-from ..ops._precision import accumulation_dtype, product
 from . import _attention, _layers, _state_dict
 
 MODES = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
@@ -208,7 +207,7 @@ def _softmax(theta: Tensor, phi: Tensor, g: Tensor, scaled: bool) -> Tensor:
     # The kernels that form no matrix want [N, 1, P or Q, D] with the D next to each other, and values as wide as the keys.
     query, key, value = _rows(theta), _rows(phi), _rows(g)
     if in_every_way:
-        return _with_all_weights(query, key, value, scale).squeeze(1).mT
+        return _attention.with_all_weights(query, key, value, scale).squeeze(1).mT
     width = value.shape[-1]
     missing = key.shape[-1] - width
     value = F.pad(value, (0, missing)) if missing > 0 else value
@@ -234,16 +233,9 @@ def _are_in_every_way(theta: Tensor, phi: Tensor, g: Tensor) -> bool:
     return not plain and _torch.has_own_ways(theta, phi, g)
 
 
-def _with_all_weights(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """What scaled_dot_product_attention computes, by way of the weights of all pairs of positions."""
-    of_sums = accumulation_dtype(query)
-    weights = (product(query.to(of_sums), key.to(of_sums).mT) * scale).softmax(-1)
-    return product(weights, value.to(of_sums)).to(query.dtype)
-
-
 def _of_width(query: Tensor, key: Tensor, value: Tensor, *, width: int, scale: float) -> Tensor:
     """The attention without what the values were padded with."""
-    return _with_all_weights(query, key, value[..., :width], scale)
+    return _attention.with_all_weights(query, key, value[..., :width], scale)
 
 
 class _WithSecondDerivatives(torch.autograd.Function):

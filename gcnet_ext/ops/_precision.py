@@ -28,7 +28,7 @@ def beside(x: Tensor, *weights: Tensor | None) -> tuple[Tensor | None, ...]:
     )
 
 
-def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
 
@@ -43,7 +43,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(a: Tensor, b: Tensor) -> Tensor:
-        with _without_autocast(a):
+        with without_autocast(a):
             return a @ b
 
     @staticmethod
@@ -67,6 +67,6 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     """a [..., n, k] times b [..., k, m], of the same leading dimensions, in their dtype even under autocast."""
     # A graph that is being captured has no place for a function of autograd.
     if is_compiling() or _torch.is_tracing() or _torch.forward_mode_is_nested():
-        with _without_autocast(a):
+        with without_autocast(a):
             return a @ b
     return _Product.apply(a, b)

@@ -126,7 +126,7 @@ def with_lists(
             _dispatch.overwrite(way, overwriting, *args)
             return x
         _checks.no_gradient("global_context_", args)
-        return x.copy_(with_lists(x, weights, residual, valid, options, inplace=False, norm=norm))
+        return x.copy_(with_lists(x, weights, residual, valid, options, inplace=False, norm=norm, way=way))
     if way == _dispatch.RECORDED:
         if not is_compiling():
             return _traced.global_context(*args)

@@ -110,3 +110,14 @@ def test_few_positions_are_paired_before_the_product_with_the_values(channels):
         assert torch.allclose(block(x), want, rtol=1e-10, atol=1e-12)
     pairs = [2, 25, 25] in [list(shape) for event in profile.events() for shape in event.input_shapes if shape]
     assert pairs == (channels == 64)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_backward_pass_under_autocast_is_that_without(create_graph):
+    theta, phi, g = (tensor.detach().float().requires_grad_() for tensor in drawn((2, 40, 3, 50, 50)))
+    grad = torch.ones(2, 3, 50)
+    want = torch.autograd.grad(_attention.attention(theta, phi, g), (theta, phi, g), grad, create_graph=create_graph)
+    y = _attention.attention(theta, phi, g)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = torch.autograd.grad(y, (theta, phi, g), grad, create_graph=create_graph)
+    assert all(torch.equal(ours, true) for ours, true in zip(got, want, strict=True))

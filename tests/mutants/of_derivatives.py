@@ -45,7 +45,7 @@ MUTANTS = (
     Mutant(
         "products-under-autocast",
         "gcnet_ext/ops/_precision.py",
-        "        with «_without_autocast(a)»:\n            return a @ b\n\n    @staticmethod",
+        "        with «without_autocast(a)»:\n            return a @ b\n\n    @staticmethod",
         "contextlib.nullcontext()",
         "The products of plain PyTorch are cast where autocast is on.",
         (CREATE_GRAPH,),
