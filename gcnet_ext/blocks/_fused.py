@@ -268,11 +268,13 @@ class FusedBlock(nn.Module):
     ) -> Tensor:
         if not isinstance(x, Tensor):
             return of_no_tensor(self, x, residual=residual, valid=valid)
-        usual = type(x) is Tensor and residual is None and valid is None
-        own_ways = not usual and has_own_ways(x, residual, valid)
+        own_ways = False
+        if type(x) is not Tensor or residual is not None or valid is not None:
+            own_ways = has_own_ways(x, residual, valid)
         way = way_of(x)
-        # A graph that is being captured looks at everything, once, and at nothing that it would guard.
-        remembers = not own_ways and (way == DIRECT or not is_compiling())
+        remembers = not own_ways
+        if way != DIRECT and is_compiling():  # a graph that is being captured looks at everything, once, at no memory of it
+            remembers = False
         seen = self._seen if remembers else None
         weights = None if seen is None else seen.weights(self)
         if seen is not None and weights is not None:
@@ -291,14 +293,12 @@ class FusedBlock(nn.Module):
                 return out if _tail is None else out.relu()
             weights = [[parameter(*source) for source in sources] for sources in found.weights]
             choices, inplace = found.choices(), self._overwrites()
-        norm = None
+        options, norm = choices[0], None
         if _tail is not None:
-            inplace = inplace or _tail.inplace
+            options, inplace = choices[1], inplace or _tail.inplace
             norm = None if _tail.norm is None else affine_map(_tail.norm)
         try:
-            return global_context.with_lists(
-                x, weights, residual, valid, choices[_tail is not None], inplace=inplace, norm=norm, way=way
-            )
+            return global_context.with_lists(x, weights, residual, valid, options, inplace=inplace, norm=norm, way=way)
         except RuntimeError as error:
             if _tail is not None and norm is not None:  # so that an error says what it says without a tail
                 return self._with_tail(_tail.normed(x), _tail.behind_norm())

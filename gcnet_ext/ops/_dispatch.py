@@ -40,7 +40,7 @@ def way_of(x: Tensor, *others: Tensor | None) -> int:
     if not usual and not isinstance(x, Tensor):
         _checks.is_tensor(x)
     compiling = is_compiling()
-    plain = _switch.captured.choice if compiling else _switch.choice.get()
+    plain = _switch.latest if compiling or not _switch.was_turned else _switch.choice.get()
     if plain or _torch.inside_transform():
         return PLAIN
     recorded = compiling or _torch.is_tracing()

@@ -6,15 +6,16 @@ import contextlib
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
-from types import SimpleNamespace
 
 _at_first: bool | None = True if os.environ.get("GCNET_EXT_PLAIN", "0") == "1" else None
 choice: ContextVar[bool | None] = ContextVar("gcnet_ext.plain", default=_at_first)
 """True: plain PyTorch. False: compiled kernels, and operators of ours in what TorchScript and ONNX get, too. None: compiled
 kernels, but no operators of ours there."""
-captured = SimpleNamespace(choice=_at_first)
-"""The same for a graph that torch.compile or torch.export captures. torch.compile knows nothing of a ContextVar, but
-notices that a field has changed, and captures anew. All threads share the field: while one captures, no other may choose."""
+latest: bool | None = _at_first
+"""The choice that was made last, for a graph that torch.compile or torch.export captures. torch.compile knows nothing of a
+ContextVar, but notices that a variable has changed, and captures anew. All threads share it: while one captures, no other may
+choose. As long as nobody has turned the switch, every call reads it, which touches less memory than the ContextVar."""
+was_turned = False
 
 
 @contextlib.contextmanager
@@ -35,10 +36,12 @@ def plain(enabled: bool = True) -> Iterator[None]:
     """
     if not isinstance(enabled, bool):
         raise TypeError(f"enabled must be True or False, got {enabled!r}")
+    global latest, was_turned  # noqa: PLW0603 - a field of an object would be in one more line of the caches
+    was_turned = True
     before = choice.set(enabled)
-    captured.choice = enabled
+    latest = enabled
     try:
         yield
     finally:
         choice.reset(before)
-        captured.choice = choice.get()
+        latest = choice.get()

@@ -207,7 +207,7 @@ MUTANTS = (
     Mutant(
         "input-of-a-class-with-ways",
         "gcnet_ext/blocks/_fused.py",
-        "not usual and «has_own_ways(x, residual, valid)»\n",
+        "own_ways = «has_own_ways(x, residual, valid)»\n",
         "False",
         "The layers are not called for an x that looks at what is called.",
         (SUBCLASSES,),

@@ -29,7 +29,7 @@ MUTANTS = (
     Mutant(
         "switch-of-captures-left-on",
         "gcnet_ext/ops/_switch.py",
-        "        captured.choice = «choice.get()»",
+        "        latest = «choice.get()»",
         "enabled",
         "What is compiled or exported after gcnet_ext.plain() has no kernels.",
         (PLAIN,),
