@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import frames
 import measure
 import torch
 from candidates import FUSIONS, check, make_candidates
@@ -106,9 +107,11 @@ def show(rows: list[dict[str, Any]], measured: list[Measurement]) -> None:
     compare = Compare(measured)
     compare.trim_significant_figures()
     compare.print()
-    print("geometric means                  clones   times ours")
-    for name, figures in summary(rows).items():
-        print(f"  {name:<30} {figures['clones']:6.2f}   {figures['to_ours']:6.2f}   over {figures['rows']} rows")
+    shown = (
+        {"candidate": name, "clones": figures["clones"], "times ours": figures["to_ours"], "rows": figures["rows"]}
+        for name, figures in summary(rows).items()
+    )
+    print(frames.text("geometric means", shown))
 
 
 def main() -> None:

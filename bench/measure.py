@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import collect_env
 from torch.utils.benchmark import Measurement, TaskSpec, Timer
 
 import gcnet_ext
@@ -111,16 +112,6 @@ def saved_memory(call: Callable[[], Tensor], given: list[Tensor]) -> int:
     return sum(size for pointer, size in saved.items() if pointer not in own)
 
 
-def _processor() -> str:
-    with open("/proc/cpuinfo") as lines:
-        return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _second_level_cache() -> str | None:
-    size = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
-    return size.read_text().strip() if size.exists() else None
-
-
 def _git(*arguments: str) -> str:
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else ""
@@ -128,19 +119,27 @@ def _git(*arguments: str) -> str:
 
 def machine() -> dict[str, Any]:
     """Where, when and with what the figures were taken."""
+    found = collect_env.get_env_info()
     changed = " and changes" if _git("status", "--porcelain", "--untracked-files=no") else ""
+    of_processor = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in _lines(found.cpu_info))}
     return {
         "date": datetime.date.today().isoformat(),
-        "processor": _processor(),
+        "processor": of_processor.get("Model name", platform.machine()),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "second_level_cache": _second_level_cache(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "system": f"{platform.system()} {platform.release()}, {' '.join(platform.libc_ver())}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        "second_level_cache": of_processor.get("L2 cache"),
+        "gpu": found.nvidia_gpu_models,
+        "driver": found.nvidia_driver_version,
+        "system": f"{found.os}, {found.python_platform}",
+        "python": found.python_version,
+        "torch": found.torch_version,
+        "packages": _lines(found.pip_packages),
         "gcnet_ext": gcnet_ext.__version__,
         "revision": _git("rev-parse", "HEAD") + changed,
         "build": None if _load.compiled is None else _load.compiled.build_info(),
         "capability": None if _load.compiled is None else _load.compiled.cpu_capability(),
     }
+
+
+def _lines(text: str | None) -> list[str]:
+    return (text or "").splitlines()

@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Iterable
 from typing import Any
 
+import frames
 import measure
 import torch
 from candidates import make_candidates
@@ -43,11 +44,13 @@ def rows_of(shape: str, layout: str, compiled: Iterable[str] = ()) -> list[dict[
 
 
 def show(found: list[dict[str, Any]]) -> None:
-    print("memory in multiples of x                   candidate   infer peak   train peak   saved for backward")
-    for row in found:
-        figures = [row[key] / row["bytes_of_x"] for key in ("infer_peak", "train_peak", "saved")]
-        text = "   ".join(f"{figure:10.3f}" for figure in figures)
-        print(f"  {row['x']:>16} {row['layout']} {row['candidate']:>26}   {text}")
+    figures = {"infer peak": "infer_peak", "train peak": "train_peak", "saved for backward": "saved"}
+    shown = (
+        {key: row[key] for key in ("x", "layout", "candidate")}
+        | {name: row[key] / row["bytes_of_x"] for name, key in figures.items()}
+        for row in found
+    )
+    print(frames.text("memory in multiples of x", shown, decimals=3))
 
 
 def main() -> None:

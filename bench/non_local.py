@@ -11,6 +11,7 @@ import argparse
 import importlib
 from typing import Any
 
+import frames
 import measure
 import torch
 from global_context import feature_map, runs
@@ -58,12 +59,13 @@ def rows(rounds: int, quick: bool = False) -> list[dict[str, Any]]:
 
 
 def show(found: list[dict[str, Any]]) -> None:
-    print("non-local block                             us                peak of a training step, in x")
-    for row in found:
-        figures = (
-            f"{row['microseconds']:10.0f} +- {row['iqr_microseconds']:8.0f}   {row['train_peak'] / row['bytes_of_x']:6.1f}"
-        )
-        print(f"  {row['x']:>14} {row['mode']:<18} {row['direction']} {row['candidate']:<5} {figures}")
+    shown = (
+        {key: row[key] for key in ("x", "mode", "direction", "candidate")}
+        | {"us": row["microseconds"], "+-": row["iqr_microseconds"]}
+        | {"peak of a training step, in x": row["train_peak"] / row["bytes_of_x"]}
+        for row in found
+    )
+    print(frames.text("non-local block", shown, decimals=1))
 
 
 def main() -> None:

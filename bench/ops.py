@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import frames
 import measure
 import torch
 from global_context import DTYPES
@@ -62,7 +63,6 @@ def main() -> None:
         parser.error(f"OP must be one of {', '.join(OPS)}, got {', '.join(unknown)}")
     measure.keep_memory()
     torch.set_num_threads(arguments.threads)
-    print("clones   times ours")
     for name in arguments.ops or OPS:
         for shape in arguments.shapes.split(","):
             for layout in grid.LAYOUTS:
@@ -70,11 +70,12 @@ def main() -> None:
                 case = grid.Case(sizes, DTYPES[arguments.dtype], layout, hidden=max(1, sizes[1] // 16))
                 rows = rows_of(OPS[name], case, arguments.rounds)
                 ours = {row["direction"]: row["clones"] for row in rows if row["candidate"] == "ours"}
-                for row in rows:
-                    ratio = row["clones"] / ours[row["direction"]]
-                    print(
-                        f"{row['clones']:6.2f}   {ratio:10.2f}   {name} {shape} {layout} {row['direction']} {row['candidate']}"
-                    )
+                shown = (
+                    {key: row[key] for key in ("direction", "candidate", "clones")}
+                    | {"times ours": row["clones"] / ours[row["direction"]]}
+                    for row in rows
+                )
+                print(frames.text(f"{name} {shape} {layout}", shown))
 
 
 if __name__ == "__main__":

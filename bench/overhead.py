@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+import frames
 import measure
 import torch
 from candidates import make_candidates
@@ -47,10 +48,12 @@ def rows(rounds: int) -> list[dict[str, Any]]:
 
 
 def show(found: list[dict[str, Any]]) -> None:
-    print("overhead, us per call (an empty batch: an op that does nothing)")
-    for row in found:
-        figures = f"{row['microseconds']:8.1f} +- {row['iqr_microseconds']:.1f}"
-        print(f"  {row['x']:>12} {row['direction']} {row['candidate']:<16} {figures}")
+    title = "overhead, us per call (an empty batch: an op that does nothing)"
+    shown = (
+        {**{key: row[key] for key in ("x", "direction", "candidate")}, "us": row["microseconds"], "+-": row["iqr_microseconds"]}
+        for row in found
+    )
+    print(frames.text(title, shown, decimals=1))
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
+import frames
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -192,10 +193,12 @@ def detection() -> list[tuple[Row, int, float]]:
 
 
 def table(title: str, results: list[tuple[Row, int, float]]) -> str:
-    lines = [f"## {title}\n", "| | parameters | published | GFLOPs | published | |", "|---|---|---|---|---|---|"]
-    for row, count, giga in results:
-        lines.append(f"| {row.name} | {count:,} | {row.millions}M | {giga:.3f} | {row.giga or ''} | {row.note} |")
-    return "\n".join(lines)
+    cells = [
+        [row.name, f"{count:,}", f"{row.millions}M", f"{giga:.3f}", str(row.giga or ""), row.note]
+        for row, count, giga in results
+    ]
+    header = ["", "parameters", "published", "GFLOPs", "published GFLOPs", ""]
+    return f"## {title}\n\n{frames.markdown(header, cells)}"
 
 
 def main() -> None:

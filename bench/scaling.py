@@ -12,6 +12,7 @@ import json
 import math
 from typing import Any
 
+import frames
 import measure
 import torch
 from candidates import make_candidates
@@ -62,13 +63,14 @@ def rows(rounds: int, quick: bool = False) -> list[dict[str, Any]]:
 
 
 def show(found: list[dict[str, Any]]) -> None:
-    print("scaling, float32, both fusions      size        x layout      infer us  slope      train us  slope   infer/clone")
-    for row in found:
-        slopes = [f"{row.get(f'{d}_slope') or math.nan:6.2f}" for d in ("infer", "train")]
-        print(
-            f"  {row['axis']:<8}{row['size']:>10}  {row['x']:>16} {row['layout']}  {row['infer']:10.0f} {slopes[0]}"
-            f"    {row['train']:10.0f} {slopes[1]}   {row['infer'] / row['clone']:6.2f}"
-        )
+    shown = (
+        {key: row[key] for key in ("axis", "size", "x", "layout")}
+        | {"infer us": row["infer"], "infer slope": row.get("infer_slope")}
+        | {"train us": row["train"], "train slope": row.get("train_slope")}
+        | {"infer/clone": row["infer"] / row["clone"]}
+        for row in found
+    )
+    print(frames.text("scaling, float32, both fusions", shown))
 
 
 def main() -> None:

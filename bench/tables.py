@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import frames
 import global_context
 import plots
 
@@ -21,12 +22,6 @@ WHOLE_MODELS = ROOT / "bench" / "results" / "whole_models.json"
 BEGIN, END = "<!-- measured: written by bench/tables.py -->", "<!-- end of measured -->"
 GPU_BEGIN, GPU_END = "<!-- measured on a GPU: written by bench/tables.py -->", "<!-- end of measured on a GPU -->"
 CANDIDATES = ("ours", "eager", "compile", "rewrite")
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
-    lines.insert(1, "|" + "---|" * len(header))
-    return "\n".join(lines)
 
 
 def block(results: dict[str, Any]) -> str:
@@ -43,7 +38,7 @@ def block(results: dict[str, Any]) -> str:
     cells.append(
         ["**geometric mean**", *(f"**{means[f'{direction} {candidate}']['clones']:.2f}**" for direction, candidate in columns)]
     )
-    return _table(header, cells)
+    return frames.markdown(header, cells)
 
 
 def memory(results: dict[str, Any]) -> str:
@@ -53,7 +48,7 @@ def memory(results: dict[str, Any]) -> str:
         for row in rows
         if row["candidate"] in CANDIDATES
     ]
-    return _table(["x", "block", "infer: peak", "train: peak", "saved for backward"], cells)
+    return frames.markdown(["x", "block", "infer: peak", "train: peak", "saved for backward"], cells)
 
 
 def models(whole: dict[str, Any]) -> str:
@@ -71,7 +66,7 @@ def models(whole: dict[str, Any]) -> str:
         variants = (figures[(*found, variant)] for variant in ("peer", "ours", "ours and tail"))
         way = f"{direction}{', compiled' if compiled else ''}"
         cells.append([model, f"{images}, {layout}", way, *map(share, variants)])
-    return _table(["model", "images", "", "the peer's block", "ours", "ours, with the addition and the ReLU"], cells)
+    return frames.markdown(["model", "images", "", "the peer's block", "ours", "ours, with the addition and the ReLU"], cells)
 
 
 def text(results: dict[str, Any], whole: dict[str, Any]) -> str:
@@ -116,7 +111,7 @@ def gpu_text(results: dict[str, Any]) -> str:
             "`make gpu-check`, committed as [gpu_check.txt](../bench/results/h200/gpu_check.txt). Medians, in multiples of a "
             "device copy of x; replayed CUDA graphs, the second-level cache overwritten before every call; both fusions, ratio "
             "1/16.",
-            _table(["x", "copy, us", *directions], cells),
+            frames.markdown(["x", "copy, us", *directions], cells),
         ]
     )
 
@@ -136,7 +131,7 @@ def gains(results: dict[str, Any], gpu_results: dict[str, Any], whole: dict[str,
         return plots.gpu_ratios(gpu_results, direction)
 
     rewrite = "the fastest plain PyTorch that we found, in `torch.compile`"
-    table = _table(
+    table = frames.markdown(
         ["speed-up of one block", "range", "compared with", "measured"],
         [
             cells(to_eager("infer"), "eager PyTorch", "CPU, inference"),

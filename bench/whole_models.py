@@ -27,6 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import frames
 import measure
 import torch
 from peers import Eager
@@ -296,15 +297,14 @@ def rows(
 
 
 def show(found: list[dict[str, Any]]) -> None:
-    print("whole models                          direction variant          ms per batch   the blocks' share   of whole nets")
-    for row in found:
-        what = f"{row['model']} {row['images']} {row['layout']}{' compiled' if row['compiled'] else ''}"
-        share = "" if row["share"] is None else f"{row['share']:.1%}"
-        print(
-            f"  {what:<36}{row['direction']:<9} {row['variant']:<14} {row['milliseconds']:11.1f}   {share:>12}        "
-            f"{row['whole']:8.1%} +- {row['whole_interval']:.1%}",
-            flush=True,
-        )
+    shown = (
+        {key: row[key] for key in ("model", "images", "layout", "compiled", "direction", "variant")}
+        | {"ms per batch": row["milliseconds"]}
+        | {"the blocks' share": "" if row["share"] is None else f"{row['share']:.1%}"}
+        | {"of whole nets": f"{row['whole']:.1%} +- {row['whole_interval']:.1%}"}
+        for row in found
+    )
+    print(frames.text("whole models", shown, decimals=1))
 
 
 def main() -> None:
