@@ -1,4 +1,5 @@
-"""Draws the figures of docs/memory.md from the plans of the compiled library.
+"""Draws the figures of docs/memory.md from the plans of the compiled library, and from the order of tickets that the model of
+bench/gpu_tickets.py shares with the kernels.
 
 python docs/figures.py [--out docs]
 """
@@ -6,6 +7,7 @@ python docs/figures.py [--out docs]
 from __future__ import annotations
 
 import argparse
+import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,6 +23,11 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
 from gcnet_ext import _load
+from gcnet_ext._tuning import CudaTuning
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+import gpu_model
+import gpu_tickets
 
 BYTES = 4  # float32
 CACHE = 2 << 20  # bytes of the second-level cache of one core, of the modelled processor
@@ -222,7 +229,63 @@ def draw_order(path: Path) -> None:
     save(figure, path)
 
 
-FIGURES = {"cuts.png": draw_cuts, "parts.png": draw_parts, "order.png": draw_order}
+# ---- tickets.png: a launch for each stage, and one launch with tickets ------------------------------------------------------
+
+MAP = "64x256x56x56 float16 NCHW"
+MULTIPROCESSORS = 132
+
+
+class Reading(NamedTuple):
+    """What the first or the last stage reads of one sample: the MB that were read by any stage when it begins and ends."""
+
+    begin: float
+    end: float
+
+
+def readings(tickets: list[tuple[int, int]], stages: list[gpu_tickets.Stage]) -> dict[tuple[int, int], Reading]:
+    """Of each stage that reads a map, and each sample."""
+    found: dict[tuple[int, int], Reading] = {}
+    read = 0.0
+    for stage, sample in tickets:
+        if copied := stages[stage].copied:
+            begin = found[stage, sample].begin if (stage, sample) in found else read
+            read += copied
+            found[stage, sample] = Reading(begin, read)
+    return found
+
+
+def draw_tickets(path: Path) -> None:
+    shape, tuning = gpu_model.shape_of(MAP), CudaTuning(engine="tickets").numbers()
+    samples, middle = range(shape.samples), shape.samples // 2
+    figure, grid = plt.subplots(2, 2, figsize=(11, 5.6), layout="constrained", sharey=True)
+    for row, direction, maps in zip(grid, ("forward", "backward"), ("x", "x and g"), strict=True):
+        stages = gpu_tickets.stages(shape, direction, 1, MULTIPROCESSORS)
+        item = round(stages[0].copied * 1e6)
+        lag = _load.compiled.plan_cuda_lag(item * stages[0].items, shape.samples, item, tuning)
+        by_stage = [(k, sample) for k, stage in enumerate(stages) for sample in samples for _ in range(stage.items)]
+        orders = {"a launch for each stage": by_stage, "one launch": gpu_tickets.order(shape.samples, stages, lag)}
+        for axes, (name, tickets) in zip(row, orders.items(), strict=True):
+            found = readings(tickets, stages)
+            for (stage, sample), each in found.items():
+                color = DARK if stage == 0 else MISS
+                axes.add_patch(Rectangle((each.begin, sample), each.end - each.begin, 1, facecolor=color, linewidth=0))
+            first, last = found[0, middle], found[len(stages) - 1, middle]
+            arrow = {"arrowstyle": "->", "color": LINE, "lw": 1.5, "shrinkA": 0, "shrinkB": 0}
+            axes.annotate("", (last.begin, middle + 0.5), (first.end, middle + 0.5), arrowprops=arrow)
+            between = last.begin - first.end
+            axes.set_title(f"{direction}, {name}: {between:.0f} MB of {maps} are read in between", fontsize=9)
+            axes.set(xlim=(0, max(each.end for each in found.values())), ylim=(shape.samples, 0))
+            axes.tick_params(labelsize=8)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("sample", fontsize=9)
+    for axes in grid[1]:
+        axes.set_xlabel("MB read so far", fontsize=9)
+    title = f"{MAP}. Blue: the first stage reads a sample; orange: the last stage reads it again."
+    figure.suptitle(title, fontsize=10)
+    save(figure, path)
+
+
+FIGURES = {"cuts.png": draw_cuts, "parts.png": draw_parts, "order.png": draw_order, "tickets.png": draw_tickets}
 
 
 def save(figure: plt.Figure, path: Path) -> None:

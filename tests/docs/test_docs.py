@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import runpy
+import sys
 from typing import Any
 
 import grid
@@ -159,6 +160,7 @@ def test_the_figures_are_drawn(kernels, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     image = pytest.importorskip("PIL.Image")
     monkeypatch.setattr("sys.argv", ["figures.py", "--out", str(tmp_path)])
+    monkeypatch.setattr("sys.path", list(sys.path))  # the script adds bench to it
     runpy.run_path(str(DOCS / "figures.py"), run_name="__main__")
     drawn = {path.name for path in tmp_path.iterdir()}
     shown = {name for path in DOCS.glob("*.md") for name in re.findall(r"!\[[^\]]*\]\((\w+\.png)\)", path.read_text())}
