@@ -1,11 +1,12 @@
 """The Global Context block in multiples of x.clone(): ours beside what a user would run instead.
 
     python bench/global_context.py [--shapes 8x256x56x56,...] [--dtype bfloat16] [--fusion add|mul|both] [--rounds 11]
-                                   [--threads N] [--candidates "ours compiled,compile,rewrite"]
+                                   [--threads N] [--candidates "ours compiled,compile,rewrite,onnxruntime,openvino"]
 
 Candidates: ours; eager, the block as every Python implementation writes it; timm's and mmcv's modules, where installed; and by
 --candidates torch.compile of ours, of eager ("compile", "compile max-autotune") and of the same maths without a convolution,
-which compiles better ("rewrite"). Every result is compared with eager's in float64 before it is timed.
+which compiles better ("rewrite"), and, to infer in NCHW and float32, the engines of engines.py. Every result is compared with
+eager's in float64 before it is timed.
 
 A figure is the median of interleaved rounds, with the interquartile range. The floor is the bytes that a streaming block has to
 move: x read twice and the output written once forward, 5 (add alone: 4) times x backward; at the speed of x.clone(), which
@@ -23,6 +24,7 @@ import frames
 import measure
 import torch
 from candidates import FUSIONS, check, make_candidates
+from engines import ENGINES, Engine, make_engines
 from torch import Tensor, nn
 from torch.utils.benchmark import Compare, Measurement
 
@@ -61,17 +63,20 @@ def rows_of(
 ) -> tuple[list[dict[str, Any]], list[Measurement]]:
     """One row per direction and candidate, and the measurements behind them."""
     torch._dynamo.reset()
+    compiled = tuple(compiled)
     x = feature_map(shape, layout, DTYPES[dtype])
     planar = x.dim() == 4  # the peers take images alone
-    modules = make_candidates(x.shape[1], fusion, x.dtype, tuple(compiled) if planar else (), peers=planar)
+    modules = make_candidates(x.shape[1], fusion, x.dtype, compiled if planar else (), peers=planar)
     if not planar:
         del modules["eager"]
     else:
+        modules |= make_engines(modules["ours"], x, tuple(name for name in compiled if name in ENGINES))
         check(modules, x)
     leaf, grad = x.clone().requires_grad_(), torch.randn_like(x)
     rows, measured = [], []
     for direction in ("infer", "train"):
-        calls = {"clone": x.clone, **{name: runs(module, leaf, grad)[direction] for name, module in modules.items()}}
+        able = {name: module for name, module in modules.items() if direction == "infer" or not isinstance(module, Engine)}
+        calls = {"clone": x.clone, **{name: runs(module, leaf, grad)[direction] for name, module in able.items()}}
         timed = measure.interleaved(calls, rounds, f"{direction} {dtype}", f"{shape} {layout}")
         clone = timed["clone"].median
         measured += timed.values()
@@ -121,7 +126,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--candidates", default=",".join(COMPILED), help="of torch.compile, separated by commas; or nothing")
+    parser.add_argument("--candidates", default=",".join(COMPILED), help="compiled ones, separated by commas; or nothing")
     arguments = parser.parse_args()
     measure.keep_memory()
     torch.set_num_threads(arguments.threads)

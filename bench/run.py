@@ -26,10 +26,11 @@ import overhead
 import plots
 import scaling
 import torch
+from engines import ENGINES
 from tqdm import tqdm
 
 SECTIONS = ("block", "non_local", "overhead", "scaling", "memory", "gpu")
-COMPILED = ("ours compiled", "compile", "compile max-autotune", "rewrite")
+COMPILED = ("ours compiled", "compile", "compile max-autotune", "rewrite", *ENGINES)
 # ResNet-50 at 224 in batches of 1, 8 and 64, at 800x1333 (c3 to c5), the first convolution's output, and video
 SHAPES = (
     *global_context.SHAPES,

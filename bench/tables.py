@@ -14,6 +14,7 @@ from typing import Any
 import frames
 import global_context
 import plots
+from engines import ENGINES
 
 ROOT = Path(__file__).resolve().parent.parent
 README, BENCHMARKS, RESULTS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "bench" / "results" / "cpu.json"
@@ -27,18 +28,22 @@ CANDIDATES = ("ours", "eager", "compile", "rewrite")
 def block(results: dict[str, Any]) -> str:
     rows = [row for row in results["block"] if row["x"] in global_context.SHAPES and row["dtype"] == "float32"]
     figures = {(row["x"], row["layout"], row["direction"], row["candidate"]): row for row in rows}
-    columns = [(direction, candidate) for direction in ("infer", "train") for candidate in CANDIDATES]
+    engines = [name for name in ENGINES if any(key[3] == name for key in figures)]
+    columns = [*(("infer", name) for name in (*CANDIDATES, *engines)), *(("train", name) for name in CANDIDATES)]
     header = ["x", *(f"{direction}: {candidate}" for direction, candidate in columns)]
     cells = []
     for x, layout in dict.fromkeys((row["x"], row["layout"]) for row in rows):
-        found = [figures[x, layout, direction, candidate] for direction, candidate in columns]
-        spread = [f"{row['clones']:.1f} ± {row['clones'] * row['iqr_microseconds'] / row['microseconds']:.1f}" for row in found]
-        cells.append([f"{x} {layout}", *spread])
+        found = [figures.get((x, layout, *column)) for column in columns]
+        cells.append([f"{x} {layout}", *("" if row is None else _clones(row) for row in found)])
     means = global_context.summary(rows)
     cells.append(
         ["**geometric mean**", *(f"**{means[f'{direction} {candidate}']['clones']:.2f}**" for direction, candidate in columns)]
     )
     return frames.markdown(header, cells)
+
+
+def _clones(row: dict[str, Any]) -> str:
+    return f"{row['clones']:.1f} ± {row['clones'] * row['iqr_microseconds'] / row['microseconds']:.1f}"
 
 
 def memory(results: dict[str, Any]) -> str:

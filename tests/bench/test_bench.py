@@ -103,6 +103,21 @@ def test_candidates_share_their_weights():
     assert set(candidates.check(modules, x)) >= {"ours", "eager", "rewrite", "compile", "ours compiled"}
 
 
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_an_engine_computes_the_block(name):
+    """For any x of its shape. It is timed to infer, and only in float32 and NCHW."""
+    pytest.importorskip(name)
+    candidates, engines, x = module("candidates"), module("engines"), torch.randn(2, 32, 5, 5)
+    modules = candidates.make_candidates(32, "both", torch.float32)
+    modules |= engines.make_engines(modules["ours"], x, (name,))
+    assert candidates.check(modules, x)[name] < 1e-5
+    assert candidates.check(modules, torch.randn(2, 32, 5, 5))[name] < 1e-5
+    for other in (x.double(), x.contiguous(memory_format=torch.channels_last)):
+        assert engines.make_engines(modules["ours"], other, (name,)) == {}
+    rows, _ = module("global_context").rows_of("2x32x5x5", "NCHW", "float32", compiled=(name,), rounds=2)
+    assert [row["direction"] for row in rows if row["candidate"] == name] == ["infer"]
+
+
 @pytest.mark.parametrize("layout", grid.LAYOUTS)
 @pytest.mark.parametrize("op", OPS)
 def test_rows_of_an_op(op, layout):
