@@ -32,13 +32,13 @@ class WithTail(nn.Module):
     """The first base of such a residual block's class."""
 
     _former: type[nn.Module]
-    """The class whose forward computes the block where something stands between; another base, or a base of one."""
+    """The class whose forward computes the block where something stands between: another base of this one, or a base of one."""
     _forward: Any
     """The forward of the former class when this one was made."""
     _block = "context_block"
     """The name of the last block."""
     _before_the_block: tuple[str, ...]
-    """The names of the layers whose output it gets, the last one first; one may be missing."""
+    """The names of the layers in front of the last block, the nearest first. One that is missing or an Identity is skipped."""
     _activation = "relu"
     _adds_in_place = True
     """Whether the former forward writes ``out += shortcut``, and not ``out + shortcut``."""
@@ -99,7 +99,7 @@ class WithTail(nn.Module):
 
     def _may_overwrite(self, out: Tensor, shortcut: Tensor, x: Tensor) -> bool:
         """Whether nobody but the last block will read out, which the layers before it have returned."""
-        if torch.is_grad_enabled() or is_compiling() or not nobody_watches():
+        if torch.is_grad_enabled() or not (is_compiling() or nobody_watches()) or torch.compiler.is_exporting():
             return False
         named = children(self)
         layers = (named.get(name) for name in self._before_the_block)

@@ -108,8 +108,8 @@ def with_lists(
     """`global_context` with the lists of the operator, each complete: of the mask, of the scale and of the shift.
 
     Only x may be of a class with ways of its own. If nothing requires a gradient, nothing is saved for backward. With a norm,
-    x_scale and x_shift of csrc/ops.cpp, x is on the CPU and nothing may require a gradient. The way is that of x, where the
-    caller has asked for it.
+    x_scale and x_shift of csrc/ops.cpp, x is on the CPU and nothing may require a gradient. way is what
+    way_of(x) returned, where the caller has called it.
     """
     if _torch.any_autocast():
         weights = [beside(x, *tensors) for tensors in weights]
@@ -363,7 +363,7 @@ class _GlobalContext(torch.autograd.Function):
 
 
 class _GlobalContextOutput(_GlobalContext):
-    """Returns the output alone: autograd need not know of the other results, which takes 4 us."""
+    """Returns the output alone: to wrap the other results for autograd would take 4 us."""
 
     @staticmethod
     def forward(ctx, options, *tensors):
@@ -411,7 +411,7 @@ _dispatch.register(
     plain=block,
     any_layout=True,
 )
-_dispatch.register("global_context_", Arguments, check=_check_in_place, shapes=lambda _: None, flops=_flops)
+_dispatch.register("global_context_", Arguments, check=_check_in_place, shapes=lambda _: None, flops=_flops, any_layout=True)
 _dispatch.register(
     "normed_global_context_inference",
     NormedArguments,
@@ -428,6 +428,7 @@ _dispatch.register(
     check=_check_normed_in_place,
     shapes=lambda _: None,
     flops=lambda call: _flops(call.block()),
+    any_layout=True,
 )
 _dispatch.register(
     "global_context_backward", BackwardArguments, check=_check_backward, shapes=_gradient_shapes, flops=_backward_flops

@@ -6,12 +6,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import pickle
+import re
 
 import imitations
 import pytest
 import torch
 from networks import X, randomise, residual
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 
 import gcnet_ext
 from gcnet_ext import GlobalContextBlock, insert_blocks, replace_blocks, to_plain
@@ -290,6 +292,22 @@ def test_a_result_that_nobody_else_has_is_overwritten(kind, name):
         setattr(block, norm, nn.SyncBatchNorm(16).eval())
         assert overwrites(block)
     assert not overwrites(block), "a backward pass would need what was there"
+
+
+@pytest.mark.parametrize("case", ["gc in BasicBlock", "eca in Bottleneck", "timm Bottleneck with se"])
+def test_a_compiled_network_overwrites_it_too(kernels, case, fresh_dynamo):
+    """There is no copy, because nobody reads it again; what a program that is exported gets knows no such operator."""
+    before, after = (block.eval() for block in blocks_of(case))
+    with torch.no_grad():
+        want = before(X)
+        compiled, codes = run_and_get_code(torch.compile(after, fullgraph=True), X.clone())
+        assert torch.allclose(compiled, want, rtol=1e-4, atol=1e-5)
+        program = torch.export.export(after, (X,))
+        assert torch.allclose(program.module()(X), want, rtol=1e-4, atol=1e-5)
+    overwriting = re.compile(r"(global_context|channel_fuse)_\.default")
+    assert any(overwriting.search(code) for code in codes)
+    assert not any("clone" in code for code in codes)
+    assert not any(overwriting.search(str(node.target)) for node in program.graph.nodes)
 
 
 NORMS = {"its own": Frozen, "derived": lambda: Scaled(16), "in a container": lambda: nn.Sequential(nn.BatchNorm2d(16))}

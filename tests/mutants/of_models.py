@@ -307,7 +307,7 @@ MUTANTS = (
     Mutant(
         "tail-never-overwrites",
         "gcnet_ext/models/tail.py",
-        "if «torch.is_grad_enabled()» or is_compiling() or not",
+        "if «torch.is_grad_enabled()» or not (is_compiling() or nobody_watches()) or torch.compiler",
         "True",
         "Inference takes more memory than it needs.",
         (TAIL,),
