@@ -57,16 +57,17 @@ test: $(BUILT)
 test-all: $(BUILT)
 	$(PYTEST) $(if $(BRIEF),--brief-with-slow) $(ARGS)
 
-# In brief without the package of the operators, which tests/building/test_cmake.py builds and installs, too.
+# With BRIEF=1 only tests/native is configured; tests/building/test_cmake.py builds and installs the library for C++ programs.
 NATIVE := build/native$(if $(BRIEF),-brief)
 test-native: $(BUILT)
 	$(VENV)/bin/cmake -S $(if $(BRIEF),tests/native,.) -B $(NATIVE) -G Ninja -DGCNET_EXT_BRIEF=$(if $(BRIEF),ON,OFF)
 	$(VENV)/bin/cmake --build $(NATIVE)
 	$(VENV)/bin/ctest --test-dir $(NATIVE) --output-on-failure -j 2 $(ARGS)
 
-# The suite on that torch, but for what does not depend on it, as the files ELSEWHERE. What stands beside torch and other libraries is
-# TESTED in full, and of the rest some of every kind, because the same kernels compute there; then the stable ABI at work: the CPU
-# library that was built there on the torch of .venv, and wheels of either on the other. In brief it is some of every kind of all.
+# Runs the tests on the torch of CUDA_TORCH. The files ELSEWHERE are left out, because their result does not depend on torch. The
+# folders TESTED run in full, because they use torch or other libraries directly; of the others some tests of every kind run, because
+# they use the same kernels. Then the stable ABI is tested: the CPU library that was built here on the torch of .venv, and the wheels of
+# either torch on the other. With BRIEF=1 only SOME_OF runs, some tests of every kind.
 TESTED := models kernels building integration
 SOME_OF := $(addprefix tests/,models bench/test_zoo.py kernels integration blocks ops docs)
 ELSEWHERE := accuracy bench build capabilities docs endurance gpu_check cmake packaging paper_costs security types large *_emulated

@@ -113,7 +113,7 @@ inline constexpr char kGlobalContextInPlace[] = "global_context_";
 inline constexpr char kGlobalContextBackward[] = "global_context_backward";
 
 // A forward operator with the arguments of its schema, for TORCH_BOX: body gets them by name, checked, and may release them.
-// More: of x_scale and x_shift, where the operator has them.
+// More are the classes of x_scale and x_shift, where the operator has them.
 template <const char* op, auto body, typename... More>
 auto forward(Tensor& x, TensorList& mask, TensorList& scale, TensorList& shift, OptionalTensor& residual, OptionalTensor& valid,
              std::optional<double> norm_eps, int64_t activation, double slope, std::optional<std::vector<double>>& hard_gate,

@@ -71,7 +71,8 @@ using Decisions = std::array<int64_t, sizeof(gcnet_ext::CudaTuning) / sizeof(int
 py::dict plan(const std::string& device, int64_t channels, int64_t positions, int64_t element_size, bool channels_last,
               bool aligned, const Decisions& tuning) {
   if (channels < 1 || positions < 1 || element_size < 1) {
-    throw py::value_error("channels, positions and element_size must be at least 1");
+    throw py::value_error("channels, positions and element_size must be at least 1, got " + std::to_string(channels) + ", " +
+                          std::to_string(positions) + " and " + std::to_string(element_size));
   }
   if (device == "cpu") return plan_cpu(channels, positions, element_size, channels_last);
   if (device == "cuda")
@@ -98,8 +99,9 @@ PYBIND11_MODULE(_C, m) {
   static PyMethodDef class_version{"class_version", &gcnet_ext::class_version, METH_O,
                                    "A number that changes with the attributes of a class and its bases, or 0."};
   m.add_object("class_version", py::reinterpret_steal<py::object>(PyCFunction_New(&class_version, nullptr)));
-  static PyMethodDef unchanged{"unchanged", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&gcnet_ext::unchanged)),
-                               METH_FASTCALL, "Fields of objects, if those and others are what they were; else None."};
+  static PyMethodDef unchanged{
+      "unchanged", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&gcnet_ext::unchanged)), METH_FASTCALL,
+      "The fields of objects that are asked for, if none of what was recorded has changed; else None."};
   m.add_object("unchanged", py::reinterpret_steal<py::object>(PyCFunction_New(&unchanged, nullptr)));
   m.def("past_caches", &gcnet_ext::plan_cpu_non_temporal,
         "Whether the CPU kernels write an output past the caches, in a call that goes through maps of so many bytes.",

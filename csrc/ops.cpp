@@ -64,8 +64,8 @@ STABLE_TORCH_LIBRARY(gcnet_ext, m) {
   m.def(
       "global_context_(Tensor(a!) x, Tensor?[] mask, Tensor?[] scale, Tensor?[] shift, Tensor? residual, Tensor? valid, "
       "float? norm_eps, int activation, float slope, float[]? hard_gate, int final_activation) -> ()");
-  // These two with x * x_scale + x_shift, which nobody computes, in the place of x. They are operators of their own because each
-  // argument costs every call. On the CPU only.
+  // These two compute the block of x * x_scale + x_shift, without writing that to memory. They are operators of their own because
+  // every argument takes time in every call. They exist on the CPU only.
   m.def(
       "normed_global_context_inference(Tensor x, Tensor?[] mask, Tensor?[] scale, Tensor?[] shift, Tensor? residual, "
       "Tensor? valid, float? norm_eps, int activation, float slope, float[]? hard_gate, int final_activation, Tensor x_scale, "

@@ -67,7 +67,8 @@ CudaPoolPlan plan_cuda_pool(const CudaShape& shape, const CudaTuning& tuning) {
       plan.vector = vector;
       plan.threads = static_cast<int>(groups * warps * 32);
       plan.tile_positions = groups * kCudaPositionsPerWarp;
-      // A block that reads less is not worth its start and end; an item, whose start is on its way with the others, less so.
+      // A block that reads less is not worth its start and end. An item may be smaller, because it is copied while its block still
+      // works on the item before it.
       constexpr int64_t kLeastBytes = 64 << 10, kLeastItemBytes = 32 << 10;
       const int64_t tile_bytes = plan.tile_positions * shape.channels * shape.element_size;
       least_tiles = items ? std::max<int64_t>(1, kLeastItemBytes / tile_bytes) : ceil_div(kLeastBytes, tile_bytes);
@@ -116,6 +117,7 @@ int plan_cuda_cluster(int64_t channels, const CudaPoolPlan& plan, const CudaTuni
 }
 
 int64_t plan_cuda_lag(int64_t sample_bytes, int64_t samples, int64_t item_bytes, const CudaTuning& tuning) {
+  // A batch of at most kWhole bytes stays in the second-level cache. Of others, 20 MB do, or 8 MB where a sample is large.
   constexpr int64_t kMega = 1'000'000, kWhole = 25 * kMega, kLarge = 17 * kMega;
   if (tuning.lag) return std::max<int64_t>(tuning.lag, 0);
   const int64_t items = samples * ceil_div(sample_bytes, item_bytes);
@@ -212,8 +214,8 @@ CudaSumsItems plan_cuda_sums_items(const CudaShape& shape, const CudaTuning& tun
     piece = cut.rows * kCudaSweepUnroll;
     least_pieces = 2;  // a split with fewer is not worth its partial sums
   } else {
-    // Few lanes leave the fewest of them without an access at the end of a row, and many give one sample more items. Both are
-    // counted in pieces: those that a block does for one sample, and the share of a block in all of the sample's.
+    // With few lanes, the fewest of them have no access at the end of a row. With many, a sample has more items for blocks to share.
+    // So the sum of two numbers of pieces is least: what one block does for a sample, and its share of all of the sample's.
     double least = 0;
     for (int lanes = 2; lanes <= kCudaSweepThreads; lanes *= 2) {
       const int rows = kCudaSweepThreads / lanes;

@@ -1,7 +1,8 @@
 // How the CUDA kernels cut their work. These are pure functions of one sample's shape, the dtype, the layout and the alignment,
 // and never of the batch or the GPU, so that a sample gives the same bits in any batch and on any GPU of the same architecture.
-// Only the number of pieces that a block does one after the other (plan_cuda_pieces) depends on the batch and the GPU. There is
-// no torch and no CUDA in here; Python sees the plans as gcnet_ext._C.plan(...).
+// Three functions also look at the batch, or at how many blocks run at a time: plan_cuda_pieces, plan_cuda_samples_together and
+// plan_cuda_lag. They decide when and by which block work is done, on which no bit of a result depends. There is no torch and no
+// CUDA in here; Python sees the plans as gcnet_ext._C.plan(...).
 #pragma once
 
 #include <array>
@@ -18,14 +19,15 @@ struct CudaTuning {
   int64_t splits;       // the most blocks that share a sample's pool or its channels_last sums
   int64_t row_lanes;    // lanes per row of the sums of an NCHW map, a power of two
   int64_t transform;    // 1: in the last block of a sample, if its shared memory is enough; 2: in launches of its own
-  // 2: maps are walked by items (csrc/cuda/items.cuh), and the transform runs in stages that many blocks share
-  // (plan_cuda_transform_slices), where these fit. 3: and one launch does all stages of a direction (csrc/cuda/tickets.cuh),
-  // where that fits.
+  // 1, the first engine, "v1" in Python: a block has one split of a sample, and the last block of a sample merges the splits. 0
+  // is the same today. 2, the second engine, "v2": blocks walk maps by items (csrc/cuda/items.cuh), and the transform runs in
+  // stages that many blocks share (plan_cuda_transform_slices), where these fit. 3, "tickets": as 2, but one launch does all
+  // stages of a direction (csrc/cuda/tickets.cuh), where that fits.
   int64_t engine;
   // Of engine 3: how many items of its first stage the last stage of a sample stays behind, -1 for none.
   int64_t lag;
   int64_t cluster;  // of engine 3: the most blocks that share a tile, 1 or 2
-  int64_t hints;    // of engine 3: 1: the caches keep what is not needed again like everything else
+  int64_t hints;    // of engine 3: 1 if the kernels do not tell the caches what is not needed again
 
   constexpr bool by_items() const { return engine >= 2; }
   constexpr bool by_tickets() const { return engine == 3; }
@@ -90,14 +92,14 @@ int plan_cuda_cluster(int64_t channels, const CudaPoolPlan& plan, const CudaTuni
 inline constexpr int64_t kCudaTicketChannels = 1024;  // the kernel of a larger tile does not find enough registers
 
 // How many items of its first stage the last stage of a sample stays behind in a ticketed launch, in addition to a sample: few
-// enough for the second-level cache to have what both of them read. These are the bytes of a sample, and of an item of the first
-// stage, of all maps that both read.
+// enough for the second-level cache to have what both of them read. sample_bytes are, of one sample, those of the maps that both
+// the first and the last stage read; item_bytes are the same of an item of the first stage.
 int64_t plan_cuda_lag(int64_t sample_bytes, int64_t samples, int64_t item_bytes, const CudaTuning& tuning);
 
 // How an NCHW sample whose rows lie one behind the other is cut into pieces of whole rows for the stages of
 // csrc/cuda/flat_rows.cuh. Every piece begins at a multiple of 16 bytes from the start of the sample.
 struct CudaFlatCut {
-  int64_t rows, pieces;  // of a piece (the last one may have fewer); of a sample
+  int64_t rows, pieces;  // the rows of a piece (the last one may have fewer); the pieces of a sample
   int unit_rows;         // after so many rows, the accesses of 16 bytes begin with a row again
   int row_vector;        // the elements of the widest access, of at most 16 bytes, that the start of every row allows
   int lanes;             // of a row, in sums over its positions: kCudaFlatFewLanes or kCudaFlatManyLanes
@@ -166,7 +168,7 @@ bool plan_cuda_tail(int64_t channels, int64_t units, int64_t weight_bytes, int64
 
 // How the channels are cut for the stages of transform_split.cuh: a block multiplies with the weights of one slice of them.
 struct CudaTransformSlices {
-  int64_t channels, slices;  // of a slice, a multiple of 64 (the last one may have fewer); of a sample
+  int64_t channels, slices;  // the channels of a slice, a multiple of 64 (the last one may have fewer); the slices of a sample
 };
 inline constexpr int64_t kCudaMostSliceChannels = 256, kCudaMostSplitUnits = 512;
 CudaTransformSlices plan_cuda_transform_slices(int64_t channels);

@@ -18,7 +18,9 @@ auto dispatch(ScalarType dtype, const Body& body) {
     case ScalarType::Float: return body(float{});
     case ScalarType::Half: return body(c10::Half{});
     case ScalarType::BFloat16: return body(c10::BFloat16{});
-    default: throw std::runtime_error("gcnet_ext: there are no kernels for this dtype");
+    default:
+      throw std::runtime_error("gcnet_ext: a tensor must have dtype float16, bfloat16, float32 or float64, got number " +
+                               std::to_string(static_cast<int>(dtype)) + " of torch's");
   }
 }
 

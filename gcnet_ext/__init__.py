@@ -1,4 +1,4 @@
-"""Compiled kernels for the Global Context block of GCNet: forward and backward, on CPU and GPU."""
+"""Compiled kernels for squeeze-excitation, the Global Context block and their family: forward, backward, on CPU and GPU."""
 
 from ._version import __version__
 from .blocks import (

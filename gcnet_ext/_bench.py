@@ -113,7 +113,7 @@ def model_pairs(name: str, shape: tuple[int, ...] | None, device: torch.device) 
 
 
 def timed(call: Call, times: int, device: torch.device) -> float:
-    """Seconds of one call, of so many in a row."""
+    """Seconds of one call, measured over so many calls in a row."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()

@@ -1,6 +1,7 @@
 """What is compiled, and how: the one place that setup.py, the JIT loader and CMakeLists.txt ask.
 
-Only the standard library is used, so that setup.py and CMake can run this file without importing the package.
+To load this file takes only the standard library, so that setup.py and CMake can run it without importing the package. What
+decides about CUDA imports torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a thread decides in the place of the CUDA plan functions, so that one build can be compared with itself on a GPU.
+"""Lets a thread override decisions of the CUDA plan functions, so that one build can be compared with itself on a GPU.
 
     with cuda_tuning(CudaTuning(splits=32)):
         out = block(x)
@@ -38,7 +38,7 @@ class CudaTuning:
             others right and faster.
         lag: with tickets, how many items of its first stage the last stage of a sample stays behind; -1 for none.
         cluster: with tickets, the most blocks that share a tile, 1 or 2; 2 needs sm_90 or sm_100.
-        hints: with tickets, 1: the caches keep what is not needed again like everything else.
+        hints: with tickets, 1 if the kernels do not tell the caches what is not needed again.
 
     Raises:
         ValueError: a decision is none of these.

@@ -20,7 +20,7 @@ void average_samples(const Map<const scalar_t>& x, const Valid& valid, Matrix<ac
   divide_by_count(valid, context);
 }
 
-// dx = g*scale + dctx over the number of positions that count, at those positions, and g*scale elsewhere.
+// dx = g*scale + dctx / count at the positions that count, of which there are `count`, and g*scale elsewhere.
 template <typename scalar_t>
 void average_backward_samples(const Map<const scalar_t>& grad, Matrix<const acc_t<scalar_t>> scale,
                               Matrix<acc_t<scalar_t>> grad_context, const Valid& valid, const Map<scalar_t>& grad_x) {

@@ -1,8 +1,9 @@
 // global_context on the CPU: the whole block, one call per direction.
 //
 //   forward    ctx = attention pool of x;  t = transform(ctx) per branch;  out = act(x*gate(t_scale) + t_shift + residual)
-//   backward   g through act;  ga = sum_p g, gs = sum_p g*x;  dctx through the branches;  dx = g*gate + the pool's gradient
+//   backward   g through act;  dt_shift = sum_p g, ds = sum_p g*x;  dctx through the branches;  dx = g*gate + the pool's gradient
 //
+// g is the gradient of the output, ds that of the scale gate(t_scale), dctx that of the context (docs/backward.md).
 // The samples are worked on in groups that stay in the caches between the steps, so that x comes from memory once.
 #include "attention_pool.h"
 #include "input_norm.h"
@@ -22,7 +23,7 @@ int64_t weight_bytes(const std::optional<BranchPass<acc>>& scale, const std::opt
   return (scale ? scale->weight_bytes() : 0) + (shift ? shift->weight_bytes() : 0);
 }
 
-// x and out are native; out may be x. Nothing is kept without `saved`, with which x has no norm.
+// x and out are native; out may be x. Where `saved` is null, nothing is kept for backward. Where it is given, x has no norm.
 void forward_into(const Tensor& x, Arguments& call, const Tensor& out, const Saved* saved) {
   const int64_t samples = x.size(0), channels = x.size(1), attended = call.mask.weight ? positions(x) : 0;
   const int64_t scale_units = call.scale.units(), shift_units = call.shift.units();

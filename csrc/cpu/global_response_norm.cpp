@@ -1,12 +1,12 @@
 // global_response_norm on the CPU, and its gradients.
 //
-//   G_c = sqrt(sum_p x_cp^2)    N_c = G_c / (mean_c G + eps)    out_cp = x_cp (1 + gamma_c N_c) + beta_c
+//   G_c = sqrt(sum_p x_cp^2)    R_c = G_c / (mean_c G + eps)    out_cp = x_cp (1 + gamma_c R_c) + beta_c
 //
 // x is read twice: for G, and for out. With A_c = sum_p g_cp x_cp and the divisor D = mean_c G + eps, backward reads g and x
 // twice each:
 //
-//   dgamma_c = sum_n A_c N_c    dbeta_c = sum_np g_cp    dG_c = (gamma_c A_c - mean_k (gamma_k A_k N_k)) / D
-//   dx_cp = g_cp (1 + gamma_c N_c) + x_cp dG_c / G_c,    where the last term is 0 if G_c is
+//   dgamma_c = sum_n A_c R_c    dbeta_c = sum_np g_cp    dG_c = (gamma_c A_c - mean_k (gamma_k A_k R_k)) / D
+//   dx_cp = g_cp (1 + gamma_c R_c) + x_cp dG_c / G_c,    where the last term is 0 if G_c is
 #include "channel_fuse.h"
 
 #include <cmath>

@@ -1,5 +1,5 @@
 // A norm in front of the block: an affine map of each channel, y = a x + b, as a BatchNorm in evaluation is. The block of y is
-// computed from x, and nobody computes y:
+// computed from x, and y is never written to memory:
 //
 //   w.y_p = (w a).x_p + w.b, where the softmax takes the last term away;    context of y = a (context of x) + b;
 //   y s + t = x (a s) + (b s + t).

@@ -3,13 +3,16 @@
 //   logit_p = w . x_p + b      m = softmax_p(logit)      context_c = sum_p m_p x_cp
 //
 // The positions of a sample are cut into tiles, which are dealt to the splits in turn, so that blocks that run together read
-// neighbouring memory. A block has one split and goes through its tiles once, with a running softmax:
+// neighbouring memory. A block goes through the tiles of a split with a running softmax:
 //
 //   weighted_c = sum_p exp(logit_p - maximum) x_cp      of the tiles so far
 //
-// is multiplied with exp(old - new maximum) when a tile raises the maximum. The last block of a sample to finish merges the
-// splits in their order and turns the logits into the attention m; where the weights of the transform are small, it computes
-// that, too.
+// is multiplied with exp(old - new maximum) when a tile raises the maximum. Then the splits are merged in their order, and the
+// logits become the attention m.
+//
+// There are six ways through x (CudaPoolPath). With rows, positions and streamed a block has one split, and the last block of a
+// sample to finish merges the splits; where the weights of the transform are small, it computes that, too. With row_items and
+// position_items a block takes many splits one after another, and a later launch merges them. flat has no splits.
 //
 // Without a weight the pool averages: context_c = sum_p x_cp / P.
 #pragma once

@@ -6,8 +6,8 @@
 //   dw_c = sum_p dl_p (x_cp - context_c)
 //
 // with the attention m. Over a sample, dl adds up to zero but for its rounding errors, and the context in dw keeps these from
-// being multiplied with the part that all x_cp have in common. Splits, tiles and the three ways through x are those of
-// attention_pool.cuh; g and x are read once and dx is written once. Each split leaves its part of dw, for
+// being multiplied with the part that all x_cp have in common. Splits, tiles and the ways through x are those of
+// attention_pool.cuh; all but streamed and flat read g and x once. dx is written once. Each split leaves its part of dw, for
 // parameter_gradients.cuh to add up.
 //
 // The average without a weight has dx_cp = g_cp s_c + dctx_c / P.

@@ -118,7 +118,7 @@ __device__ __forceinline__ void put_grad_x(const FlatMap<T>& grad_x, bool has_gr
   }
 }
 
-// The last piece is the first, because the caches have most of what the launch before this one has read last.
+// A block goes from its last piece to its first, because the caches have most of what the previous launch read last.
 template <typename T>
 __global__ void __launch_bounds__(kFlatThreads, kFlatBlocks)
     attention_pool_backward_flat(PoolBackwardParams<T> params, PoolBackwardFlatMaps<T> maps, const float* partial,

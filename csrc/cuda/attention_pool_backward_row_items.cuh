@@ -24,7 +24,8 @@ struct PoolBackwardTileShared {
   A dots[Shape::warps];
 };
 
-// The work on a tile. kOnce: nobody needs the maps again in this launch, which the caches are told; otherwise these decide.
+// The work on a tile. kOnce: nobody needs the maps again in this launch, and the accesses tell the caches so. Without it the
+// caches decide by themselves.
 template <typename T, typename Shape, int kCluster = 1, bool kOnce = false>
 class PoolBackwardRows {
   using A = acc_t<T>;

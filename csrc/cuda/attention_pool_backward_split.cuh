@@ -21,10 +21,11 @@ struct PoolBackwardParams {
   int64_t first_sample = 0;         // of this launch
   unsigned splits = 0;              // of a sample
   bool next_is_early = false;       // whether launch_early() starts the next launch
-  Valid<T> valid;                   // of the paths streamed, row_items and position_items
-  // The bits of a final ReLU, by which grad is masked: where the bit is 0, g counts as 0. Of row_items and position_items alone.
+  Valid<T> valid;                   // of the paths streamed, row_items, position_items and flat
+  // The bits of a final ReLU, by which grad is masked: where the bit is 0, g counts as 0. Only row_items and position_items read
+  // these and the two below.
   const uint8_t* positive = nullptr;
-  // Whether launch_early() may start this launch, and whether grad is written by the same call. Of those two paths as well.
+  // Whether launch_early() may start this launch, and whether grad is written by the same call.
   bool early = false, grad_is_new = false;
   bool hints = false;  // whether a ticketed launch tells the caches to forget x and grad first
 };

@@ -62,7 +62,7 @@ __device__ __forceinline__ void write_attention(const PoolParams<T>& params, con
     attention[p] = !params.valid.data || shared.counts[p] ? shared.exponentials[p] * inverse : 0.f;
 }
 
-// The last piece is the first, because the caches have most of what the launch before this one has read last.
+// A block goes from its last piece to its first, because the caches have most of what the previous launch read last.
 template <typename T>
 __global__ void __launch_bounds__(kFlatThreads, kFlatBlocks)
     attention_pool_flat(PoolParams<T> params, FlatMap<const T> x, FlatPieces pieces) {

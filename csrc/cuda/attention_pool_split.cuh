@@ -22,10 +22,10 @@ struct PoolParams {
   A* context = nullptr;       // [N, C]
   A* attention = nullptr;     // [N, P]; holds the logits until the sample is merged; null where nobody needs it
   A* partial = nullptr;       // [N, splits, C + 2]: weighted, maximum and sum of every split
-  // [N], zero before the launch: the splits that are done. Null if no block of the pool merges them, but transform_split.cuh
-  // does; then nothing turns the logits into the attention either.
+  // [N], zero before the launch: how many splits of each sample are done. It is null where no block of the pool merges them: a
+  // later launch does (transform_split.cuh or attention_pool_merge.cuh), or the path `flat` leaves none.
   unsigned* arrived = nullptr;
-  bool merged_later = false;
+  bool merged_later = false;     // whether transform_split.cuh merges the splits; the next launch may then start early
   int64_t first_sample = 0;      // of this launch
   unsigned splits = 0;           // of a sample
   TransformParams<T> transform;  // where transform.in_tail, the last block of a sample computes it
@@ -73,7 +73,8 @@ struct MergedSoftmax {
   A reference, inverse;
 };
 
-// What a warp finds from the maxima and sums that the splits of a sample left, at maximum and maximum + 1 of each row.
+// What merge_softmax() finds, one warp for a sample. It reads the maximum and the sum of split s at maximum[s * row] and
+// maximum[s * row + 1].
 template <typename A, int kSplitsPerLane>
 struct SoftmaxMerge {
   MergedSoftmax<A> softmax;

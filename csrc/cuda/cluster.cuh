@@ -17,8 +17,8 @@ __device__ __forceinline__ unsigned cluster_rank() {
   return rank;
 }
 
-// The place in the shared memory of another block of the cluster that `own` is in that of this one. That block must not have
-// ended.
+// Where another block of the cluster has, in its shared memory, what `own` points to in the shared memory of this one. The other
+// block must not have ended.
 template <class Value>
 __device__ __forceinline__ Value* shared_of_rank(Value* own, unsigned rank) {
 #if __CUDA_ARCH__ >= 900

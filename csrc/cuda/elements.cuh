@@ -1,4 +1,5 @@
-// Plain loops over the elements, rows or samples of a map, for what few models use: a residual, a final ReLU, valid positions.
+// Plain loops over the elements, rows or samples of a map, for kernels without a plan of their own: those of the global response
+// norm, and in the first engine those of a residual, a final ReLU and valid positions.
 #pragma once
 
 #include <algorithm>

@@ -166,7 +166,7 @@ __device__ __forceinline__ void sum_rows(int rows, int positions, const Add& add
   constexpr int kTogether = kFlatRowsTogether, kStep = kFlatThreads / kLanes, kRowsOfWarp = kWarp / kLanes;
   const int part = threadIdx.x % kLanes, warp_row = threadIdx.x / kWarp * kRowsOfWarp;
   for (int first = 0; first < rows; first += kTogether * kStep) {
-    // The rows of a thread are so far apart that as few warps as possible have something to do.
+    // Each thread has kTogether rows if there are enough, so that few warps have work and the others skip it.
     const int left = (rows - first + kTogether - 1) / kTogether, whole = (left + kRowsOfWarp - 1) / kRowsOfWarp * kRowsOfWarp;
     const int hop = whole < kStep ? whole : kStep;
     if (warp_row >= hop) continue;

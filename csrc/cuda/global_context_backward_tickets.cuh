@@ -1,5 +1,5 @@
-// The backward pass of the block in one ticketed launch (tickets.cuh), but for the gradients of the parameters. Its stages, with
-// what was a launch of its own for each:
+// The backward pass of the block in one ticketed launch (tickets.cuh), but for the gradients of the parameters. Its stages, each
+// with the file whose launch does the same in the second engine:
 //
 //   sums           a group of channels of a sample       channel_sums_items.cuh
 //   grad_parts     a tile and slice of the weights       transform_split_backward.cuh
@@ -202,7 +202,7 @@ TicketOrder backward_ticket_order(const SumsParams<T>& sums, const CudaSumsItems
   const auto of_cluster = [&](int64_t items) { return (items + cluster - 1) / cluster; };
   const Extent& extent = sums.extent;
   const int64_t of_sums = of_cluster(cut.channel_groups),
-                maps = sums.b.data ? 2 : 1;  // that both x and g, or g alone, are read
+                maps = sums.b.data ? 2 : 1;  // of those that both the first and the last stage read: x and g, or g alone
   const int64_t bytes = maps * extent.channels * extent.positions * static_cast<int64_t>(sizeof(T));
   const int64_t lag = plan_cuda_lag(bytes, extent.samples, (bytes + of_sums - 1) / of_sums, tuning());
   return {extent.samples, {of_sums, of_cluster(first.places()), of_cluster(second.places()), splits}, lag};

@@ -1,11 +1,11 @@
 // The global response norm, between and behind the sums over the positions (csrc/ops.cpp: global_response_norm):
 //
-//   G_c = sqrt(sum_p x_cp^2)    N_c = G_c / D, D = mean_c G + eps    out_cp = x_cp (1 + gamma_c N_c) + beta_c
+//   G_c = sqrt(sum_p x_cp^2)    R_c = G_c / D, D = mean_c G + eps    out_cp = x_cp (1 + gamma_c R_c) + beta_c
 //
 // backward, with A_c = sum_p g_cp x_cp:
 //
-//   dgamma_c = sum_n A_c N_c    dbeta_c = sum_np g_cp    dG_c = (gamma_c A_c - mean_k (gamma_k A_k N_k)) / D
-//   dx_cp = g_cp (1 + gamma_c N_c) + x_cp dG_c / G_c,    where the last term is 0 if G_c is
+//   dgamma_c = sum_n A_c R_c    dbeta_c = sum_np g_cp    dG_c = (gamma_c A_c - mean_k (gamma_k A_k R_k)) / D
+//   dx_cp = g_cp (1 + gamma_c R_c) + x_cp dG_c / G_c,    where the last term is 0 if G_c is
 #pragma once
 
 #include "elements.cuh"
@@ -27,7 +27,7 @@ struct ResponseParams {
   A *scale = nullptr, *shift = nullptr;  // [N, C]: what x, or in backward g, is multiplied with, and what is added
   int64_t first_sample = 0;              // of this launch
   // backward
-  A* products = nullptr;     // [N, C]: A, in whose place A N is left
+  A* products = nullptr;     // [N, C]: A, which is overwritten with A R
   const A* sum_g = nullptr;  // [N, C]
   A* factor = nullptr;       // [N, C], of x
   MutableParameter<T> grad_gamma, grad_beta;

@@ -71,8 +71,8 @@ __device__ __forceinline__ void store(T* to, T value) {
   *to = value;
 }
 
-// Loads a value that another block may have written in this launch: past the first-level cache, and never through the read-only
-// path.
+// Loads a value that another block may have written in this launch, or in an earlier one that this launch overlaps: past the
+// first-level cache, and never through the read-only path.
 template <class T>
 __device__ __forceinline__ T load_fresh(const T* from) {
   return __ldcg(from);
@@ -143,8 +143,9 @@ __device__ __forceinline__ void wait_for_copies() {
 #endif
 }
 
-// Every thread of a kernel that launch_early() starts calls this before it reads what the launch before it wrote, and once at
-// least: only then is the launch before the last one over, too, when this one is.
+// Every thread of a kernel that launch_early() starts calls this before it reads what the previous launch wrote. It calls it once
+// even if it reads nothing of that: otherwise this launch could end before the previous one does, and the next launch, which
+// waits for this one alone, would read what is not written yet.
 __device__ __forceinline__ void wait_for_previous_launch() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

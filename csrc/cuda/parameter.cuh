@@ -40,12 +40,12 @@ struct Parameter {
     }
   }
 
-  // The same of values that an earlier launch of the call may have written.
+  // Element i in the accumulation dtype, where an earlier launch of the call may have written it.
   __device__ acc_t<T> fresh(int64_t i) const {
     return is_float32 ? static_cast<acc_t<T>>(load_fresh_vector<1>(static_cast<const float*>(data) + i).data[0])
                       : static_cast<acc_t<T>>(load_fresh_vector<1>(static_cast<const T*>(data) + i).data[0]);
   }
-  // i is a multiple of V, which are 16 bytes of T at least.
+  // i is a multiple of V, and V elements of T take at least 16 bytes.
   template <int V>
   __device__ void get_fresh(int64_t i, acc_t<T> (&values)[V]) const {
     const auto from = [&](const auto* start) {

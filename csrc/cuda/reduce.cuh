@@ -1,4 +1,4 @@
-// Sums and maxima over the lanes of a warp, and the softmax that is kept while its logits arrive tile by tile.
+// Sums and maxima over the lanes of a warp, loops that keep several loads under way, and the test for the last block of a sample.
 #pragma once
 
 #include "memory_access.h"

@@ -5,7 +5,7 @@
 //
 // With a hard sigmoid, gate = alpha t_scale + beta and scale = clip(gate, 0, 1): the gate still tells whether t_scale is beyond
 // a corner. There are C channels, and H hidden units of a branch; the hidden units of scale come before those of shift.
-// transform_sample is the transform of one sample by one block; transform_batched.cuh has that of many samples.
+// transform_sample is the transform of one sample by one block; transform_batched.cuh and transform_split.cuh have that of many.
 #pragma once
 
 #include "activation.cuh"
@@ -39,7 +39,7 @@ struct TransformParams {
   A* scale = nullptr;          // [N, C], of a hard sigmoid; otherwise it is the gate
   A* shift = nullptr;          // [N, C]
   bool in_tail = false;        // whether the block that completes a sample's context transforms it
-  int64_t samples = 0;         // N, for transform_batched.cuh
+  int64_t samples = 0;         // N; transform_sample does not read it
 
   // The scale of the fusion, [N, C].
   A* scale_values() const { return hard_sigmoid ? scale : gate; }

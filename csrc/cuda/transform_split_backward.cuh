@@ -110,7 +110,7 @@ union GradPartsShared {
   float of_warps[kSumsOfWarps<kSamples>];
 };
 
-// wait() returns when grad_t is there, with which everything before it in the call has been written.
+// wait() returns when grad_t has been written, and with it all that the call writes before grad_t.
 template <int kSamples, typename T, typename Wait>
 __device__ __forceinline__ void find_grad_parts(const TransformGradParams<T>& params, const SliceParts& parts,
                                                 const SplitPlace& place, GradPartsShared<kSamples>& shared, const Wait& wait) {

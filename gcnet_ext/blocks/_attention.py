@@ -1,10 +1,11 @@
 """Attention whose values are narrower than its keys, on a CPU: y_p = sum_q softmax_q(theta_p . phi_q) g_q.
 
 torch's scaled_dot_product_attention forms no matrix of all pairs only where values are as wide as keys, and to pad the values
-is to multiply with the padding, too. Here the weights of some positions at a time, a block, are formed and used. The backward
-pass forms them once more, unless there is one block only.
+is to multiply with the padding, too. Here the weights of a run of neighbouring positions at a time are formed and used. The
+backward pass forms them once more, unless there is one run only.
 
-Symbols: theta [N, D, P], phi [N, D, Q], g [N, E, Q]; p are the positions of a block.
+Symbols: N samples; P positions that attend, and Q that are attended to; theta [N, D, P] and phi [N, D, Q] of D channels, g
+[N, E, Q] of E; w [N, P, Q] are the weights. dw is the gradient of w, and so on.
 
     forward    w = softmax(theta^T phi)   y = g w^T
     backward   dg = dy w   dw = dy^T g   ds = w (dw - y . dy)   dtheta = phi ds^T   dphi = theta ds
@@ -42,8 +43,9 @@ def attention(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
     return y
 
 
-def _blocks(theta: Tensor) -> Iterator[slice]:
-    """The positions of each block: as many as there are channels, so that its weights take no more memory than phi does."""
+def _runs(theta: Tensor) -> Iterator[slice]:
+    """Runs of max(D, LEAST_POSITIONS) neighbouring positions. Where D is the larger, the weights of a run take no more memory
+    than phi."""
     step = max(theta.shape[1], LEAST_POSITIONS)
     for first in range(0, theta.shape[2], step):
         yield slice(first, first + step)
@@ -72,7 +74,7 @@ def _gradients(
     dtheta = torch.empty_like(theta) if need_theta else None
     dphi = torch.zeros_like(phi) if need_phi else None
     dg = torch.zeros_like(g) if need_g else None
-    for p in _blocks(theta):
+    for p in _runs(theta):
         w = _weights(theta[:, :, p], phi) if kept is None else kept
         dy_part = dy[:, :, p]
         if dg is not None:
@@ -92,7 +94,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
         y = g.new_empty(*g.shape[:2], theta.shape[2])
-        blocks = list(_blocks(theta))
+        blocks = list(_runs(theta))
         for p in blocks:
             w = _weights(theta[:, :, p], phi)
             y[:, :, p] = torch.bmm(g, w.mT)

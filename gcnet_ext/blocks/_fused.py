@@ -46,7 +46,7 @@ class Tail(NamedTuple):
     inplace: bool
     """Whether the output may take the place of x, because nobody reads x again."""
     norm: nn.Module | None = None
-    """A BatchNorm in evaluation that x, which is on the CPU, has not been through yet. Nothing requires a gradient then."""
+    """A BatchNorm in evaluation that x, which is on the CPU, has not been through yet. With one, nothing needs a gradient."""
 
     def normed(self, x: Tensor) -> Tensor:
         """x behind the norm, which is called."""
@@ -273,7 +273,7 @@ class FusedBlock(nn.Module):
             own_ways = has_own_ways(x, residual, valid)
         way = way_of(x)
         remembers = not own_ways
-        if way != DIRECT and is_compiling():  # a graph that is being captured looks at everything, once, at no memory of it
+        if way != DIRECT and is_compiling():  # while a graph is captured, the layers are read anew
             remembers = False
         seen = self._seen if remembers else None
         weights = None if seen is None else seen.weights(self)
@@ -300,7 +300,7 @@ class FusedBlock(nn.Module):
         try:
             return global_context.with_lists(x, weights, residual, valid, options, inplace=inplace, norm=norm, way=way)
         except RuntimeError as error:
-            if _tail is not None and norm is not None:  # so that an error says what it says without a tail
+            if _tail is not None and norm is not None:  # again behind the norm, so that the error is the one without a tail
                 return self._with_tail(_tail.normed(x), _tail.behind_norm())
             return self._refused(x, _tail, error)
 

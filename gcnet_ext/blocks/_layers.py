@@ -92,7 +92,7 @@ def check_count(name: str, value: object) -> None:
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
     if int(value) >= 2**31:
-        raise ValueError(f"{name} must be less than 2**31, got more")
+        raise ValueError(f"{name} must be less than 2**31, got a number of {int(value).bit_length()} bits")
 
 
 def count_channels(inplanes: int | None, in_channels: int | None) -> int:
@@ -279,7 +279,8 @@ _LOOKING = SimpleNamespace(past_global_hooks=False)
 
 @contextlib.contextmanager
 def ignoring_global_hooks() -> Iterator[None]:
-    """While this lasts, a module counts as plain although torch has hooks for every module: they are gone later."""
+    """While this lasts, a module counts as plain although torch has hooks for every module: what is made of it now looks for
+    them in every call."""
     _LOOKING.past_global_hooks = True
     try:
         yield

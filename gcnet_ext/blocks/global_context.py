@@ -153,7 +153,11 @@ class GlobalContextBlock(FusedBlock):
                 nn.init.zeros_(branch[3].bias)
 
     def attention_map(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Where the block looks: the softmax over positions, ``[N, *spatial]``, for pictures. Not differentiable."""
+        """Where the block looks: the softmax over positions of x ``[N, C, *spatial]``, for pictures.
+
+        Returns ``[N, *spatial]`` in float32, or in float64 for a float64 x. Not differentiable. Errors are those of
+        `gcnet_ext.attention_map`, which explains valid, and a RuntimeError if the block pools by the average.
+        """
         if self.conv_mask is None:
             raise RuntimeError("pooling_type must be 'att' for an attention map, got 'avg'")
         if _layers.is_pooled_with(self.conv_mask, x):

@@ -14,7 +14,7 @@ from . import _layers, _state_dict
 
 
 class GlobalResponseNorm(nn.Module):
-    """The norm of ConvNeXt V2 on compiled kernels: ``out = x + bias + weight * x * N``, ``N_c = G_c / (mean_c G + eps)``.
+    """The norm of ConvNeXt V2 on compiled kernels: ``out = x + bias + weight * x * R``, ``R_c = G_c / (mean_c G + eps)``.
 
     G is the L2 norm of a channel over the positions. Source: S. Woo et al., "ConvNeXt V2: Co-designing and Scaling ConvNets
     with Masked Autoencoders", 2023, https://arxiv.org/abs/2301.00808, section 3.2 and algorithm 1. Parameter names and shapes

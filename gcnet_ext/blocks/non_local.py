@@ -39,7 +39,7 @@ class NonLocalBlock(nn.Module):
 
     * ``"embedded_gaussian"``: ``f = softmax_q(theta(x_p) . phi(x_q) / sqrt(D))``, by ``scaled_dot_product_attention``.
     * ``"gaussian"``: ``f = softmax_q(x_p . x_q)``, also by ``scaled_dot_product_attention``; on a CPU in float32 and float64 in
-      blocks of at most C positions.
+      runs of max(C, 32) positions.
     * ``"dot_product"``: ``f = theta(x_p) . phi(x_q) / Q``, as ``theta(x_p) . (sum_q phi(x_q) g(x_q) / Q)``: linear in P. The
       weights come first where P and Q are less than D, as they are less to compute then.
     * ``"concatenation"``: ``f = relu(w . [theta(x_p), phi(x_q)]) / Q``, by sums over the sorted halves of the dot product, in

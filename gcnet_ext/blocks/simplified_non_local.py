@@ -34,6 +34,7 @@ class SimplifiedNonLocalBlock(FusedBlock):
         pools over the positions that count: valid is bool, ``[N, *spatial]`` or ``[1, *spatial]``. Both may be None.
 
     Raises:
+        ValueError: an argument of the constructor is not valid. The message says what is valid.
         TypeError: inplanes is missing, or both inplanes and in_channels are given.
         RuntimeError: the input has a wrong rank, dtype, device, number of channels, or no positions. The message says what.
 
@@ -73,7 +74,11 @@ class SimplifiedNonLocalBlock(FusedBlock):
             nn.init.zeros_(tensor)
 
     def attention_map(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Where the block looks: the softmax over positions, ``[N, *spatial]``, for pictures. Not differentiable."""
+        """Where the block looks: the softmax over positions of x ``[N, C, *spatial]``, for pictures.
+
+        Returns ``[N, *spatial]`` in float32, or in float64 for a float64 x. Not differentiable. Errors are those of
+        `gcnet_ext.attention_map`, which explains valid.
+        """
         if _layers.is_pooled_with(self.conv_mask, x):
             return attention_map(x, self.conv_mask.weight, self.conv_mask.bias, valid=valid)
         return _layers.called_attention(self.conv_mask, x, valid).detach().reshape(x.shape[:1] + x.shape[2:])

@@ -55,7 +55,7 @@ def kind_of(module: nn.Module) -> str | None:
     if below.get("conv_attn") is not None and ("mlp_scale" in below or "mlp_add" in below):
         return "global context"
     parts = list(itertools.islice(module.modules(), 1, MOST_PARTS + 2))
-    # What only calls its parts one after another weighs nothing, and in a container of another class stands the block itself.
+    # A Sequential only calls its parts, so it is no block itself. What holds a container of another class may hold a block.
     if len(parts) > MOST_PARTS or any(type(part) is not nn.Sequential for part in parts if children(part)):
         return None
     if type(module) is nn.Sequential:

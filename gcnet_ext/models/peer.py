@@ -140,7 +140,7 @@ def _key(former: type[nn.Module], kind: type[Peer], fields: watch.ClassFields) -
 
 
 def class_of(former: type[nn.Module], kind: type[Peer]) -> type[Any]:
-    """The subclass of a block's class that takes its forward from kind, which is FusedPeer or NonLocalPeer.
+    """The subclass of a block's class that takes its forward from kind, a subclass of Peer.
 
     Raises:
         Left: a name of ours has another meaning in that class.

@@ -87,10 +87,11 @@ def _is_below(name: str, outer: str) -> bool:
 
 
 def _replaced(block: nn.Module, *, listed: bool) -> str | None:
-    """Gives the block our forward; returns what of it is called, or nothing where one operator computes it; None if it is none.
+    """Gives the block our forward. Returns what of it is still called as a module, "" if one operator computes all of it, or
+    None if the module is no block that we know.
 
     Raises:
-        Left: it is one, or looks like one and is to be listed, and stays as it is.
+        Left: it is a block, or looks like one and is to be listed, and stays as it is.
     """
     known = known_reader_of(block)
     if known is not None or any(of_class(block) is not None for of_class in (non_local_of, eca_of, grn_of)):

@@ -37,7 +37,7 @@ def class_with_context_block(residual: nn.Module, *, fuse_tail: bool) -> type[An
     """What the residual block becomes.
 
     Raises:
-        ValueError: it is none of the four classes, or has a forward of its own.
+        ValueError: its class is not exactly torchvision's or timm's BasicBlock or Bottleneck, or it has a forward of its own.
     """
     kind = _former(residual)
     made = _subclasses("WITH_CONTEXT_BLOCK").get(kind)

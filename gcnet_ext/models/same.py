@@ -164,7 +164,7 @@ Convert = Callable[[nn.Module, int], None]
 
 
 def dims_of(block: nn.Module, read: Read, convert: Convert) -> int:
-    """The spatial dimensions of inputs for which the block computes what it would compute as a peer.
+    """The spatial dimensions of inputs for which the block computes what it would compute once it is replaced.
 
     Its layers tell them; where all are linear, the first of `MOST_OFTEN` that fits is taken. ``convert(copy, dims)`` makes a
     copy of the block a peer for inputs of that many.

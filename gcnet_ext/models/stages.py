@@ -40,7 +40,7 @@ def residual_blocks(model: nn.Module, stages: Any) -> Iterator[str]:
         layer = _below(net, places[stage - 1]) if stage in STAGES else None
         if layer is None:
             raise ValueError(
-                f"stages must be stages of the model, layer1 to layer4, got {stage!r}; or pass modules={examples(model)}"
+                f"stages must be numbers from 1 to 4 of stages of the model, got {stage!r}; or pass modules={examples(model)}"
             )
         for index, residual in layer.named_children():
             path = f"{prefix}{places[stage - 1]}.{index}"
@@ -95,7 +95,7 @@ def _net_in(model: nn.Module) -> tuple[str, nn.Module, Sequence[str]]:
 
 
 def examples(model: nn.Module) -> list[str]:
-    """Three modules of the model that a block can stand behind, the deepest of the outer ones."""
+    """The names of the last three modules, at most two levels below the model, that hold a convolution."""
     convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     names = [
         name

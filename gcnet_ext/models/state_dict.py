@@ -13,13 +13,19 @@ PEERS = ("mmcv", "timm", "torchvision")
 
 
 def to_peer_state_dict(model: nn.Module, peer: str | None = None, *, spatial_dims: int = 2) -> dict[str, Tensor]:
-    """The state dict of the model; every block of this package gets the peer's names and shapes.
+    """The state dict of the model; every block of this package gets the names and shapes that a library has for it.
+
+    `EfficientChannelAttention`, `GlobalResponseNorm` and `SimplifiedNonLocalBlock` keep their names.
 
     Args:
         model: any module, or a block.
-        peer: ``"mmcv"``, ``"timm"`` or ``"torchvision"``; None for the names that each replaced block had, which it still has.
+        peer: the library, ``"mmcv"``, ``"timm"`` or ``"torchvision"``; None for the names that each replaced block had, which
+            it still has.
         spatial_dims: number of spatial dimensions of the exported convolution weights, 1 to 3: mmcv's ``NonLocal3d`` has 3. A
-            replaced block whose names are the peer's already keeps its shapes.
+            replaced block that has that library's names already keeps its shapes, too.
+
+    Returns:
+        A new dictionary. Its tensors share memory with the model.
 
     Raises:
         ValueError: the peer is not one of the three, or spatial_dims is not 1, 2 or 3.

@@ -42,7 +42,7 @@ def are_same(fields: ClassFields, others: ClassFields) -> bool:
 
 
 def fingerprint(kind: type) -> str:
-    """Changes with the code of the class."""
+    """A hash that changes whenever the code of the class does."""
     digest = hashlib.sha256()
     for _, name, value in class_fields(kind):
         code = getattr(value, "__code__", None)

@@ -32,9 +32,9 @@ def way_of(x: Tensor, *others: Tensor | None) -> int:
     """The way of a call with x and the other tensors. Warns once per device if CPU or CUDA kernels are missing.
 
     Inside torch.func transforms (grad, vmap, jvp) and in forward mode it is plain PyTorch, which is differentiable and batched
-    in every way. So it is for a tensor of a subclass with ways of its own, which the kernels would read past; and, unless a
-    user wants it otherwise, in an export to ONNX, which has standard operators only, and under torch.jit.trace, whose file
-    would load only where our operators are.
+    in every way. It is that, too, for a subclass of Tensor with a __torch_function__ or __torch_dispatch__ of its own, as the
+    kernels would read past those; and, unless a user wants it otherwise, in an export to ONNX, which has standard operators
+    only, and under torch.jit.trace, whose file would load only where our operators are.
     """
     usual = type(x) is Tensor
     if not usual and not isinstance(x, Tensor):
@@ -78,8 +78,8 @@ def overwrite(way: int, name: str, *args: Any) -> None:
 
 
 def may_overwrite(way: int) -> bool:
-    """Whether there is an operator that overwrites x. What is made of a graph of torch.export or torch.jit.trace often knows
-    none: there, as in plain PyTorch, a result is computed, and then copied."""
+    """Whether the operator that overwrites x is called. Tools that read a graph of torch.export or torch.jit.trace often do not
+    know it: for them, as in plain PyTorch, the result is computed and then copied to x."""
     return way == DIRECT or (way == RECORDED and is_compiling() and not torch.compiler.is_exporting())
 
 
@@ -171,8 +171,8 @@ def register(
         plain: all results of the operator in plain PyTorch, of named arguments: for graphs without operators of ours, and for
             arguments with a tangent.
         any_layout: whether torch.compile may give maps in another memory format than they have in eager code. Its convolutions
-            are channels_last on a CPU, and a copy before and after the operator takes longer than the operator. What saves
-            bits for a backward pass must get x as it will be there.
+            are channels_last on a CPU, and a copy before and after the operator takes longer than the operator. One that
+            saves bits for a backward pass cannot allow it, because their order is that of x in memory.
     """
     _rules[name] = named, check
     if _load.compiled is None:

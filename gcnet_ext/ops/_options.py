@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import sys
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
@@ -75,7 +76,7 @@ def number(op: str, name: str, value: object) -> None:
     try:
         float(value)  # type: ignore[arg-type]
     except OverflowError:
-        _checks.fail(op, f"{name} must be a number that a float can hold, got more")
+        _checks.fail(op, f"{name} must be a number that a float can hold, got one beyond {sys.float_info.max:.3g}")
 
 
 def _one_of(op: str, name: str, value: object, names: Collection[str]) -> None:

@@ -17,8 +17,8 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
 
 
 def beside(x: Tensor, *weights: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The weights as the operators take them beside x. Under autocast those in 16 bits are cast to a float32 x, as eager
-    casts both; x never is."""
+    """The weights as the operators take them beside x. Under autocast those in 16 bits become float32 beside a float32 x;
+    x is never cast."""
     device = x.device.type
     if x.dtype != torch.float32 or not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return weights
@@ -34,7 +34,7 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
 
 
 class _Product(torch.autograd.Function):
-    """``a @ b`` without autocast, and so are its derivatives of any order: they are products, too.
+    """``a @ b`` without autocast. Its derivatives of any order are products, too, and are computed in the same way.
 
     To switch autocast off around a product is not enough: backward runs later, where it may be on again.
     """

@@ -1,4 +1,4 @@
-"""The bits of the final ReLU as csrc/ops.cpp has them, where Python needs them: their number, made of a mask, and as a mask."""
+"""The bits of the final ReLU as csrc/ops.cpp has them, in plain PyTorch: how many there are, and a mask in bits and back."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def unpack(positive: Tensor, x: Tensor) -> Tensor:
 
 
 def pack(out: Tensor, x: Tensor, final_activation: int) -> Tensor:
-    """The bits of the output out of an operator on x, with the memory format of x; none where there is no final ReLU."""
+    """The bits of out, which an operator has made of x, in the memory format of x; none where there is no final ReLU."""
     if not final_activation:
         return out.new_empty((x.shape[0], 0), dtype=torch.uint8)
     passes = ~(out <= 0)  # a NaN passes
@@ -49,5 +49,5 @@ def pack(out: Tensor, x: Tensor, final_activation: int) -> Tensor:
     element, row = torch.arange(length, device=out.device), torch.arange(rows, device=out.device)
     values = in_rows.to(torch.uint8) << (element % 8).to(torch.uint8)
     byte = row.unsqueeze(1) * ((length + 7) // 8) + element // 8
-    # A reshape to [N, rows, bytes of a row] would be a guard in a captured graph, even in one that throws the bits away.
+    # For a reshape to [N, rows, bytes of a row] torch.compile would guard the sizes, even of a graph that throws the bits away.
     return values.new_zeros((x.shape[0], bytes_of(x))).index_add(1, byte.flatten(), values.flatten(1))

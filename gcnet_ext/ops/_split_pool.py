@@ -27,7 +27,7 @@ from .attention_pool import flat_valid, logits, only, weighted_sum
 
 
 def _log_denominator(x: Tensor, weight: Tensor, bias: Tensor | None, attention: Tensor, valid: Tensor | None) -> Tensor:
-    """l_r [N], from the position with the most attention: m_p = exp(logit_p - l)."""
+    """l_r [N], from the position with the most attention, because m_rp = exp(logit_p - l_r)."""
     most, place = attention.max(1)
     channels = x.shape[1]
     at_place = x.flatten(2).gather(2, place[:, None, None].expand(-1, channels, 1)).squeeze(2).to(attention.dtype)

@@ -36,7 +36,7 @@ def plain(enabled: bool = True) -> Iterator[None]:
     """
     if not isinstance(enabled, bool):
         raise TypeError(f"enabled must be True or False, got {enabled!r}")
-    global latest, was_turned  # noqa: PLW0603 - a field of an object would be in one more line of the caches
+    global latest, was_turned  # noqa: PLW0603 - a field of an object would touch one more cache line in every call
     was_turned = True
     before = choice.set(enabled)
     latest = enabled

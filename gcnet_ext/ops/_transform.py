@@ -21,6 +21,8 @@ Tensors = Sequence[Tensor | None]
 class Branch(NamedTuple):
     """The weights of one branch of the transform, ``t = w2 act(norm(w1 context + b1)) + b2``.
 
+    There are C channels and H hidden units. Each tensor has the dtype of x or float32.
+
     Attributes:
         w1: ``[H, C]``, the first 1x1 convolution. All may have trailing dimensions of size 1: ``[H, C, 1, 1]``.
         b1: ``[H]`` or None.

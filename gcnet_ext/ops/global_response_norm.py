@@ -16,9 +16,9 @@ from ._precision import accumulation_dtype, beside
 
 
 def global_response_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-6) -> Tensor:
-    """The global response norm: ``out_cp = x_cp + beta_c + gamma_c x_cp N_c``.
+    """The global response norm: ``out_cp = x_cp + beta_c + gamma_c x_cp R_c``.
 
-    ``N_c = G_c / (mean_c G + eps)`` with ``G_c = sqrt(sum_p x_cp^2)``. Source: S. Woo et al., "ConvNeXt V2", 2023,
+    ``R_c = G_c / (mean_c G + eps)`` with ``G_c = sqrt(sum_p x_cp^2)``. Source: S. Woo et al., "ConvNeXt V2", 2023,
     https://arxiv.org/abs/2301.00808, section 3.2 and algorithm 1.
 
     Args:

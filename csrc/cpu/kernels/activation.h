@@ -5,7 +5,7 @@
 //   gelu_tanh  z s(2 u)                          u = sqrt(2 / pi) (z + 0.044715 z^3): s(2 u) is (1 + tanh(u)) / 2
 //   hardswish  z clip(z + 3, 0, 6) / 6
 //
-// A NaN stays a NaN, because it is smaller than nothing in a comparison.
+// A NaN stays a NaN, because every comparison with it is false.
 #pragma once
 
 #include "simd.h"
@@ -41,7 +41,7 @@ inline Vec<double> erf(Vec<double> x) {
   return x;
 }
 
-// F(z) and its derivative.
+// normal() is F(z), and normal_density() is F'(z).
 template <typename acc>
 inline Vec<acc> normal(Vec<acc> z) {
   return acc(0.5) + acc(0.5) * erf(z * acc(kSqrtHalf));
@@ -51,7 +51,8 @@ inline Vec<acc> normal_density(Vec<acc> z) {
   return acc(0.5 * kSqrtTwoOverPi) * exp(acc(-0.5) * z * z);
 }
 
-// 2 u, and the derivative of u; beyond 16 the sigmoid of 2 u is 0 or 1, and the cube of z could be infinite.
+// twice_u() is 2 u, and slope_of_twice_u() its derivative. Both are of a z within 16, because beyond that the sigmoid of 2 u is 0 or
+// 1, and the cube of z could be infinite.
 template <typename acc>
 inline Vec<acc> within_16(Vec<acc> z) {
   const Vec<acc> low = z < acc(-16) ? broadcast(acc(-16)) : z;

@@ -4,7 +4,8 @@
 //   u_p = dctx . x_p              dl_p = m_p (u_p - dctx . ctx)
 //   dx = g*scale + m_p dctx + dl_p w      dw = sum_p dl_p x_p (subtract_context of csrc/cpu/pool_inputs.h completes it)
 //
-// A block is small enough to stay in the second-level cache: x comes from memory once, although each formula needs it twice.
+// g is the gradient of the output, dctx that of the context, dl_p that of a logit, and m the attention (docs/backward.md). A block
+// is small enough to stay in the second-level cache: x comes from memory once, although each formula needs it twice.
 #pragma once
 
 #include "simd.h"

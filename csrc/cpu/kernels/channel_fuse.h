@@ -70,7 +70,8 @@ class BitReader {
   int64_t held_ = 0;  // bits that have been read and not been asked for
 };
 
-// row = in, bit for bit: from arithmetic a NaN would come back with other bits, and a small bfloat16 of AVX512_BF16 as zero.
+// row = in, bit for bit. Arithmetic could change the bits of a NaN, and with AVX512_BF16 it would turn a bfloat16 below 2^-126 into
+// zero.
 template <bool non_temporal, typename scalar_t>
 inline void copy_row(const scalar_t* in, int64_t count, scalar_t* row) {
   const auto copy = [&](int64_t begin, int64_t end) {

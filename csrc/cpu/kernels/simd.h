@@ -30,7 +30,7 @@ inline Vec<acc> max(Vec<acc> a, Vec<acc> b) {
 inline Vec<float> exp(Vec<float> x) {
   typedef int32_t IntVec __attribute__((vector_size(kVectorBytes)));
   constexpr float round_to_integer = 12582912.f;            // 1.5 * 2^23: adding it leaves no fraction bits
-  Vec<float> clamped = x > -104.f ? x : broadcast(-104.f);  // below, and above 89, the result is 0 and infinity
+  Vec<float> clamped = x > -104.f ? x : broadcast(-104.f);  // below, the result is 0; above 89, infinity
   clamped = clamped < 89.f ? clamped : broadcast(89.f);
   const Vec<float> k = (clamped * 1.44269504088896341f + round_to_integer) - round_to_integer;
   const Vec<float> r = (clamped - k * 0.693359375f) + k * 2.12194440e-4f;

@@ -21,7 +21,7 @@ inline void store(float* p, Vec<float> value) { _mm512_storeu_ps(p, value); }
 inline void store(double* p, Vec<double> value) { _mm512_storeu_pd(p, value); }
 inline void store(Half* p, Vec<float> value) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_half(value)); }
 
-// (The instruction takes a number below 2^-126 for zero.)
+// _mm512_cvtneps_pbh takes a number below 2^-126 for zero; the other branch does not.
 inline __m256i to_bfloat16(Vec<float> value) {
 #if GCNET_AVX512_BF16
   return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value));
