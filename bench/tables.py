@@ -93,7 +93,7 @@ def text(results: dict[str, Any], whole: dict[str, Any]) -> str:
         "A tail is the part of a residual block behind its last convolution. The figures in bold come from timing the tails "
         "alone, on the net's activations; those in brackets from timing whole nets, with a 95 % interval. c3-c5 are the stages "
         "2 to 4; the peer is the block in plain PyTorch, and in timm's nets timm's own. A net whose blocks do not stand at the "
-        "end of a residual block has no tails.",
+        "end of a residual block has no tails. Compiled, the tails of a net are one graph.",
         models(whole),
     ]
     return "\n\n".join(parts)

@@ -9,8 +9,10 @@ norm of every residual block of c3 to c5), and timm's own in timm's models.
 
 The share of a variant is what it adds to the net without blocks, over the time of that net. A whole net has 50 layers that are
 not looked at, whose noise is larger than what is looked for. So the tails of the residual blocks are timed alone, each from its
-last convolution's output to its own, as they were in the net, variant after variant; their sums are subtracted. The difference
-of the whole nets stands beside it, with a 95 % interval of the mean of its rounds. A library that is missing is left out.
+last convolution's output to its own, as they were in the net, variant after variant; their sums are subtracted. Compiled, the
+tails of a net are one graph, because a compiled net looks at its guards once, and their maps are channels_last, as compiled
+convolutions write them. The difference of the whole nets stands beside it, with a 95 % interval of the mean of its rounds. A
+library that is missing is left out.
 """
 
 from __future__ import annotations
@@ -129,14 +131,25 @@ class Tail(NamedTuple):
     shortcut: Tensor
 
 
-def tails(net: nn.Module, x: Tensor) -> list[Tail]:
+class Tails(nn.Module):
+    """Several tails, one after the other."""
+
+    def __init__(self, found: list[Tail]) -> None:
+        super().__init__()
+        self.ends = nn.ModuleList(tail.module for tail in found)
+
+    def forward(self, *maps: Tensor) -> list[Tensor]:
+        return [end(x) for end, x in zip(self.ends, maps, strict=True)]
+
+
+def tails(net: nn.Module, x: Tensor, memory_format: torch.memory_format = torch.preserve_format) -> list[Tail]:
     """The tails of the net's residual blocks, with what they get where the net gets x. A net without such blocks has none."""
     kept: dict[int, list[Tensor]] = {}
     handles = []
     found = [residual for residual, name in residual_blocks(net) if name != "attn"]
 
     def keep(residual: Any, output: Tensor) -> None:
-        kept.setdefault(id(residual), []).append(output.detach().clone(memory_format=torch.preserve_format))
+        kept.setdefault(id(residual), []).append(output.detach().clone(memory_format=memory_format))
 
     for residual in found:
         last = residual.conv3 if hasattr(residual, "conv3") else residual.conv2
@@ -174,34 +187,36 @@ def _end_of(residual: nn.Module, shortcut: Tensor) -> nn.Module:
 # ---- times -------------------------------------------------------------------------------------------------------------------
 
 
-def infer(module: Callable[..., Any], x: Tensor) -> None:
+def infer(module: Callable[..., Any], *maps: Tensor) -> None:
     with torch.no_grad():
-        module(x)
+        module(*maps)
 
 
 def train(module: nn.Module, x: Tensor) -> None:
     module(x).sum().backward()
 
 
-class InferTail:
-    """A tail's call. What it gets is made anew before each call, as the tail may have overwritten it."""
+class InferTails:
+    """A call of tails. What they get is made anew before each call, as they may have overwritten it."""
 
-    def __init__(self, run: Callable[..., Any], x: Tensor) -> None:
-        self.run, self.x, self.kept = run, x, x.clone(memory_format=torch.preserve_format)
+    def __init__(self, run: Callable[..., Any], maps: list[Tensor]) -> None:
+        self.run, self.maps = run, maps
+        self.kept = [x.clone(memory_format=torch.preserve_format) for x in maps]
 
     def prepare(self) -> None:
-        self.x.copy_(self.kept)
+        for x, kept in zip(self.maps, self.kept, strict=True):
+            x.copy_(kept)
 
     def __call__(self) -> None:
-        infer(self.run, self.x)
+        infer(self.run, *self.maps)
 
 
-def train_tail(module: nn.Module, wanted: list[Tensor], grad: Tensor) -> None:
-    torch.autograd.grad(module(wanted[0]), wanted, grad)
+def train_tails(module: nn.Module, maps: list[Tensor], wanted: list[Tensor], grads: list[Tensor]) -> None:
+    torch.autograd.grad(module(*maps), wanted, grads)
 
 
 def seconds_of(call: Callable[[], Any]) -> float:
-    if isinstance(call, InferTail):
+    if isinstance(call, InferTails):
         call.prepare()
     begin = time.perf_counter()
     call()
@@ -236,12 +251,22 @@ def of_net(net: nn.Module, x: Tensor, direction: str, compiled: bool) -> Callabl
     return functools.partial(infer if direction == "infer" else train, torch.compile(net) if compiled else net, x)
 
 
-def of_tail(tail: Tail, direction: str, compiled: bool) -> Callable[[], Any]:
-    run = torch.compile(tail.module) if compiled else tail.module
+def of_tails(found: list[Tail], direction: str, compiled: bool) -> Callable[[], Any]:
+    module = Tails(found)
+    run, maps = torch.compile(module) if compiled else module, [tail.x for tail in found]
     if direction == "infer":
-        return InferTail(run, tail.x)
-    wanted = [tail.x.requires_grad_(), tail.shortcut.requires_grad_(), *tail.module.parameters()]
-    return functools.partial(train_tail, run, wanted, torch.ones_like(tail.x))
+        return InferTails(run, maps)
+    wanted = [*maps, *(tail.shortcut for tail in found)]
+    for tensor in wanted:
+        tensor.requires_grad_()
+    return functools.partial(train_tails, run, maps, [*wanted, *module.parameters()], [torch.ones_like(x) for x in maps])
+
+
+def tails_of_net(net: nn.Module, x: Tensor, direction: str, compiled: bool) -> list[Callable[[], Any]]:
+    """The calls that are timed for the tails of the net: one for each, or compiled, one for all."""
+    found = tails(net, x, torch.channels_last if compiled else torch.preserve_format)
+    groups = [found] if compiled and found else [[tail] for tail in found]
+    return [of_tails(group, direction, compiled) for group in groups]
 
 
 def rows_of(
@@ -259,7 +284,7 @@ def rows_of(
         torch._dynamo.reset()
         whole = timed({key: [of_net(net, x, direction, compiled)] for key, net in variants.items()}, rounds)
         torch._dynamo.reset()
-        ends = {key: [of_tail(tail, direction, compiled) for tail in tails(net, x)] for key, net in variants.items()}
+        ends = {key: tails_of_net(net, x, direction, compiled) for key, net in variants.items()}
         parts = timed(ends, 3 * rounds)
         without = statistics.median(whole["without"])
         for key in VARIANTS:
