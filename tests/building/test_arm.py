@@ -1,0 +1,59 @@
+"""64-bit Arm: the CPU's loops, which know no torch, are cross-compiled, and an emulator runs their fuzz program.
+
+This needs Debian's packages g++-aarch64-linux-gnu and qemu-user; without them it is skipped.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from checkout import ROOT
+from torch.utils.cpp_extension import include_paths
+
+from gcnet_ext import _build
+
+COMPILER, DISASSEMBLER, EMULATOR = "aarch64-linux-gnu-g++", "aarch64-linux-gnu-objdump", "qemu-aarch64"
+RUNS = 2000
+pytestmark = pytest.mark.slow
+
+
+def run(*command: str | Path, cwd: Path | None = None) -> str:
+    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory) -> Path:
+    """The fuzz program of tests/native/cpu. A warning of the compiler is an error."""
+    for tool in (COMPILER, DISASSEMBLER, EMULATOR):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+    folder = tmp_path_factory.mktemp("arm")
+    loops = [*sorted((ROOT / "csrc" / "cpu").glob("kernels_*.cpp")), ROOT / "csrc" / "plan_cpu.cpp"]
+    fuzz = [ROOT / "tests" / "native" / "cpu" / name for name in ("fuzz.cpp", "fuzz_main.cpp")]
+    flags = [*_build.CXX_FLAGS, "-Werror"]
+    headers = [part for path in include_paths() for part in ("-isystem", path)]
+    run(COMPILER, "-static", *flags, *headers, *loops, *fuzz, "-o", folder / "fuzz")
+    return folder / "fuzz"
+
+
+def test_random_inputs_find_nothing(program, tmp_path):
+    assert f"{RUNS} inputs, nothing found" in run(EMULATOR, program, "--runs", str(RUNS), cwd=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["channel_fuse<float>", "channel_dots<float>", "linear<float, float>"])
+def test_the_vectors_are_those_of_neon(program, name):
+    """Four floats at a time: more instructions multiply or add vectors than single numbers."""
+    code = run(DISASSEMBLER, "--demangle", "--disassemble", "--no-show-raw-insn", program)
+    functions = [
+        text for text in code.split("\n\n") if re.search(rf"capability_default::{re.escape(name)}\(", text.split("\n")[0])
+    ]
+    assert functions, name
+    vectors = len(re.findall(r"\t(?:fmla|fmul|fadd)\tv\d+\.4s", "".join(functions)))
+    single = len(re.findall(r"\t(?:fmadd|fmul|fadd)\ts\d+", "".join(functions)))
+    assert vectors > single, f"{vectors} instructions on vectors, {single} on single numbers"
