@@ -40,14 +40,19 @@ template <typename scalar_t>
 void average_pool_backward(Matrix<const acc_t<scalar_t>> grad_context, const Valid& valid, const Map<scalar_t>& grad_x) {
   const Layout& layout = grad_x.layout;
   parallel_for(layout.samples, layout.samples * layout.channels * layout.positions, [&](int64_t n) {
+    std::vector<scalar_t> counted(layout.channels), zeros(layout.channels);  // what a position gets
     const int64_t count = valid.count(n);
-    for (int64_t c = 0; c < layout.channels; c++) {
-      const scalar_t value = static_cast<scalar_t>(grad_context.row(n)[c] / count);
-      scalar_t* start = grad_x.data + n * layout.sample_stride + c * layout.channel_stride;
-      valid.for_each_piece(n, 0, layout.positions, [&](int64_t begin, int64_t end, bool counts) {
-        for (int64_t p = begin; p < end; p++) start[p * layout.position_stride] = counts ? value : scalar_t(0);
-      });
-    }
+    for (int64_t c = 0; c < layout.channels; c++) counted[c] = static_cast<scalar_t>(grad_context.row(n)[c] / count);
+    valid.for_each_piece(n, 0, layout.positions, [&](int64_t begin, int64_t end, bool counts) {
+      const std::vector<scalar_t>& values = counts ? counted : zeros;
+      scalar_t* sample = grad_x.data + n * layout.sample_stride;
+      if (layout.channels_last) {
+        for (int64_t p = begin; p < end; p++) std::copy(values.begin(), values.end(), sample + p * layout.position_stride);
+      } else {
+        for (int64_t c = 0; c < layout.channels; c++)
+          std::fill_n(sample + c * layout.channel_stride + begin, end - begin, values[c]);
+      }
+    });
   });
 }
 
