@@ -3,7 +3,7 @@
 # make test-all          all of them, CPU and emulated CUDA
 # make test-native       the C++ tests under sanitizers, and the mutation check, by CMake and ctest
 # make test-cuda-build   the CUDA build for every architecture, its machine code, and the tests on another torch
-# make bench             every benchmark; beside timm and mmcv with PEERS=1
+# make bench             every benchmark; with PEERS=1 beside timm, mmcv, onnxruntime and OpenVINO
 # make mutants           a tired developer's mistakes, one at a time: whether the tests notice them
 # make wheel             a source archive and a wheel for other machines, into dist, tried on another torch
 # make docs              the manual, into build/docs; make docs-links looks at every link, those to other sites too
@@ -112,7 +112,7 @@ docs-links: $(BUILT)
 mutants: $(BUILT)
 	$(VENV)/bin/python tests/mutants/make_mutants.py $(ARGS)
 
-# Everything that can be measured here, into build/bench; ARGS=--quick takes two minutes. With PEERS=1 beside timm and mmcv, and
+# Everything that can be measured here, into build/bench; ARGS=--quick takes two minutes. With PEERS=1 beside other libraries, and
 # in whole models, which need torchvision and so the torch of CUDA_TORCH: the CPU library of .venv runs on that, too.
 bench: $(BUILT) $(if $(PEERS),$(CUDA_VENV)/installed-$(CUDA_TAG))
 	PYTHONPATH=$(CURDIR) $(if $(PEERS),$(CUDA_VENV),$(VENV))/bin/python bench/run.py $(ARGS)
