@@ -71,7 +71,7 @@ test-native: $(BUILT)
 # either torch on the other. With BRIEF=1 only SOME_OF runs, some tests of every kind.
 TESTED := models kernels building integration
 SOME_OF := $(addprefix tests/,models bench/test_zoo.py kernels integration blocks ops docs)
-ELSEWHERE := accuracy bench build capabilities docs endurance gpu_check cmake packaging paper_costs security types large *_emulated
+ELSEWHERE := accuracy arm bench build capabilities docs endurance gpu_check cmake packaging paper_costs security types workflows large *_emulated
 ON_THAT_TORCH = cd $(CUDA_CHECKOUT) && export TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" && \
 	$(PYTEST:$(VENV)/%=$(abspath $(CUDA_VENV))/%) $(ELSEWHERE:%=--ignore-glob='tests/*/test_%.py') -k "not cuda-emulated"
 test-cuda-build: $(CUDA_BUILT) $(BUILT)
