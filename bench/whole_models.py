@@ -11,8 +11,9 @@ The share of a variant is what it adds to the net without blocks, over the time 
 not looked at, whose noise is larger than what is looked for. So the tails of the residual blocks are timed alone, each from its
 last convolution's output to its own, as they were in the net, variant after variant; their sums are subtracted. Compiled, the
 tails of a net are one graph, because a compiled net looks at its guards once, and their maps are channels_last, as compiled
-convolutions write them. The difference of the whole nets stands beside it, with a 95 % interval of the mean of its rounds. A
-library that is missing is left out.
+convolutions write them; to train they are not timed alone, because torch.compile makes another backward pass of them alone than
+of the net. The difference of the whole nets stands beside it, with a 95 % interval of the mean of its rounds. A library that is
+missing is left out.
 """
 
 from __future__ import annotations
@@ -263,7 +264,9 @@ def of_tails(found: list[Tail], direction: str, compiled: bool) -> Callable[[], 
 
 
 def tails_of_net(net: nn.Module, x: Tensor, direction: str, compiled: bool) -> list[Callable[[], Any]]:
-    """The calls that are timed for the tails of the net: one for each, or compiled, one for all."""
+    """The calls that are timed for the tails of the net: one for each, or compiled, one for all, and none to train."""
+    if compiled and direction == "train":
+        return []
     found = tails(net, x, torch.channels_last if compiled else torch.preserve_format)
     groups = [found] if compiled and found else [[tail] for tail in found]
     return [of_tails(group, direction, compiled) for group in groups]

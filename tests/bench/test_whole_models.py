@@ -48,6 +48,16 @@ def test_each_tail_is_the_end_of_its_residual_block(library, shortcut):
                 assert torch.allclose(tail.module(tail.x.clone()), want, rtol=1e-5, atol=1e-5)
 
 
+def test_compiled_tails_are_one_graph():
+    """To infer, in the memory format of compiled convolutions; to train they are not timed alone."""
+    net, x = nets("torchvision")["ours"], torch.randn(2, 16, 6, 7)
+    (all_of_them,) = whole_models.tails_of_net(net, x, "infer", compiled=True)
+    assert len(all_of_them.maps) == 8
+    assert all(each.is_contiguous(memory_format=torch.channels_last) for each in all_of_them.maps)
+    assert whole_models.tails_of_net(net, x, "train", compiled=True) == []
+    assert len(whole_models.tails_of_net(net, x, "train", compiled=False)) == 8
+
+
 def test_a_share_is_what_the_tails_take_more(monkeypatch):
     """Of seconds that are made up: the net without blocks takes 10, and each of its eight tails 1, or with blocks 1.5."""
     built = {**dict.fromkeys(whole_models.VARIANTS), **nets("torchvision")}
