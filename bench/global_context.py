@@ -26,7 +26,6 @@ import torch
 from candidates import FUSIONS, check, make_candidates
 from engines import ENGINES, Engine, make_engines
 from torch import Tensor, nn
-from torch.utils.benchmark import Compare, Measurement
 
 SHAPES = ("16x64x32x32", "8x256x56x56", "8x512x28x28", "8x1024x14x14", "8x2048x7x7", "1x1024x50x84", "1x512x100x168")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -60,8 +59,8 @@ def floor_clones(fusion: str, direction: str) -> float:
 
 def rows_of(
     shape: str, layout: str, dtype: str, *, fusion: str = "both", compiled: Iterable[str] = (), rounds: int = 11
-) -> tuple[list[dict[str, Any]], list[Measurement]]:
-    """One row per direction and candidate, and the measurements behind them."""
+) -> list[dict[str, Any]]:
+    """One row per direction and candidate."""
     torch._dynamo.reset()
     compiled = tuple(compiled)
     x = feature_map(shape, layout, DTYPES[dtype])
@@ -73,13 +72,12 @@ def rows_of(
         modules |= make_engines(modules["ours"], x, tuple(name for name in compiled if name in ENGINES))
         check(modules, x)
     leaf, grad = x.clone().requires_grad_(), torch.randn_like(x)
-    rows, measured = [], []
+    rows = []
     for direction in ("infer", "train"):
         able = {name: module for name, module in modules.items() if direction == "infer" or not isinstance(module, Engine)}
         calls = {"clone": x.clone, **{name: runs(module, leaf, grad)[direction] for name, module in able.items()}}
-        timed = measure.interleaved(calls, rounds, f"{direction} {dtype}", f"{shape} {layout}")
+        timed = measure.interleaved(calls, rounds)
         clone = timed["clone"].median
-        measured += timed.values()
         for name, measurement in timed.items():
             clones = measurement.median / clone
             rows.append({
@@ -87,7 +85,7 @@ def rows_of(
                 "microseconds": measurement.median * 1e6, "iqr_microseconds": measurement.iqr * 1e6, "clones": clones,
                 "of_floor": None if name == "clone" else floor_clones(fusion, direction) / clones,
             })  # fmt: skip
-    return rows, measured
+    return rows
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -108,10 +106,13 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return result
 
 
-def show(rows: list[dict[str, Any]], measured: list[Measurement]) -> None:
-    compare = Compare(measured)
-    compare.trim_significant_figures()
-    compare.print()
+def show(rows: list[dict[str, Any]]) -> None:
+    cells = (
+        {key: row[key] for key in ("x", "layout", "dtype", "direction", "candidate", "clones")}
+        | {"+-": row["clones"] * row["iqr_microseconds"] / row["microseconds"], "us": row["microseconds"]}
+        for row in rows
+    )
+    print(frames.text("the block, in multiples of x.clone()", cells))
     shown = (
         {"candidate": name, "clones": figures["clones"], "times ours": figures["to_ours"], "rows": figures["rows"]}
         for name, figures in summary(rows).items()
@@ -132,10 +133,10 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch._dynamo.config.recompile_limit = 256
     torch.manual_seed(0)
-    rows, measured = [], []
+    rows = []
     for shape in arguments.shapes.split(","):
         for layout in LAYOUTS:
-            more = rows_of(
+            rows += rows_of(
                 shape,
                 layout,
                 arguments.dtype,
@@ -143,9 +144,7 @@ def main() -> None:
                 compiled=filter(None, arguments.candidates.split(",")),
                 rounds=arguments.rounds,
             )
-            rows += more[0]
-            measured += more[1]
-    show(rows, measured)
+    show(rows)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def output_file(text: str) -> Path:
     return path
 
 
-def interleaved(candidates: dict[str, Call], rounds: int, label: str = "", sub_label: str = "") -> dict[str, Measurement]:
+def interleaved(candidates: dict[str, Call], rounds: int) -> dict[str, Measurement]:
     """Every round times each candidate once, in turn, so that a drifting machine hits them alike."""
     threads = torch.get_num_threads()
     timers = {name: Timer("run()", globals={"run": run}, num_threads=threads) for name, run in candidates.items()}
@@ -64,7 +64,7 @@ def interleaved(candidates: dict[str, Call], rounds: int, label: str = "", sub_l
         name: Measurement(
             number_per_run=repeats[name],
             raw_times=seconds[name],
-            task_spec=TaskSpec(stmt="", setup="", label=label, sub_label=sub_label, description=name, num_threads=threads),
+            task_spec=TaskSpec(stmt="", setup="", description=name, num_threads=threads),
         )
         for name in candidates
     }

@@ -56,12 +56,10 @@ def block_cases(quick: bool) -> list[tuple[str, str, str, tuple[str, ...]]]:
 
 
 def block(rounds: int, quick: bool) -> list[dict[str, Any]]:
-    rows, measured = [], []
+    rows = []
     for shape, layout, dtype, compiled in tqdm(block_cases(quick), desc="block", unit="case"):
-        more = global_context.rows_of(shape, layout, dtype, compiled=compiled, rounds=rounds)
-        rows += more[0]
-        measured += more[1]
-    global_context.show(rows, measured)
+        rows += global_context.rows_of(shape, layout, dtype, compiled=compiled, rounds=rounds)
+    global_context.show(rows)
     return rows
 
 

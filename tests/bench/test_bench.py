@@ -72,11 +72,10 @@ def test_machine():
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 def test_rows_of_the_block(layout):
-    rows, measured = module("global_context").rows_of("2x32x8x8", layout, "float32", rounds=3)
+    rows = module("global_context").rows_of("2x32x8x8", layout, "float32", rounds=3)
     assert {(row["direction"], row["candidate"]) for row in rows} >= {
         (direction, candidate) for direction in ("infer", "train") for candidate in ("clone", "ours", "eager")
     }
-    assert len(measured) == len(rows)
     for row in rows:
         assert row["microseconds"] > 0
         if row["candidate"] == "clone":
@@ -114,7 +113,7 @@ def test_an_engine_computes_the_block(name):
     assert candidates.check(modules, torch.randn(2, 32, 5, 5))[name] < 1e-5
     for other in (x.double(), x.contiguous(memory_format=torch.channels_last)):
         assert engines.make_engines(modules["ours"], other, (name,)) == {}
-    rows, _ = module("global_context").rows_of("2x32x5x5", "NCHW", "float32", compiled=(name,), rounds=2)
+    rows = module("global_context").rows_of("2x32x5x5", "NCHW", "float32", compiled=(name,), rounds=2)
     assert [row["direction"] for row in rows if row["candidate"] == name] == ["infer"]
 
 
