@@ -94,11 +94,11 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
         y = g.new_empty(*g.shape[:2], theta.shape[2])
-        blocks = list(_runs(theta))
-        for p in blocks:
+        runs = list(_runs(theta))
+        for p in runs:
             w = _weights(theta[:, :, p], phi)
             y[:, :, p] = torch.bmm(g, w.mT)
-        ctx.save_for_backward(theta, phi, g, y, w if len(blocks) == 1 else None)
+        ctx.save_for_backward(theta, phi, g, y, w if len(runs) == 1 else None)
         return y
 
     @staticmethod

@@ -57,10 +57,10 @@ def test_derivatives_of_derivatives():
 
 
 @pytest.mark.parametrize(("channels", "positions"), [(8, 300), (64, 300), (64, 20)])
-def test_blocks_have_as_many_positions_as_channels(blocks, channels, positions):
-    """So the weights of a block take no more memory than the keys; together the blocks have every position once."""
+def test_runs_have_as_many_positions_as_channels(blocks, channels, positions):
+    """So the weights of a run take no more memory than the keys; together the runs have every position once."""
     seen = torch.zeros(positions)
-    for p in _attention._blocks(torch.zeros(2, channels, positions)):
+    for p in _attention._runs(torch.zeros(2, channels, positions)):
         assert 0 < len(seen[p]) <= max(channels, _attention.LEAST_POSITIONS)
         seen[p] += 1
     assert (seen == 1).all()

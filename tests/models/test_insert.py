@@ -394,8 +394,8 @@ def test_a_class_whose_forward_was_exchanged(monkeypatch):
     [
         (ResNet, {"kind": "cbam"}, "kind must be one of .*'gc'.* got 'cbam'"),
         (ResNet, {"position": "before"}, "position must be one of .*'after_conv3'.* got 'before'"),
-        (ResNet, {"stages": (5,)}, "stages must be stages of the model, layer1 to layer4, got 5"),
-        (chain, {}, r"stages must be stages .* got 2; or pass modules=\['0', '2', '2\.0'\]"),
+        (ResNet, {"stages": (5,)}, "stages must be numbers from 1 to 4 of stages of the model, got 5"),
+        (chain, {}, r"stages must be numbers .* got 2; or pass modules=\['0', '2', '2\.0'\]"),
         (ResNet, {"modules": ["layer9"]}, "modules must name modules of the model, got 'layer9'; near it are 'layer"),
         (ResNet, {"modules": "layer2.0.cov1"}, r"got 'layer2\.0\.cov1'; near it are 'layer2\.0\.conv1'"),
         (chain, {"modules": ["1"]}, r"the channels of '1' are unknown: give modules=\{'1': channels\}"),
