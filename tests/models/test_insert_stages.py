@@ -53,5 +53,7 @@ def test_inside_their_residual_blocks_is_refused(name):
 
 def test_a_net_without_stages_is_told_three_modules():
     models = imitations.real("torchvision.models")
-    with pytest.raises(ValueError, match=r"stages must be numbers from 1 to 4 of stages of the model.*pass modules=\['\S+', '\S+', '\S+'\]"):
+    with pytest.raises(
+        ValueError, match=r"stages must be numbers from 1 to 4 of stages of the model.*pass modules=\['\S+', '\S+', '\S+'\]"
+    ):
         insert_blocks(models.mobilenet_v3_small(), (2,))
