@@ -261,15 +261,18 @@ class FusedBlock(nn.Module):
 
     def _with_tail(self, x: Tensor, tail: Tail) -> Tensor:
         """The output of the block and of the tail behind it."""
-        return FusedBlock.forward(self, x, tail.residual, _tail=tail)
+        return FusedBlock.forward(self, x, tail)
 
-    def forward(
-        self, x: Tensor, residual: Tensor | None = None, valid: Tensor | None = None, *, _tail: Tail | None = None
-    ) -> Tensor:
+    # The residual is a tensor or None, and from `_with_tail` a tail. torch.onnx.export would pass a value for one more
+    # argument, and one more function takes time.
+    def forward(self, x: Tensor, residual: Any = None, valid: Tensor | None = None) -> Tensor:
         if not isinstance(x, Tensor):
             return of_no_tensor(self, x, residual=residual, valid=valid)
+        tail: Tail | None = None
         own_ways = False
         if type(x) is not Tensor or residual is not None or valid is not None:
+            if type(residual) is Tail:
+                tail, residual = residual, residual.residual
             own_ways = has_own_ways(x, residual, valid)
         way = way_of(x)
         remembers = not own_ways
@@ -285,24 +288,24 @@ class FusedBlock(nn.Module):
                 lasting = found is not None and unchanged is not None and not found.computed() and self._may_be_seen()
                 self._seen = _Seen(self, found) if found is not None and lasting else None
             if found is None:
-                x = x if _tail is None else _tail.normed(x)
+                x = x if tail is None else tail.normed(x)
                 try:
                     out = self._with_called_layers(x, residual, valid)
                 except RuntimeError as error:
                     self._explain(x, error)
-                return out if _tail is None else out.relu()
+                return out if tail is None else out.relu()
             weights = [[parameter(*source) for source in sources] for sources in found.weights]
             choices, inplace = found.choices(), self._overwrites()
         options, norm = choices[0], None
-        if _tail is not None:
-            options, inplace = choices[1], inplace or _tail.inplace
-            norm = None if _tail.norm is None else affine_map(_tail.norm)
+        if tail is not None:
+            options, inplace = choices[1], inplace or tail.inplace
+            norm = None if tail.norm is None else affine_map(tail.norm)
         try:
             return global_context.with_lists(x, weights, residual, valid, options, inplace=inplace, norm=norm, way=way)
         except RuntimeError as error:
-            if _tail is not None and norm is not None:  # again behind the norm, so that the error is the one without a tail
-                return self._with_tail(_tail.normed(x), _tail.behind_norm())
-            return self._refused(x, _tail, error)
+            if tail is not None and norm is not None:  # again behind the norm, so that the error is the one without a tail
+                return self._with_tail(tail.normed(x), tail.behind_norm())
+            return self._refused(x, tail, error)
 
     def __prepare_scriptable__(self) -> NoReturn:
         not_scriptable(self)

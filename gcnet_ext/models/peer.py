@@ -205,7 +205,7 @@ class FusedPeer(Peer, FusedBlock):
     """A block of the GC or squeeze-excitation family: one operator computes it, as long as its layers are the plain ones."""
 
     def _computed(self, x: Tensor, tail: Tail | None) -> Tensor:
-        return FusedBlock.forward(self, x, None if tail is None else tail.residual, _tail=tail)
+        return FusedBlock.forward(self, x, tail)
 
     _watched = True
 

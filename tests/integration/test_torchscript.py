@@ -169,6 +169,20 @@ def test_onnx_by_way_of_torchscript(name, opset, tmp_path):
         assert (torch.from_numpy(got) - want).abs().max() <= 1e-5 * want.abs().max()
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_onnx_of_a_block_alone(name, tmp_path):
+    """The exporter passes the defaults of all arguments of a model's forward by their place."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    block, x, other = EVERY[name]().eval(), image(SHAPES[0]), image(SHAPES[1])
+    path = str(tmp_path / "block.onnx")
+    axes = {"x": {0: "n", 2: "h", 3: "w"}}
+    torch.onnx.export(block, (x,), path, dynamo=False, opset_version=17, input_names=["x"], dynamic_axes=axes)
+    session = onnxruntime.InferenceSession(path)
+    for given in (x, other):
+        (got,) = session.run(None, {"x": given.numpy()})
+        assert torch.allclose(torch.from_numpy(got), block(given), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("before", ["", "switch"])
 @pytest.mark.parametrize("name", ["gc", "se, whole", "snl, whole"])
 def test_onnx_of_an_exported_program(name, before, tmp_path, kernels):
