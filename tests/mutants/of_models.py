@@ -355,7 +355,7 @@ MUTANTS = (
     Mutant(
         "norm-lost-before-called-layers",
         "gcnet_ext/blocks/_fused.py",
-        "x = x if _tail is None else «_tail.normed(x)»",
+        "x = x if tail is None else «tail.normed(x)»",
         "x",
         "A block whose layers are called gets what the norm should have had.",
         (TAIL_NORM,),
@@ -363,7 +363,7 @@ MUTANTS = (
     Mutant(
         "norm-of-an-error",
         "gcnet_ext/blocks/_fused.py",
-        "if «_tail is not None and norm is not None»:",
+        "if «tail is not None and norm is not None»:",
         "False",
         "An error of a block in a network has other words with a tail.",
         (TAIL_NORM,),
