@@ -106,10 +106,15 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return result
 
 
+def spread(row: dict[str, Any]) -> float:
+    """The interquartile range of a row, in clones."""
+    return row["clones"] * row["iqr_microseconds"] / row["microseconds"]
+
+
 def show(rows: list[dict[str, Any]]) -> None:
     cells = (
         {key: row[key] for key in ("x", "layout", "dtype", "direction", "candidate", "clones")}
-        | {"+-": row["clones"] * row["iqr_microseconds"] / row["microseconds"], "us": row["microseconds"]}
+        | {"+-": spread(row), "us": row["microseconds"]}
         for row in rows
     )
     print(frames.text("the block, in multiples of x.clone()", cells))

@@ -43,7 +43,7 @@ def block(results: dict[str, Any]) -> str:
 
 
 def _clones(row: dict[str, Any]) -> str:
-    return f"{row['clones']:.1f} ± {row['clones'] * row['iqr_microseconds'] / row['microseconds']:.1f}"
+    return f"{row['clones']:.1f} ± {global_context.spread(row):.1f}"
 
 
 def memory(results: dict[str, Any]) -> str:

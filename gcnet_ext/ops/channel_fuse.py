@@ -35,7 +35,7 @@ def channel_fuse(
         shift: ``[N, C]``, or None for 0.
         residual: what is added, of the shape and dtype of x, or None. It may be x itself. In another memory format than that of
             x it is copied first.
-        final_activation: ``"relu"`` for ``act(v) = max(v, 0)``, or ``"none"``. Backward keeps a bit of each element.
+        final_activation: ``"relu"`` for ``act(v) = max(v, 0)``, or ``"none"``. For ReLU, backward needs a bit per element.
         inplace: overwrite x with the result and return it. For inference: nothing may require a gradient.
 
     Returns:

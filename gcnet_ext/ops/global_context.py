@@ -108,8 +108,8 @@ def with_lists(
     """`global_context` with the lists of the operator, each complete: of the mask, of the scale and of the shift.
 
     Only x may be of a class with ways of its own. If nothing requires a gradient, nothing is saved for backward. With a norm,
-    x_scale and x_shift of csrc/ops.cpp, x is on the CPU and nothing may require a gradient. way is what
-    way_of(x) returned, where the caller has called it.
+    x_scale and x_shift of csrc/ops.cpp, x is on the CPU and nothing may require a gradient. The way is
+    what way_of(x) has returned, or None where the caller has not asked.
     """
     if _torch.any_autocast():
         weights = [beside(x, *tensors) for tensors in weights]
