@@ -211,6 +211,19 @@ def test_far_apart_logits(backend, dtype, layout):
     assert (got[~normal] <= 2 * torch.finfo(torch.float32).tiny).all()
 
 
+@pytest.mark.parametrize("layout", grid.LAYOUTS)
+@pytest.mark.parametrize("shape", [(4, 16, 999), (1, 2048, 49), (1, 16, 20_000)], ids=str)
+def test_no_weight_is_subnormal(kernels, cpu, shape, layout):
+    """Beside the largest weight such a number is nothing, and a processor takes many times as long for products with one."""
+    x = Random(0, cpu.to).feature_map(shape, torch.float32, layout).clone()
+    x[:, 0] = torch.linspace(-110, 0, shape[2])
+    weight = torch.zeros(shape[1])
+    weight[0] = 1
+    attention = cpu.attention_map(x, weight)
+    assert (attention == 0).any()
+    assert attention[attention > 0].min() >= torch.finfo(torch.float32).tiny
+
+
 # ---- infinities and NaN ------------------------------------------------------------------------------------------------------
 
 

@@ -168,6 +168,13 @@ inline acc add_and_max(acc* values, int64_t count, acc addend) {
   return rest;
 }
 
+// Zeros in the place of subnormal numbers that are not negative: a processor takes a hundred cycles and more for each product
+// with one.
+template <typename acc>
+inline Vec<acc> without_subnormal(Vec<acc> v) {
+  return v < std::numeric_limits<acc>::min() ? Vec<acc>{} : v;
+}
+
 template <typename scalar_t>
 void attention_pool(Block<const scalar_t> x, const acc_t<scalar_t>* weight, acc_t<scalar_t> bias, acc_t<scalar_t>* logits,
                     SoftmaxSum<acc_t<scalar_t>>& state) {
@@ -187,7 +194,7 @@ void attention_pool(Block<const scalar_t> x, const acc_t<scalar_t>* weight, acc_
   alignas(kVectorBytes) acc weights[kMaxTile];
   Vec<acc> sums{};
   for_each_vector<acc>(x.positions, [&](int64_t p, auto lanes) {
-    const Vec<acc> e = exp(load(logits + p, lanes) - reference);
+    const Vec<acc> e = without_subnormal<acc>(exp(load(logits + p, lanes) - reference));
     store(weights + p, e, lanes);
     sums += load(weights + p, lanes);  // loaded again: a partial vector must not count its unused lanes
   });
@@ -339,8 +346,9 @@ acc_t<scalar_t> attention_pool_backward(Block<const scalar_t> grad, Block<const 
 template <typename acc>
 void softmax(acc* logits, int64_t count, acc max, acc sum) {
   const acc reference = max == -std::numeric_limits<acc>::infinity() ? acc(0) : max;
-  for_each_vector<acc>(
-      count, [&](int64_t p, auto lanes) { store(logits + p, exp(load(logits + p, lanes) - reference) / sum, lanes); });
+  for_each_vector<acc>(count, [&](int64_t p, auto lanes) {
+    store(logits + p, without_subnormal<acc>(exp(load(logits + p, lanes) - reference) / sum), lanes);
+  });
 }
 
 template <typename acc>
@@ -355,7 +363,9 @@ void softmax_of_sum(const acc* parts, int64_t parts_count, int64_t count, acc bi
     sums += load(attention + p, lanes);  // loaded again: a partial vector must not count its unused lanes
   });
   const acc total = sum(sums);
-  for (int64_t p = 0; p < count; p++) attention[p] /= total;
+  for_each_vector<acc>(count, [&](int64_t p, auto lanes) {
+    store(attention + p, without_subnormal<acc>(load(attention + p, lanes) / total), lanes);
+  });
 }
 
 }  // namespace gcnet_ext::cpu::GCNET_CAPABILITY
