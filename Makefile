@@ -117,6 +117,7 @@ mutants: $(BUILT)
 bench: $(BUILT) $(if $(PEERS),$(CUDA_VENV)/installed-$(CUDA_TAG))
 	PYTHONPATH=$(CURDIR) $(if $(PEERS),$(CUDA_VENV),$(VENV))/bin/python bench/run.py $(ARGS)
 	$(if $(PEERS),PYTHONPATH=$(CURDIR) $(CUDA_VENV)/bin/python bench/whole_models.py --json build/bench/whole_models.json)
+	$(if $(PEERS),PYTHONPATH=$(CURDIR) $(CUDA_VENV)/bin/python bench/whole_engines.py --json build/bench/whole_engines.json)
 
 # The wheel is built from the source archive. GCNET_EXT_CUDA=1 makes one with CUDA kernels, by the torch of CUDA_TORCH. It brings none
 # of the libraries that torch has loaded: of a second OpenMP, the threads would not be shared. The platform that its name tells is

@@ -1,4 +1,4 @@
-"""What people deploy with: the block, exported to ONNX as plain PyTorch, in onnxruntime and in OpenVINO.
+"""What people deploy with: a block or a net, exported to ONNX as plain PyTorch, in onnxruntime and in OpenVINO.
 
 An engine takes one shape, which it knows when it compiles; it reads x where it is and writes to memory of its own (io binding).
 It has as many threads as torch, and none of them spins after a call, so that it takes no time from who is timed next.
@@ -20,14 +20,11 @@ import gcnet_ext
 class Engine(nn.Module):
     """A compiled net that is called as a module is, and cannot be trained. The next call overwrites what a call returned."""
 
-    def __init__(self, run: Callable[[Tensor, Tensor], None]) -> None:
+    def __init__(self, run: Callable[[Tensor, Tensor], None], out: Tensor) -> None:
         super().__init__()
-        self._run = run
-        self._out: Tensor | None = None
+        self._run, self._out = run, out
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._out is None:
-            self._out = torch.empty_like(x)
         self._run(x, self._out)
         return self._out
 
@@ -75,14 +72,16 @@ ENGINES = {"onnxruntime": _onnxruntime, "openvino": _openvino}
 
 
 def make_engines(module: nn.Module, x: Tensor, wanted: tuple[str, ...]) -> dict[str, Engine]:
-    """The engines of those names that are installed. They take float32 and NCHW; for another x there is none."""
+    """The module in the engines of those names that are installed. They take float32 and NCHW; for another x there is none."""
     if x.dtype != torch.float32 or not x.is_contiguous():
         return {}
     found = {}
+    with torch.no_grad():
+        out = module(x)
     for name in wanted:
         try:
             library = importlib.import_module(name)
         except ImportError:
             continue
-        found[name] = Engine(ENGINES[name](library, exported(module, x)))
+        found[name] = Engine(ENGINES[name](library, exported(module, x)), torch.empty_like(out))
     return found

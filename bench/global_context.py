@@ -58,14 +58,21 @@ def floor_clones(fusion: str, direction: str) -> float:
 
 
 def rows_of(
-    shape: str, layout: str, dtype: str, *, fusion: str = "both", compiled: Iterable[str] = (), rounds: int = 11
+    shape: str,
+    layout: str,
+    dtype: str,
+    *,
+    fusion: str = "both",
+    compiled: Iterable[str] = (),
+    rounds: int = 11,
+    peers: bool = True,
 ) -> list[dict[str, Any]]:
-    """One row per direction and candidate."""
+    """One row per direction and candidate; with peers, the modules of the libraries that are installed are among them."""
     torch._dynamo.reset()
     compiled = tuple(compiled)
     x = feature_map(shape, layout, DTYPES[dtype])
     planar = x.dim() == 4  # the peers take images alone
-    modules = make_candidates(x.shape[1], fusion, x.dtype, compiled if planar else (), peers=planar)
+    modules = make_candidates(x.shape[1], fusion, x.dtype, compiled if planar else (), peers=peers and planar)
     if not planar:
         del modules["eager"]
     else:

@@ -2,7 +2,7 @@
 whole_models.py.
 
     make bench                              on this machine; make bench ARGS=--quick takes two minutes
-    python bench/run.py [--quick] [--only block,non_local,overhead,scaling,memory,gpu] [--json FILE] [--plots FOLDER]
+    python bench/run.py [--quick] [--only block,capabilities,memory,...] [--json FILE] [--plots FOLDER]
 
 Writes the results with the machine, the versions, the build and the git revision as JSON, and draws them. On a machine with a
 GPU bench/gpu_timing.py is run, too: CUDA events, one call at a time and as a CUDA graph, hot and cold caches.
@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import capabilities
 import global_context
 import measure
 import memory
@@ -29,7 +30,7 @@ import torch
 from engines import ENGINES
 from tqdm import tqdm
 
-SECTIONS = ("block", "non_local", "overhead", "scaling", "memory", "gpu")
+SECTIONS = ("block", "capabilities", "non_local", "overhead", "scaling", "memory", "gpu")
 COMPILED = ("ours compiled", "compile", "compile max-autotune", "rewrite", *ENGINES)
 # ResNet-50 at 224 in batches of 1, 8 and 64, at 800x1333 (c3 to c5), the first convolution's output, and video
 SHAPES = (
@@ -103,6 +104,7 @@ def main() -> None:
     results: dict[str, Any] = {"machine": measure.machine(), "quick": quick, "rounds": rounds}
     sections = {
         "block": lambda: block(rounds, quick),
+        "capabilities": lambda: shown(capabilities, capabilities.rows(rounds, quick)),
         "non_local": lambda: shown(non_local, non_local.rows(rounds, quick)),
         "overhead": lambda: shown(overhead, overhead.rows(rounds)),
         "scaling": lambda: shown(scaling, scaling.rows(rounds, quick)),

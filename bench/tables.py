@@ -11,15 +11,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import capabilities
 import frames
 import global_context
 import plots
+import whole_engines
 from engines import ENGINES
 
 ROOT = Path(__file__).resolve().parent.parent
 README, BENCHMARKS, RESULTS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "bench" / "results" / "cpu.json"
 GPU_RESULTS = ROOT / "bench" / "results" / "h200" / "gpu_check.json"
 WHOLE_MODELS = ROOT / "bench" / "results" / "whole_models.json"
+WHOLE_ENGINES = ROOT / "bench" / "results" / "whole_engines.json"
 BEGIN, END = "<!-- measured: written by bench/tables.py -->", "<!-- end of measured -->"
 GPU_BEGIN, GPU_END = "<!-- measured on a GPU: written by bench/tables.py -->", "<!-- end of measured on a GPU -->"
 CANDIDATES = ("ours", "eager", "compile", "rewrite")
@@ -74,7 +77,7 @@ def models(whole: dict[str, Any]) -> str:
     return frames.markdown(["model", "images", "", "the peer's block", "ours", "ours, with the addition and the ReLU"], cells)
 
 
-def text(results: dict[str, Any], whole: dict[str, Any]) -> str:
+def text(results: dict[str, Any], whole: dict[str, Any], in_engines: dict[str, Any]) -> str:
     """The part of docs/benchmarks.md between the first two marks."""
     machine, other = results["machine"], whole["machine"]
     parts = [
@@ -83,6 +86,9 @@ def text(results: dict[str, Any], whole: dict[str, Any]) -> str:
         f"committed as [cpu.json](../bench/results/cpu.json). Medians of {results['rounds']} interleaved rounds ± the "
         "interquartile range, in multiples of `x.clone()`; both fusions, ratio 1/16. NHWC is channels_last.",
         block(results),
+        "The same with the vector instructions of other processors, which `GCNET_EXT_CPU_CAPABILITY` chooses (`default`: those "
+        "of every 64-bit x86 processor):",
+        frames.markdown(*capabilities.table(results["capabilities"])),
         "Memory that is allocated beside x and the weights, in multiples of x:",
         memory(results),
     ]
@@ -95,6 +101,11 @@ def text(results: dict[str, Any], whole: dict[str, Any]) -> str:
         "2 to 4; the peer is the block in plain PyTorch, and in timm's nets timm's own. A net whose blocks do not stand at the "
         "end of a residual block has no tails. Compiled, the tails of a net are one graph; to train they are not timed alone.",
         models(whole),
+        f"Whole models in the engines that people deploy with, torch {in_engines['machine']['torch']}, "
+        f"{in_engines['machine']['date']}, same machine; by `python bench/whole_engines.py`, committed as "
+        "[whole_engines.json](../bench/results/whole_engines.json). ResNet-50 with 13 blocks at c3-c5, to infer, NCHW; "
+        "medians, and what the blocks add with a 95 % interval.",
+        frames.markdown(*whole_engines.table(in_engines["rows"])),
     ]
     return "\n\n".join(parts)
 
@@ -168,9 +179,11 @@ def _between(page: str, begin: str, end: str, content: str) -> str:
     return f"{before}{begin}\n\n{content}\n\n{end}{rest.split(end)[1]}"
 
 
-def pages(results: dict[str, Any], gpu_results: dict[str, Any], whole: dict[str, Any]) -> dict[Path, str]:
+def pages(
+    results: dict[str, Any], gpu_results: dict[str, Any], whole: dict[str, Any], in_engines: dict[str, Any]
+) -> dict[Path, str]:
     """Each page, as it must be."""
-    benchmarks = _between(BENCHMARKS.read_text(), BEGIN, END, text(results, whole))
+    benchmarks = _between(BENCHMARKS.read_text(), BEGIN, END, text(results, whole, in_engines))
     return {
         README: _between(README.read_text(), BEGIN, END, gains(results, gpu_results, whole)),
         BENCHMARKS: _between(benchmarks, GPU_BEGIN, GPU_END, gpu_text(gpu_results)),
@@ -178,7 +191,7 @@ def pages(results: dict[str, Any], gpu_results: dict[str, Any], whole: dict[str,
 
 
 def main() -> int:
-    wanted = pages(*(json.loads(file.read_text()) for file in (RESULTS, GPU_RESULTS, WHOLE_MODELS)))
+    wanted = pages(*(json.loads(file.read_text()) for file in (RESULTS, GPU_RESULTS, WHOLE_MODELS, WHOLE_ENGINES)))
     other = [page for page, content in wanted.items() if page.read_text() != content]
     if "--check" in sys.argv:
         for page in other:

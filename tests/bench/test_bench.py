@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import importlib
 import json
@@ -15,8 +16,10 @@ import pytest
 import torch
 from checkout import ROOT
 from registry import OPS
+from torch import nn
 
 import gcnet_ext
+from gcnet_ext import _load
 
 BENCH = ROOT / "bench"
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -115,6 +118,42 @@ def test_an_engine_computes_the_block(name):
         assert engines.make_engines(modules["ours"], other, (name,)) == {}
     rows = module("global_context").rows_of("2x32x5x5", "NCHW", "float32", compiled=(name,), rounds=2)
     assert [row["direction"] for row in rows if row["candidate"] == name] == ["infer"]
+
+
+def test_a_whole_model_in_every_runtime():
+    """One that computes something else is not timed."""
+    pytest.importorskip("onnxruntime")
+    whole, x = module("whole_engines"), torch.randn(1, 3, 8, 8)
+    without = nn.Sequential(nn.Conv2d(3, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    ours = copy.deepcopy(without)
+    ours.insert(1, gcnet_ext.GlobalContextBlock(8, 1 / 4))
+    rows = whole.rows_of(without, ours, x, rounds=2)
+    assert {row["runtime"] for row in rows} >= {"eager", "compiled", "onnxruntime"}
+    assert all(row["milliseconds"] > 0 and row["milliseconds_without"] > 0 for row in rows)
+    header, cells = whole.table(rows)
+    assert len(cells) == len(rows)
+    assert all(len(cell) == len(header) for cell in cells)
+
+    class Drifting(nn.Module):
+        calls = 0.0
+
+        def forward(self, x):
+            self.calls += 1
+            return x + self.calls
+
+    with pytest.raises(SystemExit, match="differs from the one in eager"):
+        whole.rows_of(Drifting(), without, x, rounds=2)
+
+
+def test_rows_of_each_capability(kernels):
+    """Each in a process of its own, which has that capability."""
+    capabilities = module("capabilities")
+    rows = capabilities.rows(rounds=2, quick=True)
+    usable = [name for name in _load.compiled.usable_capabilities() if name != "avx512_bf16"]
+    assert list(dict.fromkeys(row["capability"] for row in rows)) == usable
+    header, cells = capabilities.table(rows)
+    assert len(header) == 1 + 2 * len(usable)
+    assert [cell[0] for cell in cells] == ["16x64x32x32 NCHW", "16x64x32x32 NHWC", "**geometric mean**"]
 
 
 @pytest.mark.parametrize("layout", grid.LAYOUTS)
@@ -221,24 +260,26 @@ def test_another_figure_is_noticed():
     def changed(*results: dict) -> set[str]:
         return {page.name for page, text in tables.pages(*results).items() if text != page.read_text()}
 
-    results, gpu_results, whole = (
-        json.loads(file.read_text()) for file in (tables.RESULTS, tables.GPU_RESULTS, tables.WHOLE_MODELS)
-    )
-    assert changed(results, gpu_results, whole) == set()
+    files = tables.RESULTS, tables.GPU_RESULTS, tables.WHOLE_MODELS, tables.WHOLE_ENGINES
+    results, gpu_results, whole, in_engines = (json.loads(file.read_text()) for file in files)
+    assert changed(results, gpu_results, whole, in_engines) == set()
     ours = next(row for row in results["block"] if row["candidate"] == "ours" and row["x"] == "8x256x56x56")
     ours["clones"] *= 2
-    assert changed(results, gpu_results, whole) == {"benchmarks.md"}
+    assert changed(results, gpu_results, whole, in_engines) == {"benchmarks.md"}
     for row in results["block"]:
         row["microseconds"] *= 1 + (row["candidate"] == "ours")
-    assert changed(results, gpu_results, whole) == {"README.md", "benchmarks.md"}
+    assert changed(results, gpu_results, whole, in_engines) == {"README.md", "benchmarks.md"}
     results = json.loads(tables.RESULTS.read_text())
     for row in gpu_results["timings"]["rows"]:
         row["candidates"]["ours"]["forward"]["graph_cold"] *= 2
-    assert changed(results, gpu_results, whole) == {"README.md", "benchmarks.md"}
+    assert changed(results, gpu_results, whole, in_engines) == {"README.md", "benchmarks.md"}
     gpu_results = json.loads(tables.GPU_RESULTS.read_text())
     for row in whole["rows"]:
         row["share"] = None if row["share"] is None else row["share"] + 0.01
-    assert changed(results, gpu_results, whole) == {"README.md", "benchmarks.md"}
+    assert changed(results, gpu_results, whole, in_engines) == {"README.md", "benchmarks.md"}
+    whole = json.loads(tables.WHOLE_MODELS.read_text())
+    in_engines["rows"][0]["milliseconds"] *= 2
+    assert changed(results, gpu_results, whole, in_engines) == {"benchmarks.md"}
 
 
 # ---- profiling ---------------------------------------------------------------------------------------------------------------
