@@ -1,4 +1,4 @@
-"""Builds gcnet_ext._C and, with a CUDA build of torch, gcnet_ext._C_cuda.
+"""Builds the operator library, with a CUDA build of torch the one for CUDA, and gcnet_ext._C, which asks the first.
 
 Every decision is printed; what is missing is told in one sentence that names the fix.
 What is compiled, and with which flags, is in gcnet_ext/_build.py. `pip install --no-build-isolation .` builds against the
@@ -92,14 +92,14 @@ def extensions(build, cuda) -> list[Extension]:
     from torch.utils.cpp_extension import include_paths, library_paths
 
     flags = build.cxx_flags(cuda)
-    include_dirs = [require_pybind11(), *include_paths()]
-    say(f"_C: {len(build.sources())} sources, flags {' '.join(flags)}")
+    pybind11 = require_pybind11()
+    say(f"{build.LIBRARY}: {len(build.sources())} sources, flags {' '.join(flags)}")
     libraries = [
         Extension(
-            "gcnet_ext._C",
+            f"gcnet_ext.{build.LIBRARY}",
             sources=build.sources(),
             depends=build.headers(),
-            include_dirs=include_dirs,
+            include_dirs=include_paths(),
             library_dirs=library_paths(),
             libraries=["c10", "torch_cpu"],
             extra_compile_args={"cxx": flags},
@@ -110,21 +110,62 @@ def extensions(build, cuda) -> list[Extension]:
     if cuda.build:
         # BuildExtension reads the architectures from here.
         os.environ["TORCH_CUDA_ARCH_LIST"] = cuda.architectures
-        say(f"_C_cuda: {len(build.cuda_sources())} sources for {cuda.architectures}, flags {' '.join(build.cuda_flags(cuda))}")
+        count, cuda_flags = len(build.cuda_sources()), build.cuda_flags(cuda)
+        say(f"{build.CUDA_LIBRARY}: {count} sources for {cuda.architectures}, flags {' '.join(cuda_flags)}")
         libraries.append(
             Extension(
-                "gcnet_ext._C_cuda",
+                f"gcnet_ext.{build.CUDA_LIBRARY}",
                 sources=build.cuda_sources(),
                 depends=build.headers(),
                 include_dirs=include_paths("cuda"),
                 library_dirs=library_paths("cuda"),
                 # cudart comes with torch_cuda: the one that torch has loaded
                 libraries=["c10", "torch_cpu", "torch_cuda"],
-                extra_compile_args={"cxx": [*flags, "-DUSE_CUDA"], "nvcc": build.cuda_flags(cuda)},
+                extra_compile_args={"cxx": [*flags, "-DUSE_CUDA"], "nvcc": cuda_flags},
                 language="c++",
             )
         )
-    return libraries
+    say(f"{build.MODULE}: {len(build.python_sources())} sources, linked with {build.LIBRARY}.so")
+    module = Extension(
+        f"gcnet_ext.{build.MODULE}",
+        sources=build.python_sources(),
+        depends=build.headers(),
+        include_dirs=[pybind11],
+        extra_compile_args={"cxx": flags},
+        extra_link_args=["-Wl,-rpath,$ORIGIN"],  # no shell is asked: the folder that the module is in
+        language="c++",
+    )
+    return [*libraries, module]
+
+
+def builder(build) -> type:
+    """The build_ext of torch, for operator libraries that know nothing of Python and a module that is linked with one."""
+    from torch.utils.cpp_extension import BuildExtension
+
+    def is_library(name: str) -> bool:  # distutils asks with and without the package
+        return name.rpartition(".")[2] in (build.LIBRARY, build.CUDA_LIBRARY)
+
+    class Builder(BuildExtension):
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            self.parallel = None  # one extension after another: the module needs the library; ninja uses the cores
+
+        def get_ext_filename(self, ext_name: str) -> str:
+            if is_library(ext_name):  # without the ABI of a Python; no_python_abi_suffix of torch is for all extensions
+                return os.path.join(*ext_name.split(".")) + ".so"
+            return super().get_ext_filename(ext_name)
+
+        def get_export_symbols(self, ext: Extension) -> list[str]:
+            # On some platforms a PyInit_ would be exported, which the libraries do not have.
+            return ext.export_symbols if is_library(ext.name) else super().get_export_symbols(ext)
+
+        def build_extension(self, ext: Extension) -> None:
+            if ext.name == f"gcnet_ext.{build.MODULE}":
+                # The file that was just built, wherever that is: by -l the linker could find another one.
+                ext.extra_objects = [self.get_ext_fullpath(f"gcnet_ext.{build.LIBRARY}")]
+            super().build_extension(ext)
+
+    return Builder
 
 
 def main() -> None:
@@ -150,12 +191,10 @@ def main() -> None:
     except build.BuildStop as reason:
         stop(str(reason))
     say(cuda.sentence())
-    from torch.utils.cpp_extension import BuildExtension
-
     try:
         setup(
             ext_modules=extensions(build, cuda),
-            cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)},
+            cmdclass={"build_ext": builder(build)},
             # A folder per torch: what one build left behind must not end up in the wheel of another.
             options={"build": {"build_base": f"build/torch-{version('torch')}{'-cuda' if cuda.build else ''}"}},
         )

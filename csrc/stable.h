@@ -1,5 +1,5 @@
 // Every file that needs a tensor of torch includes this one, so that the ABI target of the compiled code is set in one place.
-// csrc/bindings.cpp, gcnet_ext/_build.py and setup.py name the same version.
+// csrc/exports.cpp, gcnet_ext/_build.py and setup.py name the same version.
 #pragma once
 
 // LibTorch stable ABI of torch 2.11: one binary runs on every later torch, and including ATen is a compile error.

@@ -35,7 +35,10 @@ CXX_FLAGS = (
     "-Wno-unknown-pragmas",
     "-Wno-psabi",
 )
-LINK_FLAGS = ("-fopenmp",)
+# The operators for CPUs, those for CUDA, and the Python module that asks the first library.
+LIBRARY, CUDA_LIBRARY, MODULE = "libgcnet_ext", "libgcnet_ext_cuda", "_C"
+# The soname: by it _C finds the library where it is loaded already, wherever that is.
+LINK_FLAGS = ("-fopenmp", f"-Wl,-soname,{LIBRARY}.so")
 # USE_CUDA: declares the current stream in the stable ABI. extended-lambda, relaxed-constexpr: the launch code uses both.
 CUDA_FLAGS = (
     "-O3",
@@ -49,12 +52,17 @@ MINIMUM_TORCH = (2, 11)
 
 
 def sources() -> list[str]:
-    """The sources of ``gcnet_ext._C``: bindings, schemas, the plan and the CPU kernels; relative to the root, sorted."""
+    """The sources of ``libgcnet_ext.so``: schemas, the plan and the CPU kernels; relative to the root, sorted."""
     return sorted(str(path.relative_to(ROOT)) for folder in (CSRC, CSRC / "cpu") for path in folder.glob("*.cpp"))
 
 
+def python_sources() -> list[str]:
+    """The sources of ``gcnet_ext._C``, the only ones that depend on Python."""
+    return sorted(str(path.relative_to(ROOT)) for path in (CSRC / "python").glob("*.cpp"))
+
+
 def cuda_sources() -> list[str]:
-    """The sources of ``gcnet_ext._C_cuda``: implementations for CUDA, and what they share with the CPU library."""
+    """The sources of ``libgcnet_ext_cuda.so``: implementations for CUDA, and what they share with the CPU library."""
     shared = [CSRC / name for name in ("arguments.cpp", "check.cpp", "layout.cpp", "plan_cuda.cpp")]
     return sorted(str(path.relative_to(ROOT)) for path in (*(CSRC / "cuda").glob("*.cu"), *shared))
 
@@ -252,9 +260,10 @@ def cxx_flags(cuda: CudaDecision | None = None) -> list[str]:
 
 
 if __name__ == "__main__":
-    # CMakeLists.txt: python gcnet_ext/_build.py sources|cxx_flags|link_flags|version; the Makefile: cuda
+    # CMakeLists.txt: python gcnet_ext/_build.py sources|python_sources|cxx_flags|link_flags|version; the Makefile: cuda
     answers = {
         "sources": sources,
+        "python_sources": python_sources,
         "cxx_flags": cxx_flags,
         "link_flags": lambda: LINK_FLAGS,
         "version": lambda: [version()],

@@ -114,7 +114,7 @@ def _torch() -> str:
 
 
 def _library_path() -> str:
-    return _load.why_no_kernels("cpu") if _load.compiled is None else str(_compiled().__file__)
+    return _load.why_no_kernels("cpu") if _load.compiled is None else str(_load.library)
 
 
 def _openmp() -> str:

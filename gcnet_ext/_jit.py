@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.utils import cpp_extension
 
-from . import _build
+from . import _build, _libraries
 
 
 def private(folder: Path) -> Path:
@@ -41,7 +41,7 @@ def require_plain_paths(quoted: list[str], unquoted: list[str]) -> None:
 
 
 def load() -> ModuleType:
-    """Compiles what has changed and imports the module; when nothing has, ninja finds nothing to do."""
+    """Compiles what has changed, loads the operator libraries and imports the module. When nothing has, ninja does nothing."""
     if not _build.CSRC.is_dir():
         raise RuntimeError(f"GCNET_EXT_JIT=1 needs a checkout: there are no sources in {_build.CSRC}")
     import pybind11
@@ -50,30 +50,45 @@ def load() -> ModuleType:
     cuda = _build.decide_cuda()
     library_paths = [cpp_extension.TORCH_LIB_PATH, *([str(cpp_extension.CUDA_HOME)] if cuda.build else [])]
     require_plain_paths([str(_build.ROOT), pybind11.get_include()], library_paths)
-    build_directory = private(Path(os.environ.get("GCNET_EXT_JIT_DIR", _build.ROOT / "build" / "jit")))
+    folder = private(_libraries.folder_in_place())
     options: dict[str, Any] = {
         "extra_cflags": [shlex.quote(flag) for flag in _build.cxx_flags(cuda)],  # ninja hands them to a shell
-        "extra_ldflags": list(_build.LINK_FLAGS),
         "verbose": os.environ.get("GCNET_EXT_JIT_VERBOSE", "0") == "1",
     }
-    module = cpp_extension.load(
-        name="_C",
+    as_needed = "-Wl,--as-needed"  # torch names all of its libraries, that for Python among them, which these do without
+    cpp_extension.load(
+        name=_build.LIBRARY,
         sources=[str(_build.ROOT / source) for source in _build.sources()],
-        extra_include_paths=[pybind11.get_include()],
-        build_directory=str(build_directory),
+        extra_ldflags=[as_needed, *_build.LINK_FLAGS],
+        build_directory=str(folder),
+        is_python_module=False,
         **options,
     )
     if cuda.build:
         os.environ["TORCH_CUDA_ARCH_LIST"] = cuda.architectures
-        # Compiled and linked beside _C, and loaded from there by _load.py as an installed one is.
-        (build_directory / "cuda").mkdir(exist_ok=True)
         cpp_extension.load(
-            name="_C_cuda",
+            name=_build.CUDA_LIBRARY,
             sources=[str(_build.ROOT / source) for source in _build.cuda_sources()],
             extra_cuda_cflags=[shlex.quote(flag) for flag in _build.cuda_flags(cuda)],
-            build_directory=str(build_directory / "cuda"),
+            extra_ldflags=[as_needed, "-fopenmp"],
+            build_directory=str(below(folder, _build.CUDA_LIBRARY)),
             is_python_module=False,
             with_cuda=True,
             **options,
         )
-    return module
+    return cpp_extension.load(
+        name=_build.MODULE,
+        sources=[str(_build.ROOT / source) for source in _build.python_sources()],
+        extra_include_paths=[pybind11.get_include()],
+        # Of the folder it is compiled in, so that nothing of the path is given to a shell. When it is imported, the library is
+        # loaded already, and found by its soname.
+        extra_ldflags=[as_needed, f"../{_build.LIBRARY}.so"],
+        build_directory=str(below(folder, _build.MODULE)),
+        **options,
+    )
+
+
+def below(folder: Path, name: str) -> Path:
+    """A folder for the build file and the objects of one library: those of another one would be taken for its own."""
+    (folder / name).mkdir(exist_ok=True)
+    return folder / name

@@ -1,4 +1,4 @@
-"""Loads the compiled libraries, and says why one is missing.
+"""Loads the operator libraries and the module that asks them, and says why one is missing.
 
 A failed load is kept, not swallowed: `load_error` holds it, `python -m gcnet_ext` prints it, and the first call that has to do
 without kernels warns with it.
@@ -8,34 +8,39 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import os
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
-from . import _build, _tuning
+from . import _build, _libraries, _tuning
 
 HOW_TO_BUILD = "build them with `pip install --no-build-isolation .` in a checkout (see Install in README.md)"
 
 
-def _load() -> tuple[ModuleType | None, Exception | None]:
+def _load() -> tuple[Path | None, ModuleType | None, Exception | None]:
+    loaded = None
     try:
-        if os.environ.get("GCNET_EXT_JIT", "0") == "1":
+        if _libraries.compiled_in_place():
             from . import _jit
 
-            return _jit.load(), None
-        return importlib.import_module("gcnet_ext._C"), None
+            module = _jit.load()
+            return _libraries.find(), module, None
+        found = _libraries.find()
+        torch.ops.load_library(str(found))
+        loaded = found
+        return loaded, importlib.import_module("gcnet_ext._C"), None
     except Exception as error:
-        return None, error
+        return loaded, None, error
 
 
-compiled, load_error = _load()
-"""The module ``gcnet_ext._C`` and None, or None and the error that loading it raised."""
+library, compiled, load_error = _load()
+"""The operator library, and the module ``gcnet_ext._C`` that asks it; in the place of one that is not loaded there is None, and
+the error says why."""
 
 
 def _load_cuda() -> str | None:
-    """Loads the CUDA implementations beside the compiled module; returns why not, or None when they are there."""
+    """Loads the CUDA implementations beside the operator library; returns why not, or None when they are there."""
     if compiled is None:
         return None
     built = compiled.build_info()
@@ -49,9 +54,9 @@ def _load_cuda() -> str | None:
             f"{torch.version.cuda}: the major versions must agree; {HOW_TO_BUILD}, which uses the installed torch"
         )
     try:
-        (library,) = Path(str(compiled.__file__)).parent.glob("**/_C_cuda*.so")
-        torch.ops.load_library(str(library))
-        _tuning.library = ctypes.CDLL(str(library))
+        cuda_library = str(_libraries.find(_build.CUDA_LIBRARY))
+        torch.ops.load_library(cuda_library)
+        _tuning.library = ctypes.CDLL(cuda_library)
     except Exception as error:
         return (
             f"the CUDA kernels, built with CUDA {built['cuda']} for torch {built['torch']}, could not be loaded into "
@@ -78,7 +83,7 @@ def why_no_kernels(device: str) -> str:
     """One sentence: why tensors on this device do without compiled kernels, and what to do about it."""
     if load_error is not None:
         why = f"the compiled kernels could not be loaded ({type(load_error).__name__}: {load_error}); {HOW_TO_BUILD}"
-        if isinstance(load_error, ModuleNotFoundError) and _build.CSRC.is_dir():
+        if isinstance(load_error, (FileNotFoundError, ModuleNotFoundError)) and _build.CSRC.is_dir():
             why += f". If you have installed gcnet_ext, run in another folder: here Python imports the checkout {_build.ROOT}"
         return why
     if device == "cuda" and cuda_error is not None:

@@ -201,7 +201,7 @@ def pytest_report_header() -> str:
     if _load.compiled is None:
         return f"gcnet_ext: plain PyTorch, {_load.why_no_kernels('cpu')}"
     devices, capability = sorted(_load.kernel_devices), _load.compiled.cpu_capability()
-    return f"gcnet_ext: compiled kernels for {devices}, CPU capability {capability}, {_load.compiled.__file__}"
+    return f"gcnet_ext: compiled kernels for {devices}, CPU capability {capability}, {_load.library}"
 
 
 @pytest.fixture

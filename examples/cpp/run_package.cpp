@@ -1,8 +1,9 @@
 // Runs a packaged model with blocks of gcnet_ext without Python, and compares with what Python computed.
 //
-//   run_package libgcnet_ext.so model.pt2 example.pt
+//   run_package model.pt2 example.pt libgcnet_ext.so ...
 //
-// make_package.py writes the last two: the model, compiled by AOTInductor, and a list of an input and its output.
+// make_package.py writes the first two: the model, compiled by AOTInductor, and a list of an input and its output. The libraries are
+// those of an installed gcnet_ext, which `python -m gcnet_ext --library` names: that of the CUDA kernels as well where it has some.
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>
 #include <dlfcn.h>
@@ -15,19 +16,21 @@
 #include <vector>
 
 int main(int count, char** arguments) {
-  if (count != 4) {
-    std::fprintf(stderr, "usage: %s libgcnet_ext.so model.pt2 example.pt\n", arguments[0]);
+  if (count < 4) {
+    std::fprintf(stderr, "usage: %s model.pt2 example.pt libgcnet_ext.so ...\n", arguments[0]);
     return 2;
   }
-  // Loading the library is all that it takes: the operators register themselves.
-  if (dlopen(arguments[1], RTLD_NOW | RTLD_GLOBAL) == nullptr) {
-    std::fprintf(stderr, "%s\n", dlerror());
-    return 1;
+  // Loading the libraries is all that it takes: the operators register themselves.
+  for (int i = 3; i < count; ++i) {
+    if (dlopen(arguments[i], RTLD_NOW | RTLD_GLOBAL) == nullptr) {
+      std::fprintf(stderr, "%s\n", dlerror());
+      return 1;
+    }
   }
   const c10::InferenceMode inference;
-  torch::inductor::AOTIModelPackageLoader model(arguments[2]);
+  torch::inductor::AOTIModelPackageLoader model(arguments[1]);
 
-  std::ifstream file(arguments[3], std::ios::binary);
+  std::ifstream file(arguments[2], std::ios::binary);
   const std::vector<char> bytes(std::istreambuf_iterator<char>(file), {});
   const c10::List<c10::IValue> example = torch::jit::pickle_load(bytes).toList();
   const at::Tensor x = example.get(0).toTensor(), want = example.get(1).toTensor();

@@ -1,11 +1,13 @@
 """setup.py and _build.py: what they decide, what they say, and where they stop."""
 
+import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -137,7 +139,7 @@ def test_without_an_nvcc_the_cpu_kernels_are_built(choice):
         done.stdout,
         re.MULTILINE,
     )
-    assert "_C_cuda" not in done.stdout
+    assert "libgcnet_ext_cuda" not in done.stdout
     assert done.stdout.endswith("would build\n")
 
 
@@ -208,14 +210,15 @@ def test_which_gpus_are_covered():
 def test_every_decision_is_printed():
     result = setup(GCNET_EXT_CUDA="0")
     assert result.returncode == 0, result.stderr
-    for decision in ("torch ", "C++ compiler ", "ninja ", "pybind11 ", "CUDA kernels: ", "_C: ", "would build"):
+    decisions = ("torch ", "C++ compiler ", "ninja ", "pybind11 ", "CUDA kernels: ", "libgcnet_ext: ", "_C: ", "would build")
+    for decision in decisions:
         assert decision in result.stdout, decision
 
 
 @pytest.mark.parametrize("debug", ["0", "1"])
 def test_debug_information_is_for_those_who_ask(debug):
     """Python's own flags ask for it; ours come after them."""
-    flags = re.search("_C: .* flags (.*)", setup(GCNET_EXT_CUDA="0", GCNET_EXT_DEBUG=debug).stdout)[1].split()
+    flags = re.search("libgcnet_ext: .* flags (.*)", setup(GCNET_EXT_CUDA="0", GCNET_EXT_DEBUG=debug).stdout)[1].split()
     assert ("-g" in flags, "-g0" in flags, "-O3" in flags) == ((True, False, False) if debug == "1" else (False, True, True))
 
 
@@ -243,8 +246,45 @@ def test_cmake_and_the_jit_loader_ask_the_same_place():
         [sys.executable, "gcnet_ext/_build.py", "sources"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert answered.stdout.split(";") == _build.sources()
+    answered = subprocess.run(
+        [sys.executable, "gcnet_ext/_build.py", "python_sources"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert answered.stdout.split(";") == _build.python_sources() == ["csrc/python/bindings.cpp"]
     on_disk = {path.relative_to(ROOT) for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".cu")}
-    assert on_disk == {Path(source) for source in (*_build.sources(), *_build.cuda_sources())}
+    assert on_disk == {Path(source) for source in (*_build.sources(), *_build.python_sources(), *_build.cuda_sources())}
+
+
+EXTENSIONS = """
+import json, runpy, setuptools, sys
+def show(*, ext_modules, cmdclass, **_):
+    command = cmdclass["build_ext"](setuptools.Distribution({"name": "gcnet_ext", "ext_modules": ext_modules}))
+    command.parallel = 2
+    command.ensure_finalized()
+    print(json.dumps({"parallel": command.parallel, "extensions": [
+        [command.get_ext_fullpath(e.name), e.sources, e.libraries, command.get_export_symbols(e)] for e in ext_modules]}))
+setuptools.setup = show
+sys.argv = ["setup.py", "build_ext"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("cuda", [False, True], ids=["CPU", "CUDA"])
+def test_only_the_module_is_of_one_python(toolkit, cuda):
+    """It is built after the library that it is linked with, which is linked with nothing for Python."""
+    prelude = toolkit("13.1") if cuda else ""
+    done = run(f"{prelude}\n{EXTENSIONS}", {"TORCH_CUDA_ARCH_LIST": "9.0", "GCNET_EXT_CUDA": "1" if cuda else "0"})
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert not told["parallel"]
+    extensions = {Path(path).name: rest for path, *rest in told["extensions"]}
+    module = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
+    assert list(extensions) == ["libgcnet_ext.so", *(["libgcnet_ext_cuda.so"] if cuda else []), module]
+    assert extensions["libgcnet_ext.so"] == [_build.sources(), ["c10", "torch_cpu"], []]
+    if cuda:
+        assert extensions["libgcnet_ext_cuda.so"] == [_build.cuda_sources(), ["c10", "torch_cpu", "torch_cuda"], []]
+    assert extensions[module] == [_build.python_sources(), [], ["PyInit__C"]]
+    python = [file for file in ROOT.glob("csrc/**/*.*") if re.search("Python.h|pybind11/", file.read_text())]
+    assert {file.parent for file in python} == {ROOT / "csrc" / "python"}, "no other file depends on Python"
 
 
 # ---- make --------------------------------------------------------------------------------------------------------------------

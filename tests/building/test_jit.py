@@ -1,4 +1,4 @@
-"""GCNET_EXT_JIT=1 compiles the sources of the checkout; a second import finds nothing to do."""
+"""GCNET_EXT_JIT=1 compiles the sources of the checkout, and they are found there; a second import finds nothing to do."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 from checkout import ROOT, quick_compiler
+from libraries import require_found
 
 SCRIPT = """
 import torch, gcnet_ext
@@ -15,7 +16,7 @@ import reference
 assert _load.load_error is None, _load.load_error
 x = torch.randn(2, 6, 4, 5)
 assert torch.allclose(gcnet_ext.attention_pool(x, x[0, :, 0, 0]), reference.attention_pool(x, x[0, :, 0, 0]), atol=1e-5)
-print(_load.compiled.__file__)
+print(_load.library, _load.compiled.__file__)
 """
 
 
@@ -33,13 +34,16 @@ def test_second_import_compiles_nothing(python, tmp_path):
     }
 
     def built() -> dict[str, int]:
-        return {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir() if path.suffix in (".o", ".so")}
+        return {str(path): path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.suffix in (".o", ".so")}
 
     first = python(SCRIPT, **environment).stdout.strip()
     compiled = built()
-    assert first.startswith(str(tmp_path))
+    library, module = first.split()
+    assert library == str(tmp_path / "libgcnet_ext.so")
+    assert module.startswith(str(tmp_path))
     assert len(compiled) > len(list((ROOT / "csrc" / "cpu").glob("*.cpp")))
     assert python(SCRIPT, **environment).stdout.strip() == first
+    require_found(tmp_path / "libgcnet_ext.so", ROOT, {**os.environ, **environment})
     assert built() == compiled
 
 

@@ -189,9 +189,13 @@ def test_a_link_of_another_user_is_refused(jit, tmp_path):
         jit.private(tmp_path / "link")
 
 
+LIBRARY = """
+extern "C" __attribute__((visibility("default"))) const char* gcnet_ext_version() { return GCNET_EXT_VERSION; }
+"""
 MODULE = """
 #include <pybind11/pybind11.h>
-PYBIND11_MODULE(_C, m) { m.attr("version") = GCNET_EXT_VERSION; }
+extern "C" const char* gcnet_ext_version();
+PYBIND11_MODULE(_C, m) { m.attr("version") = gcnet_ext_version(); }
 """
 BY_JIT = "from gcnet_ext import _jit; print(_jit.load().version)"
 BY_SETUP = "import runpy, sys; sys.argv[:] = ['setup.py', 'build_ext', '-i']; runpy.run_path('setup.py', run_name='__main__')"
@@ -203,7 +207,7 @@ NAMES = {
 
 
 def checkout(parent: Path, name: str) -> Path:
-    """A checkout of that name, with one small file to compile."""
+    """A checkout of that name, with two small files to compile."""
     root = parent / name
     root.mkdir()
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
@@ -211,7 +215,9 @@ def checkout(parent: Path, name: str) -> Path:
     for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, root)
     (root / "csrc" / "cpu").mkdir(parents=True)
-    (root / "csrc" / "bindings.cpp").write_text(MODULE)
+    (root / "csrc" / "python").mkdir()
+    (root / "csrc" / "exports.cpp").write_text(LIBRARY)
+    (root / "csrc" / "python" / "bindings.cpp").write_text(MODULE)
     return root
 
 
@@ -235,6 +241,7 @@ def test_a_path_does_not_become_a_command(tmp_path, name, script):
         return
     assert done.returncode == 0, done.stderr[-3000:]
     assert list(tmp_path.rglob("_C*.so"))
+    assert list(tmp_path.rglob("libgcnet_ext.so"))
 
 
 @pytest.mark.parametrize("name", ["a\n  command = touch executed", "a$in", "a:b", "a|b"])

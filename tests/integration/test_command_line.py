@@ -73,8 +73,9 @@ def library(monkeypatch: pytest.MonkeyPatch, capability: str = "avx2", **info: o
         "version": gcnet_ext.__version__, "compiler": "GCC 13.3.0", "torch": "2.11.0", "abi_target": "2.11",
         "openmp": "201511", "capabilities": ["avx512", "avx2", "default"], "debug": False,
     }  # fmt: skip
-    fake = SimpleNamespace(__file__="somewhere/_C.so", build_info=lambda: told | info, cpu_capability=lambda: capability)
+    fake = SimpleNamespace(build_info=lambda: told | info, cpu_capability=lambda: capability)
     monkeypatch.setattr(_load, "compiled", fake)
+    monkeypatch.setattr(_load, "library", Path("somewhere/libgcnet_ext.so"))
     monkeypatch.setattr(_load, "load_error", None)
     monkeypatch.setattr(_load, "kernel_devices", frozenset({"cpu", "meta"}))
     monkeypatch.delenv(_info.CAPABILITY_VARIABLE, raising=False)
@@ -99,7 +100,7 @@ def test_report_says_what_is_true(told):
         return
     info = _load.compiled.build_info()
     assert told["torch"].startswith(f"built with {info['torch']} for the stable ABI of {info['abi_target']} and later")
-    assert Path(told["library"]).samefile(_load.compiled.__file__)
+    assert Path(told["library"]).samefile(_load.library)
     assert told["compiler"] == info["compiler"]
     assert told["OpenMP"] == info["openmp"]
     assert told["optimised"].startswith("no" if info["debug"] else "yes")
@@ -150,7 +151,7 @@ def test_report_of_a_sound_library(monkeypatch):
     library(monkeypatch)
     told = rows(_info.describe())
     assert told["torch"] == f"built with 2.11.0 for the stable ABI of 2.11 and later, running {torch.__version__}"
-    assert told["library"] == "somewhere/_C.so"
+    assert told["library"] == "somewhere/libgcnet_ext.so"
     assert told["CPU"] == "compiled kernels, avx2; not avx512, which this CPU does not support"
     assert told["CUDA"].endswith(_load.why_no_kernels("cuda"))
 
@@ -178,7 +179,7 @@ def test_report_of_a_library_that_does_not_answer(monkeypatch):
     monkeypatch.delattr(_load.compiled, "build_info")
     told = rows(_info.describe())
     assert told["compiler"].startswith("unknown (AttributeError: ")
-    assert told["library"] == "somewhere/_C.so"
+    assert told["library"] == "somewhere/libgcnet_ext.so"
     assert told["threads"].startswith(f"{torch.get_num_threads()}, ")
 
 

@@ -35,7 +35,7 @@ SWEEP_UNROLL = 4  # kCudaSweepUnroll
 @pytest.fixture(scope="module")
 def library() -> Path:
     named = os.environ.get("GCNET_EXT_CUDA_LIBRARY")
-    beside = sorted(Path(gcnet_ext.__file__).parent.glob("_C_cuda*.so"))
+    beside = sorted(Path(gcnet_ext.__file__).parent.glob("libgcnet_ext_cuda.so"))
     if not named and not beside:
         pytest.skip("this build has no CUDA library, and GCNET_EXT_CUDA_LIBRARY names none")
     if machine_code.find_cuobjdump() is None:

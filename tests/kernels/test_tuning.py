@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +15,7 @@ from grid import Case
 from registry import OPS
 
 import gcnet_ext
-from gcnet_ext import _load, _tuning
+from gcnet_ext import _build, _libraries, _load, _tuning
 from gcnet_ext._tuning import CudaTuning, cuda_tuning
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -123,8 +122,7 @@ def test_no_such_decision(decision, text):
 
 @pytest.mark.skipif(_load.cuda_error is not None, reason=str(_load.cuda_error))
 def test_the_library_for_gpus_takes_decisions():
-    (path,) = Path(_load.compiled.__file__).parent.glob("**/_C_cuda*.so")
-    assert ctypes.CDLL(str(path)).gcnet_ext_cuda_tuning
+    assert ctypes.CDLL(str(_libraries.find(_build.CUDA_LIBRARY))).gcnet_ext_cuda_tuning
 
 
 def test_without_cuda_kernels(monkeypatch):

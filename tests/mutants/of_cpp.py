@@ -421,7 +421,7 @@ MUTANTS = (
     # ---- what a block has seen -----------------------------------------------------------------------------------------------
     Mutant(
         "class-that-was-patched",
-        "csrc/plain_layers.h",
+        "csrc/python/plain_layers.h",
         "«now == PyLong_AsUnsignedLong(version)»;",
         "true",
         "A class that is patched after the first call of a block is not noticed.",
@@ -429,7 +429,7 @@ MUTANTS = (
     ),
     Mutant(
         "children-in-another-order",
-        "csrc/plain_layers.h",
+        "csrc/python/plain_layers.h",
         "if («key != PyTuple_GET_ITEM(items, i)» ||",
         "false",
         "Two children that change their names are not noticed.",
@@ -437,7 +437,7 @@ MUTANTS = (
     ),
     Mutant(
         "classes-of-any-weights",
-        "csrc/plain_layers.h",
+        "csrc/python/plain_layers.h",
         "return value && «is_one_of(Py_TYPE(value), classes)» &&",
         "true",
         "A weight of another class is not noticed when it is set after the first call.",

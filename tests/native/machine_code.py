@@ -111,7 +111,7 @@ def record(library: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("library", type=Path, help="gcnet_ext/_C_cuda*.so")
+    parser.add_argument("library", type=Path, help="gcnet_ext/libgcnet_ext_cuda.so")
     parser.add_argument("--record", action="store_true", help=f"write {BUDGET.name}")
     arguments = parser.parse_args()
     if arguments.record:

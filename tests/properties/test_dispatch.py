@@ -156,7 +156,7 @@ def test_words_of_the_warning():
 def test_words_about_kernels_of_another_cuda(kernels, monkeypatch):
     """As after an isolated build, which fetches a torch of its own: the CUDA library is not loaded, and what to do is said."""
     info = {**_load.compiled.build_info(), "cuda": "12.8"}
-    monkeypatch.setattr(_load, "compiled", SimpleNamespace(build_info=lambda: info, __file__=_load.compiled.__file__))
+    monkeypatch.setattr(_load, "compiled", SimpleNamespace(build_info=lambda: info))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert _load._load_cuda() == (
         f"the CUDA kernels are built with CUDA 12.8 and torch {torch.__version__} with CUDA 13.0: "
