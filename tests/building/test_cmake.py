@@ -1,4 +1,5 @@
-"""The CMake project: installed, and used by another one (examples/cmake)."""
+"""The CMake project: its Python package, installed, and used by another one (examples/cmake); and a C++ program that needs none
+of it, with the library of the Python package (examples/cpp)."""
 
 from __future__ import annotations
 
@@ -12,6 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from checkout import ROOT, quick_compiler
+from libraries import require_found
+
+import gcnet_ext
+from gcnet_ext import _load
 
 pytestmark = pytest.mark.slow
 EXAMPLE = ROOT / "examples" / "cmake"
@@ -28,18 +33,24 @@ def run(*command: str | Path, check: bool = True) -> subprocess.CompletedProcess
 
 
 @pytest.fixture(scope="module")
-def prefix(tmp_path_factory) -> Path:
-    """Where the operators are installed; built with make, as ninja may be missing."""
+def built(tmp_path_factory) -> tuple[Path, Path]:
+    """Where the operators are installed, and the Python package of the build; built with make, as ninja may be missing."""
     for tool in ("cmake", "make"):
         if shutil.which(tool, path=PATH) is None:
             pytest.skip(f"{tool} is not on the PATH")
     folder = tmp_path_factory.mktemp("cmake")
     compiler = f"-DCMAKE_CXX_COMPILER={quick_compiler(folder)}"
     run("cmake", "-S", ROOT, "-B", folder / "build", "-G", "Unix Makefiles", compiler)
-    run("cmake", "--build", folder / "build", "--target", "gcnet_ext", "--parallel", str(os.cpu_count()))
+    run("cmake", "--build", folder / "build", "--target", "gcnet_ext", "_C", "--parallel", str(os.cpu_count()))
     run("cmake", "--install", folder / "build", "--prefix", folder / "prefix")
-    shutil.rmtree(folder / "build")  # what is installed does without
-    return folder / "prefix"
+    shutil.move(folder / "build" / "python", folder / "python")
+    shutil.rmtree(folder / "build")  # what is installed does without, and so does the Python package
+    return folder / "prefix", folder / "python"
+
+
+@pytest.fixture(scope="module")
+def prefix(built) -> Path:
+    return built[0]
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +72,38 @@ def test_only_the_library_and_its_package_are_installed(prefix):
         "gcnet_ext-targets-noconfig.cmake",
     }
     assert all(str(ROOT) not in (prefix / name).read_text() for name in files - {library}), "it can be moved"
+
+
+def test_its_python_package_finds_the_library(built):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"GCNET_EXT_JIT": "0"}
+    require_found(built[1] / "gcnet_ext" / "libgcnet_ext.so", built[1], environment)
+    code = "from gcnet_ext import _load; assert _load.load_error is None, _load.load_error; print(_load.compiled.__file__)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=built[1], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).parent == built[1] / "gcnet_ext"
+
+
+@pytest.mark.skipif(_load.compiled is None, reason=f"no compiled library: {_load.load_error}")
+def test_a_program_runs_a_packaged_model_with_the_library_of_the_python_package(tmp_path):
+    """As its CMakeLists.txt says: nothing of gcnet_ext is compiled for it."""
+    if shutil.which("cmake", path=PATH) is None:
+        pytest.skip("cmake is not on the PATH")
+    environment = {**os.environ, "PYTHONPATH": str(Path(gcnet_ext.__file__).parent.parent), "PATH": PATH}
+    make_package = [sys.executable, str(ROOT / "examples" / "cpp" / "make_package.py"), str(tmp_path)]
+    subprocess.run(make_package, env=environment, cwd=tmp_path, check=True)
+    command = [sys.executable, "-m", "gcnet_ext", "--library"]
+    libraries = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout.split()
+    build = tmp_path / "build"
+    run("cmake", "-S", ROOT / "examples" / "cpp", "-B", build, "-G", "Unix Makefiles", f"-DTORCH={torch.__path__[0]}")
+    run("cmake", "--build", build)
+    program, package = build / "run_package", (tmp_path / "model.pt2", tmp_path / "example.pt")
+    assert "largest difference to Python: " in run(program, *package, *libraries).stdout
+    assert "libgcnet_ext.so" in libraries[0]
+    assert run(program, *package, tmp_path / "none.so", check=False).returncode == 1
+    assert run(program, *package, check=False).returncode == 2
 
 
 def test_another_project_runs_an_operator(configured, prefix):
