@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from email.message import Message
@@ -23,8 +24,10 @@ from pathlib import Path
 
 import pytest
 from checkout import ROOT, quick_compiler
+from libraries import needed, require_found
 
 VERSION = re.search('__version__ = "(.+)"', (ROOT / "gcnet_ext" / "_version.py").read_text()).group(1)
+LIBRARIES = {"gcnet_ext/libgcnet_ext.so", "gcnet_ext/_C" + sysconfig.get_config_var("EXT_SUFFIX")}
 # What compilers, editors and tests leave in a checkout.
 JUNK = (
     "build/lib/gcnet_ext/__init__.py",
@@ -33,6 +36,7 @@ JUNK = (
     "csrc/cpu/.check.cpp.swp",
     "dist/gcnet_ext-0.0.1.tar.gz",
     "gcnet_ext/_C.cpython-310-x86_64-linux-gnu.so",
+    "gcnet_ext/libgcnet_ext_cuda.so",
     "gcnet_ext/__pycache__/functional.cpython-310.pyc",
     "tests/support/__pycache__/grid.cpython-310.pyc",
     "tests/native/build/test_emulation.cpp",
@@ -129,14 +133,13 @@ def test_an_sdist_holds_the_sources_and_nothing_that_was_built(sdist, sources):
 
 
 @pytest.mark.slow
-def test_a_wheel_of_the_sdist_holds_the_package_and_one_library(wheel, sources):
+def test_a_wheel_of_the_sdist_holds_the_package_and_its_libraries(wheel, sources):
+    """Of these only the module is for one version of Python."""
     tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
     assert re.fullmatch(f"gcnet_ext-{re.escape(VERSION)}-{tag}-{tag}-linux_\\w+\\.whl", wheel.name), wheel.name
     archive = zipfile.ZipFile(wheel)
     names, info = set(archive.namelist()), f"gcnet_ext-{VERSION}.dist-info"
-    libraries = {name for name in names if name.endswith(".so")}
-    assert len(libraries) == 1
-    assert libraries.pop().startswith("gcnet_ext/_C.")
+    assert {name for name in names if ".so" in name} == LIBRARIES
     package = {name for name in names if not name.startswith(info) and not name.endswith(".so")}
     assert package == below("gcnet_ext", sources)
     assert {"gcnet_ext/py.typed", "gcnet_ext/blocks/global_context.py"} <= package
@@ -154,8 +157,8 @@ def test_a_wheel_of_the_sdist_holds_the_package_and_one_library(wheel, sources):
 def test_a_wheel_works_away_from_the_checkout(wheel, tmp_path):
     """Built without nvcc, it says so, and what to do for CUDA kernels."""
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    (library,) = (tmp_path / "site" / "gcnet_ext").glob("_C.*.so")
-    assert library.stat().st_size < 5e6, "it has debug information"
+    for library in LIBRARIES:
+        assert (tmp_path / "site" / library).stat().st_size < 5e6, f"{library} has debug information"
     code = (
         "import torch, gcnet_ext; from gcnet_ext import _load\n"
         "print(gcnet_ext.__file__, _load.load_error)\n"
@@ -172,11 +175,13 @@ def test_a_wheel_works_away_from_the_checkout(wheel, tmp_path):
     assert re.search(f" this build has no CUDA kernels: torch \\S+ {why} them with `pip install --no-build-isolation", cuda), (
         cuda
     )
+    require_found(tmp_path / "site" / "gcnet_ext" / "libgcnet_ext.so", tmp_path, clean(environment))
 
 
 @pytest.mark.slow
 def test_a_wheel_for_other_machines_brings_no_library(wheel, tmp_path):
-    """As `make wheel` makes it. Its name says on which Linux it runs, and torch's OpenMP is the one that it needs."""
+    """As `make wheel` makes it. Its name says on which Linux it runs, and torch's OpenMP is the one that it needs. The module
+    finds the operator library."""
     pytest.importorskip("auditwheel")
     (line,) = (line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith("OF_TORCH := "))
     excluded = [part for name in line.removeprefix("OF_TORCH := ").split() for part in ("--exclude", name)]
@@ -188,10 +193,40 @@ def test_a_wheel_for_other_machines_brings_no_library(wheel, tmp_path):
     assert re.search(r"-manylinux_2_\d+_\w+\.whl$", repaired.name), repaired.name
     before, after = (set(zipfile.ZipFile(file).namelist()) for file in (wheel, repaired))
     assert {name for name in after if ".so" in name} == {name for name in before if ".so" in name}
-    (library,) = (name for name in after if name.endswith(".so"))
-    needed = run("readelf", "--dynamic", zipfile.ZipFile(repaired).extract(library, tmp_path))
-    assert "[libgomp.so.1]" in needed
-    assert "[libtorch_cpu.so]" in needed
+    assert {name for name in after if ".so" in name} == LIBRARIES
+    zipfile.ZipFile(repaired).extractall(tmp_path / "site")
+    library = tmp_path / "site" / "gcnet_ext" / "libgcnet_ext.so"
+    assert {"libgomp.so.1", "libtorch_cpu.so"} <= set(needed(library))
+    require_found(library, tmp_path, clean({"PYTHONPATH": str(tmp_path / "site")}))
+    code = "from gcnet_ext import _load; assert _load.load_error is None, _load.load_error"
+    run(sys.executable, "-c", code, environment={"PYTHONPATH": str(tmp_path / "site")}, cwd=tmp_path)
+
+
+def environment_without_ours(folder: Path) -> Path:
+    """The python of a new environment, with all that is installed here but this package."""
+    run(sys.executable, "-m", "venv", "--without-pip", folder)
+    tell = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    here, there = (Path(run(python, "-c", tell).strip()) for python in (sys.executable, folder / "bin" / "python"))
+    for path in here.iterdir():
+        if "gcnet_ext" not in path.name:
+            (there / path.name).symlink_to(path)
+    return folder / "bin" / "python"
+
+
+@pytest.mark.slow
+def test_an_editable_install_finds_its_library_in_the_checkout(tmp_path):
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "*.so", "__pycache__")
+    copy = Path(shutil.copytree(ROOT, tmp_path / "checkout", ignore=ignored))
+    python = environment_without_ours(tmp_path / "environment")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    options = ("--no-build-isolation", "--no-deps", "--no-index", "--no-cache-dir")
+    environment = {"GCNET_EXT_CUDA": "0", "CXX": quick_compiler(tmp_path), "PATH": path}
+    run(sys.executable, "-m", "pip", "--python", python, "install", *options, "-e", copy, environment=environment)
+    assert {str(path.relative_to(copy)) for path in (copy / "gcnet_ext").rglob("*.so")} == LIBRARIES
+    require_found(copy / "gcnet_ext" / "libgcnet_ext.so", tmp_path, clean(), python)
+    code = "from gcnet_ext import _load; print(_load.load_error, _load.compiled.__file__)"
+    told = run(python, "-c", code, cwd=tmp_path)
+    assert told.startswith(f"None {copy / 'gcnet_ext'}/_C."), told
 
 
 # ---- on another torch --------------------------------------------------------------------------------------------------------

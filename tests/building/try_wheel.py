@@ -1,4 +1,5 @@
-"""Tries the gcnet_ext that is installed, with torch alone: that it is the wheel's, computes, and loads no library twice.
+"""Tries the gcnet_ext that is installed, with torch alone: that it is the wheel's, computes, loads no library twice, and has an
+operator library that works without it.
 
 python try_wheel.py    in an environment with the wheel, outside of the checkout; `make wheel` does that
 """
@@ -14,6 +15,9 @@ import torch
 
 import gcnet_ext
 from gcnet_ext import _load
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))
+from libraries import require_works_alone
 
 
 def require(holds: bool, what: str) -> None:
@@ -50,6 +54,15 @@ def main() -> None:
     if maps.exists():
         libraries = set(re.findall(r"\S+/lib[gi]?omp\S*", maps.read_text()))
         require(len(libraries) == 1, f"one OpenMP library is loaded: {', '.join(sorted(libraries))}")
+    told = subprocess.run([sys.executable, "-m", "gcnet_ext", "--library"], capture_output=True, text=True, check=False)
+    require(told.returncode == 0, f"the operator library is {told.stdout}{told.stderr}")
+    files = told.stdout.splitlines()
+    require(
+        len(files) == (2 if "cuda" in _load.kernel_devices else 1), "there is that of the CUDA kernels where they are loaded"
+    )
+    require(all(Path(file).is_relative_to(sys.prefix) for file in files), "it is installed")
+    require_works_alone(*files)
+    require(True, "it works in a process that knows nothing else of the package")
     report = subprocess.run([sys.executable, "-m", "gcnet_ext"], capture_output=True, text=True, check=False)
     require(report.returncode == 0, "python -m gcnet_ext reports")
     print(report.stdout)

@@ -12,7 +12,8 @@ import torch
 
 ALONE = """
 import sys, torch
-torch.ops.load_library(sys.argv[1])
+for library in sys.argv[1:]:
+    torch.ops.load_library(library)
 x, scale = torch.randn(2, 6, 4, 5), torch.rand(2, 6)
 out, _ = torch.ops.gcnet_ext.channel_fuse(x, scale, None, None, 0)
 assert torch.allclose(out, x * scale[:, :, None, None])
@@ -45,9 +46,9 @@ def require_no_python(library: Path) -> None:
     assert [name for name in both if re.match("_?Py|THP", name)] == []
 
 
-def require_works_alone(library: Path, python: str | Path = sys.executable) -> None:
-    """A process that loads it, and knows of nothing else of this package, has the operators."""
-    done = subprocess.run([str(python), "-c", ALONE, str(library)], capture_output=True, text=True, check=False)
+def require_works_alone(*libraries: str | Path, python: str | Path = sys.executable) -> None:
+    """A process that loads them, and knows of nothing else of this package, has the operators."""
+    done = subprocess.run([str(python), "-c", ALONE, *map(str, libraries)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -61,4 +62,4 @@ def require_found(expected: Path, cwd: Path, environment: dict[str, str], python
     assert found.samefile(expected), (found, expected)
     assert found.name == "libgcnet_ext.so"
     require_no_python(found)
-    require_works_alone(found, python)
+    require_works_alone(found, python=python)
