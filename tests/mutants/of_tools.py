@@ -1,4 +1,4 @@
-"""Mistakes in what tools without our operators get."""
+"""Mistakes in what tools without our operators get, and C++ programs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ PLAIN = "test_plain.py"
 TORCHSCRIPT = "test_torchscript.py"
 TO_PLAIN = "test_to_plain.py"
 BENCH_COMMAND = "test_bench_command.py"
+LIBRARIES = "test_libraries.py"
 
 MUTANTS = (
     Mutant(
@@ -97,5 +98,29 @@ MUTANTS = (
         "without",
         "The model without this package is the one with it.",
         (BENCH_COMMAND,),
+    ),
+    Mutant(
+        "library-of-another-version",
+        "csrc/python/bindings.cpp",
+        "version = gcnet_ext_version(); «version != GCNET_EXT_VERSION»)",
+        "false",
+        "The module calls a library of another version, and crashes.",
+        (LIBRARIES,),
+    ),
+    Mutant(
+        "library-without-the-module",
+        "gcnet_ext/_load.py",
+        "        «loaded = found»\n",
+        "pass",
+        "C++ programs are not told of a library whose module is for another Python.",
+        (LIBRARIES,),
+    ),
+    Mutant(
+        "second-line-of-the-library",
+        "gcnet_ext/__main__.py",
+        '        if «"cuda" in _load.kernel_devices»:',
+        "False",
+        "The library of the CUDA kernels is not told.",
+        (LIBRARIES,),
     ),
 )
