@@ -50,7 +50,7 @@ def load() -> ModuleType:
     cuda = _build.decide_cuda()
     library_paths = [cpp_extension.TORCH_LIB_PATH, *([str(cpp_extension.CUDA_HOME)] if cuda.build else [])]
     require_plain_paths([str(_build.ROOT), pybind11.get_include()], library_paths)
-    folder = private(_libraries.folder_in_place())
+    folder = private(_libraries.jit_folder())
     options: dict[str, Any] = {
         "extra_cflags": [shlex.quote(flag) for flag in _build.cxx_flags(cuda)],  # ninja hands them to a shell
         "verbose": os.environ.get("GCNET_EXT_JIT_VERBOSE", "0") == "1",

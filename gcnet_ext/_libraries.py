@@ -13,19 +13,19 @@ from pathlib import Path
 from . import _build
 
 
-def compiled_in_place() -> bool:
+def by_jit() -> bool:
     """GCNET_EXT_JIT=1: the libraries are those that _jit.py compiles."""
     return os.environ.get("GCNET_EXT_JIT", "0") == "1"
 
 
-def folder_in_place() -> Path:
+def jit_folder() -> Path:
     """The folder in which _jit.py compiles them."""
     return Path(os.environ.get("GCNET_EXT_JIT_DIR", _build.ROOT / "build" / "jit")).absolute()
 
 
 def folder() -> Path:
     """The folder in which the libraries are looked for."""
-    return folder_in_place() if compiled_in_place() else Path(__file__).parent
+    return jit_folder() if by_jit() else Path(__file__).parent
 
 
 def find(name: str = _build.LIBRARY) -> Path:

@@ -21,7 +21,7 @@ HOW_TO_BUILD = "build them with `pip install --no-build-isolation .` in a checko
 def _load() -> tuple[Path | None, ModuleType | None, Exception | None]:
     loaded = None
     try:
-        if _libraries.compiled_in_place():
+        if _libraries.by_jit():
             from . import _jit
 
             module = _jit.load()
