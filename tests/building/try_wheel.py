@@ -55,7 +55,7 @@ def main() -> None:
         libraries = set(re.findall(r"\S+/lib[gi]?omp\S*", maps.read_text()))
         require(len(libraries) == 1, f"one OpenMP library is loaded: {', '.join(sorted(libraries))}")
     told = subprocess.run([sys.executable, "-m", "gcnet_ext", "--library"], capture_output=True, text=True, check=False)
-    require(told.returncode == 0, f"the operator library is {told.stdout}{told.stderr}")
+    require(told.returncode == 0, f"the operator library is {(told.stdout or told.stderr).strip()}")
     files = told.stdout.splitlines()
     require(
         len(files) == (2 if "cuda" in _load.kernel_devices else 1), "there is that of the CUDA kernels where they are loaded"

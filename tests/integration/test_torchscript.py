@@ -16,7 +16,7 @@ from gcnet_ext import EffectiveSqueezeExcitation, EfficientChannelAttention, Glo
 from gcnet_ext.blocks.non_local import MODES
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated, and tells of every look at a shape
-LIBRARY = gcnet_ext._load.library
+LIBRARY = gcnet_ext._load.library and str(gcnet_ext._load.library)
 FUSED = {
     "gc": lambda: BLOCKS["gc"](gate="hard_sigmoid", activation="leaky_relu", final_activation="relu"),
     "gc, average": lambda: BLOCKS["gc"](pooling_type="avg", norm=False, activation="gelu_tanh"),
