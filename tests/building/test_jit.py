@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from checkout import ROOT, quick_compiler
 from libraries import require_found
+from torch.utils import cpp_extension
+
+from gcnet_ext import _build, _jit, _libraries
 
 SCRIPT = """
 import torch, gcnet_ext
@@ -45,6 +49,32 @@ def test_second_import_compiles_nothing(python, tmp_path):
     assert python(SCRIPT, **environment).stdout.strip() == first
     require_found(tmp_path / "libgcnet_ext.so", ROOT, {**os.environ, **environment})
     assert built() == compiled
+
+
+def test_the_library_of_the_cuda_kernels_is_found_where_it_is_compiled(monkeypatch, tmp_path):
+    """Without a compiler for it. Each library has a folder of its own, and comes before the module that is linked with one."""
+    compiled = {}
+
+    def load(*, name: str, build_directory: str, is_python_module: bool = True, extra_ldflags: list[str], **_: object) -> None:
+        folder = Path(build_directory)
+        folder.joinpath(f"{name}.so").touch()
+        assert folder not in compiled.values()
+        assert extra_ldflags[0] == "-Wl,--as-needed", "torch would link it with libtorch_python"
+        assert all((folder / flag).is_file() for flag in extra_ldflags if flag.endswith(f"/{_build.LIBRARY}.so"))
+        assert is_python_module == (name == _build.MODULE)
+        compiled[name] = folder
+
+    monkeypatch.setattr(cpp_extension, "load", load)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", "/cuda")
+    monkeypatch.setattr(_build, "decide_cuda", lambda: _build.CudaDecision(True, "", "9.0", "13.0"))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "")
+    monkeypatch.setenv("GCNET_EXT_JIT", "1")
+    monkeypatch.setenv("GCNET_EXT_JIT_DIR", str(tmp_path / "jit"))
+    monkeypatch.setenv("PATH", os.environ["PATH"])
+    _jit.load()
+    assert list(compiled) == [_build.LIBRARY, _build.CUDA_LIBRARY, _build.MODULE]
+    for name in (_build.LIBRARY, _build.CUDA_LIBRARY):
+        assert _libraries.find(name) == compiled[name] / f"{name}.so"
 
 
 def test_without_a_checkout(python, tmp_path):
