@@ -10,16 +10,18 @@
 namespace gcnet_ext::cpu {
 namespace {
 
-int64_t wanted_threads = 1;
+int64_t wanted_threads = 1, regions = 0;
 thread_local bool in_parallel = false;
 
 }  // namespace
 
 void set_threads(int64_t threads) { wanted_threads = threads; }
+int64_t parallel_regions() { return regions; }
 int64_t torch_threads() { return wanted_threads; }
 bool in_parallel_region() { return in_parallel; }
 
 void run_on_threads(int64_t threads, const void* body, void (*call)(const void* body, int64_t rank, int64_t count)) {
+  regions++;
   std::vector<std::thread> started;
   for (int64_t rank = 0; rank < threads; rank++) {
     started.emplace_back([=] {
