@@ -10,7 +10,7 @@ from .blocks import (
     SimplifiedNonLocalBlock,
     SqueezeExcitation,
 )
-from .models import Report, insert_blocks, replace_blocks, timm_layer, to_peer_state_dict, to_plain
+from .models import Report, freeze, insert_blocks, replace_blocks, timm_layer, to_peer_state_dict, to_plain
 from .ops._dispatch import decompositions
 from .ops._switch import plain
 from .ops._transform import Branch
@@ -34,6 +34,7 @@ __all__ = [
     "attention_pool",
     "channel_fuse",
     "decompositions",
+    "freeze",
     "global_context",
     "global_response_norm",
     "insert_blocks",

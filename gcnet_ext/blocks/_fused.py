@@ -1,7 +1,8 @@
 """The fused operator for a block, as long as its submodules are the plain layers.
 
 To check in every call that each of some ten submodules is plain costs as much as a small kernel. So this is checked once;
-after that, one call of `_C.unchanged` tells whether anything has changed since the check.
+after that, one call of `_C.unchanged` tells whether anything has changed since the check. In a frozen block it only reads the
+parameters.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import weakref
 from functools import partial
 from types import NoneType
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from torch import Tensor, nn
 from torch.compiler import is_compiling
@@ -32,6 +33,11 @@ from ._layers import (
     settings_of,
 )
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+NOT_COPIED = ("_seen", "_frozen")
+"""What a copy of a block, in memory or in a file, does without."""
 unchanged: Any = getattr(compiled, "unchanged", None)
 class_version: Any = getattr(compiled, "class_version", None)
 Source = tuple[nn.Module | None, str]
@@ -169,11 +175,22 @@ class _Seen:
     def __init__(self, block: FusedBlock, found: Layers) -> None:
         self.choices = found.choices()
         self.inplace = block._overwrites()
-        self.version = class_version(type(block)) if block._watched else None
+        self.version = class_version(type(block)) if block._watched and block._frozen is None else None
         self.block = block.__dict__
+        wanted = tuple(
+            tuple(part for owner, name in sources for part in ({name: None} if owner is None else owner._parameters, name))
+            for sources in found.weights
+        )
+        weights = (parameter(*source) for sources in found.weights for source in sources)
+        classes = tuple({Tensor, nn.Parameter, NoneType, *map(type, weights)})
+        looks = ((),) * 4 if block._frozen is not None else self._looks(block, found)
+        self.arguments: tuple[Any, ...] = *looks, wanted, classes
         # The fields of the block refer to this object, and it refers to them. Without the callback this cycle would keep the
         # parameters of a deleted block in memory until the garbage collector runs.
         self.last_word = weakref.ref(block, partial(_forget, weakref.ref(self)))
+
+    def _looks(self, block: FusedBlock, found: Layers) -> tuple[tuple[Any, ...], ...]:
+        """The kinds, fields, sizes and children of `_C.unchanged`."""
         kinds: list[Any] = []
         fields: list[Any] = []
         sizes: list[Any] = []
@@ -196,13 +213,7 @@ class _Seen:
         for parent in (block, *(module for module in modules if module._modules)):
             fields += parent.__dict__, "_modules", parent._modules
             children += parent._modules, tuple(part for item in parent._modules.items() for part in item)
-        wanted = tuple(
-            tuple(part for owner, name in sources for part in ({name: None} if owner is None else owner._parameters, name))
-            for sources in found.weights
-        )
-        weights = (parameter(*source) for sources in found.weights for source in sources)
-        classes = tuple({Tensor, nn.Parameter, NoneType, *map(type, weights)})
-        self.arguments: tuple[Any, ...] = tuple(kinds), tuple(fields), tuple(sizes), tuple(children), wanted, classes
+        return tuple(kinds), tuple(fields), tuple(sizes), tuple(children)
 
     def weights(self, block: FusedBlock) -> list[list[Tensor | None]] | None:
         """The parameters of the layers; None if a layer has changed."""
@@ -220,6 +231,8 @@ class FusedBlock(nn.Module):
     inplace: bool = False
     final_activation: str = "none"
     _seen: _Seen | None = None
+    _frozen: Layers | None = None
+    """The layers of a frozen block, which nobody looks at any more."""
     _watched = False
     """Whether a change of the block's class, or a new attribute of the block, counts as a change, too."""
 
@@ -230,6 +243,34 @@ class FusedBlock(nn.Module):
     def _may_be_seen(self) -> bool:
         """Whether `_C.unchanged` sees all that may change after the first call; otherwise every call reads the layers again."""
         return True
+
+    def _lasts(self, found: Layers) -> bool:
+        """Whether what was found of the layers holds until `_C.unchanged` says otherwise."""
+        return unchanged is not None and not found.computed() and self._may_be_seen()
+
+    def _freeze(self) -> bool:
+        """Looks at the layers for the last time; returns whether they are such that this can be."""
+        self._thaw()
+        found = self._plain_layers()
+        if found is None or not self._lasts(found):
+            return False
+        self._frozen, self._seen = found, None
+        return True
+
+    def _thaw(self) -> None:
+        if self._frozen is not None:
+            del self._frozen
+            self._seen = None
+
+    def train(self, mode: bool = True) -> Self:
+        if mode:
+            self._thaw()
+        return super().train(mode)
+
+    def _replicate_for_data_parallel(self) -> Self:
+        replica = super()._replicate_for_data_parallel()
+        replica._thaw()
+        return replica
 
     def _overwrites(self) -> bool:
         """Whether the output takes the place of the input."""
@@ -283,10 +324,9 @@ class FusedBlock(nn.Module):
         if seen is not None and weights is not None:
             choices, inplace = seen.choices, seen.inplace
         else:
-            found = None if own_ways else self._plain_layers()
+            found = None if own_ways else self._frozen or self._plain_layers()
             if remembers:
-                lasting = found is not None and unchanged is not None and not found.computed() and self._may_be_seen()
-                self._seen = _Seen(self, found) if found is not None and lasting else None
+                self._seen = None if found is None or not self._lasts(found) else _Seen(self, found)
             if found is None:
                 x = x if tail is None else tail.normed(x)
                 try:
@@ -311,4 +351,4 @@ class FusedBlock(nn.Module):
         not_scriptable(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_seen"}
+        return {name: value for name, value in self.__dict__.items() if name not in NOT_COPIED}

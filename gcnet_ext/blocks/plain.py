@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _layers
-from ._fused import FusedBlock
+from ._fused import NOT_COPIED, FusedBlock
 from .effective_squeeze_excitation import EffectiveSqueezeExcitation
 from .efficient_channel_attention import EfficientChannelAttention
 from .global_context import GlobalContextBlock
@@ -210,5 +210,6 @@ def become_plain(block: nn.Module) -> None:
     elif isinstance(block, NonLocalBlock):
         fields["factor"] = block.planes**-0.5 if block.mode == "embedded_gaussian" and block.use_scale else 1.0
     block.__class__ = twin
-    block.__dict__.pop("_seen", None)
+    for name in NOT_COPIED:
+        block.__dict__.pop(name, None)
     block.__dict__.update(fields)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .._torch import children, parameters
 from ..blocks import _layers, non_local
-from ..blocks._fused import FusedBlock, Layers, Tail
+from ..blocks._fused import NOT_COPIED, FusedBlock, Layers, Tail
 from ..ops._precision import accumulation_dtype
 from ..ops.attention_pool import attention_map, attention_pool
 from ..ops.channel_fuse import channel_fuse
@@ -128,7 +128,7 @@ class Peer(nn.Module):
             return super().__reduce_ex__(protocol)
         state = former.__getstate__(self) if hasattr(former, "__getstate__") else self.__dict__  # object has one from 3.11 on
         if isinstance(state, dict):
-            state = {name: value for name, value in state.items() if name not in ("_seen", "_record")}
+            state = {name: value for name, value in state.items() if name not in (*NOT_COPIED, "_record")}
         return _made_anew, (former, kind, self._record), state
 
 
@@ -189,7 +189,7 @@ def become_former(block: Peer) -> None:
     """Takes our forward from a block, which is what it was before `become`."""
     former: type[Any] = block._former
     block.__class__ = former
-    for name in ("_record", "_seen"):
+    for name in ("_record", *NOT_COPIED):
         block.__dict__.pop(name, None)
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..blocks._fused import NOT_COPIED
 from .skeleton import Left
 
-STANDARD = frozenset(vars(nn.Module())) | {"_record", "_seen"}
+STANDARD = frozenset(vars(nn.Module())) | {"_record", *NOT_COPIED}
 """The fields that every module has, and ours."""
 CONSTANTS = (
     *(bool, int, float, complex, str, bytes, type(None), enum.Enum, torch.dtype, torch.device, type),
