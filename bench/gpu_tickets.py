@@ -37,7 +37,7 @@ LAGS = (8.0, 12.0, 16.0, 20.0, 28.0, math.inf)  # MB; the best of these is taken
 
 
 class Stage(NamedTuple):
-    """What a sample has of a stage."""
+    """What a sample has of a stage; or the whole batch, of one that needs all samples of another."""
 
     items: int
     copied: float = 0.0  # MB of maps that an item copies
@@ -46,10 +46,13 @@ class Stage(NamedTuple):
     cycles: float = 0.0  # that an item's arithmetic takes a multiprocessor
     waits: float = BUBBLE  # us of an item in which its block does neither
     stored: float = 0.0  # MB
+    of_all: int | None = None  # the number of the stage of which it needs all samples
 
 
 def order(samples: int, stages: list[Stage], lag: int) -> list[tuple[int, int]]:
-    """(stage, sample) of each ticket, as csrc/ticket_order.h has them."""
+    """(stage, sample) of each ticket, as csrc/ticket_order.h has them. Stages of the whole batch come last."""
+    whole = [(k, 0) for k, stage in enumerate(stages) if stage.of_all is not None for _ in range(stage.items)]
+    stages = [stage for stage in stages if stage.of_all is None]
     first, last = stages[0].items, stages[-1].items
     late = [0, *(stage.items for stage in stages[1:-1]), last + min(lag, samples * first) * last // first]
 
@@ -70,7 +73,7 @@ def order(samples: int, stages: list[Stage], lag: int) -> list[tuple[int, int]]:
             found.append(of[-1][taken] if due > taken else of[0][place - taken])
             taken = due
         rounds += 1
-    return found
+    return found + whole
 
 
 def simulate(samples: int, stages: list[Stage], lag: int, card: Card, cluster: int = 1, hints: bool = True) -> float:
@@ -124,9 +127,10 @@ def simulate(samples: int, stages: list[Stage], lag: int, card: Card, cluster: i
         copying = np.where(arriving, -1, copying)
         for block in np.flatnonzero((working < 0) & (ready >= 0)):
             ticket = ready[block]
-            if kind[ticket] > 0 and known[kind[ticket] - 1, whose[ticket]] > time:
-                continue
             stage = stages[kind[ticket]]
+            before = known[kind[ticket] - 1, whose[ticket]] if stage.of_all is None else known[stage.of_all].max()
+            if kind[ticket] > 0 and before > time:
+                continue
             working[block], ready[block] = ticket, -1
             cycles[block] = stage.cycles / cluster / ISSUED / (card.clock * 1e3)
             waits[block] = stage.waits + stage.cached / FROM_L2
@@ -180,7 +184,23 @@ def stages(shape: Shape, direction: str, cluster: int, multiprocessors: int) -> 
     sums = sweep(math.ceil(plan["sums_channel_groups"] / cluster), "sums", 2)
     first = layer(slices, 2 * math.ceil(of_branch / 64), weights, in_turns=False)
     second = layer(1, math.ceil(shape.channels / 64), weights, in_turns=False)
-    return [sums, first, second, sweep(plan["backward_splits"], "dx", 2, again=True, stored=True)]
+    dx = sweep(plan["backward_splits"], "dx", 2, again=True, stored=True)
+
+    def gradients(items: int, entries: int, values: int, terms: int, trips: float, of_all: int) -> Stage:
+        """Items that each add the terms of so many entries, and read so many values of each term."""
+        waits, cached = BUBBLE + SMALL_TRIP * (1 + trips), values * terms * 4 / 1e6
+        cycles = cluster * entries * terms / LANES
+        return Stage(math.ceil(items / cluster), cached=cached, cycles=cycles, waits=waits, of_all=of_all)
+
+    # Four matrices, in tiles of 16 x 128 entries, and the weight of the mask, with 8 entries for a block.
+    tiles, samples, splits = (
+        4 * math.ceil(of_branch / 16) * math.ceil(shape.channels / 128),
+        shape.samples,
+        plan["backward_splits"],
+    )
+    matrices = gradients(tiles, 16 * 128, 16 + 128, samples, samples / 32, of_all=2)
+    mask = gradients(math.ceil(shape.channels / 8), 8, 8, samples * splits, samples * splits / 256, of_all=3)
+    return [sums, first, second, dx, matrices, mask]
 
 
 def predict(shape: Shape, direction: str, card: Card, hints: bool = True) -> tuple[float, float]:
@@ -207,11 +227,10 @@ def lines_of(name: str, report: dict[str, Any], record: dict[str, Any]) -> Itera
             continue
         copy = timed[row.shape.name]["copy"]["graph_cold"]
         v2 = gpu_model.predict(row.shape, card, record["constants"], record["instructions"], engine="v2")
-        beside = {"forward": gpu_model.GRAPH, "backward": gpu_model.GRAPH + v2.kernels["parameters"]}
         cells = ""
         for direction in ("forward", "backward"):
             (time, lag), (without, _) = (predict(row.shape, direction, card, hints) for hints in (True, False))
-            found = [getattr(row, direction), getattr(v2, direction), time + beside[direction], without + beside[direction]]
+            found = [getattr(row, direction), getattr(v2, direction), time + gpu_model.GRAPH, without + gpu_model.GRAPH]
             multiples = [f"{each / copy:6.2f}" for each in found]
             cells += f"  {direction} {' '.join(multiples[:3])} ({lag:g}) {multiples[3]}"
         yield f"{row.shape.name:36}{cells}"

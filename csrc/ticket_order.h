@@ -8,7 +8,8 @@
 // least: a round begins with the items of the stages between the first and the last, so that those of the last may stand in the
 // same round. Behind them, the items of the first and of the last stage alternate at a steady pace. So everything that an item
 // needs has a smaller ticket, whatever the sizes are, and tickets are drawn in order by blocks that run: whoever holds the
-// smallest ticket that is not done waits for nobody.
+// smallest ticket that is not done waits for nobody. Behind all rounds there may be items that belong to no sample, such as sums
+// over all of them.
 #pragma once
 
 #include <algorithm>
@@ -24,7 +25,7 @@
 namespace gcnet_ext {
 
 struct Ticket {
-  int stage;  // -1: there is no work left
+  int stage;  // -1: there is no work left; TicketOrder::stages(): an item of no sample
   unsigned sample, item;
 };
 
@@ -33,9 +34,11 @@ class TicketOrder {
   static constexpr int kMostStages = 5;
 
   // items[k]: of stage k and a sample; stages: two at least. lag: how many items of the first stage the last one stays behind, in
-  // addition to a sample.
-  TicketOrder(int64_t samples, std::initializer_list<int64_t> items, int64_t lag)
-      : samples_(static_cast<unsigned>(samples)), stages_(static_cast<int>(items.size())) {
+  // addition to a sample. of_no_sample: how many items belong to no sample.
+  TicketOrder(int64_t samples, std::initializer_list<int64_t> items, int64_t lag, int64_t of_no_sample = 0)
+      : samples_(static_cast<unsigned>(samples)),
+        of_no_sample_(static_cast<unsigned>(of_no_sample)),
+        stages_(static_cast<int>(items.size())) {
     std::copy(items.begin(), items.end(), items_);
     const int64_t first = items_[0], last = items_[stages_ - 1], most = samples * first;
     lag = std::clamp<int64_t>(lag, 0, most);
@@ -54,10 +57,13 @@ class TicketOrder {
   // The items of a stage and a sample.
   GCNET_EXT_HOST_DEVICE unsigned items(int stage) const { return items_[stage]; }
 
-  GCNET_EXT_HOST_DEVICE unsigned tickets() const { return end_; }
+  // The stages for which others wait.
+  GCNET_EXT_HOST_DEVICE int awaited_stages() const { return of_no_sample_ > 0 ? stages_ : stages_ - 1; }
+
+  GCNET_EXT_HOST_DEVICE unsigned tickets() const { return end_ + of_no_sample_; }
   // The work of a ticket.
   GCNET_EXT_HOST_DEVICE Ticket at(unsigned ticket) const {
-    if (ticket >= end_) return {-1, 0, 0};
+    if (ticket >= end_) return {ticket - end_ < of_no_sample_ ? stages_ : -1, 0, ticket - end_};
     int s = 0;
     while (s + 1 < spans_ && ticket >= span_[s + 1].first_ticket) s++;
     const Span& span = span_[s];
@@ -115,9 +121,9 @@ class TicketOrder {
     }
   }
 
-  unsigned samples_;
+  unsigned samples_, of_no_sample_;
   int stages_, spans_ = 0;
-  unsigned end_ = 0;  // all tickets
+  unsigned end_ = 0;  // the tickets of all samples
   unsigned items_[kMostStages] = {}, lag_[kMostStages] = {};
   Span span_[kMostSpans] = {};
 };

@@ -259,7 +259,8 @@ def draw_tickets(path: Path) -> None:
     samples, middle = range(shape.samples), shape.samples // 2
     figure, grid = plt.subplots(2, 2, figsize=(11, 5.6), layout="constrained", sharey=True)
     for row, direction, maps in zip(grid, ("forward", "backward"), ("x", "x and g"), strict=True):
-        stages = gpu_tickets.stages(shape, direction, 1, MULTIPROCESSORS)
+        found = gpu_tickets.stages(shape, direction, 1, MULTIPROCESSORS)
+        stages = [stage for stage in found if stage.of_all is None]  # the others read no map
         item = round(stages[0].copied * 1e6)
         lag = _load.compiled.plan_cuda_lag(item * stages[0].items, shape.samples, item, tuning)
         by_stage = [(k, sample) for k, stage in enumerate(stages) for sample in samples for _ in range(stage.items)]

@@ -175,8 +175,7 @@ void global_context_backward(PoolBackwardParams<T> pool, const TransformParams<T
   pool.next_is_early = split && (all.count > 0 || gradients.mask_weight.data);
   if (tuning().by_tickets() &&
       launch_backward_tickets(sums, pool, positive, grad_residual, gradients.mask_weight, all, workspace, stream)) {
-    all.wait_for_all();
-    return launch_parameter_gradients(all, /*early=*/true, stream);
+    return;
   }
   if (positive) mask_gradient(positive, grad_residual, with_dx, sums, pool, workspace, stream);
   launch_channel_sums(sums, workspace, stream);

@@ -1,10 +1,11 @@
-// The backward pass of the block in one ticketed launch (tickets.cuh), but for the gradients of the parameters. Its stages, each
-// with the file whose launch does the same in the second engine:
+// The backward pass of the block in one ticketed launch (tickets.cuh). Its stages, each with the file whose launch does the same in
+// the second engine:
 //
 //   sums           a group of channels of a sample       channel_sums_items.cuh
 //   grad_parts     a tile and slice of the weights       transform_split_backward.cuh
 //   grad_context   a tile of w1's columns                transform_split_backward.cuh
 //   grad_x         a split of a sample                   attention_pool_backward_row_items.cuh
+//   parameters     of no sample: a part of a gradient    parameter_gradients.cuh
 //
 // These share the device functions, and so the bits of every result. g is masked by the bits of a final ReLU wherever it is
 // read, so that both stages read the same memory; the first stage also writes the gradient of the residual.
@@ -14,12 +15,13 @@
 
 #include "attention_pool_backward.cuh"
 #include "channel_sums_items.cuh"
+#include "parameter_gradients.cuh"
 #include "tickets.cuh"
 #include "transform_split_backward.cuh"
 
 namespace gcnet_ext::cuda {
 
-enum BackwardStage { kBackwardSums, kBackwardGradParts, kBackwardGradContext, kBackwardGradX };
+enum BackwardStage { kBackwardSums, kBackwardGradParts, kBackwardGradContext, kBackwardGradX, kBackwardParameters };
 
 template <typename T, typename Shape>
 struct BackwardTicketsParams {
@@ -28,6 +30,7 @@ struct BackwardTicketsParams {
   TransformBackwardCut<T> transform;  // one sample for each block
   PoolBackwardParams<T> pool;
   ItemTiles tiles;
+  GradientParams<T> gradients;
   Tickets<kTicketCluster<Shape>> tickets;
 };
 
@@ -35,6 +38,9 @@ template <typename T, typename Shape>
 struct BackwardTicketsShared {
   static_assert(Shape::threads % kTicketThreads == 0 && kCudaSweepThreads == kTicketThreads);
   static constexpr int kAccesses = std::max(Shape::rows, kCudaSweepUnroll);
+  struct Ahead {  // what the block needs next
+    Vector<T, Shape::vector> x[kAccesses * kTicketThreads], grad[kAccesses * kTicketThreads];
+  };
   struct Sums {
     acc_t<T> a[kCudaSweepThreads], ab[kCudaSweepThreads];
   };
@@ -43,8 +49,12 @@ struct BackwardTicketsShared {
   };
 
   Ticket ticket;
-  Vector<T, Shape::vector> x[kAccesses * kTicketThreads], grad[kAccesses * kTicketThreads];  // what the block needs next
-  acc_t<T> weight[Shape::channels];                                                          // of the mask
+  union {
+    Ahead ahead;
+    MatrixGradientShared<acc_t<T>> matrix_gradient;
+    VectorGradientShared<acc_t<T>> vector_gradient;
+  };
+  acc_t<T> weight[Shape::channels];  // of the mask
   union {
     Sums sums;
     GradPartsShared<1> grad_parts;
@@ -53,6 +63,18 @@ struct BackwardTicketsShared {
   } stage;
   BackwardTicketsParams<T, Shape> params;  // here for the sake of registers, as in global_context_tickets.cuh
 };
+
+// These are calls, because the other stages need all registers.
+template <typename T>
+__device__ __attribute__((noinline)) void fresh_matrix_gradient(const ParameterGradient<T>& of, int64_t block,
+                                                                MatrixGradientShared<acc_t<T>>& shared) {
+  matrix_gradient</*kFresh=*/true>(of, block, shared);
+}
+template <typename T>
+__device__ __attribute__((noinline)) void fresh_vector_gradient(const ParameterGradient<T>& of, int64_t block,
+                                                                VectorGradientShared<acc_t<T>>& shared) {
+  vector_gradient</*kFresh=*/true>(of, block, shared);
+}
 
 template <typename T, typename Shape>
 class BackwardTicketsWork {
@@ -75,6 +97,7 @@ class BackwardTicketsWork {
   }
 
   __device__ void operator()(const Ticket& ticket, const Ticket& next) const {
+    if (ticket.stage == kBackwardParameters) return find_parameter_gradient(ticket);  // behind which nothing is copied
     if (ticket.stage == kBackwardGradX) return find_grad_x(ticket, next);
     if (ticket.stage == kBackwardSums) {
       sum(ticket, next);
@@ -89,7 +112,7 @@ class BackwardTicketsWork {
   __device__ Sums make_sums() const {
     auto& of_block = shared_.stage.sums;
     const unsigned items = params_.tickets.order().samples() * static_cast<unsigned>(params_.cut.channel_groups);
-    return {params_.sums, params_.cut, items, shared_.grad, shared_.x, of_block.a, of_block.ab};
+    return {params_.sums, params_.cut, items, shared_.ahead.grad, shared_.ahead.x, of_block.a, of_block.ab};
   }
   // Every block of a cluster has an item of its own. Behind the last one of the sample there is none.
   __device__ SumsPlace first_piece(const Sums& sums, const Ticket& ticket) const {
@@ -136,7 +159,7 @@ class BackwardTicketsWork {
   }
 
   __device__ Rows make_rows() const {
-    return {params_.pool, params_.tiles, shared_.x, shared_.grad, shared_.weight, shared_.stage.tile};
+    return {params_.pool, params_.tiles, shared_.ahead.x, shared_.ahead.grad, shared_.weight, shared_.stage.tile};
   }
   __device__ unsigned split_of(const Ticket& ticket) const { return ticket.sample * params_.tiles.splits + ticket.item; }
   __device__ ItemTiles first_tile(const Ticket& ticket) const {
@@ -171,8 +194,22 @@ class BackwardTicketsWork {
           sums.copy_a(first_piece(sums, next));
         }
         rows.end_item(tiles);
+        if (params_.gradients.count > 0) params_.tickets.done({kBackwardGradX, tiles.item / tiles.splits, 0});
       }
       tiles = then;
+    }
+  }
+
+  __device__ void find_parameter_gradient(const Ticket& ticket) const {
+    const unsigned own = params_.tickets.own_item(ticket);
+    if (own >= params_.gradients.blocks()) return;
+    const ParameterGradient<T>& of = params_.gradients.of_block(own);
+    const int64_t block = own - of.first_block;
+    params_.tickets.wait_for_all_of(of.of_previous_launch ? kBackwardGradX : kBackwardGradContext);
+    if (of.right.count > 0) {
+      fresh_matrix_gradient(of, block, shared_.matrix_gradient);
+    } else {
+      fresh_vector_gradient(of, block, shared_.vector_gradient);
     }
   }
 
@@ -184,7 +221,6 @@ template <typename T, typename Shape>
 __global__ void __launch_bounds__(kTicketThreads, kTicketBlocks)
     global_context_backward_tickets(BackwardTicketsParams<T, Shape> params) {
   if constexpr (architecture_has_tickets<kTicketCluster<Shape>>()) {
-    if (params.pool.next_is_early) let_next_launch_start();
     auto& shared = shared_memory<BackwardTicketsShared<T, Shape>>();
     PoolBackwardRows<T, Shape, kTicketCluster<Shape>, true>::load_weight(params.pool, shared.weight);
     if (threadIdx.x == 0) new (&shared.params) BackwardTicketsParams<T, Shape>(params);
@@ -198,19 +234,19 @@ __global__ void __launch_bounds__(kTicketThreads, kTicketBlocks)
 // The order of the tickets, each of which is for a cluster of blocks.
 template <typename T>
 TicketOrder backward_ticket_order(const SumsParams<T>& sums, const CudaSumsItems& cut, const SplitWork& first,
-                                  const SplitWork& second, int64_t splits, int cluster) {
+                                  const SplitWork& second, int64_t splits, int64_t gradients, int cluster) {
   const auto of_cluster = [&](int64_t items) { return (items + cluster - 1) / cluster; };
   const Extent& extent = sums.extent;
   const int64_t of_sums = of_cluster(cut.channel_groups),
                 maps = sums.b.data ? 2 : 1;  // of those that both the first and the last stage read: x and g, or g alone
   const int64_t bytes = maps * extent.channels * extent.positions * static_cast<int64_t>(sizeof(T));
   const int64_t lag = plan_cuda_lag(bytes, extent.samples, (bytes + of_sums - 1) / of_sums, tuning());
-  return {extent.samples, {of_sums, of_cluster(first.places()), of_cluster(second.places()), splits}, lag};
+  return {
+      extent.samples, {of_sums, of_cluster(first.places()), of_cluster(second.places()), splits}, lag, of_cluster(gradients)};
 }
 
-// Launches all that lies between the gradient of out and those of the parameters, if it fits into a ticketed launch, and returns
-// whether it does. Of the params, this sets what mask_gradient() decides for other launches. The gradient of the weight of the
-// mask is left to a later launch of all `gradients`.
+// Launches the backward pass, if it fits into a ticketed launch, and returns whether it does. Of the params, this sets what
+// mask_gradient() decides for other launches. To the gradients it adds that of the weight of the mask.
 template <typename T>
 bool launch_backward_tickets(SumsParams<T> sums, PoolBackwardParams<T> pool, const uint8_t* positive,
                              const Map<T>& grad_residual, const MutableParameter<T>& grad_weight, GradientParams<T>& gradients,
@@ -231,19 +267,19 @@ bool launch_backward_tickets(SumsParams<T> sums, PoolBackwardParams<T> pool, con
       constexpr auto kernel = global_context_backward_tickets<T, Shape>;
       const size_t shared = shared_bytes<BackwardTicketsShared<T, Shape>>();
       auto transform = TransformBackwardCut<T>(sums.transform_grad.forward).of_samples();
-      const TicketOrder order = backward_ticket_order(sums, cut, transform.first, transform.second, plan.splits, kCluster);
-      int64_t of_sample = 0;
-      for (int stage = 0; stage < order.stages(); stage++) of_sample += order.items(stage);
+      const int64_t of_sample = cut.channel_groups + transform.first.places() + transform.second.places() + plan.splits;
       if (!tickets_fit(kernel, kCluster, shared) || !TicketOrder::fits(extent.samples, of_sample)) return;
 
       taken = true;
       transform.parts.values = workspace.take<float>(transform.parts_of(extent.samples));
       keep_weight_gradient(pool, plan, grad_weight, gradients, workspace);
+      const TicketOrder order =
+          backward_ticket_order(sums, cut, transform.first, transform.second, plan.splits, gradients.blocks(), kCluster);
       pool.hints = tuning().hints != 1;
       const ItemTiles tiles(extent.samples, extent.positions, plan.splits, plan.tile_positions);
       unsigned* const counters = workspace.zeros(Tickets<kCluster>::counters(order), stream);
       launch_tickets(kernel, kCluster, order, shared, stream,
-                     BackwardTicketsParams<T, Shape>{sums, cut, transform, pool, tiles, {order, counters}});
+                     BackwardTicketsParams<T, Shape>{sums, cut, transform, pool, tiles, gradients, {order, counters}});
     });
   }
   return taken;

@@ -1,4 +1,5 @@
-// The gradients of the parameters: sums over the samples of products of [N, ...] tensors, all of them in one launch.
+// The gradients of the parameters: sums over the samples of products of [N, ...] tensors, all of them in one launch, or as the
+// last items of a ticketed one (global_context_backward_tickets.cuh).
 //
 //   of a matrix    grad[r, k] = sum_n left[n, r] right[n, k]
 //   of a vector    grad[r] = sum_n left[n, r]
@@ -39,7 +40,7 @@ struct ParameterGradient {
   Terms<A> left, right;  // a vector has no right
   int64_t terms = 0;
   MutableParameter<T> gradient;
-  bool of_previous_launch = true;          // whether the launch before this one writes the terms
+  bool of_previous_launch = true;          // whether the launch before this one, or the last stage of tickets, writes the terms
   int64_t first_block = 0, end_block = 0;  // the blocks that work on it
 
   int64_t blocks() const {
@@ -63,24 +64,38 @@ struct GradientParams {
   void add_zero(const MutableParameter<T>& of_bias) {
     if (of_bias.data) add({.left = {.count = 1}, .right = {}, .gradient = of_bias});
   }
-  int64_t blocks() const { return count ? gradients[count - 1].end_block : 0; }
-  // The launch before this one writes all terms.
-  void wait_for_all() {
-    for (ParameterGradient<T>& gradient : gradients) gradient.of_previous_launch = true;
+  __host__ __device__ int64_t blocks() const { return count ? gradients[count - 1].end_block : 0; }
+  __device__ const ParameterGradient<T>& of_block(int64_t block) const {
+    int i = 0;
+    while (block >= gradients[i].end_block) i++;
+    return gradients[i];
   }
 };
 
+// A term. kFresh: other blocks of this launch have written it.
+template <bool kFresh, typename A>
+__device__ __forceinline__ A load_term(const A* from) {
+  if constexpr (kFresh) {
+    return load_fresh(from);
+  } else {
+    return *from;
+  }
+}
+
 // Loads a stage of terms, kWidth entries of each from number `first` on: thread t gets the entries t, t + kGradientThreads, ...
 // Past the last term or entry there are zeros.
-template <int kWidth, typename A>
-__device__ __forceinline__ void load_stage(Terms<A> from, int64_t first_term, int64_t terms, int64_t first,
-                                           A (&values)[kGradientStage * kWidth / kGradientThreads]) {
+template <int kWidth, bool kFresh, typename A, int kCount>
+__device__ __forceinline__ void load_stage(const Terms<A>& from, int64_t first_term, int64_t terms, int first,
+                                           A (&values)[kCount]) {
+  constexpr int kStep = kGradientThreads / kWidth;
+  const int entry = first + static_cast<int>(threadIdx.x % kWidth);
+  const int64_t end = entry < from.count ? terms : 0;
+  int64_t n = first_term + threadIdx.x / kWidth;
+  const A* next = from.values + n * from.stride + entry;
 #pragma unroll
-  for (int u = 0; u < kGradientStage * kWidth / kGradientThreads; u++) {
-    const int i = u * kGradientThreads + threadIdx.x;
-    const int64_t n = first_term + i / kWidth, entry = first + i % kWidth;
+  for (int u = 0; u < kCount; u++, n += kStep, next += kStep * from.stride) {
     values[u] = A(0);
-    if (n < terms && entry < from.count) values[u] = from.values[n * from.stride + entry];
+    if (n < end) values[u] = load_term<kFresh>(next);
   }
 }
 
@@ -91,20 +106,20 @@ struct MatrixGradientShared {
 };
 
 // A block has a tile of rows and columns: each of its warps has kGradientRows rows, and each lane kGradientColumns neighbours.
-template <typename T>
-__device__ __forceinline__ void matrix_gradient(const ParameterGradient<T>& of, int64_t block) {
+template <bool kFresh, typename T>
+__device__ __forceinline__ void matrix_gradient(const ParameterGradient<T>& of, int64_t block,
+                                                MatrixGradientShared<acc_t<T>>& shared) {
   using A = acc_t<T>;
   constexpr int kRows = kGradientRowTile, kColumns = kGradientColumnTile;
   constexpr int kOfLeft = kGradientStage * kRows / kGradientThreads, kOfRight = kGradientStage * kColumns / kGradientThreads;
-  const int64_t column_tiles = (of.right.count + kColumns - 1) / kColumns;
-  const int64_t first_row = block / column_tiles * kRows, first_column = block % column_tiles * kColumns;
+  const int tile = static_cast<int>(block), column_tiles = static_cast<int>((of.right.count + kColumns - 1) / kColumns);
+  const int first_row = tile / column_tiles * kRows, first_column = tile % column_tiles * kColumns;
   const int row_of_warp = threadIdx.x / kWarp * kGradientRows, column_of_lane = threadIdx.x % kWarp * kGradientColumns;
-  auto& shared = shared_memory<MatrixGradientShared<A>>();
   A sum[kGradientRows][kGradientColumns] = {};
   for (int64_t first_term = 0; first_term < of.terms; first_term += kGradientStage) {
     A of_left[kOfLeft], of_right[kOfRight];
-    load_stage<kRows>(of.left, first_term, of.terms, first_row, of_left);
-    load_stage<kColumns>(of.right, first_term, of.terms, first_column, of_right);
+    load_stage<kRows, kFresh>(of.left, first_term, of.terms, first_row, of_left);
+    load_stage<kColumns, kFresh>(of.right, first_term, of.terms, first_column, of_right);
     __syncthreads();  // no warp reads the stage before this one any more
 #pragma unroll
     for (int u = 0; u < kOfLeft; u++) shared.left[u * kGradientThreads + threadIdx.x] = of_left[u];
@@ -127,7 +142,7 @@ __device__ __forceinline__ void matrix_gradient(const ParameterGradient<T>& of, 
   for (int r = 0; r < kGradientRows; r++) {
 #pragma unroll
     for (int k = 0; k < kGradientColumns; k++) {
-      const int64_t row = first_row + row_of_warp + r, column = first_column + column_of_lane + k;
+      const int row = first_row + row_of_warp + r, column = first_column + column_of_lane + k;
       if (row < of.left.count && column < of.right.count) of.gradient.put(row * of.right.count + column, sum[r][k]);
     }
   }
@@ -139,16 +154,17 @@ struct VectorGradientShared {
 };
 
 // A block has kGradientEntries entries, and its threads share their terms.
-template <typename T>
-__device__ __forceinline__ void vector_gradient(const ParameterGradient<T>& of, int64_t block) {
+template <bool kFresh, typename T>
+__device__ __forceinline__ void vector_gradient(const ParameterGradient<T>& of, int64_t block,
+                                                VectorGradientShared<acc_t<T>>& shared) {
   using A = acc_t<T>;
-  auto& shared = shared_memory<VectorGradientShared<A>>();
   const int64_t row = block * kGradientEntries + threadIdx.x % kGradientEntries;
   A sum = A(0);
   if (row < of.left.count) {
     load_ahead<16>(
         threadIdx.x / kGradientEntries, of.terms, kGradientTerms,
-        [&](int64_t n) { return of.left.values[n * of.left.stride + row]; }, [&](int64_t, A term) { sum += term; });
+        [&](int64_t n) { return load_term<kFresh>(of.left.values + n * of.left.stride + row); },
+        [&](int64_t, A term) { sum += term; });
   }
   shared.of_threads[threadIdx.x] = sum;
   __syncthreads();
@@ -160,15 +176,14 @@ __device__ __forceinline__ void vector_gradient(const ParameterGradient<T>& of, 
 
 template <typename T>
 __global__ void __launch_bounds__(kGradientThreads, kGradientBlocks<T>) parameter_gradients(GradientParams<T> params) {
-  int i = 0;
-  while (blockIdx.x >= params.gradients[i].end_block) i++;
-  const ParameterGradient<T>& of = params.gradients[i];
+  using A = acc_t<T>;
+  const ParameterGradient<T>& of = params.of_block(blockIdx.x);
   const int64_t block = blockIdx.x - of.first_block;
   if (of.of_previous_launch) wait_for_previous_launch();
   if (of.right.count > 0) {
-    matrix_gradient(of, block);
+    matrix_gradient</*kFresh=*/false>(of, block, shared_memory<MatrixGradientShared<A>>());
   } else {
-    vector_gradient(of, block);
+    vector_gradient</*kFresh=*/false>(of, block, shared_memory<VectorGradientShared<A>>());
   }
   if (!of.of_previous_launch) wait_for_previous_launch();  // this launch is not over before that one
 }

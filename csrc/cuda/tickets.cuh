@@ -25,7 +25,9 @@ class Tickets {
   static constexpr int cluster = kCluster;
 
   // The counters of a launch; the caller fills them with zeros.
-  static int64_t counters(const TicketOrder& order) { return 1 + static_cast<int64_t>(order.samples()) * (order.stages() - 1); }
+  static int64_t counters(const TicketOrder& order) {
+    return 1 + static_cast<int64_t>(order.samples()) * order.awaited_stages();
+  }
 
   Tickets(const TicketOrder& order, unsigned* counters) : order_(order), drawn_(counters), done_(counters + 1) {}
 
@@ -43,6 +45,13 @@ class Tickets {
   __device__ void wait_for_stage_before(const Ticket& ticket) const {
     const int before = ticket.stage - 1;
     if (threadIdx.x == 0) wait_for_count(counter(before, ticket.sample), order_.items(before) * kCluster);
+    __syncthreads();
+  }
+
+  // All threads call this before their first load of what a stage has left of all samples.
+  __device__ void wait_for_all_of(int stage) const {
+    for (unsigned n = threadIdx.x; n < order_.samples(); n += blockDim.x)
+      wait_for_count(counter(stage, n), order_.items(stage) * kCluster);
     __syncthreads();
   }
 
@@ -82,7 +91,7 @@ class Tickets {
   }
 
   const TicketOrder order_;
-  unsigned *const drawn_, *const done_;  // [1], [stages - 1, N]
+  unsigned *const drawn_, *const done_;  // [1], [awaited stages, N]
 };
 
 // Whether code for an architecture has the ticketed kernels: copies to shared memory begin with sm_80, and clusters with sm_90. On

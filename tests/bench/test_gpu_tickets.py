@@ -35,6 +35,16 @@ def test_what_an_item_needs_comes_before_it(tickets, samples, lag):
         assert stage == 0 or before == stages[stage - 1].items
 
 
+def test_what_needs_all_samples_comes_last(tickets, card):
+    of_samples = [tickets.Stage(4, 0.03), tickets.Stage(4, 0.03)]
+    stages = [*of_samples, tickets.Stage(3, of_all=0), tickets.Stage(2, cycles=1e5, of_all=1)]
+    order = tickets.order(5, stages, 3)
+    assert order[:40] == tickets.order(5, of_samples, 3)
+    assert order[40:] == [(2, 0)] * 3 + [(3, 0)] * 2
+    time, before = (tickets.simulate(5, found, 3, card) for found in (stages, of_samples))
+    assert time > before + 0.9 * 1e5 / tickets.ISSUED / (card.clock * 1e3)  # it waits for the last item of the second stage
+
+
 def test_a_second_reading_within_the_cache_is_cheaper(tickets, card):
     """A lag beyond the cache costs a third reading from memory, and so do stores that take its room. One that is shorter than
     what the blocks have in their hands makes them wait."""

@@ -63,7 +63,7 @@ def test_gradients(dtype, fusion):
 @pytest.mark.parametrize("shape", [(5, 40, 16, 17), (2, 264, 16, 16), (2, 392, 18, 16)], ids=str)
 def test_every_tile(monkeypatch, module, dtype, shape):
     call = Call(Case(shape, dtype))
-    assert call.launches(module, TICKETS) == 2  # of the gradients of the parameters, too
+    assert call.launches(module, TICKETS) == 1
     assert_same_bits(monkeypatch, call)
 
 
@@ -72,7 +72,7 @@ def test_every_tile(monkeypatch, module, dtype, shape):
 )
 def test_clusters(monkeypatch, module, dtype, shape):
     call = Call(Case(shape, dtype))
-    assert call.launches(module, TICKETS) == 2
+    assert call.launches(module, TICKETS) == 1
     assert call.launches(module, CudaTuning(engine="tickets", cluster=1)) == call.launches(module, ITEMS) > 2
     assert_same_bits(monkeypatch, call, RUNS[:2])
 
@@ -84,7 +84,7 @@ def test_options(monkeypatch, module, fusion, valid, need_residual):
     case = Case((3, 72, 16, 18), HALF[0], fusion=fusion)
     options = {"valid": grid.scattered(case.shape)} if valid else {}
     call = Call(case, need_residual=need_residual, final_activation=1, **options)
-    assert call.launches(module, TICKETS) == 2
+    assert call.launches(module, TICKETS) == 1
     assert_same_bits(monkeypatch, call, RUNS[1:3])
 
 
@@ -92,7 +92,7 @@ def test_each_gradient_alone(monkeypatch, module):
     case = Case((3, 72, 16, 18))
     for need in range(2):
         call = Call(case, needs=tuple(i == need for i in range(4)))
-        assert call.launches(module, TICKETS) == 1 + need  # that of the mask is a sum over the splits
+        assert call.launches(module, TICKETS) == 1
         assert_same_bits(monkeypatch, call, RUNS[1:2])
 
 

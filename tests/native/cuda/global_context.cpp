@@ -276,7 +276,8 @@ void test_split() {
       test<T>({{3, 70, 9, channels_last}, {70, 70}, true, false, false, hard, false, true, false, on});
       test<T>({{2, 600, 12, channels_last}, {0, 600}, false, false, false, {}, true, false, true, on});
       for (const bool residual : {false, true}) {
-        test<T>({{3, 136, channels_last ? 72 : 264, channels_last}, {5, 6}, true, true, false, {}, residual, true, residual, on});
+        test<T>(
+            {{3, 136, channels_last ? 72 : 264, channels_last}, {5, 6}, true, true, false, {}, residual, true, residual, on});
         test<T>({{2, 16, 2400, channels_last}, {5, 0}, false, true, false, {}, residual, true, residual, on});
       }
     }

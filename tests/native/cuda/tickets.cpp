@@ -21,10 +21,10 @@ void check(bool holds, const char* what) {
 struct Sizes {
   int64_t samples;
   std::vector<int64_t> items;
-  int64_t lag;
+  int64_t lag, of_no_sample;
 
   static Sizes random() {
-    Sizes sizes{random_up_to(6), {1 + random_up_to(9)}, 0};
+    Sizes sizes{random_up_to(6), {1 + random_up_to(9)}, 0, random_up_to(3)};
     for (int64_t more = 1 + random_up_to(3); more > 0; more--) sizes.items.push_back(1 + random_up_to(12));
     sizes.lag = random_up_to(1) ? random_up_to(9) : random_up_to(sizes.samples * sizes.items[0]);
     return sizes;
@@ -32,15 +32,15 @@ struct Sizes {
   TicketOrder order() const {
     const auto& c = items;
     switch (c.size()) {
-      case 2: return {samples, {c[0], c[1]}, lag};
-      case 3: return {samples, {c[0], c[1], c[2]}, lag};
-      case 4: return {samples, {c[0], c[1], c[2], c[3]}, lag};
-      default: return {samples, {c[0], c[1], c[2], c[3], c[4]}, lag};
+      case 2: return {samples, {c[0], c[1]}, lag, of_no_sample};
+      case 3: return {samples, {c[0], c[1], c[2]}, lag, of_no_sample};
+      case 4: return {samples, {c[0], c[1], c[2], c[3]}, lag, of_no_sample};
+      default: return {samples, {c[0], c[1], c[2], c[3], c[4]}, lag, of_no_sample};
     }
   }
 };
 
-// Every item has one ticket, in the order of its stage, and everything that it needs has smaller ones.
+// Every item has one ticket, in the order of its stage, and everything that it needs has smaller ones; those of no sample come last.
 void check_order(const Sizes& sizes) {
   const TicketOrder order = sizes.order();
   const auto stages = static_cast<int>(sizes.items.size());
@@ -59,7 +59,13 @@ void check_order(const Sizes& sizes) {
   }
   check(in_turn, "every item has a ticket, in the order of its stage");
   check(later, "all items of the stage before have smaller tickets");
-  check(order.at(static_cast<unsigned>(all)).stage < 0, "behind the last ticket there is no work");
+  bool last = order.tickets() == all + sizes.of_no_sample;
+  for (int64_t item = 0; item < sizes.of_no_sample; item++) {
+    const Ticket ticket = order.at(static_cast<unsigned>(all + item));
+    last &= ticket.stage == stages && ticket.item == item;
+  }
+  check(last, "the items of no sample come behind all others");
+  check(order.at(order.tickets()).stage < 0, "behind the last ticket there is no work");
 }
 
 // The first item of the last stage comes as soon as the first sample and the lag are over, and then one for every two items of the
@@ -79,8 +85,8 @@ void check_lag(int64_t lag) {
   check(follows && last == kSamples * kLast, "the last stage follows the first one by the lag");
 }
 
-// A toy of three stages: the squares of x, their sum over a sample, and x divided by that. In a cluster, every block stores what
-// its neighbour has found.
+// A toy of three stages: the squares of x, their sum over a sample, and x divided by that; and of items of no sample, each of which
+// adds the sums of all samples. In a cluster, every block stores what its neighbour has found.
 struct ToyShared {
   Ticket ticket;
   Vector<float, 4> stage[32];
@@ -89,7 +95,7 @@ struct ToyShared {
 template <int kCluster>
 struct Toy {
   const float* x;  // [N, items * 128 * kCluster]
-  float *squares, *sums, *out;
+  float *squares, *sums, *out, *totals;
   Tickets<kCluster> tickets;
   int64_t items;
 
@@ -124,6 +130,15 @@ struct Toy {
         toy.tickets.done(ticket);
         return;
       }
+      if (ticket.stage == 3) {
+        toy.tickets.wait_for_all_of(1);
+        if (threadIdx.x == 31) {  // another thread than the one that waited for most of them
+          float total = 0;
+          for (unsigned n = 0; n < toy.tickets.order().samples(); n++) total += load_fresh(toy.sums + n);
+          toy.totals[toy.tickets.own_item(ticket)] = total;
+        }
+        return;
+      }
       toy.tickets.wait_for_stage_before(ticket);
       if (ticket.stage == 1) {
         if (threadIdx.x == 0 && toy.tickets.rank() == 0) {
@@ -152,32 +167,36 @@ __global__ void toy_kernel(Toy<kCluster> toy) {
 }
 
 template <int kCluster>
-void check_toy(int64_t samples, int64_t items, int64_t lag, int clusters) {
+void check_toy(int64_t samples, int64_t items, int64_t lag, int clusters, int64_t of_no_sample) {
   const int64_t elements = items * 128 * kCluster;
   const std::vector<float> x = random_values<float>(samples * elements);
   std::vector<float> squares = unwritten<float>(samples * items * kCluster * 32), sums = unwritten<float>(samples);
-  std::vector<float> out = unwritten<float>(samples * elements);
-  const TicketOrder order(samples, {items, 1, items}, lag);
+  std::vector<float> out = unwritten<float>(samples * elements), totals = unwritten<float>(of_no_sample * kCluster);
+  const TicketOrder order(samples, {items, 1, items}, lag, of_no_sample);
   std::vector<unsigned> counters(Tickets<kCluster>::counters(order));
-  const Toy<kCluster> toy{x.data(), squares.data(), sums.data(), out.data(), {order, counters.data()}, items};
+  const Toy<kCluster> toy{x.data(), squares.data(), sums.data(), out.data(), totals.data(), {order, counters.data()}, items};
   launch_clusters(toy_kernel<kCluster>, kCluster, dim3(clusters * kCluster), dim3(32), shared_bytes<ToyShared>(), nullptr, toy);
   Comparison all("tickets: x divided by the sum of its squares", 1e-5);
+  double total = 0;
   for (int64_t n = 0; n < samples; n++) {
     double sum = 0;
     for (int64_t i = 0; i < elements; i++) sum += static_cast<double>(x[n * elements + i]) * x[n * elements + i];
     for (int64_t i = 0; i < elements; i++) all.add(out[n * elements + i], x[n * elements + i] / sum);
+    total += sum;
   }
+  Comparison of_all("tickets: the sum over all samples", 1e-5);
+  for (const float found : totals) of_all.add(found, total);
 }
 
 // A wait for work that no block has been given ends in an error, and not in a launch that never ends.
 void check_lost_ticket() {
   constexpr int64_t kElements = 3 * 128;
   const std::vector<float> x = random_values<float>(kElements);
-  std::vector<float> squares = unwritten<float>(3 * 32), sums = unwritten<float>(1), out = unwritten<float>(kElements);
+  std::vector<float> squares = unwritten<float>(3 * 32), sums = unwritten<float>(1), out = unwritten<float>(kElements), none;
   const TicketOrder order(1, {3, 1, 3}, 0);
   std::vector<unsigned> counters(Tickets<1>::counters(order));
   counters[0] = 1;  // the first ticket, as if someone had drawn it
-  const Toy<1> toy{x.data(), squares.data(), sums.data(), out.data(), {order, counters.data()}, 3};
+  const Toy<1> toy{x.data(), squares.data(), sums.data(), out.data(), none.data(), {order, counters.data()}, 3};
   std::string error;
   try {
     launch_clusters(toy_kernel<1>, 1, dim3(2), dim3(32), shared_bytes<ToyShared>(), nullptr, toy);
@@ -195,9 +214,9 @@ void test_tickets(bool small) {
   check_lost_ticket();
   for (const int clusters : {1, 3, 7}) {
     for (const int64_t lag : {0, 2, 100}) {
-      check_toy<1>(5, 3, lag, clusters);
-      check_toy<2>(5, 3, lag, clusters);
-      check_toy<4>(3, 2, lag, clusters);
+      check_toy<1>(5, 3, lag, clusters, 3);
+      check_toy<2>(5, 3, lag, clusters, 3);
+      check_toy<4>(3, 2, lag, clusters, 0);
     }
   }
 }
