@@ -20,6 +20,7 @@ from gcnet_ext import (
     attention_pool,
     channel_fuse,
     decompositions,
+    freeze,
     global_context,
     global_response_norm,
     insert_blocks,
@@ -79,6 +80,8 @@ def elsewhere(model: nn.Module, x: Tensor) -> Tensor:
     with plain(), plain(False), plain(enabled=True):
         program = torch.export.export(model, (x,)).run_decompositions(decompositions())
     copied: nn.Module = to_plain(model)
+    frozen: list[str] = freeze(model.eval())
+    assert len(frozen) < len(list(model.modules()))
     out: Tensor = program.module()(x) - copied(x)
     return out
 
