@@ -64,16 +64,19 @@ struct BackwardTicketsShared {
   BackwardTicketsParams<T, Shape> params;  // here for the sake of registers, as in global_context_tickets.cuh
 };
 
-// These are calls, because the other stages need all registers.
-template <typename T>
-__device__ __attribute__((noinline)) void fresh_matrix_gradient(const ParameterGradient<T>& of, int64_t block,
-                                                                MatrixGradientShared<acc_t<T>>& shared) {
-  matrix_gradient</*kFresh=*/true>(of, block, shared);
-}
-template <typename T>
-__device__ __attribute__((noinline)) void fresh_vector_gradient(const ParameterGradient<T>& of, int64_t block,
-                                                                VectorGradientShared<acc_t<T>>& shared) {
-  vector_gradient</*kFresh=*/true>(of, block, shared);
+// A part of a gradient of a parameter. This is a call, because the other stages need all registers.
+template <typename T, typename Shape>
+__device__ __attribute__((noinline)) void find_parameter_gradient(BackwardTicketsShared<T, Shape>& shared, unsigned item) {
+  const GradientParams<T>& all = shared.params.gradients;
+  if (item >= all.blocks()) return;
+  const ParameterGradient<T>& of = all.of_block(item);
+  const int64_t block = item - of.first_block;
+  shared.params.tickets.wait_for_all_of(of.of_previous_launch ? kBackwardGradX : kBackwardGradContext);
+  if (of.right.count > 0) {
+    matrix_gradient</*kFresh=*/true>(of, block, shared.matrix_gradient);
+  } else {
+    vector_gradient</*kFresh=*/true>(of, block, shared.vector_gradient);
+  }
 }
 
 template <typename T, typename Shape>
@@ -97,7 +100,8 @@ class BackwardTicketsWork {
   }
 
   __device__ void operator()(const Ticket& ticket, const Ticket& next) const {
-    if (ticket.stage == kBackwardParameters) return find_parameter_gradient(ticket);  // behind which nothing is copied
+    if (ticket.stage == kBackwardParameters)  // behind which nothing is copied
+      return find_parameter_gradient(shared_, params_.tickets.own_item(ticket));
     if (ticket.stage == kBackwardGradX) return find_grad_x(ticket, next);
     if (ticket.stage == kBackwardSums) {
       sum(ticket, next);
@@ -197,19 +201,6 @@ class BackwardTicketsWork {
         if (params_.gradients.count > 0) params_.tickets.done({kBackwardGradX, tiles.item / tiles.splits, 0});
       }
       tiles = then;
-    }
-  }
-
-  __device__ void find_parameter_gradient(const Ticket& ticket) const {
-    const unsigned own = params_.tickets.own_item(ticket);
-    if (own >= params_.gradients.blocks()) return;
-    const ParameterGradient<T>& of = params_.gradients.of_block(own);
-    const int64_t block = own - of.first_block;
-    params_.tickets.wait_for_all_of(of.of_previous_launch ? kBackwardGradX : kBackwardGradContext);
-    if (of.right.count > 0) {
-      fresh_matrix_gradient(of, block, shared_.matrix_gradient);
-    } else {
-      fresh_vector_gradient(of, block, shared_.vector_gradient);
     }
   }
 
