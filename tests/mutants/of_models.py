@@ -143,7 +143,7 @@ MUTANTS = (
     Mutant(
         "replaced-class-unwatched",
         "gcnet_ext/blocks/_fused.py",
-        "self.version = «class_version(type(block)) if block._watched else None»",
+        "self.version = «class_version(type(block)) if block._watched and block._frozen is None else None»",
         "None",
         "A replaced block that has run does not notice that a method of its class is exchanged.",
         (LOOK_ALIKES,),
