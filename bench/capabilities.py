@@ -57,7 +57,7 @@ def table(found: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     cells = []
     for case in dict.fromkeys(key[:2] for key in figures):
         of_case = (figures[(*case, *column)] for column in columns)
-        cells.append([" ".join(case), *(f"{row['clones']:.1f} ± {global_context.spread(row):.1f}" for row in of_case)])
+        cells.append([" ".join(case), *map(global_context.cell, of_case)])
     means = {
         capability: global_context.summary([row for row in found if row["capability"] == capability])
         for capability in capabilities
@@ -67,9 +67,7 @@ def table(found: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
 
 
 def show(found: list[dict[str, Any]]) -> None:
-    header, cells = table(found)
-    title = "the block by vector instructions, in multiples of x.clone()"
-    print(frames.text(title, (dict(zip(header, row, strict=True)) for row in cells)))
+    print(frames.of_cells("the block by vector instructions, in multiples of x.clone()", *table(found)))
 
 
 def main() -> None:

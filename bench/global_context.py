@@ -118,6 +118,11 @@ def spread(row: dict[str, Any]) -> float:
     return row["clones"] * row["iqr_microseconds"] / row["microseconds"]
 
 
+def cell(row: dict[str, Any]) -> str:
+    """What a page says of a row: the clones and their spread."""
+    return f"{row['clones']:.1f} ± {spread(row):.1f}"
+
+
 def show(rows: list[dict[str, Any]]) -> None:
     cells = (
         {key: row[key] for key in ("x", "layout", "dtype", "direction", "candidate", "clones")}

@@ -37,16 +37,12 @@ def block(results: dict[str, Any]) -> str:
     cells = []
     for x, layout in dict.fromkeys((row["x"], row["layout"]) for row in rows):
         found = [figures.get((x, layout, *column)) for column in columns]
-        cells.append([f"{x} {layout}", *("" if row is None else _clones(row) for row in found)])
+        cells.append([f"{x} {layout}", *("" if row is None else global_context.cell(row) for row in found)])
     means = global_context.summary(rows)
     cells.append(
         ["**geometric mean**", *(f"**{means[f'{direction} {candidate}']['clones']:.2f}**" for direction, candidate in columns)]
     )
     return frames.markdown(header, cells)
-
-
-def _clones(row: dict[str, Any]) -> str:
-    return f"{row['clones']:.1f} ± {global_context.spread(row):.1f}"
 
 
 def memory(results: dict[str, Any]) -> str:

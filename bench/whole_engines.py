@@ -84,8 +84,7 @@ def main() -> None:
         torch._dynamo.reset()
         x = torch.randn(int(images), 3, whole_models.SIZE, whole_models.SIZE)
         found += rows_of(variants["without"], variants["ours and tail"], x, arguments.rounds)
-    header, cells = table(found)
-    print(frames.text("ResNet-50 with 13 blocks, to infer", (dict(zip(header, row, strict=True)) for row in cells)))
+    print(frames.of_cells("ResNet-50 with 13 blocks, to infer", *table(found)))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps({"machine": measure.machine(), "rows": found}, indent=1) + "\n")
 
